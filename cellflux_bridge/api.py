@@ -1,0 +1,217 @@
+"""A trained bridge as a Python object: `Bridge.load("runs/lung").translate(images)`."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from tqdm import tqdm
+
+from cellflux_bridge import images as image_io
+from cellflux_bridge.config import Config, TranslateConfig, load_config
+from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.guidance.classifier_free import ClassifierFree
+from cellflux_bridge.path.base import Path as FlowPath
+from cellflux_bridge.schema import nearest
+from cellflux_bridge.training import checkpoint
+from cellflux_bridge.training.flow import build_flow, class_level
+from cellflux_bridge.training.loop import make_fabric
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
+from cellflux_bridge.transport.morph import morph, morph_levels, source_noise
+from cellflux_bridge.velocity.condition import Condition
+
+
+class Bridge:
+    """A trained flow with all it needs to carry images from one class to another.
+
+    `config` is the resolved configuration of the run; `classes` its class names; `preprocessing` how a file's pixels
+    become the network's input.
+    """
+
+    def __init__(
+        self, *, config: Config, path: FlowPath, network: nn.Module, preprocessing: Preprocessing, step: int,
+        fabric: Fabric,
+    ):  # fmt: skip
+        self.config, self.path, self.preprocessing, self.step = config, path, preprocessing, step
+        self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
+        self._fabric = fabric
+
+    @classmethod
+    def load(cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None) -> "Bridge":
+        """The newest checkpoint of a run folder (or a checkpoint folder itself).
+
+        `overrides` are `key.sub=value` settings of this use, such as translate.steps=50 or train.accelerator=cpu; the
+        network's architecture always comes from the checkpoint. Raises UserError for a folder without checkpoint, and
+        for weights that are truncated or of another architecture.
+        """
+        folder = checkpoint.latest(Path(run))
+        trained = checkpoint.read_config(folder)
+        path, network = build_flow(trained)
+        checkpoint.load_weights(folder, network)
+        config = load_config(folder / checkpoint.CONFIG, overrides)
+        return cls(
+            config=config, path=path, network=network, step=int(folder.name.rpartition("-")[2] or 0),
+            preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
+            fabric=fabric or make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1})),
+        )  # fmt: skip
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config.data.classes)
+
+    def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
+        unknown = sorted(set(options) - set(TranslateConfig.model_fields))
+        if unknown:
+            raise UserError(f"translate: unknown option {unknown[0]!r}{nearest(unknown[0], TranslateConfig.model_fields)}")
+        settings = TranslateConfig(**{**self.config.translate.model_dump(), **options})
+        source, target = source or settings.source, target or settings.target
+        if source is None and target is None and len(self.classes) == 2:
+            source, target = self.classes
+        for key, label in (("source", source), ("target", target)):
+            if label not in self.classes:
+                hint = nearest(label, self.classes) if label else ""
+                raise UserError(f"translate.{key}: {label!r} is no class of this run{hint}; known: {', '.join(self.classes)}")
+        trained = self.config.pairs.transitions
+        pair = (target, source) if settings.reverse else (source, target)
+        if trained != "all" and pair not in trained and not (self.config.pairs.identity and source == target):
+            known = ", ".join(f"{a} -> {b}" for a, b in trained)
+            raise UserError(f"the network never saw {pair[0]} -> {pair[1]}; it was trained on {known}")
+        return settings.model_copy(update={"source": source, "target": target})
+
+    def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
+        levels = morph_levels(
+            self.path, steps=settings.steps, frames=settings.frames, solver=settings.solver, reverse=settings.reverse
+        )
+        digest = self.config.model_copy(update={"translate": settings}).digest()
+        return TrajectoryHeader(
+            method="path", source=settings.source, target=settings.target, classes=self.classes, levels=levels,
+            config_hash=f"{digest}@{self.step}",
+        )  # fmt: skip
+
+    def translate(
+        self, images: torch.Tensor | Sequence[str | Path | np.ndarray], *, source: str | None = None,
+        target: str | None = None, ids: Sequence[str] | None = None, **options,
+    ) -> Trajectory:
+        """Carry images of class `source` to class `target` (both may be left out where there are two classes).
+
+        `images` are files, RGB uint8 arrays (H, W, 3) of any size (scaled and cropped as in training), or patches
+        (B, 3, S, S) uint8 that are so already. `ids` seed each image's noise and name its sequence (default: file
+        names or numbers). `options` are keys of the `translate` section: steps, frames, solver, guidance_scale,
+        reverse. Raises UserError for unknown classes and for what the path cannot do.
+        """
+        settings = self._settings(source, target, options)
+        batch = self._as_patches(images)
+        if ids is None:
+            named = isinstance(images, Sequence) and all(isinstance(i, (str, Path)) for i in images)
+            ids = [str(i) for i in images] if named else [str(i) for i in range(len(batch))]
+        if len(set(ids)) != len(batch):
+            raise UserError(f"ids: {len(batch)} images need as many different ids, found {len(set(ids))}")
+        size = settings.batch_size
+        return Trajectory.cat([
+            self._translate_batch(batch[start : start + size], ids[start : start + size], settings)
+            for start in range(0, len(batch), size)
+        ])  # fmt: skip
+
+    def _as_patches(self, images) -> torch.Tensor:
+        size = self.preprocessing.image_size
+        if isinstance(images, torch.Tensor):
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
+                raise UserError(
+                    f"images: expected uint8 (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}; "
+                    "give files or (H, W, 3) arrays to have them scaled"
+                )
+            return images
+        patches = []
+        for number, image in enumerate(images):
+            rgb = image if isinstance(image, np.ndarray) else image_io.read_rgb(Path(image))
+            if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+                raise UserError(f"images[{number}]: expected RGB uint8 (H, W, 3), found {rgb.dtype} {rgb.shape}")
+            name = f"images[{number}]" if isinstance(image, np.ndarray) else str(image)
+            patches.append(self.preprocessing(rgb, name=name))
+        if not patches:
+            raise UserError("images: none given")
+        return torch.from_numpy(np.stack(patches).transpose(0, 3, 1, 2).copy())
+
+    def condition(self, settings: TranslateConfig, x0: torch.Tensor) -> Condition:
+        """The condition of source images x0 (B, 3, S, S) under a translation's settings."""
+        source, target = settings.source, settings.target
+        if settings.reverse:
+            source, target = target, source
+        number, spec = self.classes.index(target), self.config.condition
+
+        def filled(value, dtype) -> torch.Tensor:
+            return torch.full((len(x0),), value, dtype=dtype, device=x0.device)
+
+        return Condition(
+            target_class=filled(number, torch.long),
+            level=filled(class_level(number, len(self.classes)), torch.float32) if spec.target == "level" else None,
+            source_class=filled(self.classes.index(source), torch.long) if spec.source_class else None,
+            source_image=x0 if spec.source_image else None,
+        )
+
+    def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
+        x0 = image_io.encode(batch).to(self._fabric.device)
+        noise = source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0)
+        with self._fabric.autocast():
+            result = morph(
+                ClassifierFree(self._network, settings.guidance_scale), self.path, x0, self.condition(settings, x0),
+                noise=noise, steps=settings.steps, frames=settings.frames, solver=settings.solver,
+                reverse=settings.reverse,
+            )  # fmt: skip
+        header = self._header(settings)
+        frames = image_io.decode(result.frames).cpu().numpy()
+        return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), (result.nfe,) * len(ids))
+
+    def patches(self) -> Patches:
+        """The data set that the run was trained on, from its cache."""
+        return load_patches(self.config.data, seed=self.config.seed)
+
+    def translate_split(
+        self, *, source: str | None = None, target: str | None = None, output: Path | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Path, dict[str, float]]:
+        """Carry the run's own patches of a split to another class, written batch by batch; returns folder and figures.
+
+        A folder that holds a part of the same translation is completed; `overwrite` removes another one first. With
+        several processes each takes its share of the sources.
+        """
+        settings = self._settings(source, target, {})
+        patches, fabric = self.patches(), self._fabric
+        chosen = patches.indices(settings.split, settings.source)[: settings.num]
+        if len(chosen) == 0:
+            raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
+        name = f"{settings.source}_to_{settings.target}" + ("_reverse" if settings.reverse else "")
+        folder = output or self.config.output / "trajectories" / name
+        if overwrite and fabric.is_global_zero and (folder / "trajectory.json").exists():
+            shutil.rmtree(folder)
+        fabric.barrier()
+        header = self._header(settings)
+        if fabric.is_global_zero:
+            TrajectoryWriter(folder, header)
+        fabric.barrier()
+        writer = TrajectoryWriter(folder, header, rank=fabric.global_rank)
+        todo = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done][fabric.global_rank :: fabric.world_size]
+        began = time.monotonic()
+        bar = tqdm(
+            range(0, len(todo), settings.batch_size), desc=f"{settings.source} -> {settings.target}", unit="batch",
+            disable=not fabric.is_global_zero,
+        )  # fmt: skip
+        for start in bar:
+            numbers = todo[start : start + settings.batch_size]
+            indices = chosen[numbers]
+            trajectory = self._translate_batch(patches.centre(indices), [patches.ids[i] for i in indices], settings)
+            writer.append(trajectory, numbers=numbers)
+        seconds = time.monotonic() - began
+        fabric.barrier()
+        if fabric.is_global_zero:
+            writer.finish()
+            used = self.config.model_copy(update={"translate": settings})
+            (folder / "config.yaml").write_text(used.to_yaml(), encoding="utf-8")
+        figures = {"sequences": len(chosen), "made_now": len(todo), "seconds": seconds}
+        return folder, figures

@@ -1,0 +1,81 @@
+"""What a researcher wants to know of a folder of patches before training on it."""
+
+import hashlib
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cellflux_bridge import images
+from cellflux_bridge.config import DataConfig
+from cellflux_bridge.data.patches import list_records
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.data.records import SPLITS, PatchRecord, some
+from cellflux_bridge.randomness import numpy_generator
+
+
+def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool]:
+    """A report in plain words, and whether training can start: counts, sizes, duplicates, unreadable files.
+
+    Every file is decoded. A contact sheet, a row a class, of patches as the network will see them (before stain
+    normalisation) is written to `sheet`. Duplicates are files whose decoded pixels are equal.
+    """
+    records, classes = list_records(config, seed=seed)
+    preprocessing = Preprocessing(config.image_size, config.crop)
+    with ThreadPoolExecutor() as pool:
+        facts = list(
+            tqdm(pool.map(lambda r: _inspect(r, preprocessing), records), total=len(records), desc="checking", unit="image")
+        )
+    lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
+    counts = Counter((record.label, record.split) for record in records)
+    width = max(map(len, classes))
+    lines.append("  " + " " * width + "".join(f"{split:>9}" for split in SPLITS))
+    for label in classes:
+        lines.append(f"  {label:<{width}}" + "".join(f"{counts[label, split]:>9}" for split in SPLITS))
+    groups = {record.group for record in records if record.group is not None}
+    lines.append(f"groups: {len(groups) or 'none named; every patch counts as its own'}")
+    sizes = Counter(fact[1] for fact in facts if fact[0] is None)
+    shown = [f"{w} x {h} ({n})" for (h, w), n in sizes.most_common()]
+    lines.append(f"sizes: {some(shown)}; one patch shows {config.crop or 'the shorter side'} px at {config.image_size} px")
+    unreadable = [fact[0] for fact in facts if fact[0] is not None]
+    lines.append(f"unusable files: {len(unreadable)}" + "".join(f"\n  {text}" for text in unreadable[:20]))
+    lines += _duplicates(records, [fact[2] for fact in facts])
+    readable = [record for record, fact in zip(records, facts, strict=True) if fact[0] is None]
+    if readable:
+        images.write_png(sheet, _contact_sheet(readable, classes, preprocessing, seed=seed))
+        lines.append(f"contact sheet: {sheet}")
+    return "\n".join(lines), not unreadable
+
+
+def _inspect(record: PatchRecord, preprocessing: Preprocessing) -> tuple[str | None, tuple[int, int] | None, str | None]:
+    try:
+        rgb = images.read_rgb(record.file)
+        preprocessing.scaled_size(*rgb.shape[:2], name=str(record.file))
+    except ValueError as error:
+        return str(error), None, None
+    return None, rgb.shape[:2], hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
+
+
+def _duplicates(records: list[PatchRecord], hashes: list[str | None]) -> list[str]:
+    same = defaultdict(list)
+    for record, key in zip(records, hashes, strict=True):
+        if key is not None:
+            same[key].append(record)
+    sets = [members for members in same.values() if len(members) > 1]
+    lines = [f"exact duplicates: {sum(map(len, sets)) - len(sets)} patches repeat another one"]
+    for title, attribute in (("across splits", "split"), ("across classes", "label")):
+        crossing = [m for m in sets if len({getattr(record, attribute) for record in m}) > 1]
+        if crossing:
+            examples = [" = ".join(f"{record.id} ({getattr(record, attribute)})" for record in m[:2]) for m in crossing]
+            lines.append(f"  {title}: {len(crossing)} sets: {some(examples, limit=3)}")
+    return lines
+
+
+def _contact_sheet(records: list[PatchRecord], classes: tuple[str, ...], preprocessing: Preprocessing, *, seed: int):
+    rows = []
+    for label in classes:
+        members = [record for record in records if record.label == label]
+        order = numpy_generator(seed, "contact sheet", label).permutation(len(members))[:12]
+        rows.append([preprocessing(images.read_rgb(members[i].file), name=members[i].id) for i in order])
+    return images.sheet([row for row in rows if row], scale=max(1, 96 // preprocessing.image_size))

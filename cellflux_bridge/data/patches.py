@@ -1,0 +1,222 @@
+"""Patches of a configuration, decoded once into a memory-mapped cache and drawn from it."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cellflux_bridge import images, registry, stain
+from cellflux_bridge.config import DataConfig
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.data.records import SPLITS, PatchRecord, assign_splits, check_groups, some
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.randomness import numpy_generator
+from cellflux_bridge.schema import nearest
+
+_CACHE_FORMAT = 1
+_NUM_REFERENCE_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Patches:
+    """All patches of a data set at the network's scale, in the order of `ids`.
+
+    `pixels` (N, H, W, 3) uint8, memory-mapped, H and W at least image_size; `labels` (N,) int64 into `classes`;
+    `splits` (N,) into SPLITS; `groups` (N,) int64, patches of one group sharing a number; `scores` (N,) float32, NaN
+    where the data has none; `ids` the paths relative to the root.
+    """
+
+    pixels: np.ndarray
+    ids: tuple[str, ...]
+    labels: np.ndarray
+    splits: np.ndarray
+    groups: np.ndarray
+    group_names: tuple[str, ...]
+    scores: np.ndarray
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def indices(self, split: str, label: str | None = None) -> np.ndarray:
+        """Numbers of the patches of a split, of one class or of all."""
+        chosen = self.splits == SPLITS.index(split)
+        if label is not None:
+            chosen &= self.labels == self.class_index(label)
+        return np.flatnonzero(chosen)
+
+    def class_index(self, label: str) -> int:
+        if label not in self.classes:
+            raise UserError(f"no class {label!r} here{nearest(label, self.classes)}; known: {', '.join(self.classes)}")
+        return self.classes.index(label)
+
+    def centre(self, indices: Sequence[int]) -> torch.Tensor:
+        """The middle patch of each image: (B, 3, S, S) uint8."""
+        size = self.preprocessing.image_size
+        return _stack([images.centre_crop(self.pixels[i], size, size) for i in indices])
+
+    def random(self, indices: Sequence[int], *, flips: bool, generator: torch.Generator) -> torch.Tensor:
+        """A random patch of each image, (B, 3, S, S) uint8, with `flips` in one of the square's eight symmetries."""
+        size = self.preprocessing.image_size
+        room = (self.pixels.shape[1] - size + 1, self.pixels.shape[2] - size + 1, 8)
+        draws = torch.rand(len(indices), 3, generator=generator).numpy()
+        crops = []
+        for index, (top, left, symmetry) in zip(indices, (draws * room).astype(int), strict=True):
+            crop = self.pixels[index, top : top + size, left : left + size]
+            if flips:
+                crop = np.rot90(crop if symmetry < 4 else crop[:, ::-1], symmetry % 4)
+            crops.append(crop)
+        return _stack(crops)
+
+
+def _stack(crops: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())
+
+
+def list_records(config: DataConfig, *, seed: int) -> tuple[list[PatchRecord], tuple[str, ...]]:
+    """The patches that a configuration names, every one with a split, and its classes.
+
+    Raises UserError for a class that the data lacks or that the configuration does not know, for fewer than two
+    classes, and for groups that stand in two splits.
+    """
+    records = registry.build("layout", config.layout, config.root).records()
+    found = Counter(record.label for record in records)
+    classes = tuple(config.classes if config.classes is not None else sorted(found))
+    for label in classes:
+        if label not in found:
+            raise UserError(
+                f"data.classes: no patch of class {label!r} in {config.root}{nearest(label, found)}; "
+                f"found: {', '.join(sorted(found)) or 'none'}"
+            )
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise UserError(
+            f"{config.root}: label {some([repr(u) for u in unknown])} is not in data.classes; add it there, "
+            "or to data.layout.ignore to leave it out"
+        )
+    if len(classes) < 2:
+        raise UserError(f"{config.root}: only one class ({', '.join(classes) or 'none'}); a bridge needs two")
+    check_groups(records, origin=str(config.root))
+    return assign_splits(records, val=config.split.val, test=config.split.test, seed=seed), classes
+
+
+def load_patches(config: DataConfig, *, seed: int) -> Patches:
+    """The patches of a configuration, from the cache, which is made first where it is missing or stale.
+
+    The cache key covers every file's path, size and time of change and all settings that touch pixels, so a changed,
+    added or removed file makes a new cache. Raises UserError that lists unreadable files.
+    """
+    records, classes = list_records(config, seed=seed)
+    groups = [record.group if record.group is not None else f"\0{record.id}" for record in records]
+    group_names, group_numbers = np.unique(groups, return_inverse=True)
+    pixels, preprocessing = _cached_pixels(config, records, seed=seed)
+    return Patches(
+        pixels=pixels,
+        ids=tuple(record.id for record in records),
+        labels=np.array([classes.index(record.label) for record in records]),
+        splits=np.array([SPLITS.index(record.split) for record in records]),
+        groups=group_numbers,
+        group_names=tuple(name.rpartition("\0")[2] for name in group_names.tolist()),
+        scores=np.array([np.nan if r.score is None else r.score for r in records], np.float32),
+        classes=classes,
+        preprocessing=preprocessing,
+    )
+
+
+def cache_folder(config: DataConfig, records: Sequence[PatchRecord], *, seed: int) -> Path:
+    """Where the cache of these records belongs; the name is the content key."""
+    normalised = config.stain.mode == "normalise"
+    settings = {
+        "format": _CACHE_FORMAT, "image_size": config.image_size, "crop": config.crop,
+        "stain": config.stain.method if normalised else None,
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for record in records:
+        status = record.file.stat()
+        # The reference stain comes from the training split, so a normalised cache depends on the split as well.
+        fields = (record.id, status.st_size, status.st_mtime_ns, *((record.split, seed) if normalised else ()))
+        key.update(repr(fields).encode())
+    return config.cache_dir.expanduser() / key.hexdigest()[:24]
+
+
+def _cached_pixels(
+    config: DataConfig, records: Sequence[PatchRecord], *, seed: int
+) -> tuple[np.ndarray, Preprocessing]:
+    folder = cache_folder(config, records, seed=seed)
+    if not folder.exists():
+        building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        building.mkdir(parents=True, exist_ok=True)
+        try:
+            _build_cache(building, config, records, seed=seed)
+            if not folder.exists():  # another process may have been faster
+                os.replace(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return np.load(folder / "pixels.npy", mmap_mode="r"), Preprocessing.load(folder / "preprocessing.json")
+
+
+def _build_cache(folder: Path, config: DataConfig, records: Sequence[PatchRecord], *, seed: int) -> None:
+    plain = Preprocessing(config.image_size, config.crop)
+    workers = config.workers or os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+
+        def over_all(work, description: str) -> list:
+            results = pool.map(work, range(len(records)), chunksize=16)
+            return list(tqdm(results, total=len(records), desc=description, unit="image"))
+
+        sizes = over_all(lambda i: _or_error(_scaled_size, plain, records[i].file), "reading image sizes")
+        _raise_unreadable(sizes, config.root)
+        # One array needs one size: images are cut to the smallest height and width there is.
+        height, width = np.min(sizes, axis=0)
+        pixels = np.lib.format.open_memmap(
+            folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(len(records), height, width, 3)
+        )
+
+        def decode(i: int) -> UserError | None:
+            rgb = _or_error(images.read_rgb, records[i].file)
+            if isinstance(rgb, UserError):
+                return rgb
+            pixels[i] = images.centre_crop(plain.scale(rgb, name=str(records[i].file)), height, width)
+            return None
+
+        _raise_unreadable(over_all(decode, "decoding patches"), config.root)
+        preprocessing = plain
+        if config.stain.mode == "normalise":
+            train = [i for i, record in enumerate(records) if record.split == "train"]
+            chosen = numpy_generator(seed, "stain").permutation(train)[:_NUM_REFERENCE_IMAGES]
+            reference = stain.fit_reference(config.stain.method, [pixels[i] for i in sorted(chosen)])
+            preprocessing = replace(plain, reference=reference)
+
+            def normalise(i: int) -> None:
+                pixels[i] = preprocessing.normalise(pixels[i])
+
+            over_all(normalise, "normalising stain")
+    pixels.flush()
+    preprocessing.save(folder / "preprocessing.json")
+
+
+def _scaled_size(preprocessing: Preprocessing, file: Path) -> tuple[int, int]:
+    return preprocessing.scaled_size(*images.read_size(file), name=str(file))
+
+
+def _or_error(work, *arguments):
+    try:
+        return work(*arguments)
+    except UserError as error:
+        return error
+
+
+def _raise_unreadable(results: Sequence, root: Path) -> None:
+    errors = [str(result) for result in results if isinstance(result, UserError)]
+    if errors:
+        shown = "\n  ".join(errors[:10]) + (f"\n  and {len(errors) - 10} more" if len(errors) > 10 else "")
+        raise UserError(
+            f"{root}: {len(errors)} of {len(results)} images cannot be used; mend or remove them:\n  {shown}"
+        )

@@ -1,0 +1,80 @@
+"""What is known of a patch before it is decoded, and how groups are split."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.randomness import numpy_generator
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class PatchRecord:
+    """One image file. `id` is its path relative to the root, with forward slashes; `group` is the patient, slide or
+    original tile that must stay in one split; `score` is a progression score in [0, 1]; `mpp` microns per pixel."""
+
+    id: str
+    file: Path
+    label: str
+    split: str | None = None
+    group: str | None = None
+    score: float | None = None
+    mpp: float | None = None
+
+
+def some(items: Sequence[str], *, limit: int = 5) -> str:
+    """The first few items of a list, and how many more there are."""
+    rest = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def check_groups(records: Sequence[PatchRecord], *, origin: str) -> None:
+    """UserError that lists groups which stand in more than one split: scores on such splits would be leaked."""
+    splits = defaultdict(set)
+    for record in records:
+        if record.group is not None and record.split is not None:
+            splits[record.group].add(record.split)
+    leaks = [f"{group} ({'+'.join(sorted(found))})" for group, found in sorted(splits.items()) if len(found) > 1]
+    if leaks:
+        raise UserError(
+            f"{origin}: {len(leaks)} groups stand in more than one split: {some(leaks)}; "
+            "a patient, slide or tile must stay in one split"
+        )
+
+
+def assign_splits(
+    records: Sequence[PatchRecord], *, val: float, test: float, seed: int
+) -> list[PatchRecord]:
+    """Records in which every one has a split, missing splits being taken from what is not yet given away.
+
+    Groups go whole. For each class (a group's own is its most frequent one) groups are shuffled by the seed and given
+    to `test`, then `val`, until the wanted fraction of that class's patches is reached; the rest trains. A split that
+    the data names itself is left as it is.
+    """
+    given = {record.split for record in records if record.split is not None}
+    wanted = {name: part for name, part in (("test", test), ("val", val)) if name not in given and part > 0}
+    pool: dict[str, list[int]] = defaultdict(list)
+    for index, record in enumerate(records):
+        if record.split in (None, "train"):
+            pool[record.group if record.group is not None else f"\0{record.id}"].append(index)
+    by_class: dict[str, list[list[int]]] = defaultdict(list)
+    for group in sorted(pool):
+        members = pool[group]
+        by_class[Counter(records[i].label for i in members).most_common(1)[0][0]].append(members)
+    split_of: dict[int, str] = {}
+    for label, groups in sorted(by_class.items()):
+        order = numpy_generator(seed, "split", label).permutation(len(groups))
+        total = sum(map(len, groups))
+        position = 0
+        for name, part in wanted.items():
+            taken = 0
+            # The last group always stays for training.
+            while taken < part * total and position < len(groups) - 1:
+                members = groups[order[position]]
+                split_of.update(dict.fromkeys(members, name))
+                taken += len(members)
+                position += 1
+    return [replace(r, split=split_of.get(i, r.split or "train")) for i, r in enumerate(records)]

@@ -1,0 +1,117 @@
+"""Image files, value ranges and resizing: the only place that knows them.
+
+Inside, images are float32 in [-1, 1], (B, C, H, W); outside they are uint8 RGB, and files are PNG.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from cellflux_bridge.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+# 4,096 x 4,096 patches are the largest that this project reads; larger headers are refused before decoding.
+MAX_PIXELS = 8192 * 8192
+_GREY_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be decoded; the message names it."""
+
+
+def encode(images: torch.Tensor) -> torch.Tensor:
+    """uint8 in [0, 255] -> float32 in [-1, 1], any shape."""
+    return images.to(torch.float32) / 127.5 - 1.0
+
+
+def decode(images: torch.Tensor) -> torch.Tensor:
+    """float in [-1, 1] (values outside are clipped) -> uint8 in [0, 255], any shape."""
+    return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB by mode: transparency is laid on white (glass), 16-bit and float grey scale by 1/257 or by their own range
+    when it is [0, 1], palettes and CMYK by Pillow's conversion."""
+    if image.mode in _GREY_16_BIT:
+        values = np.asarray(image, dtype=np.float64)
+        if values.size and values.min() >= 0 and values.max() <= 1 and image.mode == "F":
+            values = values * 255.0
+        elif image.mode.startswith("I;16") or values.max(initial=0) > 255:
+            values = values / 257.0
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) from an image file's header, without decoding it."""
+    return _open(path, lambda image: (image.height, image.width))
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """An image file as RGB uint8 (H, W, 3), whatever its mode (see `_to_rgb`).
+
+    Raises UnreadableImage, naming the file, for anything that is not a whole image, and for one of more than
+    `MAX_PIXELS` (a decompression bomb).
+    """
+    return _open(path, lambda image: np.array(_to_rgb(image)))
+
+
+def _open(path: Path, use):
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit warns first and only then refuses; ours is below and is checked before decoding.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UnreadableImage(
+                        f"{path}: {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are read; "
+                        "cut it into patches first"
+                    )
+                return use(image)
+    except UnreadableImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"{path}: refused as a decompression bomb ({error})") from error
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"truncated or not an image ({error})"
+        raise UnreadableImage(f"{path}: {reason}") from error
+
+
+def resize(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
+    """An RGB uint8 image at another size: area-weighted (box) when it shrinks, bicubic when it grows."""
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    shrinks = height <= rgb.shape[0] and width <= rgb.shape[1]
+    resampling = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(rgb).resize((width, height), resampling))
+
+
+def centre_crop(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle (height, width) of an image (H, W, ...)."""
+    top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
+    return rgb[top : top + height, left : left + width]
+
+
+def write_png(path: Path, rgb: np.ndarray) -> None:
+    """Write an RGB uint8 image (H, W, 3) under a temporary name, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)
+    os.replace(temporary, path)
+
+
+def sheet(rows: list[list[np.ndarray]], *, gap: int = 2, scale: int = 1) -> np.ndarray:
+    """A contact sheet of equally sized RGB uint8 tiles on white; `scale` enlarges every pixel to a square."""
+    height, width = rows[0][0].shape[:2]
+    columns = max(map(len, rows))
+    canvas = np.full(((height + gap) * len(rows) - gap, (width + gap) * columns - gap, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            canvas[i * (height + gap) :, j * (width + gap) :][:height, :width] = tile
+    return canvas.repeat(scale, 0).repeat(scale, 1)

@@ -1,0 +1,37 @@
+"""The straight path from a noised source (CellFlux)."""
+
+import torch
+from torchcfm import ConditionalFlowMatcher
+
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.path.base import Path, PathSample
+
+
+class NoisedSource(Path):
+    """x0 <- x0 + scale * eps with `probability`, per sample; then the straight path from the noised x0.
+
+    CellFlux (ICML 2025, arXiv 2502.09775) with one coin a sample instead of one a batch. `scale` is the dial between
+    preservation of the source (small) and structural change (large). With probability below 1, `noisy_start` says
+    whether translation starts from the noised image, too; with probability 1 it must.
+    """
+
+    def __init__(self, *, scale: float = 0.5, probability: float = 1.0, noisy_start: bool = True):
+        if scale <= 0:
+            raise UserError(f"path.scale: {scale} is no noise; expected a number above 0, or path.name=straight")
+        if not 0 < probability <= 1:
+            raise UserError(f"path.probability: {probability}; expected a number above 0 and at most 1")
+        if probability == 1 and not noisy_start:
+            raise UserError("path.noisy_start: with probability 1 the network never saw a clean source; set it true")
+        self._matcher = ConditionalFlowMatcher(sigma=0.0)
+        self._scale, self._probability, self._noisy_start = scale, probability, noisy_start
+        self.noise_on_every_sample = probability == 1
+
+    def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
+        return self._scale * (1 - t) * self._noisy_start
+
+    def sample(self, x0, x1, t, *, generator) -> PathSample:
+        eps = torch.randn(x0.shape, generator=generator)
+        coin = (torch.rand(len(x0), generator=generator) < self._probability).float()
+        noised = x0 + self._scale * (coin.view(-1, 1, 1, 1) * eps).to(x0)
+        x_t = self._matcher.compute_mu_t(noised, x1, t)
+        return PathSample(x_t, self._matcher.compute_conditional_flow(noised, x1, t, x_t))

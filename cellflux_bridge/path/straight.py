@@ -1,0 +1,26 @@
+"""The straight, noise-free path."""
+
+import torch
+from torchcfm import ConditionalFlowMatcher
+
+from cellflux_bridge.path.base import Path, PathSample
+
+
+class Straight(Path):
+    """x_t = (1 - t) x0 + t x1, u = x1 - x0 (Lipman et al. 2023; Tong et al. 2024, I-CFM with sigma = 0).
+
+    Deterministic pairs are memorised more easily than noisy ones (arXiv 2510.18118); prefer `noised_source` unless
+    the reverse ODE is wanted.
+    """
+
+    reversible = True
+
+    def __init__(self):
+        self._matcher = ConditionalFlowMatcher(sigma=0.0)
+
+    def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(t)
+
+    def sample(self, x0, x1, t, *, generator) -> PathSample:
+        x_t = self._matcher.compute_mu_t(x0, x1, t)
+        return PathSample(x_t, self._matcher.compute_conditional_flow(x0, x1, t, x_t))

@@ -1,0 +1,101 @@
+"""Classification of patches as a training task."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.nn import functional as F
+
+from cellflux_bridge import images
+from cellflux_bridge.classifier.model import PatchClassifier
+from cellflux_bridge.config import ClassifierConfig, Config
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.randomness import torch_generator
+from cellflux_bridge.training import checkpoint
+
+
+class LabelledBatch(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def build_classifier(config: Config) -> PatchClassifier:
+    """The (untrained) classifier of a resolved configuration."""
+    c = config.classifier
+    return PatchClassifier(
+        len(config.data.classes), backbone=c.backbone, pretrained=c.pretrained, view=c.view, jitter=c.jitter,
+        blur=c.blur,
+    )  # fmt: skip
+
+
+class ClassifierTask:
+    """Cross-entropy on class-balanced batches of random crops."""
+
+    def __init__(self, config: Config, patches: Patches):
+        self._patches, self._seed = patches, config.seed
+        self._config: ClassifierConfig = config.classifier
+        self._flips = config.data.flips
+        self.preprocessing = patches.preprocessing
+        self.model = build_classifier(config)
+        self._train = [patches.indices("train", label) for label in patches.classes]
+        self._val = patches.indices("val")
+
+    def batch(self, index: int, *, rank: int) -> LabelledBatch:
+        generator = torch_generator(self._seed, "classifier", self._config.view, index, rank)
+        y = torch.randint(len(self._train), (self._config.train.batch_size,), generator=generator)
+        draws = torch.rand(len(y), generator=generator)
+        chosen = [self._train[c][int(u * len(self._train[c]))] for c, u in zip(y.tolist(), draws.tolist(), strict=True)]
+        return LabelledBatch(images.encode(self._patches.random(chosen, flips=self._flips, generator=generator)), y)
+
+    def loss(self, model: nn.Module, batch: LabelledBatch) -> torch.Tensor:
+        return F.cross_entropy(model(batch.x), batch.y, label_smoothing=0.05)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        predicted = predict(model, self._patches.centre(self._val), device=device).argmax(1)
+        return {"val/accuracy": accuracy_score(self._patches.labels[self._val], predicted)}
+
+    def sheet(self, model: nn.Module, device: torch.device) -> None:
+        return None
+
+
+def load(folder: Path, device: torch.device) -> PatchClassifier:
+    """The classifier of a checkpoint folder, in evaluation mode."""
+    model = build_classifier(checkpoint.read_config(folder))
+    checkpoint.load_weights(folder, model)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batch: torch.Tensor, *, device: torch.device, chunk: int = 256) -> np.ndarray:
+    """Class probabilities (N, num_classes) of uint8 patches (N, 3, H, W)."""
+    model.eval()
+    logits = [model(images.encode(part).to(device)).float().cpu() for part in batch.split(chunk)]
+    return torch.cat(logits).softmax(1).numpy()
+
+
+def test_scores(model: nn.Module, patches: Patches, *, device: torch.device) -> dict[str, float]:
+    """Accuracy on the test split, beside a logistic regression on colour means and spreads alone."""
+    test, train = patches.indices("test"), patches.indices("train")
+    labels = patches.labels[test]
+    predicted = predict(model, patches.centre(test), device=device).argmax(1)
+    colour = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    colour.fit(colour_statistics(patches.centre(train)), patches.labels[train])
+    by_colour = colour.predict(colour_statistics(patches.centre(test)))
+    return {
+        "test/n": len(test),
+        "test/accuracy": accuracy_score(labels, predicted),
+        "test/balanced_accuracy": balanced_accuracy_score(labels, predicted),
+        "test/colour_only_balanced_accuracy": balanced_accuracy_score(labels, by_colour),
+    }
+
+
+def colour_statistics(batch: torch.Tensor) -> np.ndarray:
+    """Mean and standard deviation of each channel, (N, 6), of uint8 patches (N, 3, H, W)."""
+    flat = batch.float().flatten(2)
+    return torch.cat([flat.mean(2), flat.std(2)], dim=1).numpy()

@@ -1,0 +1,170 @@
+"""Flow matching as a training task."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cellflux_bridge import images, registry
+from cellflux_bridge.config import Config
+from cellflux_bridge.coupling.base import Coupling
+from cellflux_bridge.data.pairs import PairBatch, Pairs
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.path.base import Path
+from cellflux_bridge.randomness import torch_generator
+from cellflux_bridge.transport.morph import morph, source_noise
+from cellflux_bridge.velocity.condition import Condition, ConditionSpec
+
+IMAGE_CHANNELS = 3
+_SHEET_ROWS, _SHEET_STEPS, _SHEET_FRAMES = 8, 12, 7
+
+
+class FlowBatch(NamedTuple):
+    """t (B,), x_t and u_t (B, C, H, W), and the condition with its dropped samples marked."""
+
+    t: torch.Tensor
+    x_t: torch.Tensor
+    u_t: torch.Tensor
+    cond: Condition
+
+
+def build_flow(config: Config) -> tuple[Path, nn.Module]:
+    """The path and the (untrained) velocity network of a resolved configuration.
+
+    Raises UserError where they do not fit each other: the clean source as network input needs noise on every sample,
+    because from a point mass at x0 the velocity at t = 0 is E[x1 | x0] - x0, a blurred mean.
+    """
+    path = registry.build("path", config.path)
+    if config.condition.source_image and not path.noise_on_every_sample:
+        raise UserError(
+            f"condition.source_image: path {config.path['name']} does not lay noise on every sample; use "
+            "noised_source with probability 1, or brownian"
+        )
+    spec = ConditionSpec(
+        num_classes=len(config.data.classes), target=config.condition.target,
+        source_class=config.condition.source_class, source_image=config.condition.source_image,
+    )  # fmt: skip
+    network = registry.build("velocity", config.velocity, IMAGE_CHANNELS, spec)
+    if config.data.image_size % network.stride:
+        raise UserError(
+            f"data.image_size={config.data.image_size}: not divisible by the network's stride {network.stride} "
+            f"({config.velocity['name']}); choose a multiple, or fewer velocity.multipliers"
+        )
+    return path, network
+
+
+def class_level(number: int, num_classes: int) -> float:
+    """The level of a class without scores: 0 for the first of two classes, 1 for the second."""
+    if num_classes != 2:
+        raise UserError(
+            f"condition.target=level: {num_classes} classes have no order by themselves; "
+            "give a score in the manifest, name two classes, or use condition.target=class"
+        )
+    return float(number)
+
+
+def make_condition(batch: PairBatch, config: Config) -> Condition:
+    """What the network is told of a batch of pairs."""
+    level = None
+    if config.condition.target == "level":
+        level = batch.target_score.clone()
+        missing = level.isnan()
+        if missing.any():
+            levels = [class_level(int(c), len(config.data.classes)) for c in batch.target_class[missing]]
+            level[missing] = torch.tensor(levels, dtype=level.dtype)
+    return Condition(
+        target_class=batch.target_class,
+        level=level,
+        source_class=batch.source_class if config.condition.source_class else None,
+        source_image=batch.x0 if config.condition.source_image else None,
+    )
+
+
+class FlowTask:
+    """Regression of v(t, x_t, cond) on u_t (conditional flow matching)."""
+
+    def __init__(self, config: Config, patches: Patches):
+        self._config = config
+        self.preprocessing = patches.preprocessing
+        self.path, self.model = build_flow(config)
+        self._train = self._pairs(patches, "train", config.train.batch_size)
+        val_size = min(config.train.batch_size, 64)
+        val = self._pairs(patches, "val", val_size)
+        num_batches = -(-config.train.validate_pairs // val_size)
+        self._val_pairs = [val.batch(number) for number in range(num_batches)]
+        self._val = [self._flow_batch(p, "val", n) for n, p in enumerate(self._val_pairs)]
+
+    def _pairs(self, patches: Patches, split: str, batch_size: int) -> Pairs:
+        coupling: Coupling = registry.build("coupling", self._config.coupling)
+        return Pairs(
+            patches, coupling, split=split, batch_size=batch_size, seed=self._config.seed,
+            pairs=self._config.pairs, data=self._config.data,
+        )  # fmt: skip
+
+    def _flow_batch(self, pairs: PairBatch, *purpose: str | int) -> FlowBatch:
+        generator = torch_generator(self._config.seed, "path", *purpose)
+        t = self.path.times(len(pairs.x0), generator=generator)
+        x_t, u_t = self.path.sample(pairs.x0, pairs.x1, t, generator=generator)
+        return FlowBatch(t, x_t, u_t, make_condition(pairs, self._config))
+
+    def batch(self, index: int, *, rank: int) -> FlowBatch:
+        flow = self._flow_batch(self._train.batch(index, rank=rank), "train", index, rank)
+        generator = torch_generator(self._config.seed, "condition dropout", index, rank)
+        dropped = torch.rand(len(flow.t), generator=generator) < self._config.condition.dropout
+        return flow._replace(cond=flow.cond.drop(dropped))
+
+    def loss(self, model: nn.Module, batch: FlowBatch) -> torch.Tensor:
+        return F.mse_loss(model(batch.t, batch.x_t, batch.cond).float(), batch.u_t)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """On held-out pairs: the velocity's mean squared error, the share of u_t's power that it explains, and how
+        far the output moves, relative to its norm, when source and target class change places ("condition swap";
+        near 0 means that the network ignores its condition)."""
+        error = power = moved = size = 0.0
+        for batch in self._val:
+            t, x_t, u_t, cond = batch.t.to(device), batch.x_t.to(device), batch.u_t.to(device), batch.cond.to(device)
+            v = model(t, x_t, cond).float()
+            other = model(t, x_t, _swapped(cond)).float()
+            error += F.mse_loss(v, u_t).item() / len(self._val)
+            power += u_t.square().mean().item() / len(self._val)
+            moved += (other - v).square().sum().item()
+            size += v.square().sum().item()
+        return {
+            "val/velocity_mse": error,
+            "val/velocity_explained": 1 - error / power,
+            "val/condition_swap": (moved / max(size, 1e-12)) ** 0.5,
+        }
+
+    def sheet(self, model: nn.Module, device: torch.device) -> np.ndarray | None:
+        """Held-out sources carried along the path: rows are sources, the last column is their coupled target."""
+        if not self.path.from_data:
+            return None
+        pairs = self._val_pairs[0]
+        # Rows come in blocks, one a transition; a stride shows all of them.
+        rows = torch.linspace(0, len(pairs.x0) - 1, min(_SHEET_ROWS, len(pairs.x0))).long()
+        chosen = PairBatch(*(value[rows] for value in pairs))
+        cond = make_condition(chosen, self._config).to(device)
+        noise = source_noise(chosen.x0.shape[1:], [str(i) for i in chosen.source_index.tolist()], seed=self._config.seed)
+        result = morph(
+            model, self.path, chosen.x0.to(device), cond, noise=noise.to(device), steps=_SHEET_STEPS,
+            frames=_SHEET_FRAMES, solver="euler",
+        )  # fmt: skip
+        frames = images.decode(result.frames).cpu().numpy().transpose(1, 0, 3, 4, 2)
+        targets = images.decode(chosen.x1).numpy().transpose(0, 2, 3, 1)
+        table = [[*sequence, target] for sequence, target in zip(frames, targets, strict=True)]
+        return images.sheet(table, scale=max(1, 96 // frames.shape[2]))
+
+
+def _swapped(cond: Condition) -> Condition:
+    flipped = None if cond.level is None else 1 - cond.level
+    if cond.source_class is None:
+        target = cond.target_class.flip(0)
+    else:
+        target = cond.source_class
+    return Condition(
+        target_class=target, level=flipped, source_class=None if cond.source_class is None else cond.target_class,
+        source_image=cond.source_image, dropped=cond.dropped,
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""One training loop on Lightning Fabric, for flows, classifiers and bridges alike."""
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from tqdm import tqdm
+
+from cellflux_bridge.config import Config, TrainConfig
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.images import write_png
+from cellflux_bridge.randomness import derive_seed
+from cellflux_bridge.training import checkpoint
+from cellflux_bridge.training.ema import averaged
+from cellflux_bridge.training.run import Log
+
+
+class Task(Protocol):
+    """What is trained. `batch` runs in a background thread and depends on its arguments alone."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+
+    def batch(self, index: int, *, rank: int) -> Any: ...
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor: ...
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]: ...
+    def sheet(self, model: nn.Module, device: torch.device) -> np.ndarray | None: ...
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal after saving; `code` is the exit status that a shell expects."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; everything is saved")
+        self.code = 128 + signal_number
+
+
+def make_fabric(config: TrainConfig) -> Fabric:
+    """Fabric from the `train` section; under torchrun the number of processes is torchrun's."""
+    devices, num_nodes, strategy = config.devices, config.num_nodes, config.strategy
+    if "LOCAL_WORLD_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+        strategy = "ddp" if strategy == "auto" and int(os.environ["WORLD_SIZE"]) > 1 else strategy
+    try:
+        return Fabric(
+            accelerator=config.accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy,
+            precision=config.precision,
+        )  # fmt: skip
+    except Exception as error:  # Fabric raises many kinds for values that only it knows
+        raise UserError(
+            f"train.accelerator={config.accelerator}, devices={devices}, strategy={strategy}, "
+            f"precision={config.precision}: not possible here ({error})"
+        ) from error
+
+
+@contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying from them; a second one kills as usual."""
+    caught: list[int] = []
+
+    def note(number, frame):
+        caught.append(number)
+        for other, handler in previous.items():
+            signal.signal(other, handler)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric: Fabric) -> Path:
+    """Train `task` to `train.steps` updates, from its newest checkpoint where there is one; returns the last one.
+
+    Batches are functions of (seed, update, rank), so a resumed run repeats an uninterrupted one; on CPU bit for bit.
+    Raises UserError for a non-finite loss (the last good checkpoint stays) and Stopped after Ctrl-C or SIGTERM.
+    """
+    model = task.model.to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
+    ema = averaged(model, train.ema_decay)
+    step, seconds = _restore(folder, model, optimiser, ema)
+    if step >= train.steps or _out_of_time(seconds, train):
+        fabric.print(f"{folder}: trained already ({step} steps); raise train.steps or train.max_minutes to go on")
+        return checkpoint.latest(folder)
+    wrapped, optimiser = fabric.setup(model, optimiser)
+    ema.to(fabric.device)
+    trainer = _Trainer(task, config, train, folder, fabric, wrapped, optimiser, ema, step, seconds)
+    with _caught_signals() as caught, ThreadPoolExecutor(1) as background:
+        return trainer.run(caught, background)
+
+
+def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: nn.Module) -> tuple[int, float]:
+    if not any((folder / "checkpoints").glob("step-*[0-9]")):
+        return 0, 0.0
+    newest = checkpoint.latest(folder)
+    state = checkpoint.load_state(newest)
+    model.load_state_dict(state["model"], strict=True)
+    optimiser.load_state_dict(state["optimiser"])
+    checkpoint.load_weights(newest, ema.module)
+    ema.n_averaged.fill_(state["step"])
+    return state["step"], state["seconds"]
+
+
+def _out_of_time(seconds: float, train: TrainConfig) -> bool:
+    return train.max_minutes is not None and seconds >= 60 * train.max_minutes
+
+
+class _Trainer:
+    """The state of one call of `fit`."""
+
+    def __init__(self, task, config, train, folder, fabric, model, optimiser, ema, step, seconds):
+        self.task, self.config, self.train, self.folder, self.fabric = task, config, train, folder, fabric
+        self.model, self.optimiser, self.ema, self.step, self.seconds = model, optimiser, ema, step, seconds
+        self.log = Log(folder, from_step=step, tensorboard=train.tensorboard) if fabric.is_global_zero else None
+        self.is_finite = torch.ones((), dtype=torch.bool, device=fabric.device)
+
+    def run(self, caught: list[int], background: ThreadPoolExecutor) -> Path:
+        train, fabric = self.train, self.fabric
+        upcoming = background.submit(self._batches, self.step)
+        bar = tqdm(
+            total=train.steps, initial=self.step, desc=f"training {self.folder.name}", unit="step", smoothing=0.05,
+            mininterval=0.2 if sys.stderr.isatty() else 10, disable=not fabric.is_global_zero,
+        )  # fmt: skip
+        with bar:
+            while True:
+                began = time.monotonic()
+                batches = upcoming.result()
+                if self.step + 1 < train.steps:
+                    upcoming = background.submit(self._batches, self.step + 1)
+                loss, norm = self._update(batches)
+                self.step += 1
+                bar.update()
+                stop = self._agreed_stop(caught, began)
+                done = self.step >= train.steps or stop
+                if done or self.step % train.log_every == 0:
+                    self._require_finite()
+                    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                    self._log_update(loss, norm, began)
+                self._periodic(done)
+                self.seconds += time.monotonic() - began
+                if done or self.step % train.checkpoint_every == 0:
+                    self._require_finite()
+                    self._save()
+                if done:
+                    break
+        if caught:
+            raise Stopped(caught[0], self.step)
+        return checkpoint.latest(self.folder)
+
+    def _batches(self, step: int) -> list[Any]:
+        first = step * self.train.accumulate
+        rank = self.fabric.global_rank
+        return [self.task.batch(first + micro, rank=rank) for micro in range(self.train.accumulate)]
+
+    def _update(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        train = self.train
+        # Dropout inside networks draws from the global generator; seeded by step, it repeats after a resume.
+        torch.manual_seed(derive_seed(self.config.seed, "network", self.step, self.fabric.global_rank))
+        for group in self.optimiser.param_groups:
+            group["lr"] = train.lr * min(1.0, (self.step + 1) / max(1, train.warmup_steps))
+        total = torch.zeros((), device=self.fabric.device)
+        for number, batch in enumerate(batches, start=1):
+            with self.fabric.no_backward_sync(self.model, enabled=number < len(batches)):
+                loss = self.task.loss(self.model, self.fabric.to_device(batch)) / len(batches)
+                self.fabric.backward(loss)
+            total += loss.detach()
+        self.is_finite &= torch.isfinite(total)
+        norm = torch.zeros(())
+        if train.gradient_clip:
+            norm = self.fabric.clip_gradients(
+                self.model, self.optimiser, max_norm=train.gradient_clip, error_if_nonfinite=False
+            )
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.ema.update_parameters(self.model.module)
+        return total, norm
+
+    def _agreed_stop(self, caught: list[int], began: float) -> bool:
+        """Whether any process was signalled or has run out of time; all processes answer alike."""
+        stop = bool(caught) or _out_of_time(self.seconds + time.monotonic() - began, self.train)
+        if self.fabric.world_size > 1:
+            flag = torch.tensor(float(stop), device=self.fabric.device)
+            stop = bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
+        return stop
+
+    def _require_finite(self) -> None:
+        finite = self.is_finite.float()
+        if self.fabric.world_size > 1:
+            finite = self.fabric.all_reduce(finite, reduce_op="mean")
+        if finite < 1:
+            found = sorted((self.folder / "checkpoints").glob("step-*[0-9]"))
+            raise UserError(
+                f"train: the loss is not finite at or before step {self.step}; lower train.lr, raise "
+                "train.warmup_steps or keep train.gradient_clip on. "
+                + (f"The last good checkpoint is {found[-1]}" if found else "No checkpoint had been written")
+            )
+
+    def _log_update(self, loss: torch.Tensor, norm: torch.Tensor, began: float) -> None:
+        if self.log is not None:
+            images = self.train.batch_size * self.train.accumulate * self.fabric.world_size
+            rate = images / max(time.monotonic() - began, 1e-9)
+            lr = self.optimiser.param_groups[0]["lr"]
+            values = {"loss": loss.item(), "gradient_norm": norm.item(), "lr": lr, "images_per_second": rate}
+            self.log.write(self.step, {**values, "seconds": self.seconds})
+
+    def _periodic(self, done: bool) -> None:
+        train = self.train
+        if not self.fabric.is_global_zero:
+            return
+        with warnings.catch_warnings(), torch.no_grad(), self.fabric.autocast():
+            warnings.simplefilter("ignore", UserWarning)
+            self.ema.eval()
+            if done or self.step % train.validate_every == 0:
+                self.log.write(self.step, self.task.validate(self.ema.module, self.fabric.device))
+            if train.sample_every and (done or self.step % train.sample_every == 0):
+                sheet = self.task.sheet(self.ema.module, self.fabric.device)
+                if sheet is not None:
+                    (self.folder / "samples").mkdir(exist_ok=True)
+                    write_png(self.folder / "samples" / f"step-{self.step:08d}.png", sheet)
+
+    def _save(self) -> None:
+        if self.fabric.is_global_zero:
+            state = {
+                "step": self.step, "seconds": self.seconds, "model": self.model.module.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+            }  # fmt: skip
+            checkpoint.save(
+                self.folder, step=self.step, weights=self.ema.module.state_dict(), state=state, config=self.config,
+                preprocessing=self.task.preprocessing, keep=self.train.keep_checkpoints,
+            )  # fmt: skip
+        self.fabric.barrier()

@@ -1,0 +1,227 @@
+"""Trajectory, the waist of the house: sequences of finished images from A to B, and the folder that holds them.
+
+Everything that makes sequences (a flow, a reference bridge, a user's own frames) writes Trajectories; everything that
+judges or shows them reads Trajectories and never sees a network. On disk a trajectory is a folder:
+
+    trajectory.json     what was made: method, source, target, classes, levels, config hash
+    manifest.csv        one row a frame: file, source_id, level, nfe of its sequence, p_<class> for each class
+    frames/*.png        <running number>_<source stem>/<frame>.png
+
+Batches are written as they are finished, so that a stopped run keeps what it made and resumes.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.images import read_rgb, write_png
+
+HEADER, MANIFEST, FORMAT = "trajectory.json", "manifest.csv", 1
+
+
+@dataclass(frozen=True)
+class TrajectoryHeader:
+    """What all sequences of a trajectory share.
+
+    `method` is "path" (states of the flow's ODE), "stair" or "ddim_bridge"; `levels` are K+1 rising numbers in
+    [0, 1], 0 the source and 1 the target.
+    """
+
+    method: str
+    source: str
+    target: str
+    classes: tuple[str, ...]
+    levels: tuple[float, ...]
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """B sequences of K+1 frames.
+
+    frames (K+1, B, C, H, W) uint8; levels (K+1,) float; soft_labels (K+1, B, num_classes) float32, rows sum to 1;
+    source_ids (B,) text; nfe (B,) network forwards that a sequence took; frame 0 is the source patch itself.
+    """
+
+    header: TrajectoryHeader
+    frames: np.ndarray
+    soft_labels: np.ndarray
+    source_ids: tuple[str, ...]
+    nfe: tuple[int, ...]
+
+    def __post_init__(self):
+        expected = (len(self.header.levels), len(self.source_ids))
+        assert self.frames.dtype == np.uint8 and self.frames.shape[:2] == expected, self.frames.shape
+        assert self.soft_labels.shape == (*expected, len(self.header.classes)), self.soft_labels.shape
+        assert len(self.nfe) == len(self.source_ids)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return self.header.levels
+
+    def sequence(self, index: int) -> np.ndarray:
+        """The frames of one source as images, (K+1, H, W, C) uint8."""
+        return self.frames[:, index].transpose(0, 2, 3, 1)
+
+    @staticmethod
+    def cat(parts: "Sequence[Trajectory]") -> "Trajectory":
+        """Sequences of the same run joined along the batch."""
+        return Trajectory(
+            parts[0].header,
+            np.concatenate([part.frames for part in parts], axis=1),
+            np.concatenate([part.soft_labels for part in parts], axis=1),
+            tuple(source_id for part in parts for source_id in part.source_ids),
+            tuple(count for part in parts for count in part.nfe),
+        )
+
+
+def linear_soft_labels(header: TrajectoryHeader, num_sequences: int) -> np.ndarray:
+    """Soft labels (K+1, B, num_classes) that move from the source class to the target class with the level."""
+    labels = np.zeros((len(header.levels), num_sequences, len(header.classes)), np.float32)
+    levels = np.asarray(header.levels, np.float32)[:, None]
+    labels[:, :, header.classes.index(header.source)] += 1 - levels
+    labels[:, :, header.classes.index(header.target)] += levels
+    return labels
+
+
+class TrajectoryWriter:
+    """Writes sequences into a folder, batch by batch; opening a folder that holds the same run resumes it.
+
+    Every process of a run has its own writer (`rank`), which appends to a manifest of its own until `finish`.
+    Raises UserError where the folder holds another run or something else altogether.
+    """
+
+    def __init__(self, folder: Path, header: TrajectoryHeader, *, rank: int = 0):
+        self.folder, self.header = folder, header
+        self._manifest = folder / (MANIFEST if rank == 0 else f"manifest.rank{rank}.csv")
+        existing = folder / HEADER
+        if existing.exists():
+            found = read_header(folder)
+            differing = [f.name for f in fields(header) if getattr(found, f.name) != getattr(header, f.name)]
+            if differing:
+                raise UserError(
+                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's); "
+                    "choose another output folder or remove it"
+                )
+        elif folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".tmp"):
+            raise UserError(f"{folder}: is not empty and holds no trajectory; choose another output folder")
+        (folder / "frames").mkdir(parents=True, exist_ok=True)
+        if not existing.exists():
+            text = json.dumps({"format": FORMAT, **asdict(header)}, indent=1)
+            _write_text(existing, text)
+        self.done = {row[0]["source_id"] for row in _whole_sequences(folder, header)}
+
+    def append(self, trajectory: Trajectory, *, numbers: Sequence[int]) -> None:
+        """Add the sequences of a batch; `numbers` are their places in the whole run's order."""
+        rows = []
+        for b, (number, source_id) in enumerate(zip(numbers, trajectory.source_ids, strict=True)):
+            stem = PurePosixPath(source_id.replace("\\", "/")).stem
+            folder = f"frames/{number:06d}_{stem[:60]}"
+            (self.folder / folder).mkdir(exist_ok=True)
+            for k, rgb in enumerate(trajectory.sequence(b)):
+                file = f"{folder}/{k:03d}.png"
+                write_png(self.folder / file, rgb)
+                labels = [f"{p:.6g}" for p in trajectory.soft_labels[k, b]]
+                rows.append([file, source_id, repr(float(trajectory.levels[k])), trajectory.nfe[b], *labels])
+        is_new = not self._manifest.exists()
+        with open(self._manifest, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(_columns(self.header))
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.update(trajectory.source_ids)
+
+    def finish(self) -> None:
+        """Join every process's manifest into one, in the run's order. Call on rank 0 when all have ended."""
+        rows = [row for sequence in _whole_sequences(self.folder, self.header) for row in sequence]
+        rows.sort(key=lambda row: row["file"])
+        temporary = self.folder / f"{MANIFEST}.tmp"
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _columns(self.header))
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.folder / MANIFEST)
+        for part in self.folder.glob("manifest.rank*.csv"):
+            part.unlink()
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _columns(header: TrajectoryHeader) -> list[str]:
+    return ["file", "source_id", "level", "nfe", *(f"p_{name}" for name in header.classes)]
+
+
+def read_header(folder: Path) -> TrajectoryHeader:
+    """What `trajectory.json` of a folder says; UserError names the file and what is wrong with it."""
+    path = folder / HEADER
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no {HEADER} here; expected a folder that `translate` wrote") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    wanted = {f.name for f in fields(TrajectoryHeader)}
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT or set(data) != wanted:
+        raise UserError(f"{path}: expected format {FORMAT} with the keys {', '.join(sorted(wanted))}")
+    data["classes"], data["levels"] = tuple(data["classes"]), tuple(data["levels"])
+    return TrajectoryHeader(**data)
+
+
+def _whole_sequences(folder: Path, header: TrajectoryHeader) -> list[list[dict[str, str]]]:
+    """Manifest rows grouped by source, only sequences whose every frame is listed (a stop can cut the last one)."""
+    grouped: dict[str, list[dict[str, str]]] = {}
+    for manifest in sorted(folder.glob("manifest*.csv")):
+        with open(manifest, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != _columns(header):
+                raise UserError(f"{manifest}: expected the columns {', '.join(_columns(header))}")
+            for row in reader:
+                if None not in row.values():
+                    grouped.setdefault(row["source_id"], []).append(row)
+    return [rows for rows in grouped.values() if len(rows) == len(header.levels)]
+
+
+def load_trajectory(folder: Path, *, start: int = 0, num: int | None = None) -> Trajectory:
+    """The sequences `start` to `start + num` (all by default) of a trajectory folder, in the run's order.
+
+    Raises UserError for a folder without sequences and for frames that are missing, unreadable or of another size.
+    """
+    header = read_header(folder)
+    sequences = sorted(_whole_sequences(folder, header), key=lambda rows: rows[0]["file"])
+    chosen = sequences[start : None if num is None else start + num]
+    if not chosen:
+        raise UserError(f"{folder}: holds no whole sequence from number {start} on")
+    frames, labels = [], []
+    for rows in chosen:
+        rows = sorted(rows, key=lambda row: row["file"])
+        frames.append([read_rgb(folder / row["file"]) for row in rows])
+        labels.append([[float(row[f"p_{name}"]) for name in header.classes] for row in rows])
+        for row, image in zip(rows, frames[-1], strict=True):
+            if image.shape != frames[0][0].shape:
+                raise UserError(f"{folder / row['file']}: {image.shape[1]} x {image.shape[0]} pixels, unlike the others")
+    return Trajectory(
+        header,
+        np.array(frames).transpose(1, 0, 4, 2, 3),
+        np.array(labels, np.float32).transpose(1, 0, 2),
+        tuple(rows[0]["source_id"] for rows in chosen),
+        tuple(int(rows[0]["nfe"]) for rows in chosen),
+    )
+
+
+def iter_trajectory(folder: Path, *, batch_size: int = 64) -> Iterator[Trajectory]:
+    """The sequences of a folder in batches, so that memory stays flat however many there are."""
+    total = len(_whole_sequences(folder, read_header(folder)))
+    for start in range(0, total, batch_size):
+        yield load_trajectory(folder, start=start, num=batch_size)

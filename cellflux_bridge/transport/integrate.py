@@ -1,0 +1,80 @@
+"""Integration of a velocity by torchdiffeq, on a step grid that frames never change."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchdiffeq import odeint
+
+from cellflux_bridge.errors import UserError
+
+ADAPTIVE = ("dopri5",)
+
+
+class Integration(NamedTuple):
+    """States (K+1, B, C, H, W) float32 at times (K+1,), and the number of network forwards that each image took."""
+
+    states: torch.Tensor
+    times: torch.Tensor
+    nfe: int
+
+
+def _frame_steps(steps: int, frames: int) -> np.ndarray:
+    """The grid points, of 0..steps, that lie nearest to `frames` equally spaced ones."""
+    return np.rint(np.linspace(0, steps, frames)).astype(int)
+
+
+def frame_times(*, steps: int, frames: int, solver: str, interval: tuple[float, float] = (0.0, 1.0)) -> torch.Tensor:
+    """Times (frames,) float64 at which `integrate` returns states.
+
+    Raises UserError for more frames than a fixed-step solver has states.
+    """
+    if frames < 2:
+        raise UserError(f"frames={frames}: expected at least 2, the source and the end")
+    if solver in ADAPTIVE:
+        fractions = np.linspace(0, 1, frames)
+    elif frames > steps + 1:
+        raise UserError(
+            f"frames={frames}: {steps} steps have {steps + 1} states; raise steps to at least {frames - 1} "
+            "(states between steps would be interpolated, not integrated)"
+        )
+    else:
+        fractions = _frame_steps(steps, frames) / steps
+    return torch.from_numpy(interval[0] + (interval[1] - interval[0]) * fractions)
+
+
+@torch.no_grad()
+def integrate(
+    velocity: Callable, x: torch.Tensor, cond, *, steps: int = 25, frames: int = 2, solver: str = "midpoint",
+    interval: tuple[float, float] = (0.0, 1.0), tolerance: float = 1e-4,
+) -> Integration:
+    """Carry states along dx/dt = velocity(t, x, cond) from interval[0] to interval[1], which may be the smaller.
+
+    `x` (B, C, H, W) is the state at interval[0]; `velocity` is called with t (B,). Fixed-step solvers (euler,
+    midpoint, heun2, heun3, rk4) take `steps` equal steps whatever the frames; frames are states at the grid points
+    nearest to equal spacing, so the end is the same for any number of them. dopri5 chooses its steps from a norm over
+    the whole batch, so a sample depends on its batch up to `tolerance` (absolute and relative); prefer a fixed-step
+    solver. Raises UserError for more frames than grid points.
+    """
+    times = frame_times(steps=steps, frames=frames, solver=solver, interval=interval)
+    begin, end = interval
+    x = x.to(torch.float32)
+    # torchdiffeq runs on s in [0, 1]; the grid is built once in float64, so that its end is exact in both directions.
+    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64).to(x)
+    calls = 0
+
+    def right_hand_side(s: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        t = (begin + (end - begin) * s).expand(len(state))
+        return (end - begin) * velocity(t, state, cond).to(state.dtype)
+
+    if solver in ADAPTIVE:
+        points = torch.linspace(0, 1, frames).to(x)
+        states = odeint(right_hand_side, x, points, method=solver, rtol=tolerance, atol=tolerance)
+    else:
+        options = {"grid_constructor": lambda func, y0, t: grid}
+        points = grid[_frame_steps(steps, frames)]
+        states = odeint(right_hand_side, x, points, method=solver, options=options)
+    return Integration(states, times, calls * getattr(velocity, "forwards_per_call", 1))

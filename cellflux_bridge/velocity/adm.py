@@ -1,0 +1,57 @@
+"""torchcfm's ADM U-Net (Dhariwal & Nichol 2021) as velocity network."""
+
+import torch
+from torch import nn
+from torchcfm.models.unet.nn import timestep_embedding
+from torchcfm.models.unet.unet import UNetModel
+
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.velocity.condition import Condition, ConditionEmbedding, ConditionSpec
+
+
+class _ConditionedUNet(UNetModel):
+    """ADM's U-Net with a condition vector in the place of its label embedding."""
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        embedding = self.time_embed(timestep_embedding(1000.0 * t, self.model_channels)) + vector
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = block(h, embedding)
+            skips.append(h)
+        h = self.middle_block(h, embedding)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.out(h)
+
+
+class ADM(nn.Module):
+    """v(t, x, cond) by guided-diffusion's U-Net, CellFlux's backbone.
+
+    CellFlux's own size is channels 128, multipliers (2, 2, 2), blocks 4, attention (1,), dropout 0.3. `attention`
+    lists levels (0 the finest). Time in [0, 1] is scaled to the 0..1000 that its embedding is made for.
+    """
+
+    def __init__(
+        self, image_channels: int, spec: ConditionSpec, *, channels: int = 128,
+        multipliers: tuple[int, ...] = (1, 2, 2), blocks: int = 2, attention: tuple[int, ...] = (2,),
+        head_channels: int = 64, dropout: float = 0.0, resblock_updown: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        if any(not 0 <= level < len(multipliers) for level in attention):
+            raise UserError(f"velocity.attention: {attention} names a level outside 0..{len(multipliers) - 1}")
+        if channels % 32:
+            raise UserError(f"velocity.channels: {channels}; the ADM U-Net normalises in 32 groups: use a multiple of 32")
+        self.spec, self.stride = spec, 2 ** (len(multipliers) - 1)
+        self.condition = ConditionEmbedding(spec, 4 * channels)
+        self.net = _ConditionedUNet(
+            image_size=0, in_channels=image_channels * (2 if spec.source_image else 1), model_channels=channels,
+            out_channels=image_channels, num_res_blocks=blocks, attention_resolutions=[2**a for a in attention],
+            dropout=dropout, channel_mult=multipliers, num_head_channels=head_channels, use_scale_shift_norm=True,
+            resblock_updown=resblock_updown,
+        )  # fmt: skip
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
+        if self.spec.source_image:
+            x = torch.cat([x, cond.source_image], dim=1)
+        return self.net(t, x, self.condition(cond))

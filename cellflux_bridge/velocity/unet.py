@@ -1,0 +1,138 @@
+"""The project's own velocity network: a U-Net with scale-shift condition."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.velocity.condition import Condition, ConditionEmbedding, ConditionSpec, sinusoidal
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if (channels % g == 0 and channels // g >= 4) or g == 1)
+    return nn.GroupNorm(groups, channels)
+
+
+def _zeroed(layer: nn.Module) -> nn.Module:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, 3x3, norm scaled and shifted by the condition (AdaGN, Dhariwal & Nichol 2021), SiLU, 3x3, skip."""
+
+    def __init__(self, channels_in: int, channels_out: int, embedding_dim: int, *, dropout: float):
+        super().__init__()
+        self.norm1, self.conv1 = _norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.modulation = nn.Linear(embedding_dim, 2 * channels_out)
+        self.norm2, self.dropout = _norm(channels_out), nn.Dropout(dropout)
+        self.conv2 = _zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions, residual; heads have at least `head_channels` channels."""
+
+    def __init__(self, channels: int, *, head_channels: int):
+        super().__init__()
+        self.heads = next(n for n in range(max(1, channels // head_channels), 0, -1) if channels % n == 0)
+        self.norm, self.qkv = _norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, c, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(-1, -2).reshape(b, c, height, width))
+
+
+class UNet(nn.Module):
+    """v(t, x, cond): a U-Net over the image, or over its pixel-unshuffled form.
+
+    `channels` times each of `multipliers` is the width of a level, every level after the first at half the size of
+    the one before. `attention` lists the levels (0 the finest) that attend over all positions. `patch` > 1 folds
+    patch x patch pixels into channels first (pixel unshuffle), the cheapest way to larger images. The image's sides
+    must be divisible by `stride` = patch * 2^(levels - 1).
+    """
+
+    def __init__(
+        self, image_channels: int, spec: ConditionSpec, *, channels: int = 64,
+        multipliers: tuple[int, ...] = (1, 2, 3), blocks: int = 2, attention: tuple[int, ...] = (2,),
+        head_channels: int = 32, dropout: float = 0.0, patch: int = 1,
+    ):  # fmt: skip
+        super().__init__()
+        if any(not 0 <= level < len(multipliers) for level in attention):
+            raise UserError(f"velocity.attention: {attention} names a level outside 0..{len(multipliers) - 1}")
+        widths = [channels * m for m in multipliers]
+        self.spec, self._patch = spec, patch
+        self.stride = patch * 2 ** (len(multipliers) - 1)
+        dim = 4 * channels
+        self._time_dim = 2 * channels
+        self.time = nn.Sequential(nn.Linear(self._time_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.condition = ConditionEmbedding(spec, dim)
+        folded = image_channels * patch**2
+        self.stem = nn.Conv2d(folded * (2 if spec.source_image else 1), channels, 3, padding=1)
+
+        def block(channels_in: int, level: int) -> nn.ModuleList:
+            attend = level in attention
+            width = widths[level]
+            return nn.ModuleList([
+                ResidualBlock(channels_in, width, dim, dropout=dropout),
+                Attention(width, head_channels=head_channels) if attend else nn.Identity(),
+            ])  # fmt: skip
+
+        self.down, self.shrink, skips, width = nn.ModuleList(), nn.ModuleList(), [channels], channels
+        for level in range(len(widths)):
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                stage.append(block(width, level))
+                width = widths[level]
+                skips.append(width)
+            self.down.append(stage)
+            if level < len(widths) - 1:
+                self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+        deepest = len(widths) - 1
+        self.middle = nn.ModuleList([block(width, deepest), block(width, deepest)])
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            stage = nn.ModuleList()
+            for _ in range(blocks + 1):
+                stage.append(block(width + skips.pop(), level))
+                width = widths[level]
+            self.up.append(stage)
+            if level > 0:
+                self.grow.append(nn.Conv2d(width, width, 3, padding=1))
+        self.norm = _norm(width)
+        self.head = _zeroed(nn.Conv2d(width, folded, 3, padding=1))
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
+        embedding = F.silu(self.time(sinusoidal(t, self._time_dim)) + self.condition(cond))
+        if self.spec.source_image:
+            x = torch.cat([x, cond.source_image], dim=1)
+        h = self.stem(F.pixel_unshuffle(x, self._patch))
+        skips = [h]
+        for level, stage in enumerate(self.down):
+            for residual, attention in stage:
+                h = attention(residual(h, embedding))
+                skips.append(h)
+            if level < len(self.shrink):
+                h = self.shrink[level](h)
+                skips.append(h)
+        for residual, attention in self.middle:
+            h = attention(residual(h, embedding))
+        for level, stage in enumerate(self.up):
+            for residual, attention in stage:
+                h = attention(residual(torch.cat([h, skips.pop()], dim=1), embedding))
+            if level < len(self.grow):
+                h = self.grow[level](F.interpolate(h, scale_factor=2, mode="nearest"))
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self._patch)
