@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import nn
-from tqdm import tqdm
 
 from cellflux_bridge import images as image_io
 from cellflux_bridge.config import Config, TranslateConfig, load_config
@@ -18,6 +17,7 @@ from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.guidance.classifier_free import ClassifierFree
 from cellflux_bridge.path.base import Path as FlowPath
+from cellflux_bridge.progress import progress
 from cellflux_bridge.schema import nearest
 from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.flow import build_flow, class_level
@@ -35,9 +35,15 @@ class Bridge:
     """
 
     def __init__(
-        self, *, config: Config, path: FlowPath, network: nn.Module, preprocessing: Preprocessing, step: int,
+        self,
+        *,
+        config: Config,
+        path: FlowPath,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        step: int,
         fabric: Fabric,
-    ):  # fmt: skip
+    ):
         self.config, self.path, self.preprocessing, self.step = config, path, preprocessing, step
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
         self._fabric = fabric
@@ -56,10 +62,13 @@ class Bridge:
         checkpoint.load_weights(folder, network)
         config = load_config(folder / checkpoint.CONFIG, overrides)
         return cls(
-            config=config, path=path, network=network, step=int(folder.name.rpartition("-")[2] or 0),
+            config=config,
+            path=path,
+            network=network,
+            step=int(folder.name.rpartition("-")[2] or 0),
             preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
             fabric=fabric or make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1})),
-        )  # fmt: skip
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,7 +77,8 @@ class Bridge:
     def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
         unknown = sorted(set(options) - set(TranslateConfig.model_fields))
         if unknown:
-            raise UserError(f"translate: unknown option {unknown[0]!r}{nearest(unknown[0], TranslateConfig.model_fields)}")
+            hint = nearest(unknown[0], TranslateConfig.model_fields)
+            raise UserError(f"translate: unknown option {unknown[0]!r}{hint}")
         settings = TranslateConfig(**{**self.config.translate.model_dump(), **options})
         source, target = source or settings.source, target or settings.target
         if source is None and target is None and len(self.classes) == 2:
@@ -76,7 +86,8 @@ class Bridge:
         for key, label in (("source", source), ("target", target)):
             if label not in self.classes:
                 hint = nearest(label, self.classes) if label else ""
-                raise UserError(f"translate.{key}: {label!r} is no class of this run{hint}; known: {', '.join(self.classes)}")
+                known = ", ".join(self.classes)
+                raise UserError(f"translate.{key}: {label!r} is no class of this run{hint}; known: {known}")
         trained = self.config.pairs.transitions
         pair = (target, source) if settings.reverse else (source, target)
         if trained != "all" and pair not in trained and not (self.config.pairs.identity and source == target):
@@ -90,13 +101,22 @@ class Bridge:
         )
         digest = self.config.model_copy(update={"translate": settings}).digest()
         return TrajectoryHeader(
-            method="path", source=settings.source, target=settings.target, classes=self.classes, levels=levels,
+            method="path",
+            source=settings.source,
+            target=settings.target,
+            classes=self.classes,
+            levels=levels,
             config_hash=f"{digest}@{self.step}",
-        )  # fmt: skip
+        )
 
     def translate(
-        self, images: torch.Tensor | Sequence[str | Path | np.ndarray], *, source: str | None = None,
-        target: str | None = None, ids: Sequence[str] | None = None, **options,
+        self,
+        images: torch.Tensor | Sequence[str | Path | np.ndarray],
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        ids: Sequence[str] | None = None,
+        **options,
     ) -> Trajectory:
         """Carry images of class `source` to class `target` (both may be left out where there are two classes).
 
@@ -113,10 +133,12 @@ class Bridge:
         if len(set(ids)) != len(batch):
             raise UserError(f"ids: {len(batch)} images need as many different ids, found {len(set(ids))}")
         size = settings.batch_size
-        return Trajectory.cat([
-            self._translate_batch(batch[start : start + size], ids[start : start + size], settings)
-            for start in range(0, len(batch), size)
-        ])  # fmt: skip
+        return Trajectory.cat(
+            [
+                self._translate_batch(batch[start : start + size], ids[start : start + size], settings)
+                for start in range(0, len(batch), size)
+            ]
+        )
 
     def _as_patches(self, images) -> torch.Tensor:
         size = self.preprocessing.image_size
@@ -160,10 +182,16 @@ class Bridge:
         noise = source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0)
         with self._fabric.autocast():
             result = morph(
-                ClassifierFree(self._network, settings.guidance_scale), self.path, x0, self.condition(settings, x0),
-                noise=noise, steps=settings.steps, frames=settings.frames, solver=settings.solver,
+                ClassifierFree(self._network, settings.guidance_scale),
+                self.path,
+                x0,
+                self.condition(settings, x0),
+                noise=noise,
+                steps=settings.steps,
+                frames=settings.frames,
+                solver=settings.solver,
                 reverse=settings.reverse,
-            )  # fmt: skip
+            )
         header = self._header(settings)
         frames = image_io.decode(result.frames).cpu().numpy()
         return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), (result.nfe,) * len(ids))
@@ -173,7 +201,11 @@ class Bridge:
         return load_patches(self.config.data, seed=self.config.seed)
 
     def translate_split(
-        self, *, source: str | None = None, target: str | None = None, output: Path | None = None,
+        self,
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        output: Path | None = None,
         overwrite: bool = False,
     ) -> tuple[Path, dict[str, float]]:
         """Carry the run's own patches of a split to another class, written batch by batch; returns folder and figures.
@@ -196,12 +228,15 @@ class Bridge:
             TrajectoryWriter(folder, header)
         fabric.barrier()
         writer = TrajectoryWriter(folder, header, rank=fabric.global_rank)
-        todo = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done][fabric.global_rank :: fabric.world_size]
+        missing = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done]
+        todo = missing[fabric.global_rank :: fabric.world_size]
         began = time.monotonic()
-        bar = tqdm(
-            range(0, len(todo), settings.batch_size), desc=f"{settings.source} -> {settings.target}", unit="batch",
+        bar = progress(
+            range(0, len(todo), settings.batch_size),
+            desc=f"{settings.source} -> {settings.target}",
+            unit="batch",
             disable=not fabric.is_global_zero,
-        )  # fmt: skip
+        )
         for start in bar:
             numbers = todo[start : start + settings.batch_size]
             indices = chosen[numbers]

@@ -27,7 +27,8 @@ def _resolved(where: str, overrides: Sequence[str]):
 
     config = _config(where, overrides)
     patches = load_patches(config.data, seed=config.seed)
-    return config.model_copy(update={"data": config.data.model_copy(update={"classes": list(patches.classes)})}), patches
+    data = config.data.model_copy(update={"classes": list(patches.classes)})
+    return config.model_copy(update={"data": data}), patches
 
 
 def config_command(args: argparse.Namespace) -> None:
@@ -106,6 +107,8 @@ def translate_command(args: argparse.Namespace) -> None:
 
 def classify_command(args: argparse.Namespace) -> None:
     """classify TRAJECTORY --classifier RUN: how many frames a classifier calls the target class, by level."""
+    from functools import partial
+
     from cellflux_bridge.data.patches import load_patches
     from cellflux_bridge.metrics.flip import flip_rate
     from cellflux_bridge.training import checkpoint, classifier
@@ -121,11 +124,14 @@ def classify_command(args: argparse.Namespace) -> None:
         model = classifier.load(newest, fabric.device)
         real = patches.centre(patches.indices("train", header.target)).permute(0, 2, 3, 1).numpy()
         rate = flip_rate(
-            iter_trajectory(Path(args.config)), lambda x, m=model, f=fabric: classifier.predict(m, x, device=f.device),
-            classes=patches.classes, real_targets=real,
-        )  # fmt: skip
+            iter_trajectory(Path(args.config)),
+            partial(classifier.predict, model, device=fabric.device),
+            classes=patches.classes,
+            real_targets=real,
+        )
         scores = classifier.test_scores(model, patches, device=fabric.device)
-        print(f"{run}: {config.classifier.view}, accuracy {scores['test/accuracy']:.3f} on {scores['test/n']} real patches")
+        view, accuracy, num = config.classifier.view, scores["test/accuracy"], scores["test/n"]
+        print(f"{run}: {view}, accuracy {accuracy:.3f} on {num} real patches")
         print(f"  fraction called {header.target} of {rate.num_sequences} sequences")
         print(f"    untranslated {header.source:<18} {rate.fraction[0]:.3f}")
         print(f"    Reinhard colour transfer       {rate.reinhard:.3f}")
@@ -171,7 +177,7 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
     "classify": (
         classify_command,
         "TRAJECTORY",
-        [("--classifier", {"action": "append", "required": True, "metavar": "RUN", "help": "may be given repeatedly"})],
+        [("--classifier", {"action": "append", "required": True, "metavar": "RUN", "help": "may be repeated"})],
         None,
     ),
     "video": (video_command, "TRAJECTORY", [_OUTPUT], None),
@@ -182,9 +188,10 @@ def _usage() -> str:
     lines = ["usage: cellflux-bridge COMMAND CONFIG_OR_RUN [key.sub=value ...]", "", "commands:"]
     lines += [f"  {function.__doc__.splitlines()[0]}" for function, *_ in _COMMANDS.values()]
     lines += [
-        "", "key.sub=value overrides the YAML file, as in train.steps=2000; `cellflux-bridge config show CONFIG` prints",
+        "",
+        "key.sub=value overrides the YAML file, as in train.steps=2000; `cellflux-bridge config show CONFIG` prints",
         "every key. `cellflux-bridge COMMAND --help` tells a command's flags. For research only.",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 

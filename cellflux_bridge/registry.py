@@ -1,7 +1,7 @@
 """Components by name: one file in a folder is one component, and its constructor's signature is its YAML schema.
 
-`coupling: {name: minibatch_ot, cost: pixels}` finds the class `MinibatchOT` in `cellflux_bridge/coupling/minibatch_ot.py`
-(the class whose name is the file's, without underscores, whatever its case). `name: my_pkg.my_mod:MyCoupling` finds a
+`coupling: {name: minibatch_ot, cost: pixels}` finds the class `MinibatchOT` in `coupling/minibatch_ot.py` (the class
+whose name is the file's, without underscores, whatever its case). `name: my_pkg.my_mod:MyCoupling` finds a
 class of the user's own. Keyword-only parameters of the constructor may stand in the YAML; positional ones are
 provided by the program (the number of classes, for instance).
 """

@@ -57,7 +57,8 @@ class Trajectory:
 
     def __post_init__(self):
         expected = (len(self.header.levels), len(self.source_ids))
-        assert self.frames.dtype == np.uint8 and self.frames.shape[:2] == expected, self.frames.shape
+        assert self.frames.dtype == np.uint8
+        assert self.frames.shape[:2] == expected, self.frames.shape
         assert self.soft_labels.shape == (*expected, len(self.header.classes)), self.soft_labels.shape
         assert len(self.nfe) == len(self.source_ids)
 
@@ -210,7 +211,8 @@ def load_trajectory(folder: Path, *, start: int = 0, num: int | None = None) -> 
         labels.append([[float(row[f"p_{name}"]) for name in header.classes] for row in rows])
         for row, image in zip(rows, frames[-1], strict=True):
             if image.shape != frames[0][0].shape:
-                raise UserError(f"{folder / row['file']}: {image.shape[1]} x {image.shape[0]} pixels, unlike the others")
+                size = f"{image.shape[1]} x {image.shape[0]}"
+                raise UserError(f"{folder / row['file']}: {size} pixels, unlike the others")
     return Trajectory(
         header,
         np.array(frames).transpose(1, 0, 4, 2, 3),

@@ -32,9 +32,13 @@ class _Residual(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, *, stride: int):
         super().__init__()
         self.body = nn.Sequential(
-            nn.BatchNorm2d(channels_in), nn.ReLU(), nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(channels_out), nn.ReLU(), nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False),
-        )  # fmt: skip
+            nn.BatchNorm2d(channels_in),
+            nn.ReLU(),
+            nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+            nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False),
+        )
         same = stride == 1 and channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
 
@@ -57,9 +61,15 @@ class PatchClassifier(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, *, backbone: str = "small", pretrained: bool = False, view: str = "rgb",
-        jitter: float = 0.0, blur: float = 0.0,
-    ):  # fmt: skip
+        self,
+        num_classes: int,
+        *,
+        backbone: str = "small",
+        pretrained: bool = False,
+        view: str = "rgb",
+        jitter: float = 0.0,
+        blur: float = 0.0,
+    ):
         super().__init__()
         self._view, self._jitter, self._blur = view, jitter, blur
         channels = 3 if view == "rgb" else 1
@@ -67,7 +77,9 @@ class PatchClassifier(nn.Module):
             self.net = SmallCNN(channels, num_classes)
         else:
             try:
-                self.net = timm.create_model(backbone, pretrained=pretrained, num_classes=num_classes, in_chans=channels)
+                self.net = timm.create_model(
+                    backbone, pretrained=pretrained, num_classes=num_classes, in_chans=channels
+                )
             except RuntimeError as error:
                 raise UserError(f"classifier.backbone: {error}; expected 'small' or a timm model name") from error
 

@@ -5,13 +5,12 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cellflux_bridge import images
 from cellflux_bridge.config import DataConfig
 from cellflux_bridge.data.patches import list_records
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS, PatchRecord, some
+from cellflux_bridge.progress import progress
 from cellflux_bridge.randomness import numpy_generator
 
 
@@ -24,9 +23,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     records, classes = list_records(config, seed=seed)
     preprocessing = Preprocessing(config.image_size, config.crop)
     with ThreadPoolExecutor() as pool:
-        facts = list(
-            tqdm(pool.map(lambda r: _inspect(r, preprocessing), records), total=len(records), desc="checking", unit="image")
-        )
+        inspected = pool.map(lambda record: _inspect(record, preprocessing), records)
+        facts = list(progress(inspected, total=len(records), desc="checking", unit="image"))
     lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
     counts = Counter((record.label, record.split) for record in records)
     width = max(map(len, classes))
@@ -37,7 +35,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines.append(f"groups: {len(groups) or 'none named; every patch counts as its own'}")
     sizes = Counter(fact[1] for fact in facts if fact[0] is None)
     shown = [f"{w} x {h} ({n})" for (h, w), n in sizes.most_common()]
-    lines.append(f"sizes: {some(shown)}; one patch shows {config.crop or 'the shorter side'} px at {config.image_size} px")
+    seen = f"{config.crop} px of a file" if config.crop else "a file's shorter side"
+    lines.append(f"sizes: {some(shown)}; one patch shows {seen} at {config.image_size} px")
     unreadable = [fact[0] for fact in facts if fact[0] is not None]
     lines.append(f"unusable files: {len(unreadable)}" + "".join(f"\n  {text}" for text in unreadable[:20]))
     lines += _duplicates(records, [fact[2] for fact in facts])
@@ -48,7 +47,9 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     return "\n".join(lines), not unreadable
 
 
-def _inspect(record: PatchRecord, preprocessing: Preprocessing) -> tuple[str | None, tuple[int, int] | None, str | None]:
+def _inspect(
+    record: PatchRecord, preprocessing: Preprocessing
+) -> tuple[str | None, tuple[int, int] | None, str | None]:
     try:
         rgb = images.read_rgb(record.file)
         preprocessing.scaled_size(*rgb.shape[:2], name=str(record.file))

@@ -38,9 +38,16 @@ class Pairs:
     """
 
     def __init__(
-        self, patches: Patches, coupling: Coupling, *, split: str, batch_size: int, seed: int,
-        pairs: PairsConfig, data: DataConfig,
-    ):  # fmt: skip
+        self,
+        patches: Patches,
+        coupling: Coupling,
+        *,
+        split: str,
+        batch_size: int,
+        seed: int,
+        pairs: PairsConfig,
+        data: DataConfig,
+    ):
         self._patches, self._coupling, self._split = patches, coupling, split
         self._batch_size, self._seed, self._config, self._data = batch_size, seed, pairs, data
         self.transitions = _transitions(patches, pairs)
@@ -50,9 +57,10 @@ class Pairs:
             self._members[number] = patches.indices(split, patches.classes[number])
             have, label = len(self._members[number]), patches.classes[number]
             if split == "train" and have < rows:
+                most = have * len(self.transitions)
                 raise UserError(
                     f"train.batch_size={batch_size} draws {rows} patches of class {label!r} at once, but the training "
-                    f"split has {have}: lower train.batch_size to at most {have * len(self.transitions)}, or add patches"
+                    f"split has {have}: lower train.batch_size to at most {most}, or add patches"
                 )
             if have == 0:
                 raise UserError(f"class {label!r} has no patch in the {split} split; see `cellflux-bridge data check`")
@@ -88,7 +96,8 @@ class Pairs:
         source, target = source[i], target[j]
         labels = torch.from_numpy(self._patches.labels)
         scores = torch.from_numpy(self._patches.scores[target])
-        return PairBatch(x0[i], x1[j], labels[source], labels[target], scores, torch.from_numpy(source), torch.from_numpy(target))
+        numbers = torch.from_numpy(source), torch.from_numpy(target)
+        return PairBatch(x0[i], x1[j], labels[source], labels[target], scores, *numbers)
 
     def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
         order = torch.randperm(len(self.transitions), generator=generator).tolist()

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cellflux_bridge import images, registry, stain
 from cellflux_bridge.config import DataConfig
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS, PatchRecord, assign_splits, check_groups, some
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.progress import progress
 from cellflux_bridge.randomness import numpy_generator
 from cellflux_bridge.schema import nearest
 
@@ -134,9 +134,11 @@ def cache_folder(config: DataConfig, records: Sequence[PatchRecord], *, seed: in
     """Where the cache of these records belongs; the name is the content key."""
     normalised = config.stain.mode == "normalise"
     settings = {
-        "format": _CACHE_FORMAT, "image_size": config.image_size, "crop": config.crop,
+        "format": _CACHE_FORMAT,
+        "image_size": config.image_size,
+        "crop": config.crop,
         "stain": config.stain.method if normalised else None,
-    }  # fmt: skip
+    }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for record in records:
         status = record.file.stat()
@@ -169,12 +171,12 @@ def _build_cache(folder: Path, config: DataConfig, records: Sequence[PatchRecord
 
         def over_all(work, description: str) -> list:
             results = pool.map(work, range(len(records)), chunksize=16)
-            return list(tqdm(results, total=len(records), desc=description, unit="image"))
+            return list(progress(results, total=len(records), desc=description, unit="image"))
 
         sizes = over_all(lambda i: _or_error(_scaled_size, plain, records[i].file), "reading image sizes")
         _raise_unreadable(sizes, config.root)
         # One array needs one size: images are cut to the smallest height and width there is.
-        height, width = np.min(sizes, axis=0)
+        height, width = np.min(sizes, axis=0).tolist()
         pixels = np.lib.format.open_memmap(
             folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(len(records), height, width, 3)
         )

@@ -45,9 +45,7 @@ def check_groups(records: Sequence[PatchRecord], *, origin: str) -> None:
         )
 
 
-def assign_splits(
-    records: Sequence[PatchRecord], *, val: float, test: float, seed: int
-) -> list[PatchRecord]:
+def assign_splits(records: Sequence[PatchRecord], *, val: float, test: float, seed: int) -> list[PatchRecord]:
     """Records in which every one has a split, missing splits being taken from what is not yet given away.
 
     Groups go whole. For each class (a group's own is its most frequent one) groups are shuffled by the seed and given

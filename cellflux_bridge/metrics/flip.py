@@ -23,7 +23,10 @@ class FlipRate:
 
 
 def flip_rate(
-    batches: Iterable[Trajectory], predict: Callable[[torch.Tensor], np.ndarray], *, classes: tuple[str, ...],
+    batches: Iterable[Trajectory],
+    predict: Callable[[torch.Tensor], np.ndarray],
+    *,
+    classes: tuple[str, ...],
     real_targets: np.ndarray,
 ) -> FlipRate:
     """Judge a trajectory with `predict`, which maps uint8 patches (N, 3, H, W) to probabilities (N, num_classes).

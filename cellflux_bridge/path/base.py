@@ -35,9 +35,7 @@ class Path(ABC):
         return self.t_start + (1 - self.margin - self.t_start) * uniform
 
     @abstractmethod
-    def sample(
-        self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, *, generator: torch.Generator
-    ) -> PathSample:
+    def sample(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, *, generator: torch.Generator) -> PathSample:
         """A state and its target for each pair; x0, x1 (B, C, H, W) in [-1, 1], t (B,)."""
 
     @abstractmethod

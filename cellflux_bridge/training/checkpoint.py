@@ -1,10 +1,10 @@
 """Checkpoints: a folder a checkpoint, complete or absent, and nothing in it is ever unpickled.
 
-    <run>/checkpoints/step-00000500/
-        model.safetensors     EMA weights
-        config.yaml           the resolved run, from which the architecture is built again
-        preprocessing.json    how a file's pixels become the network's input
-        state.pt              raw weights, optimiser, step, seconds (loaded weights-only)
+<run>/checkpoints/step-00000500/
+    model.safetensors     EMA weights
+    config.yaml           the resolved run, from which the architecture is built again
+    preprocessing.json    how a file's pixels become the network's input
+    state.pt              raw weights, optimiser, step, seconds (loaded weights-only)
 """
 
 import os
@@ -30,8 +30,14 @@ def _steps(run: Path) -> list[Path]:
 
 
 def save(
-    run: Path, *, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], config: Config,
-    preprocessing: Preprocessing, keep: int,
+    run: Path,
+    *,
+    step: int,
+    weights: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    config: Config,
+    preprocessing: Preprocessing,
+    keep: int,
 ) -> Path:
     """Write a checkpoint under a temporary name, rename it, then remove all but the newest `keep`."""
     folder = run / "checkpoints" / f"step-{step:08d}"
@@ -86,7 +92,8 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     if missing or unexpected or shapes:
         raise UserError(
             f"{path}: of another architecture than its config.yaml describes: {len(missing)} tensors missing "
-            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, {len(shapes)} of another shape {sorted(shapes)[:3]}"
+            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, "
+            f"{len(shapes)} of another shape {sorted(shapes)[:3]}"
         )
     model.load_state_dict(weights, strict=True)
 

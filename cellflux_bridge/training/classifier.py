@@ -29,9 +29,13 @@ def build_classifier(config: Config) -> PatchClassifier:
     """The (untrained) classifier of a resolved configuration."""
     c = config.classifier
     return PatchClassifier(
-        len(config.data.classes), backbone=c.backbone, pretrained=c.pretrained, view=c.view, jitter=c.jitter,
+        len(config.data.classes),
+        backbone=c.backbone,
+        pretrained=c.pretrained,
+        view=c.view,
+        jitter=c.jitter,
         blur=c.blur,
-    )  # fmt: skip
+    )
 
 
 class ClassifierTask:

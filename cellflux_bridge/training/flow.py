@@ -44,9 +44,11 @@ def build_flow(config: Config) -> tuple[Path, nn.Module]:
             "noised_source with probability 1, or brownian"
         )
     spec = ConditionSpec(
-        num_classes=len(config.data.classes), target=config.condition.target,
-        source_class=config.condition.source_class, source_image=config.condition.source_image,
-    )  # fmt: skip
+        num_classes=len(config.data.classes),
+        target=config.condition.target,
+        source_class=config.condition.source_class,
+        source_image=config.condition.source_image,
+    )
     network = registry.build("velocity", config.velocity, IMAGE_CHANNELS, spec)
     if config.data.image_size % network.stride:
         raise UserError(
@@ -100,9 +102,14 @@ class FlowTask:
     def _pairs(self, patches: Patches, split: str, batch_size: int) -> Pairs:
         coupling: Coupling = registry.build("coupling", self._config.coupling)
         return Pairs(
-            patches, coupling, split=split, batch_size=batch_size, seed=self._config.seed,
-            pairs=self._config.pairs, data=self._config.data,
-        )  # fmt: skip
+            patches,
+            coupling,
+            split=split,
+            batch_size=batch_size,
+            seed=self._config.seed,
+            pairs=self._config.pairs,
+            data=self._config.data,
+        )
 
     def _flow_batch(self, pairs: PairBatch, *purpose: str | int) -> FlowBatch:
         generator = torch_generator(self._config.seed, "path", *purpose)
@@ -147,11 +154,18 @@ class FlowTask:
         rows = torch.linspace(0, len(pairs.x0) - 1, min(_SHEET_ROWS, len(pairs.x0))).long()
         chosen = PairBatch(*(value[rows] for value in pairs))
         cond = make_condition(chosen, self._config).to(device)
-        noise = source_noise(chosen.x0.shape[1:], [str(i) for i in chosen.source_index.tolist()], seed=self._config.seed)
+        names = [str(i) for i in chosen.source_index.tolist()]
+        noise = source_noise(chosen.x0.shape[1:], names, seed=self._config.seed)
         result = morph(
-            model, self.path, chosen.x0.to(device), cond, noise=noise.to(device), steps=_SHEET_STEPS,
-            frames=_SHEET_FRAMES, solver="euler",
-        )  # fmt: skip
+            model,
+            self.path,
+            chosen.x0.to(device),
+            cond,
+            noise=noise.to(device),
+            steps=_SHEET_STEPS,
+            frames=_SHEET_FRAMES,
+            solver="euler",
+        )
         frames = images.decode(result.frames).cpu().numpy().transpose(1, 0, 3, 4, 2)
         targets = images.decode(chosen.x1).numpy().transpose(0, 2, 3, 1)
         table = [[*sequence, target] for sequence, target in zip(frames, targets, strict=True)]
@@ -165,6 +179,9 @@ def _swapped(cond: Condition) -> Condition:
     else:
         target = cond.source_class
     return Condition(
-        target_class=target, level=flipped, source_class=None if cond.source_class is None else cond.target_class,
-        source_image=cond.source_image, dropped=cond.dropped,
-    )  # fmt: skip
+        target_class=target,
+        level=flipped,
+        source_class=None if cond.source_class is None else cond.target_class,
+        source_image=cond.source_image,
+        dropped=cond.dropped,
+    )

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import nn
-from tqdm import tqdm
 
 from cellflux_bridge.config import Config, TrainConfig
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
+from cellflux_bridge.progress import progress
 from cellflux_bridge.randomness import derive_seed
 from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.ema import averaged
@@ -56,9 +55,12 @@ def make_fabric(config: TrainConfig) -> Fabric:
         strategy = "ddp" if strategy == "auto" and int(os.environ["WORLD_SIZE"]) > 1 else strategy
     try:
         return Fabric(
-            accelerator=config.accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy,
+            accelerator=config.accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
             precision=config.precision,
-        )  # fmt: skip
+        )
     except Exception as error:  # Fabric raises many kinds for values that only it knows
         raise UserError(
             f"train.accelerator={config.accelerator}, devices={devices}, strategy={strategy}, "
@@ -133,10 +135,14 @@ class _Trainer:
     def run(self, caught: list[int], background: ThreadPoolExecutor) -> Path:
         train, fabric = self.train, self.fabric
         upcoming = background.submit(self._batches, self.step)
-        bar = tqdm(
-            total=train.steps, initial=self.step, desc=f"training {self.folder.name}", unit="step", smoothing=0.05,
-            mininterval=0.2 if sys.stderr.isatty() else 10, disable=not fabric.is_global_zero,
-        )  # fmt: skip
+        bar = progress(
+            total=train.steps,
+            initial=self.step,
+            desc=f"training {self.folder.name}",
+            unit="step",
+            smoothing=0.05,
+            disable=not fabric.is_global_zero,
+        )
         with bar:
             while True:
                 began = time.monotonic()
@@ -237,11 +243,18 @@ class _Trainer:
     def _save(self) -> None:
         if self.fabric.is_global_zero:
             state = {
-                "step": self.step, "seconds": self.seconds, "model": self.model.module.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "model": self.model.module.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
-            }  # fmt: skip
+            }
             checkpoint.save(
-                self.folder, step=self.step, weights=self.ema.module.state_dict(), state=state, config=self.config,
-                preprocessing=self.task.preprocessing, keep=self.train.keep_checkpoints,
-            )  # fmt: skip
+                self.folder,
+                step=self.step,
+                weights=self.ema.module.state_dict(),
+                state=state,
+                config=self.config,
+                preprocessing=self.task.preprocessing,
+                keep=self.train.keep_checkpoints,
+            )
         self.fabric.barrier()

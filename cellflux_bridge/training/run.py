@@ -12,11 +12,27 @@ from cellflux_bridge.errors import UserError
 
 # What may change between the parts of one run: where things are, how long and how often, on which devices.
 _MAY_CHANGE = (
-    "name", "output", "translate", "video", "data.root", "data.cache_dir", "data.workers", "train.steps",
-    "train.max_minutes", "train.resume", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
-    "train.validate_every", "train.sample_every", "train.tensorboard", "train.accelerator", "train.devices",
-    "train.num_nodes", "train.strategy",
-)  # fmt: skip
+    "name",
+    "output",
+    "translate",
+    "video",
+    "data.root",
+    "data.cache_dir",
+    "data.workers",
+    "train.steps",
+    "train.max_minutes",
+    "train.resume",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.validate_every",
+    "train.sample_every",
+    "train.tensorboard",
+    "train.accelerator",
+    "train.devices",
+    "train.num_nodes",
+    "train.strategy",
+)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -46,8 +46,15 @@ def frame_times(*, steps: int, frames: int, solver: str, interval: tuple[float, 
 
 @torch.no_grad()
 def integrate(
-    velocity: Callable, x: torch.Tensor, cond, *, steps: int = 25, frames: int = 2, solver: str = "midpoint",
-    interval: tuple[float, float] = (0.0, 1.0), tolerance: float = 1e-4,
+    velocity: Callable,
+    x: torch.Tensor,
+    cond,
+    *,
+    steps: int = 25,
+    frames: int = 2,
+    solver: str = "midpoint",
+    interval: tuple[float, float] = (0.0, 1.0),
+    tolerance: float = 1e-4,
 ) -> Integration:
     """Carry states along dx/dt = velocity(t, x, cond) from interval[0] to interval[1], which may be the smaller.
 

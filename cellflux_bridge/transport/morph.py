@@ -40,8 +40,16 @@ def morph_levels(path: Path, *, steps: int, frames: int, solver: str, reverse: b
 
 
 def morph(
-    velocity: Callable, path: Path, x0: torch.Tensor, cond: Condition, *, noise: torch.Tensor, steps: int = 25,
-    frames: int = 11, solver: str = "midpoint", reverse: bool = False,
+    velocity: Callable,
+    path: Path,
+    x0: torch.Tensor,
+    cond: Condition,
+    *,
+    noise: torch.Tensor,
+    steps: int = 25,
+    frames: int = 11,
+    solver: str = "midpoint",
+    reverse: bool = False,
 ) -> Morph:
     """Carry source images x0 (B, C, H, W) in [-1, 1] to the target of `cond`.
 

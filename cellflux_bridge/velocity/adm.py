@@ -32,23 +32,38 @@ class ADM(nn.Module):
     """
 
     def __init__(
-        self, image_channels: int, spec: ConditionSpec, *, channels: int = 128,
-        multipliers: tuple[int, ...] = (1, 2, 2), blocks: int = 2, attention: tuple[int, ...] = (2,),
-        head_channels: int = 64, dropout: float = 0.0, resblock_updown: bool = True,
-    ):  # fmt: skip
+        self,
+        image_channels: int,
+        spec: ConditionSpec,
+        *,
+        channels: int = 128,
+        multipliers: tuple[int, ...] = (1, 2, 2),
+        blocks: int = 2,
+        attention: tuple[int, ...] = (2,),
+        head_channels: int = 64,
+        dropout: float = 0.0,
+        resblock_updown: bool = True,
+    ):
         super().__init__()
         if any(not 0 <= level < len(multipliers) for level in attention):
             raise UserError(f"velocity.attention: {attention} names a level outside 0..{len(multipliers) - 1}")
         if channels % 32:
-            raise UserError(f"velocity.channels: {channels}; the ADM U-Net normalises in 32 groups: use a multiple of 32")
+            raise UserError(f"velocity.channels: {channels}; the ADM U-Net has 32 groups: use a multiple of 32")
         self.spec, self.stride = spec, 2 ** (len(multipliers) - 1)
         self.condition = ConditionEmbedding(spec, 4 * channels)
         self.net = _ConditionedUNet(
-            image_size=0, in_channels=image_channels * (2 if spec.source_image else 1), model_channels=channels,
-            out_channels=image_channels, num_res_blocks=blocks, attention_resolutions=[2**a for a in attention],
-            dropout=dropout, channel_mult=multipliers, num_head_channels=head_channels, use_scale_shift_norm=True,
+            image_size=0,
+            in_channels=image_channels * (2 if spec.source_image else 1),
+            model_channels=channels,
+            out_channels=image_channels,
+            num_res_blocks=blocks,
+            attention_resolutions=[2**a for a in attention],
+            dropout=dropout,
+            channel_mult=multipliers,
+            num_head_channels=head_channels,
+            use_scale_shift_norm=True,
             resblock_updown=resblock_updown,
-        )  # fmt: skip
+        )
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""

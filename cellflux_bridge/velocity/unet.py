@@ -64,10 +64,18 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, image_channels: int, spec: ConditionSpec, *, channels: int = 64,
-        multipliers: tuple[int, ...] = (1, 2, 3), blocks: int = 2, attention: tuple[int, ...] = (2,),
-        head_channels: int = 32, dropout: float = 0.0, patch: int = 1,
-    ):  # fmt: skip
+        self,
+        image_channels: int,
+        spec: ConditionSpec,
+        *,
+        channels: int = 64,
+        multipliers: tuple[int, ...] = (1, 2, 3),
+        blocks: int = 2,
+        attention: tuple[int, ...] = (2,),
+        head_channels: int = 32,
+        dropout: float = 0.0,
+        patch: int = 1,
+    ):
         super().__init__()
         if any(not 0 <= level < len(multipliers) for level in attention):
             raise UserError(f"velocity.attention: {attention} names a level outside 0..{len(multipliers) - 1}")
@@ -84,10 +92,12 @@ class UNet(nn.Module):
         def block(channels_in: int, level: int) -> nn.ModuleList:
             attend = level in attention
             width = widths[level]
-            return nn.ModuleList([
-                ResidualBlock(channels_in, width, dim, dropout=dropout),
-                Attention(width, head_channels=head_channels) if attend else nn.Identity(),
-            ])  # fmt: skip
+            return nn.ModuleList(
+                [
+                    ResidualBlock(channels_in, width, dim, dropout=dropout),
+                    Attention(width, head_channels=head_channels) if attend else nn.Identity(),
+                ]
+            )
 
         self.down, self.shrink, skips, width = nn.ModuleList(), nn.ModuleList(), [channels], channels
         for level in range(len(widths)):

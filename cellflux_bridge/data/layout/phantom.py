@@ -8,13 +8,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cellflux_bridge.data.layout.folder import Folder
 from cellflux_bridge.data.phantom import make_phantom
 from cellflux_bridge.data.records import PatchRecord
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
+from cellflux_bridge.progress import progress
 from cellflux_bridge.randomness import derive_seed, numpy_generator
 
 # Severities of class A and class B; the range between them is only ever drawn for the "range" folder.
@@ -29,13 +29,25 @@ class Phantom(Folder):
     """
 
     def __init__(
-        self, root: Path, *, size: int = 64, num_train: int = 1000, num_val: int = 100, num_test: int = 200,
-        num_range: int = 300, seed: int = 0,
-    ):  # fmt: skip
+        self,
+        root: Path,
+        *,
+        size: int = 64,
+        num_train: int = 1000,
+        num_val: int = 100,
+        num_test: int = 200,
+        num_range: int = 300,
+        seed: int = 0,
+    ):
         super().__init__(root)
         self._settings = {
-            "size": size, "train": num_train, "val": num_val, "test": num_test, "range": num_range, "seed": seed,
-        }  # fmt: skip
+            "size": size,
+            "train": num_train,
+            "val": num_val,
+            "test": num_test,
+            "range": num_range,
+            "seed": seed,
+        }
 
     def records(self) -> list[PatchRecord]:
         """Every patch of the two classes, with its severity as score; makes the files if they are not there."""
@@ -59,7 +71,7 @@ class Phantom(Folder):
             folder.mkdir(parents=True)
         with ProcessPoolExecutor() as pool:
             made = pool.map(_make_one, jobs, chunksize=16)
-            rows = list(tqdm(made, total=len(jobs), desc="making phantom tissue", unit="image"))
+            rows = list(progress(made, total=len(jobs), desc="making phantom tissue", unit="image"))
         _write_table(building / "manifest.csv", [row for row in rows if row["label"] != "range"], building)
         _write_table(building / "range" / "range.csv", [row for row in rows if row["label"] == "range"], building)
         (building / "phantom.json").write_text(json.dumps(self._settings) + "\n")
@@ -89,9 +101,13 @@ def _make_one(job: tuple[Path, str, str, float, int, int]) -> dict[str, str | in
     write_png(file, phantom.image)
     area_fraction = float((phantom.labels > 0).mean())
     return {
-        "path": file, "label": label, "split": split, "score": round(severity, 6),
-        "num_nuclei": len(phantom.areas), "area_fraction": round(area_fraction, 6),
-    }  # fmt: skip
+        "path": file,
+        "label": label,
+        "split": split,
+        "score": round(severity, 6),
+        "num_nuclei": len(phantom.areas),
+        "area_fraction": round(area_fraction, 6),
+    }
 
 
 def _write_table(path: Path, rows: list[dict], root: Path) -> None:
