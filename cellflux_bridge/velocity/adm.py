@@ -6,6 +6,7 @@ from torchcfm.models.unet.nn import timestep_embedding
 from torchcfm.models.unet.unet import UNetModel
 
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.velocity.base import Prediction, as_velocity
 from cellflux_bridge.velocity.condition import Condition, ConditionEmbedding, ConditionSpec
 
 
@@ -43,13 +44,14 @@ class ADM(nn.Module):
         head_channels: int = 64,
         dropout: float = 0.0,
         resblock_updown: bool = True,
+        predict: Prediction = "velocity",
     ):
         super().__init__()
         if any(not 0 <= level < len(multipliers) for level in attention):
             raise UserError(f"velocity.attention: {attention} names a level outside 0..{len(multipliers) - 1}")
         if channels % 32:
             raise UserError(f"velocity.channels: {channels}; the ADM U-Net has 32 groups: use a multiple of 32")
-        self.spec, self.stride = spec, 2 ** (len(multipliers) - 1)
+        self.spec, self.stride, self._predict = spec, 2 ** (len(multipliers) - 1), predict
         self.condition = ConditionEmbedding(spec, 4 * channels)
         self.net = _ConditionedUNet(
             image_size=0,
@@ -67,6 +69,5 @@ class ADM(nn.Module):
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
-        if self.spec.source_image:
-            x = torch.cat([x, cond.source_image], dim=1)
-        return self.net(t, x, self.condition(cond))
+        seen = torch.cat([x, cond.source_image], dim=1) if self.spec.source_image else x
+        return as_velocity(self.net(t, seen, self.condition(cond)), t, x, predict=self._predict)

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.velocity.base import Prediction, as_velocity
 from cellflux_bridge.velocity.condition import Condition, ConditionEmbedding, ConditionSpec, sinusoidal
 
 
@@ -60,7 +61,7 @@ class UNet(nn.Module):
     `channels` times each of `multipliers` is the width of a level, every level after the first at half the size of
     the one before. `attention` lists the levels (0 the finest) that attend over all positions. `patch` > 1 folds
     patch x patch pixels into channels first (pixel unshuffle), the cheapest way to larger images. The image's sides
-    must be divisible by `stride` = patch * 2^(levels - 1).
+    must be divisible by `stride` = patch * 2^(levels - 1). `predict` says what the output means (see `as_velocity`).
     """
 
     def __init__(
@@ -75,12 +76,13 @@ class UNet(nn.Module):
         head_channels: int = 32,
         dropout: float = 0.0,
         patch: int = 1,
+        predict: Prediction = "target",
     ):
         super().__init__()
         if any(not 0 <= level < len(multipliers) for level in attention):
             raise UserError(f"velocity.attention: {attention} names a level outside 0..{len(multipliers) - 1}")
         widths = [channels * m for m in multipliers]
-        self.spec, self._patch = spec, patch
+        self.spec, self._patch, self._predict = spec, patch, predict
         self.stride = patch * 2 ** (len(multipliers) - 1)
         dim = 4 * channels
         self._time_dim = 2 * channels
@@ -127,9 +129,8 @@ class UNet(nn.Module):
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
         embedding = F.silu(self.time(sinusoidal(t, self._time_dim)) + self.condition(cond))
-        if self.spec.source_image:
-            x = torch.cat([x, cond.source_image], dim=1)
-        h = self.stem(F.pixel_unshuffle(x, self._patch))
+        seen = torch.cat([x, cond.source_image], dim=1) if self.spec.source_image else x
+        h = self.stem(F.pixel_unshuffle(seen, self._patch))
         skips = [h]
         for level, stage in enumerate(self.down):
             for residual, attention in stage:
@@ -145,4 +146,5 @@ class UNet(nn.Module):
                 h = attention(residual(torch.cat([h, skips.pop()], dim=1), embedding))
             if level < len(self.grow):
                 h = self.grow[level](F.interpolate(h, scale_factor=2, mode="nearest"))
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self._patch)
+        output = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self._patch)
+        return as_velocity(output, t, x, predict=self._predict)

@@ -1,0 +1,24 @@
+"""What a network's output means: the velocity itself, or the target image from which it follows."""
+
+from typing import Literal
+
+import torch
+
+Prediction = Literal["velocity", "target"]
+
+# The division by 1 - t is bounded, as in JiT; the last few percent of the way then carry a finite weight.
+_MIN_REMAINING = 0.05
+
+
+def as_velocity(output: torch.Tensor, t: torch.Tensor, x: torch.Tensor, *, predict: Prediction) -> torch.Tensor:
+    """The velocity (B, C, H, W) that a network's output stands for, at times t (B,) of states x.
+
+    With "target" the output is read as the end of the way, v = (output - x) / (1 - t), and training still compares
+    velocities (arXiv 2511.13720, JiT). On paths whose noise shrinks with 1 - t the output is then a clean image, so the
+    network need not carry the state's noise through its narrow middle: better wherever patches are folded into
+    channels or training is short. For other paths it is only a change of scale.
+    """
+    if predict == "velocity":
+        return output
+    remaining = (1 - t).clamp_min(_MIN_REMAINING)
+    return (output - x) / remaining.to(x.dtype)[:, None, None, None]

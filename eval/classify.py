@@ -1,0 +1,12 @@
+"""Ask classifiers how many translated patches they call the target class, beside untranslated and recoloured ones.
+
+    python eval/classify.py runs/lung/trajectories/lung_n_to_lung_aca \
+        --classifier runs/lung/classifier_rgb --classifier runs/lung/classifier_grey
+"""
+
+import sys
+
+from cellflux_bridge.cli import main
+
+if __name__ == "__main__":
+    main(["classify", *sys.argv[1:]])

@@ -1,0 +1,12 @@
+"""Carry held-out patches of one class to another and write the sequences.
+
+python eval/translate.py runs/lung --source lung_n --target lung_aca translate.num=200
+torchrun --nproc_per_node 8 eval/translate.py runs/mhist --source HP --target SSA
+"""
+
+import sys
+
+from cellflux_bridge.cli import main
+
+if __name__ == "__main__":
+    main(["translate", *sys.argv[1:]])

@@ -1,0 +1,22 @@
+# Sourced by example.sh and tests/run.sh: makes sure that the package is installed, in the active virtual environment
+# if there is one, else in .venv of this repository, which is made on first use.
+# Usage: source setup.sh [extra]; where the repository is, is `here`.
+
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    if [ ! -x "$here/.venv/bin/python" ]; then
+        python="$(command -v python3.11 || command -v python3)" || { echo "error: no python3 found; install Python 3.11 or newer" >&2; exit 1; }
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            { echo "error: $("$python" --version) is too old; install Python 3.11 or newer" >&2; exit 1; }
+        echo "making a virtual environment in .venv"
+        rm -rf "$here/.venv.tmp"
+        "$python" -m venv "$here/.venv"
+    fi
+    source "$here/.venv/bin/activate"
+fi
+
+stamp="$VIRTUAL_ENV/.cellflux_bridge${1:+_$1}"
+if ! cmp -s "$here/pyproject.toml" "$stamp" || ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("cellflux_bridge") is None)'; then
+    echo "installing cellflux_bridge and what it needs (several GB on a first run: torch comes with its CUDA libraries)"
+    python -m pip install --quiet -e "$here${1:+[$1]}"
+    cp "$here/pyproject.toml" "$stamp"
+fi

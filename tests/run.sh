@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up what is missing and runs the tests; arguments go to pytest, as in: bash tests/run.sh -k path
+# Tests on real patches run where CELLFLUX_BRIDGE_DATA names the folder that holds lc25000_lung; else they skip.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$here/setup.sh" dev
+cd "$here"
+python -m pytest "$@"
