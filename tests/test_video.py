@@ -11,8 +11,9 @@ from PIL import Image
 from cellflux_bridge.config import VideoConfig
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import resize
+from cellflux_bridge.panels import MAX_SIDE, Grid, draw_strip
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
-from cellflux_bridge.video import MAX_SIDE, Grid, draw_strip, playback, write_all, write_video
+from cellflux_bridge.video import playback, write_all, write_video
 
 BARE = {"caption": False, "show_source": False}
 CAPTIONED = {"sequences": 12, "columns": None, "tile": 32, "caption": True, "show_source": True}
@@ -26,9 +27,9 @@ def trajectory(frames=5, sequences=3, height=32, width=32, channels=3, source="n
     smooth = np.stack([resize(image, height, width) for image in coarse])[..., [0, 1, 2, 0, 1]]
     images = smooth.reshape(frames, sequences, height, width, 5).transpose(0, 1, 4, 2, 3)[:, :, :channels]
     levels = tuple(np.linspace(0, 1, frames).tolist())
-    header = TrajectoryHeader("path", source, target, (source, target), levels, 8, "hash")
+    header = TrajectoryHeader("path", source, target, (source, target), levels, "hash")
     ids = tuple(f"{b}.png" for b in range(sequences))
-    return Trajectory(header, np.ascontiguousarray(images), linear_soft_labels(header, sequences), ids)
+    return Trajectory(header, np.ascontiguousarray(images), linear_soft_labels(header, sequences), ids, (0,) * sequences)
 
 
 def decode_mp4(path):
