@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.registry import validate as validate_component
-from cellflux_bridge.schema import explain, parse_yaml, read_yaml
+from cellflux_bridge.schema import Keys, dump_yaml, explain, parse_yaml, read_yaml
 
 
 def _component(kind: str, key: str, *, default: str) -> Any:
@@ -36,8 +35,8 @@ Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, protected_namespaces=())
+class Section(Keys):
+    model_config = ConfigDict(validate_default=True, frozen=True)
 
 
 class StainConfig(Section):
@@ -72,6 +71,14 @@ class DataConfig(Section):
     split: SplitConfig = SplitConfig()
     cache_dir: Path = Path("~/.cache/cellflux_bridge")
     workers: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("classes")
+    @classmethod
+    def _differ(cls, classes):
+        repeated = [label for label in classes or () if classes.count(label) > 1]
+        if repeated:
+            raise ValueError(f"class {repeated[0]!r} stands twice")
+        return classes
 
 
 class PairsConfig(Section):
@@ -142,7 +149,7 @@ class TranslateConfig(Section):
 
 
 class VideoConfig(Section):
-    formats: list[Literal["mp4", "webp", "gif", "strip"]] = ["mp4", "webp", "strip"]
+    formats: list[Literal["mp4", "webp", "gif", "strip"]] = Field(default=["mp4", "webp", "strip"])
     sequences: Count = 12
     columns: Count | None = None
     fps: Annotated[float, Field(gt=0, le=60)] = 10.0
@@ -170,11 +177,15 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The complete configuration as YAML that `load_config` reads back to an equal `Config`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
     def digest(self) -> str:
         """A short hash of what sequences are made with: all but names, places, how many, and how they are shown."""
-        left_out = {"name": True, "output": True, "video": True, "classifier": True, "translate": {"num", "batch_size"}}
+        left_out = {
+            **dict.fromkeys(("name", "output", "video", "classifier"), True),
+            "data": {"cache_dir", "workers"},
+            "translate": {"num", "batch_size"},
+        }
         canonical = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

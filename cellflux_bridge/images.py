@@ -34,8 +34,9 @@ def decode(images: torch.Tensor) -> torch.Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB by mode: transparency is laid on white (glass), 16-bit and float grey scale by 1/257 or by their own range
-    when it is [0, 1], palettes and CMYK by Pillow's conversion."""
+    """RGB by mode: transparency is laid on white (glass), 16-bit grey is scaled by 1/257, palettes and CMYK by Pillow's
+    conversion. 32-bit grey names no range, so its values tell: float in [0, 1] is scaled by 255, anything above 255 is
+    taken for 16-bit, and the rest for 8-bit."""
     if image.mode in _GREY_16_BIT:
         values = np.asarray(image, dtype=np.float64)
         if values.size and values.min() >= 0 and values.max() <= 1 and image.mode == "F":

@@ -12,10 +12,10 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.schema import explain, nearest
+from cellflux_bridge.schema import Keys, explain, nearest
 
 # What a YAML key may choose -> the folder whose files are the choices.
 KINDS = {
@@ -39,9 +39,12 @@ def component_class(kind: str, name: str, *, key: str) -> type:
     if ":" in name:
         module_name, _, class_name = name.partition(":")
         try:
-            return getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError) as error:
+            found = getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"{key}.name: cannot import {name!r} ({error}); expected package.module:Class") from error
+        if not inspect.isclass(found):
+            raise UserError(f"{key}.name: {name!r} is no class; expected package.module:Class")
+        return found
     known = names(kind)
     if name not in known:
         raise UserError(
@@ -60,19 +63,23 @@ def _schema(cls: type) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(cls.__init__, eval_str=True).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
+            annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
             required = parameter.default is parameter.empty
-            fields[parameter.name] = (parameter.annotation, ... if required else parameter.default)
-    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+            fields[parameter.name] = (annotation, ... if required else parameter.default)
+    return create_model(cls.__name__, __base__=Keys, **fields)
 
 
 def validate(kind: str, spec: Mapping[str, Any] | str, *, key: str) -> dict[str, Any]:
     """The complete spec (name and every argument, defaults filled in) of a component as written in a configuration."""
     if isinstance(spec, str):
         spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        raise UserError(f"{key}: expected a name or a mapping with a name, found {spec!r}")
     arguments = dict(spec)
     name = arguments.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"{key}.name: missing; expected one of {', '.join(names(kind))}")
+        found = "missing" if name is None else f"{name!r} is no text"
+        raise UserError(f"{key}.name: {found}; expected one of {', '.join(names(kind))}")
     schema = _schema(component_class(kind, name, key=key))
     try:
         return {"name": name, **schema.model_validate(arguments).model_dump(mode="python")}

@@ -54,10 +54,11 @@ def macenko_stains(rgb: np.ndarray, *, min_density: float = 0.15, percentile: fl
 
     Macenko et al., "A method for normalizing histology slides for quantitative analysis" (ISBI 2009): the plane of
     the two leading singular vectors of the optical density, and the extreme angles in it. An image with too little
-    stain to tell (under 32 pixels above `min_density` in every channel) gets the Ruifrok vectors.
+    stain to tell (under 32 pixels above `min_density`, the mean over channels) gets the Ruifrok vectors.
     """
     density = optical_density(rgb).reshape(-1, 3)
-    density = density[(density > min_density).all(axis=1)]
+    # Not every channel: pale eosin hardly absorbs red, and its pixels show which way its vector points.
+    density = density[density.mean(axis=1) > min_density]
     if len(density) < 32:
         return RUIFROK_HE.copy()
     _, vectors = np.linalg.eigh(np.cov(density.T))

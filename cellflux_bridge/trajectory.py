@@ -11,6 +11,7 @@ Batches are written as they are finished, so that a stopped run keeps what it ma
 """
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -102,6 +103,8 @@ class TrajectoryWriter:
         self.folder, self.header = folder, header
         self._manifest = folder / (MANIFEST if rank == 0 else f"manifest.rank{rank}.csv")
         existing = folder / HEADER
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; choose another output folder")
         if existing.exists():
             found = read_header(folder)
             differing = [f.name for f in fields(header) if getattr(found, f.name) != getattr(header, f.name)]
@@ -112,11 +115,15 @@ class TrajectoryWriter:
                 )
         elif folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".tmp"):
             raise UserError(f"{folder}: is not empty and holds no trajectory; choose another output folder")
-        (folder / "frames").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if not existing.exists():
             text = json.dumps({"format": FORMAT, **asdict(header)}, indent=1)
             _write_text(existing, text)
-        self.done = {row[0]["source_id"] for row in _whole_sequences(folder, header)}
+        (folder / "frames").mkdir(exist_ok=True)
+        if self._manifest.exists():
+            # A stop can have cut the last sequence: what is left of it must not mix with its second attempt.
+            self._write_manifest(self._manifest, list(_sequences_of(self._manifest, header).values()))
+        self.done = {rows[0]["source_id"] for rows in _whole_sequences(folder, header)}
 
     def append(self, trajectory: Trajectory, *, numbers: Sequence[int]) -> None:
         """Add the sequences of a batch; `numbers` are their places in the whole run's order."""
@@ -142,16 +149,17 @@ class TrajectoryWriter:
 
     def finish(self) -> None:
         """Join every process's manifest into one, in the run's order. Call on rank 0 when all have ended."""
-        rows = [row for sequence in _whole_sequences(self.folder, self.header) for row in sequence]
-        rows.sort(key=lambda row: row["file"])
-        temporary = self.folder / f"{MANIFEST}.tmp"
+        self._write_manifest(self.folder / MANIFEST, _whole_sequences(self.folder, self.header))
+        for part in self.folder.glob("manifest.rank*.csv"):
+            part.unlink()
+
+    def _write_manifest(self, path: Path, sequences: list[list[dict[str, str]]]) -> None:
+        temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, _columns(self.header))
             writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.folder / MANIFEST)
-        for part in self.folder.glob("manifest.rank*.csv"):
-            part.unlink()
+            writer.writerows(row for rows in sequences for row in rows)
+        os.replace(temporary, path)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -176,22 +184,35 @@ def read_header(folder: Path) -> TrajectoryHeader:
     wanted = {f.name for f in fields(TrajectoryHeader)}
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT or set(data) != wanted:
         raise UserError(f"{path}: expected format {FORMAT} with the keys {', '.join(sorted(wanted))}")
+    if not all(isinstance(data[key], list) for key in ("classes", "levels")):
+        raise UserError(f"{path}: expected lists of classes and levels")
     data["classes"], data["levels"] = tuple(data["classes"]), tuple(data["levels"])
     return TrajectoryHeader(**data)
 
 
-def _whole_sequences(folder: Path, header: TrajectoryHeader) -> list[list[dict[str, str]]]:
-    """Manifest rows grouped by source, only sequences whose every frame is listed (a stop can cut the last one)."""
+def _sequences_of(manifest: Path, header: TrajectoryHeader) -> dict[str, list[dict[str, str]]]:
+    """By source, the rows of a manifest's sequences whose every frame is listed (a stop can cut the last one)."""
+    try:
+        # Without its line's end a row may have lost digits of its last number, too.
+        text = manifest.read_bytes().rpartition(b"\n")[0].decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{manifest}: cannot be read ({error})") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if text and reader.fieldnames != _columns(header):
+        raise UserError(f"{manifest}: expected the columns {', '.join(_columns(header))}")
     grouped: dict[str, list[dict[str, str]]] = {}
+    for row in reader:
+        if None not in row and None not in row.values():
+            grouped.setdefault(row["source_id"], []).append(row)
+    return {source: rows for source, rows in grouped.items() if len(rows) == len(header.levels)}
+
+
+def _whole_sequences(folder: Path, header: TrajectoryHeader) -> list[list[dict[str, str]]]:
+    """The sequences of every process, in the run's order."""
+    whole: dict[str, list[dict[str, str]]] = {}
     for manifest in sorted(folder.glob("manifest*.csv")):
-        with open(manifest, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != _columns(header):
-                raise UserError(f"{manifest}: expected the columns {', '.join(_columns(header))}")
-            for row in reader:
-                if None not in row.values():
-                    grouped.setdefault(row["source_id"], []).append(row)
-    return [rows for rows in grouped.values() if len(rows) == len(header.levels)]
+        whole |= _sequences_of(manifest, header)
+    return sorted(whole.values(), key=lambda rows: rows[0]["file"])
 
 
 def load_trajectory(folder: Path, *, start: int = 0, num: int | None = None) -> Trajectory:
@@ -200,15 +221,30 @@ def load_trajectory(folder: Path, *, start: int = 0, num: int | None = None) -> 
     Raises UserError for a folder without sequences and for frames that are missing, unreadable or of another size.
     """
     header = read_header(folder)
-    sequences = sorted(_whole_sequences(folder, header), key=lambda rows: rows[0]["file"])
-    chosen = sequences[start : None if num is None else start + num]
+    chosen = _whole_sequences(folder, header)[start : None if num is None else start + num]
     if not chosen:
         raise UserError(f"{folder}: holds no whole sequence from number {start} on")
-    frames, labels = [], []
-    for rows in chosen:
-        rows = sorted(rows, key=lambda row: row["file"])
+    return _load(folder, header, chosen)
+
+
+def iter_trajectory(folder: Path, *, batch_size: int = 64) -> Iterator[Trajectory]:
+    """The sequences of a folder in batches, so that memory stays flat however many there are."""
+    header = read_header(folder)
+    sequences = _whole_sequences(folder, header)
+    for start in range(0, len(sequences), batch_size):
+        yield _load(folder, header, sequences[start : start + batch_size])
+
+
+def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[dict[str, str]]]) -> Trajectory:
+    frames, labels, nfe = [], [], []
+    for rows in sequences:
+        try:
+            rows = sorted(rows, key=lambda row: float(row["level"]))
+            labels.append([[float(row[f"p_{name}"]) for name in header.classes] for row in rows])
+            nfe.append(int(rows[0]["nfe"]))
+        except ValueError as error:
+            raise UserError(f"{folder / MANIFEST}: {rows[0]['source_id']}: {error}") from error
         frames.append([read_rgb(folder / row["file"]) for row in rows])
-        labels.append([[float(row[f"p_{name}"]) for name in header.classes] for row in rows])
         for row, image in zip(rows, frames[-1], strict=True):
             if image.shape != frames[0][0].shape:
                 size = f"{image.shape[1]} x {image.shape[0]}"
@@ -217,13 +253,6 @@ def load_trajectory(folder: Path, *, start: int = 0, num: int | None = None) -> 
         header,
         np.array(frames).transpose(1, 0, 4, 2, 3),
         np.array(labels, np.float32).transpose(1, 0, 2),
-        tuple(rows[0]["source_id"] for rows in chosen),
-        tuple(int(rows[0]["nfe"]) for rows in chosen),
+        tuple(rows[0]["source_id"] for rows in sequences),
+        tuple(nfe),
     )
-
-
-def iter_trajectory(folder: Path, *, batch_size: int = 64) -> Iterator[Trajectory]:
-    """The sequences of a folder in batches, so that memory stays flat however many there are."""
-    total = len(_whole_sequences(folder, read_header(folder)))
-    for start in range(0, total, batch_size):
-        yield load_trajectory(folder, start=start, num=batch_size)

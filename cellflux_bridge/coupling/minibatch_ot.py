@@ -1,8 +1,9 @@
 """Optimal transport inside the blocks of a batch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 
@@ -18,7 +19,12 @@ class MinibatchOT(Coupling):
     of the batch is used exactly once, and equal seeds give equal pairs.
     """
 
-    def __init__(self, *, cost: Literal["structure", "thumbnail", "pixels"] = "structure", thumbnail: int = 8):
+    def __init__(
+        self,
+        *,
+        cost: Literal["structure", "thumbnail", "pixels"] = "structure",
+        thumbnail: Annotated[int, Field(ge=2)] = 8,
+    ):
         self._cost, self._thumbnail = cost, thumbnail
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:

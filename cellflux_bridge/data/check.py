@@ -38,7 +38,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     seen = f"{config.crop} px of a file" if config.crop else "a file's shorter side"
     lines.append(f"sizes: {some(shown)}; one patch shows {seen} at {config.image_size} px")
     unreadable = [fact[0] for fact in facts if fact[0] is not None]
-    lines.append(f"unusable files: {len(unreadable)}" + "".join(f"\n  {text}" for text in unreadable[:20]))
+    more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
+    lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *unreadable[:20], *more]))
     lines += _duplicates(records, [fact[2] for fact in facts])
     readable = [record for record, fact in zip(records, facts, strict=True) if fact[0] is None]
     if readable:

@@ -1,20 +1,27 @@
 """Batches of coupled (source, target) patches, each a function of (seed, step, rank) alone."""
 
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from cellflux_bridge import images, stain
 from cellflux_bridge.config import DataConfig, PairsConfig
-from cellflux_bridge.coupling.base import Coupling
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.randomness import torch_generator
 
 # Rows of a batch that share one group where pairs are matched by group, so that the coupling has a choice.
 _ROWS_PER_GROUP = 8
+
+
+class Coupling(Protocol):
+    """What pairs the sources and targets of a batch: see `coupling.base`."""
+
+    def pair(
+        self, x0: torch.Tensor, x1: torch.Tensor, *, blocks: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class PairBatch(NamedTuple):
@@ -104,7 +111,8 @@ class Pairs:
         shares = np.array_split(np.arange(self._batch_size), len(order))
         source, target, blocks = [], [], []
         for transition, share in zip((self.transitions[k] for k in order), shares, strict=True):
-            for pools, num in self._pools(transition, len(share), generator):
+            # A batch smaller than the number of transitions leaves some of them out.
+            for pools, num in self._pools(transition, len(share), generator) if len(share) else ():
                 source.append(_draw(pools[0], num, generator))
                 target.append(_draw(pools[1], num, generator))
                 blocks += [len(source)] * num
@@ -117,7 +125,7 @@ class Pairs:
         weights = torch.tensor([float(min(len(a), len(b))) for a, b in shared])
         sizes = [len(part) for part in np.array_split(np.arange(num), -(-num // _ROWS_PER_GROUP))]
         chosen = torch.multinomial(weights, len(sizes), replacement=True, generator=generator).tolist()
-        return [(shared[g], size) for g, size in zip(chosen, sizes, strict=True) if size]
+        return [(shared[g], size) for g, size in zip(chosen, sizes, strict=True)]
 
 
 def _draw(pool: np.ndarray, num: int, generator: torch.Generator) -> np.ndarray:

@@ -24,6 +24,7 @@ from cellflux_bridge.schema import nearest
 
 _CACHE_FORMAT = 1
 _NUM_REFERENCE_IMAGES = 256
+_SLAB = 8192
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def list_records(config: DataConfig, *, seed: int) -> tuple[list[PatchRecord], t
     Raises UserError for a class that the data lacks or that the configuration does not know, for fewer than two
     classes, and for groups that stand in two splits.
     """
-    records = registry.build("layout", config.layout, config.root).records()
+    records = registry.build("layout", config.layout, config.root.expanduser()).records()
     found = Counter(record.label for record in records)
     classes = tuple(config.classes if config.classes is not None else sorted(found))
     for label in classes:
@@ -111,7 +112,8 @@ def load_patches(config: DataConfig, *, seed: int) -> Patches:
     """The patches of a configuration, from the cache, which is made first where it is missing or stale.
 
     The cache key covers every file's path, size and time of change and all settings that touch pixels, so a changed,
-    added or removed file makes a new cache. Raises UserError that lists unreadable files.
+    added or removed file makes a new cache. Raises UserError that lists unreadable files, and for a data.cache_dir
+    that cannot be written to.
     """
     records, classes = list_records(config, seed=seed)
     groups = [record.group if record.group is not None else f"\0{record.id}" for record in records]
@@ -135,13 +137,18 @@ def cache_folder(config: DataConfig, records: Sequence[PatchRecord], *, seed: in
     normalised = config.stain.mode == "normalise"
     settings = {
         "format": _CACHE_FORMAT,
+        # Sizes and times alone do not tell two data sets apart whose files share names: archives may zero the times.
+        "root": str(config.root.expanduser().resolve()),
         "image_size": config.image_size,
         "crop": config.crop,
         "stain": config.stain.method if normalised else None,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for record in records:
-        status = record.file.stat()
+        try:
+            status = record.file.stat()
+        except OSError as error:
+            raise UserError(f"{record.file}: cannot be read ({error.strerror}); mend or remove it") from error
         # The reference stain comes from the training split, so a normalised cache depends on the split as well.
         fields = (record.id, status.st_size, status.st_mtime_ns, *((record.split, seed) if normalised else ()))
         key.update(repr(fields).encode())
@@ -154,11 +161,16 @@ def _cached_pixels(
     folder = cache_folder(config, records, seed=seed)
     if not folder.exists():
         building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        building.mkdir(parents=True, exist_ok=True)
+        try:
+            building.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir: {folder.parent} cannot be written to ({error.strerror})") from error
         try:
             _build_cache(building, config, records, seed=seed)
-            if not folder.exists():  # another process may have been faster
-                os.replace(building, folder)
+            os.replace(building, folder)
+        except OSError:
+            if not folder.exists():  # another process was faster
+                raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return np.load(folder / "pixels.npy", mmap_mode="r"), Preprocessing.load(folder / "preprocessing.json")
@@ -170,13 +182,16 @@ def _build_cache(folder: Path, config: DataConfig, records: Sequence[PatchRecord
     with ThreadPoolExecutor(workers) as pool:
 
         def over_all(work, description: str) -> list:
-            results = pool.map(work, range(len(records)), chunksize=16)
+            # In slabs, because the pool holds an object for every call that it was given.
+            slabs = (range(start, min(start + _SLAB, len(records))) for start in range(0, len(records), _SLAB))
+            results = (result for slab in slabs for result in pool.map(work, slab))
             return list(progress(results, total=len(records), desc=description, unit="image"))
 
         sizes = over_all(lambda i: _or_error(_scaled_size, plain, records[i].file), "reading image sizes")
         _raise_unreadable(sizes, config.root)
         # One array needs one size: images are cut to the smallest height and width there is.
         height, width = np.min(sizes, axis=0).tolist()
+        _require_space(folder, len(records) * height * width * 3)
         pixels = np.lib.format.open_memmap(
             folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(len(records), height, width, 3)
         )
@@ -202,6 +217,16 @@ def _build_cache(folder: Path, config: DataConfig, records: Sequence[PatchRecord
             over_all(normalise, "normalising stain")
     pixels.flush()
     preprocessing.save(folder / "preprocessing.json")
+
+
+def _require_space(folder: Path, num_bytes: int) -> None:
+    """A memory map that meets a full disk kills the process without a word, so the space is asked for before."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"data.cache_dir: {folder.parent} has {free / 1e9:.1f} GB free, the cache needs {num_bytes / 1e9:.1f} GB; "
+            "make room or set another data.cache_dir"
+        )
 
 
 def _scaled_size(preprocessing: Preprocessing, file: Path) -> tuple[int, int]:

@@ -54,5 +54,5 @@ class Preprocessing:
             if reference is not None:
                 reference = stain.StainReference(reference["method"], tuple(reference["values"]))
             return cls(**data, reference=reference)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: cannot be read as a checkpoint's preprocessing ({error})") from error

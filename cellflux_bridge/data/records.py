@@ -48,10 +48,12 @@ def check_groups(records: Sequence[PatchRecord], *, origin: str) -> None:
 def assign_splits(records: Sequence[PatchRecord], *, val: float, test: float, seed: int) -> list[PatchRecord]:
     """Records in which every one has a split, missing splits being taken from what is not yet given away.
 
-    Groups go whole. For each class (a group's own is its most frequent one) groups are shuffled by the seed and given
-    to `test`, then `val`, until the wanted fraction of that class's patches is reached; the rest trains. A split that
-    the data names itself is left as it is.
+    Groups go whole: a record that names no split follows the rest of its group. For each class (a group's own is its
+    most frequent one) groups are shuffled by the seed and given to `test`, then `val`, until the wanted fraction of
+    that class's patches is reached; the rest trains. A split that the data names itself is left as it is.
     """
+    of_group = {r.group: r.split for r in records if r.group is not None and r.split is not None}
+    records = [replace(r, split=of_group.get(r.group)) if r.split is None else r for r in records]
     given = {record.split for record in records if record.split is not None}
     wanted = {name: part for name, part in (("test", test), ("val", val)) if name not in given and part > 0}
     pool: dict[str, list[int]] = defaultdict(list)

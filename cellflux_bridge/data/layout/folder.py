@@ -18,7 +18,8 @@ class Folder:
 
     With a `manifest.csv` its rows are the patches: columns path (relative to the root) and label, optionally split
     (train, val, test), group, score in [0, 1] and mpp; other columns are ignored. Without one, the root's folders are
-    the splits or the classes; a folder inside a class folder is a group (one patient's or slide's patches).
+    the splits or the classes; a folder inside a class folder is a group (one patient's or slide's patches), the same
+    one wherever its name stands again.
     `ignore` names classes that are there and are to be left out.
     """
 
@@ -34,8 +35,15 @@ class Folder:
         return sorted((r for r in found if r.label not in self.ignore), key=lambda record: record.id)
 
     def _from_folders(self) -> Iterator[PatchRecord]:
-        folders = _subfolders(self.root)
-        if folders and all(folder.name in _SPLIT_NAMES for folder in folders):
+        folders = [folder for folder in _subfolders(self.root) if folder.name not in self.ignore]
+        splits = [folder.name for folder in folders if folder.name in _SPLIT_NAMES]
+        if splits and len(splits) < len(folders):
+            others = [repr(folder.name) for folder in folders if folder.name not in _SPLIT_NAMES]
+            raise UserError(
+                f"{self.root}: the split folders {', '.join(splits)} stand beside {some(others)}, so that these may be "
+                "splits or classes; list what is no split in data.layout.ignore, or name the patches in a manifest.csv"
+            )
+        if splits:
             for folder in folders:
                 yield from self._classes(_subfolders(folder), split=_SPLIT_NAMES[folder.name])
         else:
@@ -49,7 +57,7 @@ class Folder:
             for file in _image_files(folder):
                 empty = False
                 inside = file.relative_to(folder).parts[:-1]
-                group = "/".join((folder.name, *inside)) if inside else None
+                group = "/".join(inside) or None
                 yield PatchRecord(file.relative_to(self.root).as_posix(), file, folder.name, split, group)
             if empty:
                 raise UserError(
@@ -58,20 +66,15 @@ class Folder:
                 )
 
     def _from_manifest(self, manifest: Path) -> Iterator[PatchRecord]:
-        with open(manifest, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"path", "label"} - set(reader.fieldnames or ())
-            if missing:
-                raise UserError(f"{manifest}: no column {' or '.join(sorted(missing))}; known: {sorted(_COLUMNS)}")
-            absent, seen = [], {}
-            for number, row in enumerate(reader, start=2):
-                record = self._row(row, where=f"{manifest}, line {number}")
-                if record.id in seen:
-                    raise UserError(f"{manifest}, line {number}: {record.id} stands already on line {seen[record.id]}")
-                seen[record.id] = number
-                if not record.file.is_file():
-                    absent.append(record.id)
-                yield record
+        absent, seen = [], {}
+        for number, row in _read_rows(manifest):
+            record = self._row(row, where=f"{manifest}, line {number}")
+            if record.id in seen:
+                raise UserError(f"{manifest}, line {number}: {record.id} stands already on line {seen[record.id]}")
+            seen[record.id] = number
+            if not record.file.is_file():
+                absent.append(record.id)
+            yield record
         if absent:
             raise UserError(f"{manifest}: {len(absent)} listed files do not exist: {some(absent)}")
 
@@ -81,8 +84,10 @@ class Folder:
         if path is None or label is None:
             raise UserError(f"{where}: path and label must not be empty")
         relative = Path(os.path.normpath(path.replace("\\", "/")))
-        if relative.is_absolute() or relative.parts[0] == "..":
-            raise UserError(f"{where}: {path} leads out of {self.root}; paths are relative to the manifest's folder")
+        if relative.is_absolute() or relative.parts[:1] in ((), ("..",)):
+            raise UserError(
+                f"{where}: {path} names no file inside {self.root}; paths are relative to the manifest's folder"
+            )
         if split is not None and split not in _SPLIT_NAMES:
             raise UserError(f"{where}: unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         score = _number(values["score"], where=f"{where}, score", low=0, high=1)
@@ -90,6 +95,19 @@ class Folder:
         return PatchRecord(
             relative.as_posix(), self.root / relative, label, _SPLIT_NAMES.get(split), values["group"], score, mpp
         )
+
+
+def _read_rows(manifest: Path) -> list[tuple[int, dict[str, str | None]]]:
+    """The rows of a manifest, each with the line that it ends on."""
+    try:
+        with open(manifest, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = {"path", "label"} - set(reader.fieldnames or ())
+            if missing:
+                raise UserError(f"{manifest}: no column {' or '.join(sorted(missing))}; known: {sorted(_COLUMNS)}")
+            return [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{manifest}: cannot be read as CSV in UTF-8 ({error})") from error
 
 
 def _subfolders(folder: Path) -> list[Path]:

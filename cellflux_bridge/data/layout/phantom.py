@@ -6,17 +6,20 @@ import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from cellflux_bridge.data.layout.folder import Folder
-from cellflux_bridge.data.phantom import make_phantom
+from cellflux_bridge.data.phantom import MIN_SIZE, make_phantom
 from cellflux_bridge.data.records import PatchRecord
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
 from cellflux_bridge.progress import progress
 from cellflux_bridge.randomness import derive_seed, numpy_generator
 
+_Count = Annotated[int, Field(ge=0)]
 # Severities of class A and class B; the range between them is only ever drawn for the "range" folder.
 SEVERITY = {"A": (0.0, 0.15), "B": (0.85, 1.0)}
 
@@ -32,11 +35,11 @@ class Phantom(Folder):
         self,
         root: Path,
         *,
-        size: int = 64,
-        num_train: int = 1000,
-        num_val: int = 100,
-        num_test: int = 200,
-        num_range: int = 300,
+        size: Annotated[int, Field(ge=MIN_SIZE)] = 64,
+        num_train: Annotated[int, Field(ge=1)] = 1000,
+        num_val: _Count = 100,
+        num_test: _Count = 200,
+        num_range: _Count = 300,
         seed: int = 0,
     ):
         super().__init__(root)
@@ -54,9 +57,9 @@ class Phantom(Folder):
         stamp = self.root / "phantom.json"
         if not stamp.exists():
             self._make()
-        elif json.loads(stamp.read_text()) != self._settings:
+        elif (found := _read_settings(stamp)) != self._settings:
             raise UserError(
-                f"{self.root}: holds phantoms made with other settings ({stamp.read_text().strip()}); "
+                f"{self.root}: holds phantoms made with other settings ({json.dumps(found)}); "
                 "remove the folder or choose another data.root"
             )
         return super().records()
@@ -93,6 +96,13 @@ class Phantom(Folder):
             file = folder / "range" / f"range{number:05d}.png"
             jobs.append((file, "range", "", float(severity), size, derive_seed(seed, "range", number)))
         return jobs
+
+
+def _read_settings(stamp: Path) -> dict[str, int]:
+    try:
+        return json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{stamp}: cannot be read ({error}); remove {stamp.parent} and it is made again") from error
 
 
 def _make_one(job: tuple[Path, str, str, float, int, int]) -> dict[str, str | int | float | Path]:

@@ -1,0 +1,277 @@
+"""Configuration: what wins, what is refused and in which words, and that a saved run says all that it was made with."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from cellflux_bridge import registry
+from cellflux_bridge.config import Config, load_config, parse_overrides
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.schema import dump_yaml, parse_yaml
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load(text, *overrides)`: the configuration of a YAML text that names a data root."""
+
+    def load(text: str = "", *overrides: str, root: str = "data: {root: x}\n") -> Config:
+        path = tmp_path / "run.yaml"
+        path.write_text(root + text, encoding="utf-8")
+        return load_config(path, overrides)
+
+    return load
+
+
+def refusal(load, text: str = "", *overrides: str, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        load(text, *overrides, **options)
+    return str(caught.value)
+
+
+def test_defaults_yield_to_the_file_and_the_file_to_the_command_line(load):
+    assert load().train.lr == 2e-4
+    assert load("train: {lr: 0.5, steps: 7}").train.lr == 0.5
+    config = load("train: {lr: 0.5, steps: 7}", "train.lr=0.25")
+    assert (config.train.lr, config.train.steps, config.train.batch_size) == (0.25, 7, 64)
+
+
+def test_the_last_of_two_overrides_wins(load):
+    assert load("", "train.steps=2", "train.steps=3").train.steps == 3
+
+
+def test_the_name_and_the_output_come_from_the_file_name(load):
+    assert (load().name, load().output) == ("run", Path("runs/run"))
+    assert load("name: other").output == Path("runs/other")
+    assert load("name: other\noutput: there").output == Path("there")
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", ".0001", "0.0001", "1.0e-04"])
+def test_a_number_in_scientific_notation_is_a_float(load, text):
+    assert load(f"train: {{lr: {text}}}").train.lr == 1e-4
+    assert load("", f"train.lr={text}").train.lr == 1e-4
+
+
+def test_words_that_yaml_1_1_takes_for_booleans_stay_class_names(load):
+    classes = ["no", "yes", "on", "off", "n", "Y"]
+    assert load(root=f"data: {{root: x, classes: [{', '.join(classes)}]}}").data.classes == classes
+    assert load("", "data.classes=[no, yes]", "translate.source=no").translate.source == "no"
+    assert load("", "data.flips=false").data.flips is False
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "hint"),
+    [
+        ("trian: {lr: 1}", "trian: unknown key", "did you mean 'train'?"),
+        ("train: {lrr: 1}", "train.lrr: unknown key", "did you mean 'train.lr'?"),
+        ("classifier: {train: {stepz: 1}}", "classifier.train.stepz: unknown key", "'classifier.train.steps'?"),
+        ("coupling: {cots: pixels}", "coupling.cots: unknown key", "did you mean 'coupling.cost'?"),
+        ("coupling: minibatch_to", "coupling.name: no coupling called 'minibatch_to'", "did you mean 'minibatch_ot'?"),
+        ("path: {name: noised_sauce}", "path.name: no path called 'noised_sauce'", "did you mean 'noised_source'?"),
+        ("train: {zzzzzz: 1}", "train.zzzzzz: unknown key", "valid here: steps, batch_size"),
+    ],
+)
+def test_an_unknown_key_or_name_is_refused_with_its_place_and_the_nearest_valid_one(load, text, key, hint):
+    message = refusal(load, text)
+    assert "run.yaml" in message
+    assert key in message
+    assert hint in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "found"),
+    [
+        ("train: {steps: many}", "train.steps: ", "'many'"),
+        ("train: {steps: 1.5}", "train.steps: ", "1.5"),
+        ("train: {steps: true}", "train.steps: ", "True"),
+        ("train: {max_minutes: true}", "train.max_minutes: ", "True"),
+        ("train: {steps: 0}", "train.steps: ", "0"),
+        ("train: {lr: .inf}", "train.lr: ", "inf"),
+        ("train: {lr: .nan}", "train.lr: ", "nan"),
+        ("train: 3", "train: ", "3"),
+        ("train:", "train: ", "None"),
+        ("seed: [1]", "seed: ", "[1]"),
+        ("1: 2", "1: ", "1"),
+        ("coupling: {cost: pixel}", "coupling.cost: ", "'pixel'"),
+        ("coupling: {thumbnail: 1}", "coupling.thumbnail: ", "1"),
+        ("coupling: {thumbnail: true}", "coupling.thumbnail: ", "True"),
+        ("coupling: [minibatch_ot]", "coupling: expected a name or a mapping", "['minibatch_ot']"),
+        ("coupling:", "coupling: expected a name or a mapping", "None"),
+        ("coupling: {name: 3}", "coupling.name: ", "3"),
+        ("pairs: {transitions: some}", "pairs.transitions: ", "'some'"),
+        ("pairs: {transitions: [[A, B, C]]}", "pairs.transitions.0: ", "['A', 'B', 'C']"),
+        ("train: {devices: [1]}", "train.devices: ", "[1]"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key_and_what_was_found(load, text, key, found):
+    message = refusal(load, text)
+    assert "run.yaml" in message
+    assert any(line.startswith(key) and found in line for line in message.splitlines()), message
+
+
+def test_wrong_values_of_the_data_section_are_refused(load):
+    message = refusal(load, root="data: {root: x, split: {val: 0.5, test: 0.5}}")
+    assert "data.split: val + test must stay below 1" in message
+    assert "data.classes: class 'A' stands twice" in refusal(load, root="data: {root: x, classes: [A, B, A]}")
+    message = refusal(load, root="data: {root: x, layout: {name: phantom, size: 8}}")
+    assert "data.layout.size: input should be greater than or equal to 16, found 8" in message
+    assert "data: field required" in refusal(load, root="")
+
+
+def test_every_mistake_is_listed_at_once(load):
+    message = refusal(load, "train: {lrr: 1, steps: many}\nsede: 1")
+    assert all(key in message for key in ("train.lrr", "train.steps", "sede"))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "hello\n", "3\n"])
+def test_a_file_that_is_no_mapping_is_refused(load, text):
+    assert "run.yaml: expected a mapping" in refusal(load, text, root="")
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    for name in ("missing.yaml", "latin.yaml", "."):
+        with pytest.raises(UserError, match="cannot read this configuration"):
+            load_config(tmp_path / name)
+
+
+def test_broken_yaml_and_foreign_tags_are_refused(load):
+    assert "not valid YAML" in refusal(load, "train: {lr: [1\n")
+    assert "not valid YAML" in refusal(load, "seed: !!python/object/apply:os.getpid []\n")
+
+
+def test_a_key_that_stands_twice_is_refused(load):
+    message = refusal(load, "train: {lr: 1}\ntrain: {steps: 2}\n")
+    assert "key 'train' stands twice" in message
+    assert "line 3" in message
+    assert "key 'lr' stands twice" in refusal(load, "train: {lr: 1, lr: 2}\n")
+
+
+def test_a_merged_mapping_may_be_overridden(load):
+    config = load("train: &slow {lr: 0.5, steps: 3}\nclassifier: {train: {<<: *slow, steps: 4}}\n")
+    assert (config.classifier.train.lr, config.classifier.train.steps) == (0.5, 4)
+
+
+@pytest.mark.parametrize("text", ["train.lr", "=3", "train..lr=3", ".lr=3", "train.=3", ""])
+def test_an_override_of_another_form_is_refused(text):
+    with pytest.raises(UserError, match=r"expected key=value"):
+        parse_overrides([text])
+
+
+def test_mistakes_on_the_command_line_are_named(load):
+    assert "command line, train.lr: not valid YAML" in refusal(load, "", "train.lr=[1")
+    assert "train.lrr: unknown key; did you mean 'train.lr'?" in refusal(load, "", "train.lrr=1")
+    assert "train.lr: input should be a valid number" in refusal(load, "", "train.lr=")
+    assert "train.lr: input should be a valid number" in refusal(load, "", "train.lr=1", "train.lr.x=2")
+
+
+def test_an_override_may_hold_an_equals_sign_and_a_list(load):
+    assert load("", "name=a=b").name == "a=b"
+    assert load("", "pairs.transitions=[[A, B], [B, A]]").pairs.transitions == [("A", "B"), ("B", "A")]
+
+
+def test_another_component_drops_the_arguments_of_the_old_one(load):
+    old = "coupling: {name: minibatch_ot, cost: pixels, thumbnail: 4}\n"
+    for override in ("coupling=independent", "coupling.name=independent"):
+        assert load(old, override).coupling == {"name": "independent"}
+    assert load(old, "path.name=straight").path == {"name": "straight"}
+
+
+def test_the_same_component_keeps_the_arguments_that_are_not_named(load):
+    old = "coupling: {name: minibatch_ot, cost: pixels, thumbnail: 4}\n"
+    expected = {"name": "minibatch_ot", "cost": "thumbnail", "thumbnail": 4}
+    assert load(old, "coupling.cost=thumbnail").coupling == expected
+    assert load(old, "coupling.name=minibatch_ot", "coupling.cost=thumbnail").coupling == expected
+    assert load("coupling: minibatch_ot\n", "coupling.thumbnail=4").coupling["thumbnail"] == 4
+
+
+def test_a_component_without_a_name_is_the_default_one(load):
+    assert load("coupling: {cost: pixels}").coupling == {"name": "minibatch_ot", "cost": "pixels", "thumbnail": 8}
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """A module outside the package that holds a coupling."""
+    (tmp_path / "guest_coupling.py").write_text(
+        "import torch\n"
+        "from cellflux_bridge.coupling.base import Coupling\n"
+        "class Shifted(Coupling):\n"
+        "    def __init__(self, *, by: int, label: str = 'x', free=None):\n"
+        "        self.by = by\n"
+        "    def permutation(self, x0, x1, *, generator):\n"
+        "        return (torch.arange(len(x0)) + self.by) % len(x0)\n"
+        "number = 3\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "guest_coupling:Shifted"
+    sys.modules.pop("guest_coupling", None)
+
+
+def test_a_component_of_ones_own_is_found_and_its_constructor_is_its_schema(load, foreign):
+    config = load(f"coupling: {{name: '{foreign}', by: 2}}")
+    assert config.coupling == {"name": foreign, "by": 2, "label": "x", "free": None}
+    coupling = registry.build("coupling", config.coupling)
+    assert type(coupling).__name__ == "Shifted"
+    assert coupling.by == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("{{name: '{0}'}}", "coupling.by: field required"),
+        ("{{name: '{0}', by: two}}", "coupling.by: input should be a valid integer"),
+        ("{{name: '{0}', by: 2, lable: y}}", "coupling.lable: unknown key; did you mean 'coupling.label'?"),
+        ("guest_coupling:Shiftd", "coupling.name: cannot import 'guest_coupling:Shiftd'"),
+        ("guest_coupling:number", "coupling.name: 'guest_coupling:number' is no class"),
+        ("no_such_module:Thing", "coupling.name: cannot import 'no_such_module:Thing'"),
+        ("':Thing'", "coupling.name: cannot import ':Thing'"),
+        ("'.relative:Thing'", "coupling.name: cannot import '.relative:Thing'"),
+    ],
+)
+def test_mistakes_in_a_component_of_ones_own_name_the_key(load, foreign, spec, expected):
+    assert expected in refusal(load, f"coupling: {spec.format(foreign)}")
+
+
+@pytest.mark.parametrize("kind", sorted(registry.KINDS))
+def test_every_file_of_a_kind_is_a_component_with_defaults(kind):
+    for name in registry.names(kind):
+        assert registry.validate(kind, name, key=kind)["name"] == name
+
+
+def test_a_saved_configuration_is_complete_and_loads_equal(load, tmp_path):
+    config = load(
+        "name: naïve no\nseed: 3\ntrain: {lr: 1e-5, betas: [0.5, 0.75], max_minutes: 1e3}\n"
+        "pairs: {transitions: [['no', '1e3']]}\nvelocity: {multipliers: [1, 2], attention: []}\n",
+        root="data: {root: a b, classes: ['no', '1e3', '2', 'null', '1:30', '0o7', '~', '#', '2024-01-01', '1_0']}\n",
+    )
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(saved) == config
+    assert load_config(saved).digest() == config.digest()
+    assert set(parse_yaml(config.to_yaml(), origin="saved")) == set(Config.model_fields)
+
+
+@pytest.mark.parametrize("word", ["1e3", "1e-4", "5.", ".5e3", "-1E+5", "no", "on", "true", "12", "0x10", "", "null"])
+def test_a_word_that_looks_like_a_value_stays_a_word_when_written(word):
+    assert parse_yaml(dump_yaml({"key": [word]}), origin="text") == {"key": [word]}
+
+
+def test_the_digest_follows_what_sequences_are_made_with_and_nothing_else(load):
+    digest = load().digest()
+    same = ["name=other", "output=there", "video.fps=5", "translate.num=3", "translate.batch_size=2"]
+    for override in [*same, "data.cache_dir=there", "data.workers=3", "classifier.jitter=0.5"]:
+        assert load("", override).digest() == digest, override
+    for override in ["seed=1", "train.steps=3", "data.image_size=32", "translate.steps=7", "path=straight"]:
+        assert load("", override).digest() != digest, override
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads(path):
+    assert load_config(path).name
+
+
+def test_configurations_are_shipped():
+    assert CONFIGS

@@ -1,0 +1,143 @@
+"""Stain: the mathematics of optical density, transfer toward a reference, and jitter that keeps tissue as it is."""
+
+import numpy as np
+import pytest
+import torch
+
+from cellflux_bridge import stain
+from cellflux_bridge.images import encode
+
+STAINS = np.array([[0.60, 0.72, 0.35], [0.15, 0.95, 0.27]])
+STAINS /= np.linalg.norm(STAINS, axis=1, keepdims=True)
+
+
+def tissue(seed: int, *, stains: np.ndarray = STAINS, strength: float = 1.0, size: int = 64) -> np.ndarray:
+    """An RGB image that holds nuclei (haematoxylin) among eosin under the given stain vectors."""
+    rng = np.random.default_rng(seed)
+    nuclear = (rng.random((size, size)) < 0.3).astype(float)
+    amounts = np.stack([nuclear * rng.uniform(0.8, 1.5, nuclear.shape), (1 - nuclear) * rng.uniform(0.3, 1.0)], axis=-1)
+    return stain.from_optical_density(strength * amounts @ stains)
+
+
+def distance(image: np.ndarray, other: np.ndarray) -> float:
+    """Distance of mean colours, of spreads, and of their darkest parts."""
+    measures = [np.concatenate([x.mean((0, 1)), x.std((0, 1)), np.percentile(x, 5, (0, 1))]) for x in (image, other)]
+    return float(np.linalg.norm(measures[0] - measures[1]))
+
+
+def test_optical_density_is_beer_lambert_and_inverts():
+    rgb = np.arange(1, 256, dtype=np.uint8).reshape(-1, 1).repeat(3, 1)
+    np.testing.assert_allclose(stain.optical_density(rgb), -np.log(rgb / 255), atol=1e-6)
+    np.testing.assert_array_equal(stain.from_optical_density(stain.optical_density(rgb)), rgb)
+    assert np.isfinite(stain.optical_density(np.zeros(3, np.uint8))).all()
+
+
+def test_concentrations_are_what_an_image_was_mixed_from():
+    amounts = np.random.default_rng(0).uniform(0.1, 1.0, (20, 20, 2))
+    density = amounts @ stain.RUIFROK_HE
+    found = stain.concentrations(255 * np.exp(-density))
+    np.testing.assert_allclose(found, amounts, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize(
+    "stains", [STAINS, [[0.72, 0.62, 0.30], [0.05, 0.85, 0.50]], [[0.45, 0.78, 0.43], [0.30, 0.94, 0.14]]]
+)
+def test_macenko_finds_the_stain_vectors_haematoxylin_first(stains, strength):
+    stains = np.array(stains) / np.linalg.norm(stains, axis=1, keepdims=True)
+    found = stain.macenko_stains(tissue(0, stains=stains, strength=strength))
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    degrees = np.degrees(np.arccos(np.clip((found * stains).sum(axis=1), -1, 1)))
+    assert degrees.max() < 2
+
+
+def test_an_image_without_stain_gets_the_published_vectors():
+    glass = np.full((16, 16, 3), 250, np.uint8)
+    np.testing.assert_array_equal(stain.macenko_stains(glass), stain.RUIFROK_HE)
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])
+def test_images_of_another_stain_come_much_closer_to_the_reference(method):
+    other = np.array([[0.72, 0.62, 0.30], [0.05, 0.85, 0.50]])
+    other /= np.linalg.norm(other, axis=1, keepdims=True)
+    references = [tissue(seed) for seed in range(6)]
+    reference = stain.fit_reference(method, references)
+    for seed in range(6, 9):
+        # The same tissue under both stains: what is left after normalising is stain alone.
+        same, foreign = tissue(seed), tissue(seed, stains=other, strength=0.6)
+        before = distance(foreign, same)
+        after = distance(stain.normalise(foreign, reference), stain.normalise(same, reference))
+        assert after < 0.35 * before
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])
+def test_an_image_of_the_references_own_stain_hardly_changes(method):
+    image = tissue(0)
+    normalised = stain.normalise(image, stain.fit_reference(method, [image]))
+    assert np.abs(normalised.astype(int) - image).mean() < 3
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_a_flat_image_can_be_normalised(method, value):
+    flat = np.full((16, 16, 3), value, np.uint8)
+    normalised = stain.normalise(flat, stain.fit_reference(method, [tissue(0)]))
+    assert normalised.shape == flat.shape
+    assert (normalised == normalised[0, 0]).all()
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="expected 'reinhard' or 'macenko'"):
+        stain.fit_reference("vahadane", [tissue(0)])
+
+
+@pytest.fixture
+def stained() -> torch.Tensor:
+    """(4, 2, 3, 16, 16) float in [-1, 1]: four pairs of the same image twice."""
+    images = np.stack([tissue(seed, size=16, strength=0.8) for seed in range(4)])
+    tensor = encode(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return torch.stack([tensor, tensor], dim=1)
+
+
+def jitter(images: torch.Tensor, *, strength: float, seed: int = 0) -> torch.Tensor:
+    return stain.augment(images, strength=strength, generator=torch.Generator().manual_seed(seed))
+
+
+def test_jitter_is_shared_by_a_pair_and_differs_between_pairs(stained):
+    out = jitter(stained, strength=0.3)
+    assert torch.equal(out[:, 0], out[:, 1])
+    same_image = jitter(stained[:1].expand(4, -1, -1, -1, -1), strength=0.3)
+    changes = (same_image - stained[:1]).flatten(1).mean(1)
+    assert len({round(change.item(), 4) for change in changes}) == 4
+
+
+def test_jitter_repeats_itself_by_its_generator(stained):
+    assert torch.equal(jitter(stained, strength=0.2), jitter(stained, strength=0.2))
+    assert not torch.equal(jitter(stained, strength=0.2), jitter(stained, strength=0.2, seed=1))
+
+
+def test_jitter_keeps_shape_and_range_and_vanishes_with_its_strength(stained):
+    out = jitter(stained, strength=1.0)
+    assert out.shape == stained.shape
+    assert out.dtype == stained.dtype
+    assert out.min() >= -1
+    assert out.max() <= 1
+    assert (jitter(stained, strength=1e-6) - stained).abs().max() < 1e-4
+    assert (jitter(stained[:, 0], strength=0.3) - jitter(stained, strength=0.3)[:, 0]).abs().max() < 1e-6
+
+
+def test_jitter_scales_and_shifts_each_stain_alone(stained):
+    """In the basis of the two stains and their normal, density is an affine map with the normal untouched."""
+    basis = np.vstack([stain.RUIFROK_HE, np.cross(*stain.RUIFROK_HE)])
+    basis[2] /= np.linalg.norm(basis[2])
+    before, after = stained[:, 0].double(), jitter(stained, strength=0.1)[:, 0].double()
+    for old, new in zip(before, after, strict=True):
+        inside = ((new > -0.98) & (new < 0.98)).all(0)
+        density = [-np.log(((x[:, inside] + 1) / 2).numpy()).T @ np.linalg.inv(basis) for x in (old, new)]
+        for component in range(2):
+            slope, offset = np.polyfit(density[0][:, component], density[1][:, component], 1)
+            assert 0.9 <= slope <= 1.1
+            assert abs(offset) <= 0.1 / 4 + 1e-6
+            line = slope * density[0][:, component] + offset
+            np.testing.assert_allclose(density[1][:, component], line, atol=1e-4)
+        np.testing.assert_allclose(density[1][:, 2], density[0][:, 2], atol=1e-4)
