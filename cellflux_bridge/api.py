@@ -8,20 +8,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from pydantic import ValidationError
 from torch import nn
 
 from cellflux_bridge import images as image_io
 from cellflux_bridge.config import Config, TranslateConfig, load_config
+from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.guidance.classifier_free import ClassifierFree
 from cellflux_bridge.path.base import Path as FlowPath
 from cellflux_bridge.progress import progress
-from cellflux_bridge.schema import nearest
+from cellflux_bridge.schema import explain, nearest
 from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.flow import build_flow, class_level
-from cellflux_bridge.training.loop import make_fabric
+from cellflux_bridge.training.loop import make_fabric, on_rank_zero
+from cellflux_bridge.training.run import differences
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 from cellflux_bridge.transport.morph import morph, morph_levels, source_noise
 from cellflux_bridge.velocity.condition import Condition
@@ -46,7 +49,7 @@ class Bridge:
     ):
         self.config, self.path, self.preprocessing, self.step = config, path, preprocessing, step
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
-        self._fabric = fabric
+        self.fabric = fabric
 
     @classmethod
     def load(cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None) -> "Bridge":
@@ -60,14 +63,25 @@ class Bridge:
         trained = checkpoint.read_config(folder)
         path, network = build_flow(trained)
         checkpoint.load_weights(folder, network)
-        config = load_config(folder / checkpoint.CONFIG, overrides)
+        # The run's own file may have newer settings of translation than its last checkpoint has, and may have moved.
+        if folder == Path(run):
+            config = load_config(folder / checkpoint.CONFIG, overrides)
+        else:
+            config = load_config(Path(run) / checkpoint.CONFIG, [f"output={run}", *overrides])
+        differing = differences(trained, config, ignore=("train", "classifier"))
+        if differing:
+            raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
+        if fabric is None:
+            alone = config.train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"})
+            fabric = make_fabric(alone)
+            fabric.launch()  # joins the other processes under torchrun
         return cls(
             config=config,
             path=path,
             network=network,
-            step=int(folder.name.rpartition("-")[2] or 0),
+            step=checkpoint.step_of(folder),
             preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
-            fabric=fabric or make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1})),
+            fabric=fabric,
         )
 
     @property
@@ -75,11 +89,10 @@ class Bridge:
         return tuple(self.config.data.classes)
 
     def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
-        unknown = sorted(set(options) - set(TranslateConfig.model_fields))
-        if unknown:
-            hint = nearest(unknown[0], TranslateConfig.model_fields)
-            raise UserError(f"translate: unknown option {unknown[0]!r}{hint}")
-        settings = TranslateConfig(**{**self.config.translate.model_dump(), **options})
+        try:
+            settings = TranslateConfig(**{**self.config.translate.model_dump(), **options})
+        except ValidationError as error:
+            raise UserError(explain(error, TranslateConfig, prefix="translate")) from error
         source, target = source or settings.source, target or settings.target
         if source is None and target is None and len(self.classes) == 2:
             source, target = self.classes
@@ -88,9 +101,9 @@ class Bridge:
                 hint = nearest(label, self.classes) if label else ""
                 known = ", ".join(self.classes)
                 raise UserError(f"translate.{key}: {label!r} is no class of this run{hint}; known: {known}")
-        trained = self.config.pairs.transitions
         pair = (target, source) if settings.reverse else (source, target)
-        if trained != "all" and pair not in trained and not (self.config.pairs.identity and source == target):
+        trained = named_transitions(self.classes, self.config.pairs)
+        if pair not in trained:
             known = ", ".join(f"{a} -> {b}" for a, b in trained)
             raise UserError(f"the network never saw {pair[0]} -> {pair[1]}; it was trained on {known}")
         return settings.model_copy(update={"source": source, "target": target})
@@ -130,8 +143,8 @@ class Bridge:
         if ids is None:
             named = isinstance(images, Sequence) and all(isinstance(i, (str, Path)) for i in images)
             ids = [str(i) for i in images] if named else [str(i) for i in range(len(batch))]
-        if len(set(ids)) != len(batch):
-            raise UserError(f"ids: {len(batch)} images need as many different ids, found {len(set(ids))}")
+        if not len(ids) == len(set(ids)) == len(batch):
+            raise UserError(f"ids: {len(batch)} images need as many different ids, found {len(set(ids))} in {len(ids)}")
         size = settings.batch_size
         return Trajectory.cat(
             [
@@ -143,7 +156,7 @@ class Bridge:
     def _as_patches(self, images) -> torch.Tensor:
         size = self.preprocessing.image_size
         if isinstance(images, torch.Tensor):
-            if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size) or len(images) == 0:
                 raise UserError(
                     f"images: expected uint8 (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}; "
                     "give files or (H, W, 3) arrays to have them scaled"
@@ -178,9 +191,9 @@ class Bridge:
         )
 
     def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
-        x0 = image_io.encode(batch).to(self._fabric.device)
+        x0 = image_io.encode(batch).to(self.fabric.device)
         noise = source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0)
-        with self._fabric.autocast():
+        with self.fabric.autocast():
             result = morph(
                 ClassifierFree(self._network, settings.guidance_scale),
                 self.path,
@@ -197,8 +210,11 @@ class Bridge:
         return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), (result.nfe,) * len(ids))
 
     def patches(self) -> Patches:
-        """The data set that the run was trained on, from its cache."""
-        return load_patches(self.config.data, seed=self.config.seed)
+        """The patches at `data.root`, prepared as they were for training, even where they are not those."""
+        patches = load_patches(self.config.data, seed=self.config.seed)
+        if patches.preprocessing != self.preprocessing:
+            patches = load_patches(self.config.data, seed=self.config.seed, reference=self.preprocessing.reference)
+        return patches
 
     def translate_split(
         self,
@@ -214,21 +230,23 @@ class Bridge:
         several processes each takes its share of the sources.
         """
         settings = self._settings(source, target, {})
-        patches, fabric = self.patches(), self._fabric
+        patches, fabric = self.patches(), self.fabric
         chosen = patches.indices(settings.split, settings.source)[: settings.num]
         if len(chosen) == 0:
             raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
         name = f"{settings.source}_to_{settings.target}" + ("_reverse" if settings.reverse else "")
         folder = output or self.config.output / "trajectories" / name
-        if overwrite and fabric.is_global_zero and (folder / "trajectory.json").exists():
-            shutil.rmtree(folder)
-        fabric.barrier()
         header = self._header(settings)
-        if fabric.is_global_zero:
+
+        def open_folder() -> None:
+            if overwrite and (folder / "trajectory.json").exists():
+                shutil.rmtree(folder)
             TrajectoryWriter(folder, header)
-        fabric.barrier()
+
+        on_rank_zero(fabric, open_folder)
         writer = TrajectoryWriter(folder, header, rank=fabric.global_rank)
         missing = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done]
+        fabric.barrier()  # all have read what is done before anyone adds to it
         todo = missing[fabric.global_rank :: fabric.world_size]
         began = time.monotonic()
         bar = progress(
@@ -248,5 +266,5 @@ class Bridge:
             writer.finish()
             used = self.config.model_copy(update={"translate": settings})
             (folder / "config.yaml").write_text(used.to_yaml(), encoding="utf-8")
-        figures = {"sequences": len(chosen), "made_now": len(todo), "seconds": seconds}
+        figures = {"sequences": len(chosen), "made_now": len(missing), "seconds": seconds}
         return folder, figures

@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 import argparse
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,22 +19,51 @@ def _config(where: str, overrides: Sequence[str]):
     from cellflux_bridge.config import load_config
 
     path = Path(where)
+    if (path / "checkpoints").is_dir():  # a run, which may have been moved
+        overrides = [f"output={where}", *overrides]
     return load_config(path / "config.yaml" if path.is_dir() else path, overrides)
 
 
-def _resolved(where: str, overrides: Sequence[str]):
-    """A configuration with its patches and with the classes that they turned out to have."""
+def _start(config, train):
+    """The processes of a training, its configuration with the classes that the patches turned out to have, and them."""
     from cellflux_bridge.data.patches import load_patches
+    from cellflux_bridge.training.loop import make_fabric, on_rank_zero
 
-    config = _config(where, overrides)
+    fabric = make_fabric(train)
+    fabric.launch()
+    fabric.seed_everything(config.seed, verbose=False)
+    on_rank_zero(fabric, lambda: load_patches(config.data, seed=config.seed))  # fills the cache for all
     patches = load_patches(config.data, seed=config.seed)
     data = config.data.model_copy(update={"classes": list(patches.classes)})
-    return config.model_copy(update={"data": data}), patches
+    return fabric, config.model_copy(update={"data": data}), patches
+
+
+def _value(values: dict, key: str):
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            raise UserError(f"--key {key}: no such key; `config show` without --key prints all")
+        values = values[part]
+    return values
+
+
+def _trajectory(where: str) -> Path:
+    """A trajectory folder, or the newest one of a run folder."""
+    folder = Path(where)
+    if (folder / "trajectory.json").exists() or not (folder / "checkpoints").is_dir():
+        return folder
+    found = sorted((folder / "trajectories").glob("*/trajectory.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"{folder}: holds no sequences yet; make them with: cellflux-bridge translate {folder}")
+    return found[-1].parent
 
 
 def config_command(args: argparse.Namespace) -> None:
     """config show CONFIG_OR_RUN: print the complete configuration, defaults and overrides filled in."""
-    print(_config(args.config, args.overrides).to_yaml(), end="")
+    config = _config(args.config, args.overrides)
+    if args.key is None:
+        print(config.to_yaml(), end="")
+    else:
+        print(_value(config.model_dump(mode="json"), args.key))
 
 
 def data_command(args: argparse.Namespace) -> None:
@@ -52,43 +82,41 @@ def data_command(args: argparse.Namespace) -> None:
 def train_command(args: argparse.Namespace) -> None:
     """train CONFIG_OR_RUN: train the flow, or go on where its run was stopped."""
     from cellflux_bridge.training.flow import FlowTask
-    from cellflux_bridge.training.loop import fit, make_fabric
-    from cellflux_bridge.training.run import claim, record_splits
+    from cellflux_bridge.training.loop import fit, on_rank_zero
+    from cellflux_bridge.training.run import claim, last_values, record_splits
 
-    config, patches = _resolved(args.config, args.overrides)
-    fabric = make_fabric(config.train)
-    fabric.launch()
-    fabric.seed_everything(config.seed, verbose=False)
+    config = _config(args.config, args.overrides)
+    fabric, config, patches = _start(config, config.train)
     task = FlowTask(config, patches)
-    if fabric.is_global_zero:
+
+    def prepare() -> None:
         claim(config.output, config, ignore=("classifier",), resume=config.train.resume)
         record_splits(config.output, patches)
-    fabric.barrier()
+
+    on_rank_zero(fabric, prepare)
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
-    fabric.print(f"trained: {newest}")
+    figures = last_values(config.output, "val/")
+    fabric.print(f"trained: {newest}\n" + "\n".join(f"  {name:<24} {value:.4g}" for name, value in figures.items()))
 
 
 def train_classifier_command(args: argparse.Namespace) -> None:
     """train-classifier CONFIG_OR_RUN: train a classifier of the patches, to judge translated ones with."""
-    from cellflux_bridge.training import classifier
-    from cellflux_bridge.training.loop import fit, make_fabric
+    from cellflux_bridge.training import checkpoint, classifier
+    from cellflux_bridge.training.loop import fit, on_rank_zero
     from cellflux_bridge.training.run import Log, claim
 
-    config, patches = _resolved(args.config, args.overrides)
+    config = _config(args.config, args.overrides)
     train = config.classifier.train
     folder = config.output / f"classifier_{config.classifier.view}"
-    fabric = make_fabric(train)
-    fabric.launch()
-    fabric.seed_everything(config.seed, verbose=False)
+    fabric, config, patches = _start(config, train)
     task = classifier.ClassifierTask(config, patches)
-    if fabric.is_global_zero:
-        unused = ("train", "coupling", "path", "velocity", "condition", "pairs")
-        claim(folder, config, ignore=unused, resume=train.resume)
-    fabric.barrier()
+    unused = ("train", "coupling", "path", "velocity", "condition", "pairs")
+    on_rank_zero(fabric, lambda: claim(folder, config, ignore=unused, resume=train.resume))
     newest = fit(task, config, train, folder=folder, fabric=fabric)
     if fabric.is_global_zero:
         scores = classifier.test_scores(classifier.load(newest, fabric.device), patches, device=fabric.device)
-        Log(folder, from_step=train.steps, tensorboard=False).write(train.steps, scores)
+        step = checkpoint.step_of(newest)
+        Log(folder, from_step=step, tensorboard=False).write(step, scores)
         print(f"trained: {newest}\n" + "\n".join(f"  {name:<38} {value:.4g}" for name, value in scores.items()))
 
 
@@ -102,11 +130,11 @@ def translate_command(args: argparse.Namespace) -> None:
     )
     made = figures["made_now"]
     pace = f", {figures['seconds'] / made:.3f} s each" if made else ""
-    print(f"sequences: {folder} ({figures['sequences']}, {made} made now{pace})")
+    bridge.fabric.print(f"sequences: {folder} ({figures['sequences']}, {made} made now{pace})")
 
 
 def classify_command(args: argparse.Namespace) -> None:
-    """classify TRAJECTORY --classifier RUN: how many frames a classifier calls the target class, by level."""
+    """classify TRAJECTORY_OR_RUN: how many frames classifiers call the target class, beside a mere recolouring."""
     from functools import partial
 
     from cellflux_bridge.data.patches import load_patches
@@ -115,16 +143,22 @@ def classify_command(args: argparse.Namespace) -> None:
     from cellflux_bridge.training.loop import make_fabric
     from cellflux_bridge.trajectory import iter_trajectory, read_header
 
-    header = read_header(Path(args.config))
-    for run in args.classifier:
+    folder = _trajectory(args.config)
+    header = read_header(folder)
+    classifiers = args.classifier or sorted(map(str, Path(args.config).glob("classifier_*")))
+    if not classifiers:
+        raise UserError(
+            "--classifier: none given, and the run has none; train one with: cellflux-bridge train-classifier"
+        )
+    for run in classifiers:
         newest = checkpoint.latest(Path(run))
-        config = checkpoint.read_config(newest)
+        config = _config(str(newest), args.overrides)
         fabric = make_fabric(config.classifier.train)
         patches = load_patches(config.data, seed=config.seed)
         model = classifier.load(newest, fabric.device)
         real = patches.centre(patches.indices("train", header.target)).permute(0, 2, 3, 1).numpy()
         rate = flip_rate(
-            iter_trajectory(Path(args.config)),
+            iter_trajectory(folder),
             partial(classifier.predict, model, device=fabric.device),
             classes=patches.classes,
             real_targets=real,
@@ -141,16 +175,22 @@ def classify_command(args: argparse.Namespace) -> None:
 
 
 def video_command(args: argparse.Namespace) -> None:
-    """video TRAJECTORY: write mp4, WebP, GIF or strip of the sequences."""
+    """video TRAJECTORY_OR_RUN: write mp4, WebP, GIF or strip of the sequences."""
+    from pydantic import ValidationError
+
     from cellflux_bridge.config import VideoConfig, parse_overrides
+    from cellflux_bridge.schema import explain
     from cellflux_bridge.trajectory import load_trajectory
     from cellflux_bridge.video import write_all
 
-    folder = Path(args.config)
+    folder = _trajectory(args.config)
     if (folder / "config.yaml").exists():
-        settings = _config(args.config, args.overrides).video
+        settings = _config(str(folder), args.overrides).video
     else:
-        settings = VideoConfig(**parse_overrides(args.overrides).get("video", {}))
+        try:  # frames of the user's own, which no configuration made
+            settings = VideoConfig.model_validate(parse_overrides(args.overrides).get("video", {}))
+        except ValidationError as error:
+            raise UserError(explain(error, VideoConfig, prefix="video")) from error
     trajectory = load_trajectory(folder, num=settings.sequences)
     for path in write_all(trajectory, args.output or folder, settings):
         print(f"wrote: {path}")
@@ -160,7 +200,7 @@ _OUTPUT = ("--output", {"type": Path, "help": "folder (or file) to write to inst
 # command -> (function, what its positional argument is, flags, fixed second word)
 _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
     "data": (data_command, "CONFIG", [_OUTPUT], "check"),
-    "config": (config_command, "CONFIG_OR_RUN", [], "show"),
+    "config": (config_command, "CONFIG_OR_RUN", [("--key", {"help": "print the value of one key only"})], "show"),
     "train": (train_command, "CONFIG_OR_RUN", [], None),
     "train-classifier": (train_classifier_command, "CONFIG_OR_RUN", [], None),
     "translate": (
@@ -176,12 +216,16 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
     ),
     "classify": (
         classify_command,
-        "TRAJECTORY",
-        [("--classifier", {"action": "append", "required": True, "metavar": "RUN", "help": "may be repeated"})],
+        "TRAJECTORY_OR_RUN",
+        [("--classifier", {"action": "append", "metavar": "RUN", "help": "may be repeated; default: the run's own"})],
         None,
     ),
-    "video": (video_command, "TRAJECTORY", [_OUTPUT], None),
+    "video": (video_command, "TRAJECTORY_OR_RUN", [_OUTPUT], None),
 }
+
+
+# Commands whose work several processes share; of the others one is enough.
+_SHARED = (train_command, train_classifier_command, translate_command)
 
 
 def _usage() -> str:
@@ -221,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake ends with its message and status 1, a signal with 128 + its number."""
     try:
         function, args = _parse(sys.argv[1:] if argv is None else argv)
-        function(args)
+        if function in _SHARED or os.environ.get("RANK", "0") == "0":  # torchrun gives every process a rank
+            function(args)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ complete: every default is filled in, so that the copy saved beside a result say
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -119,7 +119,7 @@ class TrainConfig(Section):
     devices: int | str = 1
     num_nodes: Count = 1
     strategy: str = "auto"
-    precision: str = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
 class ClassifierConfig(Section):
@@ -160,6 +160,28 @@ class VideoConfig(Section):
     show_source: bool = True
 
 
+# What may differ between the parts of one run: where things are, how long and how often, on which devices.
+_PACE = (
+    "steps",
+    "max_minutes",
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "validate_every",
+    "sample_every",
+    "tensorboard",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+)
+PLACES_AND_PACE = (
+    *("name", "output", "data.root", "data.cache_dir", "data.workers"),
+    *(f"{section}.{key}" for section in ("train", "classifier.train") for key in _PACE),
+)
+
+
 class Config(Section):
     name: str
     seed: int = 0
@@ -180,14 +202,24 @@ class Config(Section):
         return dump_yaml(self.model_dump(mode="json"))
 
     def digest(self) -> str:
-        """A short hash of what sequences are made with: all but names, places, how many, and how they are shown."""
-        left_out = {
-            **dict.fromkeys(("name", "output", "video", "classifier"), True),
-            "data": {"cache_dir", "workers"},
-            "translate": {"num", "batch_size"},
-        }
-        canonical = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
+        """A short hash of what sequences are made with: not where, how fast or how many, nor how they are shown."""
+        left_out = (*PLACES_AND_PACE, "video", "classifier", "translate.num", "translate.batch_size")
+        canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def flat(self, *, without: Sequence[str]) -> dict[str, Any]:
+        """Every value by its dotted key, less the keys and sections named in `without`."""
+
+        def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+            if key in without:
+                return
+            if isinstance(value, dict):
+                for name, item in value.items():
+                    yield from walk(item, f"{key}.{name}" if key else name)
+            else:
+                yield key, value
+
+        return dict(walk(self.model_dump(mode="json"), ""))
 
 
 def _merge(base: Any, over: Any, *, nested: bool = False) -> Any:

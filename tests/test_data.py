@@ -341,8 +341,8 @@ def test_a_process_that_finishes_second_takes_the_cache_of_the_first(patch_folde
     config = data_config(patch_folder)
     build = patches_module._build_cache
 
-    def overtaken(folder, config, records, *, seed):
-        build(folder, config, records, seed=seed)
+    def overtaken(folder, config, records, *, seed, reference):
+        build(folder, config, records, seed=seed, reference=reference)
         shutil.copytree(folder, patches_module.cache_folder(config, records, seed=seed))
 
     monkeypatch.setattr(patches_module, "_build_cache", overtaken)

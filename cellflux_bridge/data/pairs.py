@@ -1,6 +1,7 @@
 """Batches of coupled (source, target) patches, each a function of (seed, step, rank) alone."""
 
-from itertools import product
+from collections.abc import Sequence
+from itertools import permutations
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -57,7 +58,9 @@ class Pairs:
     ):
         self._patches, self._coupling, self._split = patches, coupling, split
         self._batch_size, self._seed, self._config, self._data = batch_size, seed, pairs, data
-        self.transitions = _transitions(patches, pairs)
+        self.transitions = [
+            tuple(patches.class_index(label) for label in pair) for pair in named_transitions(patches.classes, pairs)
+        ]
         rows = -(-batch_size // len(self.transitions))
         self._members = {}
         for number in sorted({c for pair in self.transitions for c in pair}):
@@ -135,14 +138,15 @@ def _draw(pool: np.ndarray, num: int, generator: torch.Generator) -> np.ndarray:
     return pool[torch.randint(len(pool), (num,), generator=generator).numpy()]
 
 
-def _transitions(patches: Patches, pairs: PairsConfig) -> list[tuple[int, int]]:
-    classes = range(len(patches.classes))
+def named_transitions(classes: Sequence[str], pairs: PairsConfig) -> list[tuple[str, str]]:
+    """The (source, target) classes that a network is trained on, identity pairs at the end."""
     if pairs.transitions == "all":
-        found = [(a, b) for a, b in product(classes, classes) if a != b]
+        found = list(permutations(classes, 2))
     else:
-        found = [tuple(patches.class_index(label) for label in pair) for pair in pairs.transitions]
+        found = list(pairs.transitions)
         if not found:
             raise UserError("pairs.transitions: empty; expected 'all' or a list of [source, target] pairs")
     if pairs.identity:
-        found += [(c, c) for c in sorted({c for pair in found for c in pair}) if (c, c) not in found]
+        used = {label for pair in found for label in pair}
+        found += [(label, label) for label in classes if label in used and (label, label) not in found]
     return found

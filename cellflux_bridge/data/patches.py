@@ -108,17 +108,17 @@ def list_records(config: DataConfig, *, seed: int) -> tuple[list[PatchRecord], t
     return assign_splits(records, val=config.split.val, test=config.split.test, seed=seed), classes
 
 
-def load_patches(config: DataConfig, *, seed: int) -> Patches:
+def load_patches(config: DataConfig, *, seed: int, reference: stain.StainReference | None = None) -> Patches:
     """The patches of a configuration, from the cache, which is made first where it is missing or stale.
 
     The cache key covers every file's path, size and time of change and all settings that touch pixels, so a changed,
-    added or removed file makes a new cache. Raises UserError that lists unreadable files, and for a data.cache_dir
-    that cannot be written to.
+    added or removed file makes a new cache. Where stain is normalised, `reference` replaces that of the training
+    split. Raises UserError that lists unreadable files, and for a data.cache_dir that cannot be written to.
     """
     records, classes = list_records(config, seed=seed)
     groups = [record.group if record.group is not None else f"\0{record.id}" for record in records]
     group_names, group_numbers = np.unique(groups, return_inverse=True)
-    pixels, preprocessing = _cached_pixels(config, records, seed=seed)
+    pixels, preprocessing = _cached_pixels(config, records, seed=seed, reference=reference)
     return Patches(
         pixels=pixels,
         ids=tuple(record.id for record in records),
@@ -132,7 +132,9 @@ def load_patches(config: DataConfig, *, seed: int) -> Patches:
     )
 
 
-def cache_folder(config: DataConfig, records: Sequence[PatchRecord], *, seed: int) -> Path:
+def cache_folder(
+    config: DataConfig, records: Sequence[PatchRecord], *, seed: int, reference: stain.StainReference | None = None
+) -> Path:
     """Where the cache of these records belongs; the name is the content key."""
     normalised = config.stain.mode == "normalise"
     settings = {
@@ -142,6 +144,7 @@ def cache_folder(config: DataConfig, records: Sequence[PatchRecord], *, seed: in
         "image_size": config.image_size,
         "crop": config.crop,
         "stain": config.stain.method if normalised else None,
+        "reference": reference.values if normalised and reference else None,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for record in records:
@@ -156,9 +159,9 @@ def cache_folder(config: DataConfig, records: Sequence[PatchRecord], *, seed: in
 
 
 def _cached_pixels(
-    config: DataConfig, records: Sequence[PatchRecord], *, seed: int
+    config: DataConfig, records: Sequence[PatchRecord], *, seed: int, reference: stain.StainReference | None
 ) -> tuple[np.ndarray, Preprocessing]:
-    folder = cache_folder(config, records, seed=seed)
+    folder = cache_folder(config, records, seed=seed, reference=reference)
     if not folder.exists():
         building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         try:
@@ -166,7 +169,7 @@ def _cached_pixels(
         except OSError as error:
             raise UserError(f"data.cache_dir: {folder.parent} cannot be written to ({error.strerror})") from error
         try:
-            _build_cache(building, config, records, seed=seed)
+            _build_cache(building, config, records, seed=seed, reference=reference)
             os.replace(building, folder)
         except OSError:
             if not folder.exists():  # another process was faster
@@ -176,7 +179,14 @@ def _cached_pixels(
     return np.load(folder / "pixels.npy", mmap_mode="r"), Preprocessing.load(folder / "preprocessing.json")
 
 
-def _build_cache(folder: Path, config: DataConfig, records: Sequence[PatchRecord], *, seed: int) -> None:
+def _build_cache(
+    folder: Path,
+    config: DataConfig,
+    records: Sequence[PatchRecord],
+    *,
+    seed: int,
+    reference: stain.StainReference | None,
+) -> None:
     plain = Preprocessing(config.image_size, config.crop)
     workers = config.workers or os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
@@ -206,9 +216,10 @@ def _build_cache(folder: Path, config: DataConfig, records: Sequence[PatchRecord
         _raise_unreadable(over_all(decode, "decoding patches"), config.root)
         preprocessing = plain
         if config.stain.mode == "normalise":
-            train = [i for i, record in enumerate(records) if record.split == "train"]
-            chosen = numpy_generator(seed, "stain").permutation(train)[:_NUM_REFERENCE_IMAGES]
-            reference = stain.fit_reference(config.stain.method, [pixels[i] for i in sorted(chosen)])
+            if reference is None:
+                train = [i for i, record in enumerate(records) if record.split == "train"]
+                chosen = numpy_generator(seed, "stain").permutation(train)[:_NUM_REFERENCE_IMAGES]
+                reference = stain.fit_reference(config.stain.method, [pixels[i] for i in sorted(chosen)])
             preprocessing = replace(plain, reference=reference)
 
             def normalise(i: int) -> None:

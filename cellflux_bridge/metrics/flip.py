@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cellflux_bridge.errors import UserError
 from cellflux_bridge.stain import fit_reference, normalise
 from cellflux_bridge.trajectory import Trajectory
 
@@ -44,6 +45,8 @@ def flip_rate(
         probabilities.append(p[:, :, target])
         sources = np.stack([normalise(image, reference) for image in batch.frames[0].transpose(0, 2, 3, 1)])
         recoloured.append(predict(torch.from_numpy(sources.transpose(0, 3, 1, 2).copy())).argmax(1) == target)
+    if not hits:
+        raise UserError("no whole sequence to judge; let `cellflux-bridge translate` finish first")
     hits, probabilities = np.concatenate(hits, axis=1), np.concatenate(probabilities, axis=1)
     return FlipRate(
         levels=batch.levels,

@@ -8,7 +8,6 @@
 """
 
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,8 @@ def save(
     """Write a checkpoint under a temporary name, rename it, then remove all but the newest `keep`."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     building = folder.with_suffix(".tmp")
-    shutil.rmtree(building, ignore_errors=True)
+    for stale in (run / "checkpoints").glob("step-*.tmp"):  # what a kill left
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         building.mkdir(parents=True)
         save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, building / WEIGHTS)
@@ -75,6 +75,12 @@ def latest(run: Path) -> Path:
     return found[-1]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The training step in a checkpoint folder's name; 0 where the folder was renamed."""
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else 0
+
+
 def read_config(checkpoint: Path) -> Config:
     return load_config(checkpoint / CONFIG)
 
@@ -103,5 +109,5 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler stumbles over foreign bytes in many ways
         raise UserError(f"{path}: truncated or not a training state ({error})") from error

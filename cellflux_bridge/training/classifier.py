@@ -16,6 +16,7 @@ from cellflux_bridge import images
 from cellflux_bridge.classifier.model import PatchClassifier
 from cellflux_bridge.config import ClassifierConfig, Config
 from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.errors import UserError
 from cellflux_bridge.randomness import torch_generator
 from cellflux_bridge.training import checkpoint
 
@@ -49,6 +50,12 @@ class ClassifierTask:
         self.model = build_classifier(config)
         self._train = [patches.indices("train", label) for label in patches.classes]
         self._val = patches.indices("val")
+        for label, indices in zip(patches.classes, self._train, strict=True):
+            if len(indices) == 0:
+                raise UserError(f"class {label!r} has no patch in the train split; see `cellflux-bridge data check`")
+        for split in ("val", "test"):
+            if len(patches.indices(split)) == 0:
+                raise UserError(f"the {split} split is empty; raise data.split.{split} or name splits in the data")
 
     def batch(self, index: int, *, rank: int) -> LabelledBatch:
         generator = torch_generator(self._seed, "classifier", self._config.view, index, rank)

@@ -4,9 +4,10 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,10 @@ class Stopped(Exception):
         self.code = 128 + signal_number
 
 
+# Seconds in which signals are one: torchrun forwards the Ctrl-C that the terminal has already sent to all.
+_ONE_KEYPRESS = 1.0
+
+
 def make_fabric(config: TrainConfig) -> Fabric:
     """Fabric from the `train` section; under torchrun the number of processes is torchrun's."""
     devices, num_nodes, strategy = config.devices, config.num_nodes, config.strategy
@@ -54,7 +59,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
         strategy = "ddp" if strategy == "auto" and int(os.environ["WORLD_SIZE"]) > 1 else strategy
     try:
-        return Fabric(
+        fabric = Fabric(
             accelerator=config.accelerator,
             devices=devices,
             num_nodes=num_nodes,
@@ -66,17 +71,37 @@ def make_fabric(config: TrainConfig) -> Fabric:
             f"train.accelerator={config.accelerator}, devices={devices}, strategy={strategy}, "
             f"precision={config.precision}: not possible here ({error})"
         ) from error
+    # Fabric would round the inputs as well; a time in bfloat16 has three digits. Autocast is for inside the network.
+    fabric.strategy.precision.convert_input = lambda data: data
+    return fabric
+
+
+def on_rank_zero(fabric: Fabric, work: Callable[[], None]) -> None:
+    """Let one process do `work` while the others wait; its UserError is raised by all, so that none waits for ever."""
+    message = None
+    if fabric.is_global_zero:
+        try:
+            work()
+        except UserError as error:
+            message = str(error)
+    message = fabric.broadcast(message)
+    if message is not None:
+        raise UserError(message)
 
 
 @contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying from them; a second one kills as usual."""
+    """Collects SIGINT and SIGTERM instead of dying from them; another one, a second later, kills as usual."""
     caught: list[int] = []
+    times: list[float] = []
 
     def note(number, frame):
         caught.append(number)
-        for other, handler in previous.items():
-            signal.signal(other, handler)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > _ONE_KEYPRESS:
+            for other, handler in previous.items():
+                signal.signal(other, handler)
+            os.kill(os.getpid(), number)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, note) for number in numbers}
@@ -95,13 +120,13 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
     """
     model = task.model.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
+    wrapped, optimiser = fabric.setup(model, optimiser)
     ema = averaged(model, train.ema_decay)
+    # After the set-up, because an optimiser's state is laid where its parameters are when it is loaded.
     step, seconds = _restore(folder, model, optimiser, ema)
     if step >= train.steps or _out_of_time(seconds, train):
         fabric.print(f"{folder}: trained already ({step} steps); raise train.steps or train.max_minutes to go on")
         return checkpoint.latest(folder)
-    wrapped, optimiser = fabric.setup(model, optimiser)
-    ema.to(fabric.device)
     trainer = _Trainer(task, config, train, folder, fabric, wrapped, optimiser, ema, step, seconds)
     with _caught_signals() as caught, ThreadPoolExecutor(1) as background:
         return trainer.run(caught, background)
@@ -206,13 +231,15 @@ class _Trainer:
         return stop
 
     def _require_finite(self) -> None:
-        finite = self.is_finite.float()
+        # A finite loss can have an infinite gradient: the weights tell.
+        weights = [torch.isfinite(p).all() for p in self.model.parameters()]
+        finite = torch.stack([self.is_finite, *weights]).all().float()
         if self.fabric.world_size > 1:
             finite = self.fabric.all_reduce(finite, reduce_op="mean")
         if finite < 1:
             found = sorted((self.folder / "checkpoints").glob("step-*[0-9]"))
             raise UserError(
-                f"train: the loss is not finite at or before step {self.step}; lower train.lr, raise "
+                f"train: the loss or the weights are not finite at or before step {self.step}; lower train.lr, raise "
                 "train.warmup_steps or keep train.gradient_clip on. "
                 + (f"The last good checkpoint is {found[-1]}" if found else "No checkpoint had been written")
             )
@@ -241,20 +268,20 @@ class _Trainer:
                     write_png(self.folder / "samples" / f"step-{self.step:08d}.png", sheet)
 
     def _save(self) -> None:
-        if self.fabric.is_global_zero:
-            state = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "model": self.model.module.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-            }
-            checkpoint.save(
-                self.folder,
-                step=self.step,
-                weights=self.ema.module.state_dict(),
-                state=state,
-                config=self.config,
-                preprocessing=self.task.preprocessing,
-                keep=self.train.keep_checkpoints,
-            )
-        self.fabric.barrier()
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        save = partial(
+            checkpoint.save,
+            self.folder,
+            step=self.step,
+            weights=self.ema.module.state_dict(),
+            state=state,
+            config=self.config,
+            preprocessing=self.task.preprocessing,
+            keep=self.train.keep_checkpoints,
+        )
+        on_rank_zero(self.fabric, save)

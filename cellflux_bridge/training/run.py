@@ -2,46 +2,24 @@
 
 import csv
 import json
+import os
 from pathlib import Path
-from typing import Any
 
-from cellflux_bridge.config import Config, load_config
+from cellflux_bridge.config import PLACES_AND_PACE, Config, load_config
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.records import SPLITS
 from cellflux_bridge.errors import UserError
 
-# What may change between the parts of one run: where things are, how long and how often, on which devices.
-_MAY_CHANGE = (
-    "name",
-    "output",
-    "translate",
-    "video",
-    "data.root",
-    "data.cache_dir",
-    "data.workers",
-    "train.steps",
-    "train.max_minutes",
-    "train.resume",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.validate_every",
-    "train.sample_every",
-    "train.tensorboard",
-    "train.accelerator",
-    "train.devices",
-    "train.num_nodes",
-    "train.strategy",
-)
 
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    joined = {}
-    for key, item in value.items():
-        joined |= _flat(item, f"{prefix}.{key}" if prefix else key)
-    return joined
+def differences(before: Config, now: Config, *, ignore: tuple[str, ...]) -> list[str]:
+    """The keys, with both values, in which two configurations describe different runs; `ignore` names sections."""
+    skip = (*PLACES_AND_PACE, "translate", "video", *ignore)
+    flat_before, flat_now = before.flat(without=skip), now.flat(without=skip)
+    return [
+        f"{key} ({flat_before.get(key)!r} there, {flat_now.get(key)!r} here)"
+        for key in sorted(flat_before.keys() | flat_now.keys())
+        if flat_before.get(key) != flat_now.get(key)
+    ]
 
 
 def claim(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str) -> None:
@@ -54,10 +32,7 @@ def claim(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str)
     if saved.exists():
         if resume == "never":
             raise UserError(f"{folder}: holds a run already; set train.resume=auto, another output, or remove it")
-        before, now = (_flat(c.model_dump(mode="json")) for c in (load_config(saved), config))
-        skip = _MAY_CHANGE + ignore
-        keys = [k for k in sorted(before.keys() | now.keys()) if not any(k == s or k.startswith(s + ".") for s in skip)]
-        differing = [f"{k} ({before.get(k)!r} there, {now.get(k)!r} here)" for k in keys if before.get(k) != now.get(k)]
+        differing = differences(load_config(saved), config, ignore=ignore)
         if differing:
             raise UserError(
                 f"{folder}: holds another run; they differ in {', '.join(differing[:5])}"
@@ -66,7 +41,13 @@ def claim(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str)
     elif folder.exists() and any(folder.glob("checkpoints/step-*")):
         raise UserError(f"{folder}: holds checkpoints without a config.yaml; choose another output")
     folder.mkdir(parents=True, exist_ok=True)
-    saved.write_text(config.to_yaml(), encoding="utf-8")
+    _replace_text(saved, config.to_yaml())
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def record_splits(folder: Path, patches: Patches) -> None:
@@ -79,6 +60,15 @@ def record_splits(folder: Path, patches: Patches) -> None:
             writer.writerow([patch_id, label, split, patches.group_names[patches.groups[i]]])
 
 
+def last_values(folder: Path, prefix: str) -> dict[str, float]:
+    """The newest logged value of every quantity whose name starts with `prefix`."""
+    newest: dict[str, float] = {}
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        if _step(line) < float("inf"):
+            newest.update({name: value for name, value in json.loads(line).items() if name.startswith(prefix)})
+    return newest
+
+
 class Log:
     """`metrics.jsonl` of a run, one JSON object a line with its step, and TensorBoard where it is asked for."""
 
@@ -88,7 +78,7 @@ class Log:
             # What came after the checkpoint that is resumed will happen again.
             lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) <= from_step]
-            self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            _replace_text(self._path, "".join(line + "\n" for line in kept))
         self._board = _tensorboard(folder) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -30,11 +30,22 @@ def source_noise(shape: Sequence[int], source_ids: Sequence[str], *, seed: int) 
 
 
 def _interval(path: Path, reverse: bool) -> tuple[float, float]:
+    name = type(path).__name__
+    if not path.from_data:
+        raise UserError(
+            f"path {name}: starts from noise, so no source image can be carried along; "
+            "train with a path from data (noised_source, straight, brownian, smooth)"
+        )
+    if reverse and not path.reversible:
+        raise UserError(
+            f"translate.reverse: path {name} is not noise-free, its reverse ODE would end at a noised source; "
+            "train the opposite transition instead, or use path.name=straight"
+        )
     return (1.0, 0.0) if reverse else (path.t_start, 1.0)
 
 
 def morph_levels(path: Path, *, steps: int, frames: int, solver: str, reverse: bool) -> tuple[float, ...]:
-    """The levels of `morph`'s frames: how far along each is, 0 the source and 1 the end."""
+    """The levels of `morph`'s frames: how far along each is, 0 the source and 1 the end; refuses what `morph` does."""
     times = frame_times(steps=steps, frames=frames, solver=solver, interval=_interval(path, reverse)).tolist()
     return (0.0, *(round(1 - t if reverse else t, 6) for t in times[1:-1]), 1.0)
 
@@ -57,20 +68,8 @@ def morph(
     still carries. With `reverse`, x0 are images of the condition's *target* and are carried back to its source by the
     reverse ODE, which only a noise-free straight path allows. Raises UserError where the path cannot do what is asked.
     """
-    name = type(path).__name__
-    if not path.from_data:
-        raise UserError(
-            f"path {name}: starts from noise, so no source image can be carried along; "
-            "train with a path from data (noised_source, straight, brownian, smooth)"
-        )
-    if reverse and not path.reversible:
-        raise UserError(
-            f"translate.reverse: path {name} is not noise-free, its reverse ODE would end at a noised source; "
-            "train the opposite transition instead, or use path.name=straight"
-        )
+    interval = _interval(path, reverse)
     start = x0 if reverse else path.start(x0, noise)
-    result = integrate(
-        velocity, start, cond, steps=steps, frames=frames, solver=solver, interval=_interval(path, reverse)
-    )
+    result = integrate(velocity, start, cond, steps=steps, frames=frames, solver=solver, interval=interval)
     shown = [path.without_noise(x, t, noise) for x, t in zip(result.states, result.times, strict=True)]
     return Morph(torch.stack([x0, *shown[1:]]), result.nfe)

@@ -1,0 +1,209 @@
+"""The console command: its help needs nothing heavy, its way from patches to figures works, its exits are clean."""
+
+import errno
+import re
+import runpy
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from cellflux_bridge import cli
+from cellflux_bridge.config import load_config
+from cellflux_bridge.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("data", "config", "train", "train-classifier", "translate", "classify", "video")
+SCRIPTS = ("train/flow.py", "train/classifier.py", "eval/translate.py", "eval/classify.py", "eval/video.py")
+
+
+def test_help_needs_no_torch():
+    program = f"""
+import sys
+from cellflux_bridge import cli
+for arguments in [["--help"], ["--version"], *([command, "--help"] for command in {COMMANDS!r})]:
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        assert end.code == 0, (arguments, end.code)
+heavy = [name for name in ("torch", "numpy", "timm", "sklearn", "lightning_fabric") if name in sys.modules]
+assert not heavy, heavy
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", finished.stdout, re.MULTILINE), command
+        assert f"usage: cellflux-bridge {command}" in finished.stdout
+
+
+def test_the_console_command_is_this_main():
+    (command,) = entry_points(group="console_scripts", name="cellflux-bridge")
+    assert command.load() is cli.main
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_commands(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert end.value.code == 0
+    assert "usage: cellflux-bridge" in capsys.readouterr().out
+
+
+def test_no_command_prints_the_usage_and_fails(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    assert end.value.code == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_a_users_mistake_ends_with_its_message_and_status_1(tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "-m", "cellflux_bridge.cli", "config", "show", str(tmp_path / "none.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(f"error: {tmp_path / 'none.yaml'}: cannot read this configuration")
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "x.yaml"], "unknown command 'trian'; known: data, config, train"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot read"),
+        (["translate", "nowhere"], "nowhere: holds no checkpoint"),
+        (["video", "nowhere"], r"nowhere: no trajectory\.json here"),
+        (["classify", "nowhere", "--classifier", "elsewhere"], r"nowhere: no trajectory\.json here"),
+    ],
+)
+def test_wrong_words_are_errors(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        cli.main(arguments)
+
+
+def test_signals_and_full_disks_end_without_a_traceback(monkeypatch, capsys):
+    def end_with(error):
+        def raising(where, overrides):
+            raise error
+
+        monkeypatch.setattr(cli, "_config", raising)
+        with pytest.raises(SystemExit) as end:
+            cli.main(["config", "show", "x.yaml"])
+        return end.value.code
+
+    assert end_with(KeyboardInterrupt()) == 130
+    assert "interrupted" in capsys.readouterr().err
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/x")
+    assert end_with(full) == "error: cannot write runs/x: No space left on device"
+    assert end_with(UserError("data.root: no")) == "error: data.root: no"
+    with pytest.raises(ZeroDivisionError):  # a fault of the program keeps its traceback
+        end_with(ZeroDivisionError())
+
+
+def test_config_show_fills_in_and_overrides(tmp_path, write_config, capsys):
+    file = write_config(tmp_path)
+    cli.main(["config", "show", str(file), "train.lr=1e-4", "path=brownian", "path.scale=0.3"])
+    shown = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(shown)
+    config = load_config(tmp_path / "shown.yaml")
+    assert config == load_config(file, ["train.lr=1e-4", "path=brownian", "path.scale=0.3"])
+    assert config.train.lr == 1e-4
+    assert config.path == {"name": "brownian", "scale": 0.3, "margin": 0.02}
+    cli.main(["config", "show", str(file), "--key", "train.batch_size"])
+    assert capsys.readouterr().out == "8\n"
+    with pytest.raises(SystemExit, match=r"--key train\.bath_size: no such key"):
+        cli.main(["config", "show", str(file), "--key", "train.bath_size"])
+    with pytest.raises(SystemExit, match=r"train\.bath_size: unknown key; did you mean 'train\.batch_size'"):
+        cli.main(["config", "show", str(file), "train.bath_size=3"])
+
+
+def test_from_patches_to_figures(patch_folder, tmp_path, write_config, capsys):
+    judge = {"train": {"steps": 20, "batch_size": 16, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5}}
+    file = str(write_config(tmp_path, data={"split": {"val": 0.2, "test": 0.4}}, classifier=judge))
+    run = tmp_path / "runs" / "tiny"
+
+    cli.main(["data", "check", file])
+    assert re.search(r"\bA\b", capsys.readouterr().out)
+    assert (run / "contact_sheet.png").exists()
+
+    cli.main(["train", file, "train.sample_every=2", "train.validate_pairs=8"])
+    printed = capsys.readouterr().out
+    assert f"trained: {run / 'checkpoints' / 'step-00000004'}" in printed
+    assert "val/velocity_mse" in printed
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+
+    with pytest.raises(SystemExit, match="holds no sequences yet"):
+        cli.main(["video", str(run)])
+    options = ["translate.num=4", "translate.steps=4", "translate.frames=3", "translate.batch_size=3"]
+    cli.main(["translate", str(run), "--source", "A", "--target", "B", *options])
+    folder = run / "trajectories" / "A_to_B"
+    assert f"sequences: {folder} (4, 4 made now" in capsys.readouterr().out
+    cli.main(["translate", str(run), "--source", "A", "--target", "B", *options])
+    assert "(4, 0 made now)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds another run"):
+        cli.main(["translate", str(run), *options, "translate.steps=5"])
+    cli.main(["translate", str(run), *options, "translate.steps=5", "--overwrite"])
+    assert "(4, 4 made now" in capsys.readouterr().out
+
+    for where in (run, folder):
+        cli.main(
+            ["video", str(where), "video.formats=[strip, gif]", "video.tile=16", "--output", str(tmp_path / "shown")]
+        )
+        wrote = [line.removeprefix("wrote: ") for line in capsys.readouterr().out.splitlines()]
+        assert len(wrote) == 2
+        assert all(Path(path).stat().st_size > 100 for path in wrote)
+
+    with pytest.raises(SystemExit, match="none given, and the run has none"):
+        cli.main(["classify", str(run)])
+    for view in ("rgb", "grey"):
+        cli.main(["train-classifier", file, "classifier.train.accelerator=cpu", f"classifier.view={view}"])
+        assert "test/colour_only_balanced_accuracy" in capsys.readouterr().out
+    cli.main(["classify", str(run)])
+    printed = capsys.readouterr().out
+    assert f"{run / 'classifier_rgb'}: rgb, accuracy 1.000 on" in printed
+    assert f"{run / 'classifier_grey'}: grey" in printed
+    assert printed.count("fraction called B of 4 sequences") == 2
+    assert re.search(r"untranslated A +0\.000\n +Reinhard colour transfer +1\.000", printed)
+    cli.main(["classify", str(folder), "--classifier", str(run / "classifier_grey")])
+    assert capsys.readouterr().out.count("fraction called") == 1
+
+
+def test_a_classifier_trains_further_and_keeps_to_its_run(patch_folder, tmp_path, write_config, capsys):
+    file = str(write_config(tmp_path, classifier={"train": {"batch_size": 8, "accelerator": "cpu"}}))
+
+    def train(*overrides):
+        cli.main(["train-classifier", file, *overrides])
+        return re.search(r"trained: (.*)", capsys.readouterr().out).group(1)
+
+    assert train("classifier.train.steps=2").endswith("step-00000002")
+    assert train("classifier.train.steps=4", "train.lr=0.5", "path=straight").endswith("step-00000004")
+    with pytest.raises(SystemExit, match=r"differ in classifier\.jitter"):
+        train("classifier.train.steps=5", "classifier.jitter=0.3")
+    with pytest.raises(SystemExit, match=r"differ in classifier\.train\.lr"):
+        train("classifier.train.steps=5", "classifier.train.lr=0.5")
+
+
+def test_frames_of_ones_own_take_video_settings_from_the_command_line(patch_folder, tmp_path, write_config):
+    file = write_config(tmp_path, data={"split": {"val": 0.2, "test": 0.4}})
+    cli.main(["train", str(file), "train.steps=1", "train.validate_pairs=8"])
+    cli.main(["translate", str(tmp_path / "runs/tiny"), "translate.num=1", "translate.steps=2", "translate.frames=3"])
+    folder = tmp_path / "runs" / "tiny" / "trajectories" / "A_to_B"
+    (folder / "config.yaml").unlink()
+    cli.main(["video", str(folder), "video.formats=[gif]", "video.tile=16"])
+    assert list(folder.glob("*.gif"))
+    with pytest.raises(SystemExit, match=r"video\.fsp: unknown key; did you mean 'video\.fps'"):
+        cli.main(["video", str(folder), "video.fsp=3"])
+
+
+def test_data_that_cannot_be_used_fails_the_check(patch_folder, tmp_path, write_config, capsys):
+    (patch_folder / "A" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="some files cannot be used"):
+        cli.main(["data", "check", str(write_config(tmp_path))])
+    assert "broken.png" in capsys.readouterr().out

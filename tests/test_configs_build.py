@@ -1,0 +1,70 @@
+"""Every configuration that ships builds: network, path, coupling, classifier, and shapes that fit each other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cellflux_bridge import registry
+from cellflux_bridge.config import Config, load_config
+from cellflux_bridge.training.classifier import build_classifier
+from cellflux_bridge.training.flow import IMAGE_CHANNELS, build_flow
+from cellflux_bridge.training.loop import make_fabric
+from cellflux_bridge.velocity.condition import Condition
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def config(request) -> Config:
+    config = load_config(request.param)
+    classes = config.data.classes or ["A", "B"]
+    return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
+
+
+def test_configurations_are_found():
+    assert {"example", "lung"} <= {path.stem for path in CONFIGS}
+
+
+def test_the_network_turns_states_into_velocities(config):
+    with torch.device("meta"):
+        path, network = build_flow(config)
+        size = config.data.image_size
+        x = torch.empty(2, IMAGE_CHANNELS, size, size)
+        cond = Condition(
+            target_class=torch.empty(2, dtype=torch.long),
+            level=torch.empty(2),
+            source_class=torch.empty(2, dtype=torch.long),
+            source_image=x,
+            dropped=torch.empty(2, dtype=torch.bool),
+        )
+        assert network.eval()(torch.empty(2), x, cond).shape == x.shape
+    assert path.from_data or config.translate.source is None
+
+
+def test_the_coupling_permutes_a_batch(config):
+    coupling = registry.build("coupling", config.coupling)
+    x0, x1 = torch.randn(2, 6, IMAGE_CHANNELS, 32, 32, generator=torch.Generator().manual_seed(0))
+    i, j = coupling.pair(x0, x1, blocks=torch.zeros(6), generator=torch.Generator().manual_seed(0))
+    assert sorted(i.tolist()) == sorted(j.tolist()) == list(range(6))
+
+
+def test_the_classifier_tells_the_classes_apart(config):
+    offline = config.model_copy(update={"classifier": config.classifier.model_copy(update={"pretrained": False})})
+    size = config.data.image_size
+    with torch.device("meta"):
+        logits = build_classifier(offline).eval()(torch.empty(2, IMAGE_CHANNELS, size, size))
+    assert logits.shape == (2, len(config.data.classes))
+
+
+def test_classes_transitions_and_translations_know_each_other(config):
+    named = {config.translate.source, config.translate.target} - {None}
+    if config.pairs.transitions != "all":
+        named |= {label for pair in config.pairs.transitions for label in pair}
+    assert named <= set(config.data.classes)
+
+
+def test_precision_and_strategy_are_known(config):
+    on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    make_fabric(config.train.model_copy(update=on_cpu))
+    make_fabric(config.classifier.train.model_copy(update=on_cpu))

@@ -1,0 +1,547 @@
+"""Training: a resumed run repeats an uninterrupted one, whatever stopped it, and its figures mean what they say."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cellflux_bridge import cli
+from cellflux_bridge.config import load_config
+from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.training import checkpoint
+from cellflux_bridge.training.ema import averaged
+from cellflux_bridge.training.flow import FlowTask, build_flow
+from cellflux_bridge.training.loop import Stopped, fit, make_fabric
+from cellflux_bridge.training.run import Log
+
+# Dropout, accumulation and a warm-up, so that everything a resume could forget is there.
+DEMANDING = {
+    "velocity": {"dropout": 0.2},
+    "train": {"accumulate": 2, "batch_size": 4, "warmup_steps": 5, "validate_pairs": 8, "log_every": 1},
+}
+
+
+@pytest.fixture
+def demanding(patch_folder, tmp_path, write_config) -> Path:
+    return write_config(tmp_path, **DEMANDING)
+
+
+def train(file: Path, output: Path, *overrides: str) -> Path:
+    """Train through the command line and return the newest checkpoint."""
+    cli.main(["train", str(file), f"output={output}", *overrides])
+    return checkpoint.latest(output)
+
+
+def resolved(file: Path, *overrides: str):
+    config = load_config(file, overrides)
+    patches = load_patches(config.data, seed=config.seed)
+    data = config.data.model_copy(update={"classes": list(patches.classes)})
+    return config.model_copy(update={"data": data}), patches
+
+
+def assert_same_checkpoint(found: Path, expected: Path) -> None:
+    """EMA weights, raw weights and optimiser equal bit for bit."""
+    assert found.name == expected.name
+    for name, tensor in load_file(expected / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(found / "model.safetensors")[name]), name
+    one, two = checkpoint.load_state(found), checkpoint.load_state(expected)
+    assert one["step"] == two["step"]
+    assert all(torch.equal(tensor, one["model"][name]) for name, tensor in two["model"].items())
+    assert one["optimiser"]["param_groups"] == two["optimiser"]["param_groups"]
+    for number, state in two["optimiser"]["state"].items():
+        assert all(torch.equal(value, one["optimiser"]["state"][number][key]) for key, value in state.items())
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [row for row in metrics(folder) if "loss" in row]
+    assert len({row["step"] for row in rows}) == len(rows), "a step was logged twice"
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(demanding, tmp_path):
+    whole = train(demanding, tmp_path / "whole", "train.steps=9")
+    train(demanding, tmp_path / "parts", "train.steps=4")
+    resumed = train(demanding, tmp_path / "parts", "train.steps=9")
+    assert_same_checkpoint(resumed, whole)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [path.name for path in resumed.parent.iterdir()] == ["step-00000009"]
+
+
+def test_a_crash_between_checkpoints_goes_on_from_the_last_one(demanding, tmp_path, monkeypatch):
+    whole = train(demanding, tmp_path / "whole", "train.steps=9")
+    batch = FlowTask.batch
+
+    def crashing(self, index, *, rank):
+        if index == 2 * 7 + 1:
+            raise RuntimeError("power cut")
+        return batch(self, index, rank=rank)
+
+    monkeypatch.setattr(FlowTask, "batch", crashing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(demanding, tmp_path / "parts", "train.steps=9", "train.checkpoint_every=4")
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path / "parts").name == "step-00000004"
+    assert max(losses(tmp_path / "parts")) == 7
+    assert_same_checkpoint(train(demanding, tmp_path / "parts", "train.steps=9"), whole)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_a_resumable_run(demanding, tmp_path):
+    whole = train(demanding, tmp_path / "whole", "train.steps=7")
+    run = tmp_path / "parts"
+    newest = train(demanding, run, "train.steps=4")
+    # What a kill can leave: a half-written checkpoint, an older one half removed, a log line cut short.
+    shutil.copytree(newest, run / "checkpoints" / "step-00000006.tmp")
+    (run / "checkpoints" / "step-00000006.tmp" / "state.pt").write_bytes(b"half")
+    shutil.copytree(newest, run / "checkpoints" / "step-00000002")
+    (run / "checkpoints" / "step-00000002" / "model.safetensors").unlink()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    assert checkpoint.latest(run) == newest
+    assert_same_checkpoint(train(demanding, run, "train.steps=7"), whole)
+    assert losses(run) == losses(tmp_path / "whole")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
+
+
+def start_training(file: Path, output: Path, *overrides: str) -> subprocess.Popen:
+    """`train` in a process of its own, returned once it has stepped."""
+    command = [sys.executable, "-m", "cellflux_bridge.cli", "train", str(file), f"output={output}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or len((output / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def test_ctrl_c_saves_exits_with_130_and_is_resumed_to_the_same_result(demanding, tmp_path):
+    run = tmp_path / "parts"
+    process = start_training(demanding, run, "train.steps=100000", "train.checkpoint_every=100000")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by SIGINT after step" in errors
+    assert "Traceback" not in errors
+    stopped = checkpoint.step_of(checkpoint.latest(run))
+    assert stopped >= 3
+    steps = f"train.steps={stopped + 3}"
+    assert_same_checkpoint(train(demanding, run, steps), train(demanding, tmp_path / "whole", steps))
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_sigkill_leaves_a_resumable_run(demanding, tmp_path):
+    run = tmp_path / "parts"
+    process = start_training(demanding, run, "train.steps=100000", "train.checkpoint_every=1")
+    process.kill()
+    process.communicate(timeout=60)
+    steps = f"train.steps={checkpoint.step_of(checkpoint.latest(run)) + 3}"
+    assert_same_checkpoint(train(demanding, run, steps), train(demanding, tmp_path / "whole", steps))
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+# With a task of a few numbers
+
+
+class Line:
+    """Regression of a line; `change` may alter the loss of an update."""
+
+    def __init__(self, change=None):
+        torch.manual_seed(0)
+        self.model, self.preprocessing = nn.Linear(2, 1), Preprocessing(16)
+        self._change, self.updates, self.seen = change or (lambda loss, update: loss), 0, []
+
+    def batch(self, index, *, rank):
+        generator = torch.Generator().manual_seed(index + 1000 * rank)
+        return {"x": torch.randn(8, 2, generator=generator)}
+
+    def loss(self, model, batch):
+        self.updates += 1
+        self.seen.append(batch["x"].dtype)
+        return self._change((model(batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean(), self.updates)
+
+    def validate(self, model, device):
+        return {"val/weight": model.weight.sum().item()}
+
+    def sheet(self, model, device):
+        return None
+
+
+@pytest.fixture
+def config(tmp_path, write_config):
+    return load_config(write_config(tmp_path), ["train.log_every=1", "data.classes=[A, B]"])
+
+
+def fit_line(task, config, folder: Path, **train) -> Path:
+    folder.mkdir(exist_ok=True)
+    settings = config.train.model_copy(update=train)
+    return fit(task, config, settings, folder=folder, fabric=make_fabric(settings))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, every):
+    task = Line(lambda loss, update: loss * (float("nan") if update == 6 else 1))
+    with pytest.raises(UserError, match=r"not finite.*lower train\.lr.*step-00000004"):
+        fit_line(task, config, tmp_path / "run", steps=10, checkpoint_every=2, log_every=every)
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000004"
+    assert all(
+        tensor.isfinite().all()
+        for tensor in checkpoint.load_state(tmp_path / "run/checkpoints/step-00000004")["model"].values()
+    )
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_an_infinite_gradient_of_a_finite_loss_is_never_saved(config, tmp_path, clip):
+    task = Line(lambda loss, update: _InfiniteGradient.apply(loss) if update == 6 else loss)
+    with pytest.raises(UserError, match=r"not finite.*step-00000004"):
+        fit_line(task, config, tmp_path / "run", steps=10, checkpoint_every=2, gradient_clip=clip)
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000004"
+
+
+def test_without_a_checkpoint_a_loss_that_is_not_finite_says_so(config, tmp_path):
+    with pytest.raises(UserError, match="No checkpoint had been written"):
+        fit_line(Line(lambda loss, update: loss * float("inf")), config, tmp_path / "run", steps=3)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_training_after_its_update(config, tmp_path, number, code):
+    def interrupt(loss, update):
+        if update == 3:
+            os.kill(os.getpid(), number)
+        return loss
+
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        fit_line(Line(interrupt), config, tmp_path / "run", steps=10)
+    assert stopped.value.code == code
+    assert signal.getsignal(number) is before
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000003"
+    fit_line(Line(), config, tmp_path / "whole", steps=6)
+    assert_same_checkpoint(fit_line(Line(), config, tmp_path / "run", steps=6), checkpoint.latest(tmp_path / "whole"))
+
+
+def test_one_ctrl_c_that_arrives_twice_still_saves(config, tmp_path, monkeypatch):
+    def interrupt(loss, update):
+        if update == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    with pytest.raises(Stopped):
+        fit_line(Line(interrupt), config, tmp_path / "run", steps=10)
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000003"
+    monkeypatch.setattr("cellflux_bridge.training.loop._ONE_KEYPRESS", -1.0)  # as if the first were long ago
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(Line(interrupt), config, tmp_path / "impatient", steps=10)
+    assert not (tmp_path / "impatient" / "checkpoints").exists()
+
+
+def test_accumulation_is_a_larger_batch(config, tmp_path):
+    class Joined(Line):
+        def batch(self, index, *, rank):
+            parts = [Line.batch(self, 2 * index + micro, rank=rank)["x"] for micro in range(2)]
+            return {"x": torch.cat(parts)}
+
+    one = fit_line(Line(), config, tmp_path / "accumulated", steps=4, accumulate=2)
+    two = fit_line(Joined(), config, tmp_path / "joined", steps=4)
+    logged = [
+        [(r["loss"], r["gradient_norm"]) for r in metrics(tmp_path / n) if "loss" in r]
+        for n in ("accumulated", "joined")
+    ]
+    assert logged[0] == [pytest.approx(row, rel=1e-5) for row in logged[1]]  # Adam alone would hide a factor
+    for name, tensor in load_file(two / "model.safetensors").items():
+        torch.testing.assert_close(load_file(one / "model.safetensors")[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_the_learning_rate_warms_up_and_gradients_are_clipped(config, tmp_path):
+    fit_line(Line(), config, tmp_path / "run", steps=6, warmup_steps=4, lr=0.1, gradient_clip=1e-12, weight_decay=0.0)
+    rates = [row["lr"] for row in metrics(tmp_path / "run") if "lr" in row]
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert all(row["gradient_norm"] > 0.1 for row in metrics(tmp_path / "run") if "lr" in row)
+
+
+def test_time_ends_training_and_more_time_goes_on(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert fit_line(Line(), config, run, steps=10, max_minutes=1e-9).name == "step-00000001"
+    assert fit_line(Line(), config, run, steps=10, max_minutes=1e-9).name == "step-00000001"
+    assert "trained already" in capsys.readouterr().out
+    resumed = fit_line(Line(), config, run, steps=10, max_minutes=5.0)
+    assert_same_checkpoint(resumed, fit_line(Line(), config, tmp_path / "whole", steps=10))
+
+
+def test_a_finished_run_is_left_as_it_is(config, tmp_path):
+    newest = fit_line(Line(), config, tmp_path / "run", steps=4)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert fit_line(Line(), config, tmp_path / "run", steps=4) == newest
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_are_kept_by_number(config, tmp_path):
+    fit_line(Line(), config, tmp_path / "run", steps=10, checkpoint_every=2, keep_checkpoints=3)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000008", "step-00000010"]
+
+
+def test_validation_sees_the_averaged_weights(config, tmp_path):
+    newest = fit_line(Line(), config, tmp_path / "run", steps=5, lr=0.1)
+    logged = next(row["val/weight"] for row in metrics(tmp_path / "run") if "val/weight" in row)
+    assert logged == pytest.approx(load_file(newest / "model.safetensors")["weight"].sum().item(), abs=1e-5)
+    raw = checkpoint.load_state(newest)["model"]["weight"].sum().item()
+    assert abs(logged - raw) > 1e-3
+
+
+def test_the_log_drops_what_a_resume_will_repeat(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"st'
+    )
+    Log(tmp_path, from_step=2, tensorboard=False).write(3, {"loss": 0.5})
+    assert metrics(tmp_path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": 0.5}]
+
+
+# Exponential moving average
+
+
+def test_the_average_follows_its_closed_form():
+    decay, model = 0.6, nn.Linear(1, 1, bias=False)
+    ema = averaged(model, decay)
+    values = torch.linspace(-1, 2, 12).tolist()
+    for value in values:
+        nn.init.constant_(model.weight, value)
+        ema.update_parameters(model)
+    # Update n >= 1 moves by 1 - d_n, d_n = min(decay, (1 + n) / (10 + n)); update 0 takes the first value.
+    factors = [min(decay, (1 + n) / (10 + n)) for n in range(len(values))]
+    weights = [1 - d for d in factors]
+    weights[0] = 1.0
+    for n in range(len(values)):
+        for later in factors[n + 1 :]:
+            weights[n] *= later
+    assert sum(weights) == pytest.approx(1)
+    expected = sum(w * v for w, v in zip(weights, values, strict=True))
+    assert ema.module.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_average_copies_buffers_and_forgets_at_decay_zero():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ema = averaged(model, 0.0)
+    for _ in range(3):
+        nn.init.normal_(model[0].weight)
+        model(torch.randn(8, 2))
+        ema.update_parameters(model)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(ema.module.state_dict()[name], tensor)
+
+
+# The folder of a run
+
+
+def test_a_folder_that_holds_another_run_is_refused_by_its_keys(demanding, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(demanding, run, "train.steps=2")
+    for override, key in (("train.lr=0.5", r"train\.lr"), ("path.scale=0.9", r"path\.scale"), ("seed=3", "seed")):
+        with pytest.raises(SystemExit, match=rf"holds another run; they differ in {key} \(.* there, .* here\)"):
+            train(demanding, run, "train.steps=3", override)
+    assert checkpoint.latest(run).name == "step-00000002"
+    saved = load_config(run / "config.yaml")
+    assert (saved.seed, saved.train.steps) == (0, 2)
+    more = ("train.steps=3", "translate.num=5", "classifier.view=grey", "train.log_every=2", "video.fps=5")
+    assert train(demanding, run, *more).name == "step-00000003"
+    assert load_config(run / "config.yaml").translate.num == 5
+
+
+def test_a_run_goes_on_from_its_own_folder(demanding, tmp_path):
+    train(demanding, tmp_path / "run", "train.steps=2")
+    cli.main(["train", str(tmp_path / "run"), "train.steps=4"])
+    assert_same_checkpoint(checkpoint.latest(tmp_path / "run"), train(demanding, tmp_path / "whole", "train.steps=4"))
+
+
+def test_resume_never_refuses_a_run(demanding, tmp_path):
+    train(demanding, tmp_path / "run", "train.steps=2", "train.resume=never")
+    with pytest.raises(SystemExit, match="holds a run already"):
+        train(demanding, tmp_path / "run", "train.steps=3", "train.resume=never")
+
+
+def test_checkpoints_without_their_configuration_are_refused(demanding, tmp_path):
+    train(demanding, tmp_path / "run", "train.steps=2")
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(SystemExit, match=r"checkpoints without a config\.yaml"):
+        train(demanding, tmp_path / "run", "train.steps=3")
+
+
+def test_the_splits_are_written_down(demanding, tmp_path):
+    train(demanding, tmp_path / "run", "train.steps=1")
+    rows = (tmp_path / "run" / "splits.csv").read_text().splitlines()
+    assert rows[0] == "path,label,split,group"
+    assert len(rows) == 1 + 48
+    assert {row.split(",")[2] for row in rows[1:]} == {"train", "val", "test"}
+
+
+# Flow matching as a task
+
+
+@pytest.fixture
+def task(patch_folder, tmp_path, write_config) -> FlowTask:
+    return FlowTask(*resolved(write_config(tmp_path, train={"batch_size": 8, "validate_pairs": 16})))
+
+
+def test_a_batch_depends_on_its_number_and_rank_alone(task):
+    one, again = task.batch(3, rank=0), task.batch(3, rank=0)
+    for name in ("t", "x_t", "u_t"):
+        assert torch.equal(getattr(one, name), getattr(again, name))
+    for other in (task.batch(4, rank=0), task.batch(3, rank=1)):
+        assert not torch.equal(one.x_t, other.x_t)
+        assert not torch.equal(one.t, other.t)
+
+
+def test_the_condition_is_dropped_for_samples_not_for_batches(patch_folder, tmp_path, write_config):
+    file = write_config(tmp_path, condition={"dropout": 0.5}, train={"validate_pairs": 8})
+    task = FlowTask(*resolved(file))
+    shares = [task.batch(i, rank=0).cond.dropped.float().mean().item() for i in range(40)]
+    assert sum(shares) / 40 == pytest.approx(0.5, abs=0.1)
+    assert sum(0 < share < 1 for share in shares) > 30
+
+
+def test_figures_of_a_perfect_an_empty_and_a_blind_velocity(task):
+    cpu = torch.device("cpu")
+
+    def perfect(t, x, cond):
+        return next(batch.u_t for batch in task._val if torch.equal(batch.x_t, x))
+
+    figures = task.validate(perfect, cpu)
+    assert figures == {"val/velocity_mse": 0, "val/velocity_explained": 1, "val/condition_swap": 0}
+    figures = task.validate(lambda t, x, cond: torch.zeros_like(x), cpu)
+    assert figures["val/velocity_explained"] == pytest.approx(0)
+    assert figures["val/velocity_mse"] == pytest.approx(
+        sum(batch.u_t.square().mean().item() for batch in task._val) / len(task._val)
+    )
+
+    def by_class(t, x, cond):
+        return torch.ones_like(x) * (2.0 * cond.target_class - 1).view(-1, 1, 1, 1)
+
+    assert task.validate(by_class, cpu)["val/condition_swap"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize("source_class", [True, False])
+@pytest.mark.parametrize("target", ["class", "level"])
+def test_the_swap_diagnostic_sees_any_condition(patch_folder, tmp_path, write_config, target, source_class):
+    condition = {"target": target, "source_class": source_class}
+    task = FlowTask(*resolved(write_config(tmp_path, condition=condition, train={"validate_pairs": 16})))
+
+    def told(t, x, cond):
+        number = cond.target_class if target == "class" else cond.level
+        return torch.ones_like(x) * (2.0 * number - 1).view(-1, 1, 1, 1)
+
+    assert task.validate(told, torch.device("cpu"))["val/condition_swap"] > 1
+
+
+def test_a_sheet_has_a_row_a_source_and_ends_with_its_target(task):
+    sheet = task.sheet(lambda t, x, cond: torch.zeros_like(x), torch.device("cpu"))
+    assert sheet.shape == ((8 * 16 + 7 * 2) * 6, (8 * 16 + 7 * 2) * 6, 3)
+    assert sheet.dtype.name == "uint8"
+
+
+def test_a_network_that_fits_nothing_else_is_refused(patch_folder, tmp_path, write_config):
+    def build(**sections):
+        build_flow(resolved(write_config(tmp_path, **sections))[0])
+
+    with pytest.raises(UserError, match=r"data\.image_size=16: not divisible by the network's stride 32"):
+        build(velocity={"multipliers": [1, 1, 1, 1, 1, 1]})
+    for path in ({"name": "straight"}, {"name": "smooth"}, {"name": "noised_source", "probability": 0.5}):
+        with pytest.raises(UserError, match=r"condition\.source_image.*noise on every sample"):
+            build(path=path, condition={"source_image": True})
+    for path in ({"name": "noised_source"}, {"name": "brownian"}):
+        build(path=path, condition={"source_image": True})
+
+
+def test_three_classes_have_no_level(tmp_path, make_patches, write_config):
+    make_patches(tmp_path / "patches", num={"A": 12, "B": 12, "C": 12})
+    file = write_config(tmp_path, condition={"target": "level"})
+    with pytest.raises(UserError, match=r"condition\.target=level: 3 classes have no order"):
+        FlowTask(*resolved(file)).batch(0, rank=0)
+
+
+# Devices and precision
+
+
+def test_mixed_precision_leaves_times_and_states_in_float32(demanding, tmp_path):
+    config, patches = resolved(demanding, "train.precision=bf16-mixed", "train.steps=2")
+    task, seen = FlowTask(config, patches), set()
+    task.model.register_forward_pre_hook(lambda module, inputs: seen.update(v.dtype for v in inputs[:2]))
+    inside = set()
+    task.model.stem.register_forward_hook(lambda module, inputs, output: inside.add(output.dtype))
+    (tmp_path / "run").mkdir()
+    newest = fit(task, config, config.train, folder=tmp_path / "run", fabric=make_fabric(config.train))
+    assert seen == {torch.float32}
+    assert inside == {torch.bfloat16}
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(newest / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("override", ["accelerator=abacus", "devices=oops"])
+def test_impossible_devices_are_refused_by_name(config, override):
+    key, value = override.split("=")
+    with pytest.raises(UserError, match=rf"train\.accelerator.*{value}"):
+        make_fabric(config.train.model_copy(update={key: value}))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_goes_on_on_a_gpu(demanding, tmp_path):
+    train(demanding, tmp_path / "run", "train.steps=2", "train.accelerator=cuda")
+    assert train(demanding, tmp_path / "run", "train.steps=4", "train.accelerator=cuda").name == "step-00000004"
+
+
+def test_two_processes_average_their_gradients(demanding, tmp_path):
+    once = ("train.steps=2", "train.accumulate=1", "train.warmup_steps=0", "velocity.dropout=0.0")
+    command = [
+        sys.executable,
+        "-m",
+        "cellflux_bridge.cli",
+        "train",
+        str(demanding),
+        f"output={tmp_path / 'two'}",
+        *once,
+    ]
+    command += ["train.devices=2", "train.strategy=ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+    class BothRanks(FlowTask):
+        """The two processes' batches as two micro-batches of one."""
+
+        def batch(self, index, *, rank):
+            return super().batch(index // 2, rank=index % 2)
+
+    config, patches = resolved(demanding, *once, "train.accumulate=2")
+    fabric = make_fabric(config.train)
+    fabric.seed_everything(config.seed, verbose=False)
+    task = BothRanks(config, patches)
+    (tmp_path / "one").mkdir()
+    one = fit(task, config, config.train, folder=tmp_path / "one", fabric=fabric)
+    expected = checkpoint.load_state(one)["model"]
+    for name, tensor in checkpoint.load_state(checkpoint.latest(tmp_path / "two"))["model"].items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)

@@ -1,0 +1,218 @@
+"""Velocity networks: shapes, what they are told, and that samples of a batch do not see each other."""
+
+import pytest
+import torch
+from torch import nn
+
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.velocity.adm import ADM
+from cellflux_bridge.velocity.base import _MIN_REMAINING, as_velocity
+from cellflux_bridge.velocity.condition import Condition, ConditionSpec, sinusoidal
+from cellflux_bridge.velocity.unet import UNet
+
+CLASSES = 3
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_unet(spec: ConditionSpec, *, image_channels: int = 3, **options) -> UNet:
+    settings = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (1,), "head_channels": 4, **options}
+    return UNet(image_channels, spec, **settings)
+
+
+def make_adm(spec: ConditionSpec, *, image_channels: int = 3, **options) -> ADM:
+    settings = {"channels": 32, "multipliers": (1, 1), "blocks": 1, "attention": (1,), "head_channels": 16, **options}
+    return ADM(image_channels, spec, **settings)
+
+
+MAKERS = {"unet": make_unet, "adm": make_adm}
+
+
+@pytest.fixture(params=MAKERS)
+def make(request):
+    return MAKERS[request.param]
+
+
+def perturbed(network: nn.Module) -> nn.Module:
+    """The network with random weights where its initialisation has zeros, in evaluation mode."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator(parameter.numel()))
+    return network.eval()
+
+
+def inputs(num: int = 4, *, channels: int = 3, size: int = 8) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+    draw = generator(1)
+    t, x = torch.rand(num, generator=draw), torch.randn(num, channels, size, size, generator=draw)
+    cond = Condition(
+        target_class=torch.arange(num) % CLASSES,
+        level=torch.linspace(0, 1, num),
+        source_class=(torch.arange(num) + 1) % CLASSES,
+        source_image=torch.randn(num, channels, size, size, generator=draw),
+    )
+    return t, x, cond
+
+
+def changed(cond: Condition, **values) -> Condition:
+    fields = {
+        name: getattr(cond, name) for name in ("target_class", "level", "source_class", "source_image", "dropped")
+    }
+    return Condition(**{**fields, **values})
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (16, 8), (12, 12)])
+def test_output_has_the_shape_of_the_state(make, channels, height, width):
+    network = make(ConditionSpec(CLASSES), image_channels=channels)
+    t, _, cond = inputs(2, channels=channels)
+    x = torch.randn(2, channels, height, width, generator=generator())
+    assert network(t, x, cond).shape == x.shape
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_patches_fold_and_unfold(patch):
+    network = make_unet(ConditionSpec(CLASSES, source_image=True), patch=patch)
+    t, x, cond = inputs(size=16)
+    assert network.stride == 2 * patch
+    assert perturbed(network)(t, x, cond).shape == x.shape
+
+
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 1, 2)])
+def test_stride_is_the_least_size_that_goes_through(make, multipliers):
+    network = make(ConditionSpec(CLASSES), multipliers=multipliers, attention=())
+    assert network.stride == 2 ** (len(multipliers) - 1)
+    t, x, cond = inputs(2, size=network.stride)
+    assert network(t, x, cond).shape == x.shape
+
+
+def test_the_untrained_output_is_zero(make):
+    t, x, cond = inputs()
+    assert torch.equal(make(ConditionSpec(CLASSES), predict="velocity").eval()(t, x, cond), torch.zeros_like(x))
+    t = torch.tensor([0.0, 0.5, 1 - _MIN_REMAINING / 2, 1.0])
+    toward_grey = -x / torch.tensor([1.0, 0.5, _MIN_REMAINING, _MIN_REMAINING]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(make(ConditionSpec(CLASSES), predict="target").eval()(t, x, cond), toward_grey)
+
+
+def test_a_predicted_target_gives_the_velocity_of_the_straight_path():
+    x0, x1 = torch.randn(2, 4, 3, 8, 8, generator=generator(), dtype=torch.float64)
+    t = torch.tensor([0.0, 0.3, 0.5, 1 - _MIN_REMAINING], dtype=torch.float64)
+    x_t = torch.lerp(x0, x1, t.view(-1, 1, 1, 1))
+    torch.testing.assert_close(as_velocity(x1, t, x_t, predict="target"), x1 - x0)
+    assert as_velocity(x1, t, x_t, predict="velocity") is x1
+
+
+@pytest.mark.parametrize("target", ["class", "level"])
+def test_time_state_and_condition_matter(make, target):
+    network = perturbed(make(ConditionSpec(CLASSES, target=target, source_class=True, source_image=True)))
+    t, x, cond = inputs()
+    v = network(t, x, cond)
+    told = {"target_class": (cond.target_class + 1) % CLASSES} if target == "class" else {"level": 1 - cond.level + 0.1}
+    assert not same(v, network(t + 0.3, x, cond))
+    assert not same(v, network(t, x + 1, cond))
+    assert not same(v, network(t, x, changed(cond, **told)))
+    assert not same(v, network(t, x, changed(cond, source_class=(cond.source_class + 1) % CLASSES)))
+    assert not same(v, network(t, x, changed(cond, source_image=cond.source_image + 1)))
+    unused = {"level": 1 - cond.level} if target == "class" else {"target_class": cond.source_class}
+    assert torch.equal(v, network(t, x, changed(cond, **unused)))
+
+
+def test_what_the_spec_leaves_out_is_not_needed(make):
+    network = perturbed(make(ConditionSpec(CLASSES, source_class=False)))
+    t, x, cond = inputs()
+    full = network(t, x, cond)
+    assert torch.equal(full, network(t, x, Condition(target_class=cond.target_class)))
+
+
+@pytest.mark.parametrize("target", ["class", "level"])
+def test_dropped_samples_ignore_all_but_the_source_image(make, target):
+    network = perturbed(make(ConditionSpec(CLASSES, target=target, source_image=True)))
+    t, x, cond = inputs()
+    other = changed(cond, target_class=cond.source_class, level=1 - cond.level, source_class=cond.target_class)
+    mask = torch.tensor([True, False, True, False])
+    v, w = network(t, x, cond.drop(mask)), network(t, x, other.drop(mask))
+    assert same(v[mask], w[mask])
+    assert not same(v[~mask], w[~mask])
+    assert same(v[mask], network(t, x, cond.null())[mask])
+    moved = network(t, x, changed(cond, source_image=cond.source_image + 1).drop(mask))
+    assert all(not same(v[i], moved[i]) for i in range(4))
+
+
+def test_the_null_is_learned(make):
+    network = make(ConditionSpec(CLASSES))
+    t, x, cond = inputs()
+    perturbed(network).train()(t, x, cond.drop(torch.tensor([True, False, False, False]))).square().sum().backward()
+    assert network.condition.null.grad.abs().sum() > 0
+
+
+def test_a_sample_does_not_depend_on_its_batch(make):
+    network = perturbed(make(ConditionSpec(CLASSES, source_image=True)))
+    t, x, cond = inputs(6)
+    cond = cond.drop(torch.tensor([False, True, False, False, True, False]))
+    together = network(t, x, cond)
+    for i in range(6):
+        alone = Condition(**{k: v[i : i + 1] for k, v in vars(cond).items()})
+        torch.testing.assert_close(
+            network(t[i : i + 1], x[i : i + 1], alone), together[i : i + 1], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_levels_between_those_trained_give_velocities_between():
+    network = perturbed(make_unet(ConditionSpec(CLASSES, target="level")))
+    t, x, cond = (v[:1] if isinstance(v, torch.Tensor) else v for v in inputs())
+    levels = torch.linspace(0, 1, 101)
+    many = Condition(level=levels, source_class=cond.source_class[:1].expand(101))
+    with torch.no_grad():
+        v = network(t.expand(101), x.expand(101, -1, -1, -1), many).flatten(1)
+    steps = (v[1:] - v[:-1]).norm(dim=1)
+    assert steps.max() < 0.1 * (v[-1] - v[0]).norm()  # no jump between neighbouring levels
+
+
+@pytest.mark.parametrize("attention", [(2,), (-1,), (0, 5)])
+def test_attention_outside_the_levels_is_refused(make, attention):
+    with pytest.raises(UserError, match=r"velocity\.attention.*outside 0\.\.1"):
+        make(ConditionSpec(CLASSES), attention=attention)
+
+
+def test_adm_refuses_channels_that_its_groups_cannot_share():
+    with pytest.raises(UserError, match=r"velocity\.channels: 48"):
+        make_adm(ConditionSpec(CLASSES), channels=48)
+
+
+def test_conditions_join_along_the_batch():
+    *_, first = inputs(2)
+    *_, second = inputs(3)
+    joined = Condition.cat([first, second])
+    assert len(joined) == 5
+    assert joined.dropped is None
+    assert torch.equal(joined.target_class, torch.cat([first.target_class, second.target_class]))
+    assert torch.equal(joined.source_image[2:], second.source_image)
+    partly = Condition.cat([first, second.drop(torch.tensor([True, False, True]))])
+    assert partly.dropped.tolist() == [False, False, True, False, True]
+    assert Condition.cat([Condition(level=torch.ones(2)), Condition(level=torch.zeros(1))]).target_class is None
+
+
+def test_dropping_adds_up_and_null_drops_all():
+    *_, cond = inputs(3)
+    once = cond.drop(torch.tensor([True, False, False]))
+    assert once.drop(torch.tensor([False, False, True])).dropped.tolist() == [True, False, True]
+    assert once.null().dropped.tolist() == [True, True, True]
+    assert cond.dropped is None
+    assert Condition(level=torch.ones(2)).null().dropped.tolist() == [True, True]
+
+
+def test_a_condition_moves_with_all_its_fields():
+    *_, cond = inputs(2)
+    moved = cond.null().to(torch.device("meta"))
+    assert all(value.is_meta for value in vars(moved).values())
+
+
+def test_sinusoids_tell_times_apart():
+    embedded = sinusoidal(torch.linspace(0, 1, 200), 16)
+    assert embedded.shape == (200, 16)
+    assert (torch.pdist(embedded) > 1e-2).all()
