@@ -181,6 +181,7 @@ class _Trainer:
                 done = self.step >= train.steps or stop
                 if done or self.step % train.log_every == 0:
                     self._require_finite()
+                    bar.total = self._expected_steps(began)
                     bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
                     self._log_update(loss, norm, began)
                 self._periodic(done)
@@ -193,6 +194,13 @@ class _Trainer:
         if caught:
             raise Stopped(caught[0], self.step)
         return checkpoint.latest(self.folder)
+
+    def _expected_steps(self, began: float) -> int:
+        """The step at which steps or minutes will have run out, at the pace so far; what the bar counts to."""
+        if self.train.max_minutes is None:
+            return self.train.steps
+        seconds = self.seconds + time.monotonic() - began
+        return min(self.train.steps, max(self.step, round(self.step * 60 * self.train.max_minutes / seconds)))
 
     def _batches(self, step: int) -> list[Any]:
         first = step * self.train.accumulate
