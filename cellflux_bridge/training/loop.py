@@ -101,7 +101,10 @@ def _caught_signals() -> Iterator[list[int]]:
         if times[-1] - times[0] > _ONE_KEYPRESS:
             for other, handler in previous.items():
                 signal.signal(other, handler)
-            os.kill(os.getpid(), number)
+            if callable(previous[number]):
+                previous[number](number, frame)
+            else:
+                os.kill(os.getpid(), number)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, note) for number in numbers}
