@@ -94,10 +94,8 @@ class FlowTask:
         self.path, self.model = build_flow(config)
         self._train = self._pairs(patches, "train", config.train.batch_size)
         val_size = min(config.train.batch_size, 64)
-        val = self._pairs(patches, "val", val_size)
-        num_batches = -(-config.train.validate_pairs // val_size)
-        self._val_pairs = [val.batch(number) for number in range(num_batches)]
-        self._val = [self._flow_batch(p, "val", n) for n, p in enumerate(self._val_pairs)]
+        self._val = self._pairs(patches, "val", val_size)
+        self._num_val_batches = -(-config.train.validate_pairs // val_size)
 
     def _pairs(self, patches: Patches, split: str, batch_size: int) -> Pairs:
         coupling: Coupling = registry.build("coupling", self._config.coupling)
@@ -131,12 +129,13 @@ class FlowTask:
         far the output moves, relative to its norm, when source and target class change places ("condition swap";
         near 0 means that the network ignores its condition)."""
         error = power = moved = size = 0.0
-        for batch in self._val:
+        for number in range(self._num_val_batches):
+            batch = self._flow_batch(self._val.batch(number), "val", number)
             t, x_t, u_t, cond = batch.t.to(device), batch.x_t.to(device), batch.u_t.to(device), batch.cond.to(device)
             v = model(t, x_t, cond).float()
             other = model(t, x_t, _swapped(cond)).float()
-            error += F.mse_loss(v, u_t).item() / len(self._val)
-            power += u_t.square().mean().item() / len(self._val)
+            error += F.mse_loss(v, u_t).item() / self._num_val_batches
+            power += u_t.square().mean().item() / self._num_val_batches
             moved += (other - v).square().sum().item()
             size += v.square().sum().item()
         return {
@@ -149,7 +148,7 @@ class FlowTask:
         """Held-out sources carried along the path: rows are sources, the last column is their coupled target."""
         if not self.path.from_data:
             return None
-        pairs = self._val_pairs[0]
+        pairs = self._val.batch(0)
         # Rows come in blocks, one a transition; a stride shows all of them.
         rows = torch.linspace(0, len(pairs.x0) - 1, min(_SHEET_ROWS, len(pairs.x0))).long()
         chosen = PairBatch(*(value[rows] for value in pairs))
