@@ -427,17 +427,17 @@ def test_the_condition_is_dropped_for_samples_not_for_batches(patch_folder, tmp_
 
 
 def test_figures_of_a_perfect_an_empty_and_a_blind_velocity(task):
-    cpu = torch.device("cpu")
+    cpu, batches = torch.device("cpu"), list(task.validation_batches())
 
     def perfect(t, x, cond):
-        return next(batch.u_t for batch in task._val if torch.equal(batch.x_t, x))
+        return next(batch.u_t for batch in batches if torch.equal(batch.x_t, x))
 
     figures = task.validate(perfect, cpu)
     assert figures == {"val/velocity_mse": 0, "val/velocity_explained": 1, "val/condition_swap": 0}
     figures = task.validate(lambda t, x, cond: torch.zeros_like(x), cpu)
     assert figures["val/velocity_explained"] == pytest.approx(0)
     assert figures["val/velocity_mse"] == pytest.approx(
-        sum(batch.u_t.square().mean().item() for batch in task._val) / len(task._val)
+        sum(batch.u_t.square().mean().item() for batch in batches) / len(batches)
     )
 
     def by_class(t, x, cond):

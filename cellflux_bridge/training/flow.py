@@ -1,5 +1,6 @@
 """Flow matching as a training task."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -121,6 +122,11 @@ class FlowTask:
         dropped = torch.rand(len(flow.t), generator=generator) < self._config.condition.dropout
         return flow._replace(cond=flow.cond.drop(dropped))
 
+    def validation_batches(self) -> Iterator[FlowBatch]:
+        """Held-out pairs, the same on every call; drawn anew, so that large patches do not lie in memory."""
+        for number in range(self._num_val_batches):
+            yield self._flow_batch(self._val.batch(number), "val", number)
+
     def loss(self, model: nn.Module, batch: FlowBatch) -> torch.Tensor:
         return F.mse_loss(model(batch.t, batch.x_t, batch.cond).float(), batch.u_t)
 
@@ -129,8 +135,7 @@ class FlowTask:
         far the output moves, relative to its norm, when source and target class change places ("condition swap";
         near 0 means that the network ignores its condition)."""
         error = power = moved = size = 0.0
-        for number in range(self._num_val_batches):
-            batch = self._flow_batch(self._val.batch(number), "val", number)
+        for batch in self.validation_batches():
             t, x_t, u_t, cond = batch.t.to(device), batch.x_t.to(device), batch.u_t.to(device), batch.cond.to(device)
             v = model(t, x_t, cond).float()
             other = model(t, x_t, _swapped(cond)).float()
