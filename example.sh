@@ -19,7 +19,7 @@ fi
 
 run="$(cellflux-bridge config show "$config" "$@" --key output)"
 cellflux-bridge train "$config" "$@"
-cellflux-bridge translate "$run" "$@"
+cellflux-bridge translate "$run" "$@" --overwrite
 cellflux-bridge video "$run" "$@"
 # Two judges that the flow never saw: one of colour, one of structure (grey, each patch's own contrast taken out).
 for view in rgb grey; do

@@ -3,13 +3,12 @@
 # Usage: source setup.sh [extra]; where the repository is, is `here`.
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-    if [ ! -x "$here/.venv/bin/python" ]; then
+    if [ ! -f "$here/.venv/bin/activate" ]; then  # written last: a half-made environment is made again
         python="$(command -v python3.11 || command -v python3)" || { echo "error: no python3 found; install Python 3.11 or newer" >&2; exit 1; }
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             { echo "error: $("$python" --version) is too old; install Python 3.11 or newer" >&2; exit 1; }
         echo "making a virtual environment in .venv"
-        rm -rf "$here/.venv.tmp"
-        "$python" -m venv "$here/.venv"
+        "$python" -m venv --clear "$here/.venv"
     fi
     source "$here/.venv/bin/activate"
 fi

@@ -17,6 +17,7 @@ from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.files import replace_text
 from cellflux_bridge.guidance.classifier_free import ClassifierFree
 from cellflux_bridge.path.base import Path as FlowPath
 from cellflux_bridge.progress import progress
@@ -24,8 +25,14 @@ from cellflux_bridge.schema import explain, nearest
 from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.flow import build_flow, class_level
 from cellflux_bridge.training.loop import make_fabric, on_rank_zero
-from cellflux_bridge.training.run import differences
-from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
+from cellflux_bridge.training.run import differences, require_held_out
+from cellflux_bridge.trajectory import (
+    Trajectory,
+    TrajectoryHeader,
+    TrajectoryWriter,
+    linear_soft_labels,
+    read_header,
+)
 from cellflux_bridge.transport.morph import morph, morph_levels, source_noise
 from cellflux_bridge.velocity.condition import Condition
 
@@ -67,8 +74,8 @@ class Bridge:
         if folder == Path(run):
             config = load_config(folder / checkpoint.CONFIG, overrides)
         else:
-            config = load_config(Path(run) / checkpoint.CONFIG, [f"output={run}", *overrides])
-        differing = differences(trained, config, ignore=("train", "classifier"))
+            config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=Path(run))
+        differing = differences(trained, config, ignore=("train", "classifier", "data.root"))
         if differing:
             raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
         if fabric is None:
@@ -214,6 +221,7 @@ class Bridge:
         patches = load_patches(self.config.data, seed=self.config.seed)
         if patches.preprocessing != self.preprocessing:
             patches = load_patches(self.config.data, seed=self.config.seed, reference=self.preprocessing.reference)
+        require_held_out(self.config.output, patches)
         return patches
 
     def translate_split(
@@ -226,12 +234,13 @@ class Bridge:
     ) -> tuple[Path, dict[str, float]]:
         """Carry the run's own patches of a split to another class, written batch by batch; returns folder and figures.
 
-        A folder that holds a part of the same translation is completed; `overwrite` removes another one first. With
-        several processes each takes its share of the sources.
+        Sources are `translate.num` of the split, drawn by the seed. A folder that holds a part of the same translation
+        is completed; `overwrite` removes one that differs. With several processes each takes its share of the sources.
         """
-        settings = self._settings(source, target, {})
-        patches, fabric = self.patches(), self.fabric
-        chosen = patches.indices(settings.split, settings.source)[: settings.num]
+        settings, fabric = self._settings(source, target, {}), self.fabric
+        on_rank_zero(fabric, self.patches)  # fills the cache for all
+        patches = self.patches()
+        chosen = patches.sample(settings.split, settings.source, num=settings.num, seed=self.config.seed)
         if len(chosen) == 0:
             raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
         name = f"{settings.source}_to_{settings.target}" + ("_reverse" if settings.reverse else "")
@@ -239,7 +248,7 @@ class Bridge:
         header = self._header(settings)
 
         def open_folder() -> None:
-            if overwrite and (folder / "trajectory.json").exists():
+            if overwrite and (folder / "trajectory.json").exists() and read_header(folder) != header:
                 shutil.rmtree(folder)
             TrajectoryWriter(folder, header)
 
@@ -265,6 +274,6 @@ class Bridge:
         if fabric.is_global_zero:
             writer.finish()
             used = self.config.model_copy(update={"translate": settings})
-            (folder / "config.yaml").write_text(used.to_yaml(), encoding="utf-8")
+            replace_text(folder / "config.yaml", used.to_yaml())
         figures = {"sequences": len(chosen), "made_now": len(missing), "seconds": seconds}
         return folder, figures

@@ -19,9 +19,8 @@ def _config(where: str, overrides: Sequence[str]):
     from cellflux_bridge.config import load_config
 
     path = Path(where)
-    if (path / "checkpoints").is_dir():  # a run, which may have been moved
-        overrides = [f"output={where}", *overrides]
-    return load_config(path / "config.yaml" if path.is_dir() else path, overrides)
+    moved_to = path if (path / "checkpoints").is_dir() else None
+    return load_config(path / "config.yaml" if path.is_dir() else path, overrides, output=moved_to)
 
 
 def _start(config, train):
@@ -51,7 +50,7 @@ def _trajectory(where: str) -> Path:
     folder = Path(where)
     if (folder / "trajectory.json").exists() or not (folder / "checkpoints").is_dir():
         return folder
-    found = sorted((folder / "trajectories").glob("*/trajectory.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted((folder / "trajectories").glob("*/manifest.csv"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"{folder}: holds no sequences yet; make them with: cellflux-bridge translate {folder}")
     return found[-1].parent
@@ -67,8 +66,9 @@ def config_command(args: argparse.Namespace) -> None:
 
 
 def data_command(args: argparse.Namespace) -> None:
-    """data check CONFIG: count, measure and look through the patches before training on them."""
+    """data check CONFIG: count, measure and look through the patches, and decode them into the cache."""
     from cellflux_bridge.data.check import check_data
+    from cellflux_bridge.data.patches import load_patches
 
     config = _config(args.config, args.overrides)
     sheet = args.output or config.output / "contact_sheet.png"
@@ -77,15 +77,19 @@ def data_command(args: argparse.Namespace) -> None:
     print(report)
     if not usable:
         raise UserError("some files cannot be used (listed above): mend or remove them")
+    load_patches(config.data, seed=config.seed)
+    print("the cache is filled: training can start")
 
 
 def train_command(args: argparse.Namespace) -> None:
     """train CONFIG_OR_RUN: train the flow, or go on where its run was stopped."""
-    from cellflux_bridge.training.flow import FlowTask
+    from cellflux_bridge.training.flow import FlowTask, build_flow
     from cellflux_bridge.training.loop import fit, on_rank_zero
     from cellflux_bridge.training.run import claim, last_values, record_splits
 
     config = _config(args.config, args.overrides)
+    if config.data.classes is not None:
+        build_flow(config)  # what cannot fit is said before anything is decoded
     fabric, config, patches = _start(config, config.train)
     task = FlowTask(config, patches)
 
@@ -135,9 +139,12 @@ def translate_command(args: argparse.Namespace) -> None:
 
 def classify_command(args: argparse.Namespace) -> None:
     """classify TRAJECTORY_OR_RUN: how many frames classifiers call the target class, beside a mere recolouring."""
+    import json
+    from dataclasses import asdict
     from functools import partial
 
     from cellflux_bridge.data.patches import load_patches
+    from cellflux_bridge.files import replace_text
     from cellflux_bridge.metrics.flip import flip_rate
     from cellflux_bridge.training import checkpoint, classifier
     from cellflux_bridge.training.loop import make_fabric
@@ -150,13 +157,15 @@ def classify_command(args: argparse.Namespace) -> None:
         raise UserError(
             "--classifier: none given, and the run has none; train one with: cellflux-bridge train-classifier"
         )
+    results = []
     for run in classifiers:
         newest = checkpoint.latest(Path(run))
         config = _config(str(newest), args.overrides)
         fabric = make_fabric(config.classifier.train)
         patches = load_patches(config.data, seed=config.seed)
         model = classifier.load(newest, fabric.device)
-        real = patches.centre(patches.indices("train", header.target)).permute(0, 2, 3, 1).numpy()
+        targets = patches.sample("train", header.target, num=classifier.MOST_FOR_STATISTICS, seed=config.seed)
+        real = patches.centre(targets).permute(0, 2, 3, 1).numpy()
         rate = flip_rate(
             iter_trajectory(folder),
             partial(classifier.predict, model, device=fabric.device),
@@ -164,6 +173,7 @@ def classify_command(args: argparse.Namespace) -> None:
             real_targets=real,
         )
         scores = classifier.test_scores(model, patches, device=fabric.device)
+        results.append({"classifier": str(newest), "view": config.classifier.view, **scores, **asdict(rate)})
         view, accuracy, num = config.classifier.view, scores["test/accuracy"], scores["test/n"]
         print(f"{run}: {view}, accuracy {accuracy:.3f} on {num} real patches")
         print(f"  fraction called {header.target} of {rate.num_sequences} sequences")
@@ -172,6 +182,8 @@ def classify_command(args: argparse.Namespace) -> None:
         print(f"    translated (level 1)           {rate.fraction[-1]:.3f}")
         levels = "  ".join(f"{level:.2f}:{p:.2f}" for level, p in zip(rate.levels, rate.probability, strict=True))
         print(f"    mean probability by level      {levels}")
+    replace_text(folder / "classification.json", json.dumps({**asdict(header), "judges": results}, indent=1) + "\n")
+    print(f"wrote: {folder / 'classification.json'}")
 
 
 def video_command(args: argparse.Namespace) -> None:
@@ -196,10 +208,11 @@ def video_command(args: argparse.Namespace) -> None:
         print(f"wrote: {path}")
 
 
-_OUTPUT = ("--output", {"type": Path, "help": "folder (or file) to write to instead of the default"})
+_OUTPUT = ("--output", {"type": Path, "help": "folder to write to instead of the default"})
+_SHEET = ("--output", {"type": Path, "help": "PNG file for the contact sheet instead of the default"})
 # command -> (function, what its positional argument is, flags, fixed second word)
 _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
-    "data": (data_command, "CONFIG", [_OUTPUT], "check"),
+    "data": (data_command, "CONFIG", [_SHEET], "check"),
     "config": (config_command, "CONFIG_OR_RUN", [("--key", {"help": "print the value of one key only"})], "show"),
     "train": (train_command, "CONFIG_OR_RUN", [], None),
     "train-classifier": (train_classifier_command, "CONFIG_OR_RUN", [], None),
@@ -224,6 +237,11 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
 }
 
 
+# What a full disk, a missing right, or a file where a folder should be (or the reverse) answers.
+_USERS_ERRNO = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+)
 # Commands whose work several processes share; of the others one is enough.
 _SHARED = (train_command, train_classifier_command, translate_command)
 
@@ -273,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in _USERS_ERRNO:
             raise
         raise SystemExit(f"error: cannot write {error.filename or 'a file'}: {error.strerror}") from None
     except Exception as error:

@@ -118,7 +118,7 @@ class TrainConfig(Section):
     accelerator: str = "auto"
     devices: int | str = 1
     num_nodes: Count = 1
-    strategy: str = "auto"
+    strategy: Literal["auto", "ddp"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
@@ -177,7 +177,7 @@ _PACE = (
     "strategy",
 )
 PLACES_AND_PACE = (
-    *("name", "output", "data.root", "data.cache_dir", "data.workers"),
+    *("name", "output", "data.cache_dir", "data.workers"),
     *(f"{section}.{key}" for section in ("train", "classifier.train") for key in _PACE),
 )
 
@@ -229,7 +229,7 @@ def _merge(base: Any, over: Any, *, nested: bool = False) -> Any:
         base = {"name": base}
     if not isinstance(base, dict):
         return over
-    if nested and "name" in over and over["name"] != base.get("name"):
+    if nested and "name" in base and over.get("name", base["name"]) != base["name"]:
         return over  # another component: the old one's arguments do not apply to it
     return {**base, **{key: _merge(base.get(key), value, nested=True) for key, value in over.items()}}
 
@@ -248,14 +248,16 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return merged
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, output: Path | None = None) -> Config:
     """The complete configuration of a YAML file with `key.sub=value` overrides.
 
-    `name` defaults to the file's own name and `output` to `runs/<name>`. Raises UserError that lists every unknown
+    `name` defaults to the file's own name and `output` to `runs/<name>`; the argument `output`, where a run was found,
+    replaces what its file says. Raises UserError that lists every unknown
     key (with the nearest valid one) and every wrong value.
     """
     path = Path(path)
-    data = _merge(read_yaml(path), parse_overrides(overrides))
+    data = read_yaml(path) | ({} if output is None else {"output": output})
+    data = _merge(data, parse_overrides(overrides))
     data.setdefault("name", path.stem)
     data.setdefault("output", f"runs/{data['name']}")
     try:

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from cellflux_bridge.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-# 4,096 x 4,096 patches are the largest that this project reads; larger headers are refused before decoding.
+# Larger images are refused by their header, before anything is decoded.
 MAX_PIXELS = 8192 * 8192
 _GREY_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 

@@ -14,6 +14,7 @@ from skimage.color import lab2rgb, rgb2lab
 # Ruifrok & Johnston, "Quantification of histochemical staining by color deconvolution" (2001): rows are the
 # unit optical-density vectors of haematoxylin and eosin.
 RUIFROK_HE = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
+_BLANK_DENSITY = 0.1
 RUIFROK_HE /= np.linalg.norm(RUIFROK_HE, axis=1, keepdims=True)
 
 
@@ -87,14 +88,21 @@ def fit_reference(method: str, images: Sequence[np.ndarray]) -> StainReference:
     return StainReference(method, tuple(float(v) for v in np.mean(measured, axis=0)))
 
 
+def _is_blank(rgb: np.ndarray) -> bool:
+    """Whether hardly anything is stained: normalising glass would make tissue of its noise."""
+    return bool(np.percentile(optical_density(rgb).mean(axis=-1), 95) < _BLANK_DENSITY)
+
+
 def normalise(rgb: np.ndarray, reference: StainReference) -> np.ndarray:
     """An RGB uint8 image (H, W, 3) with the stain of `reference`.
 
     Reinhard: CIELAB mean and spread matched channel by channel (Reinhard et al., "Color transfer between images",
     2001). Macenko: concentrations in the image's own stain vectors, rescaled to the reference's 99th percentile and
-    mixed again with the reference's vectors.
+    mixed again with the reference's vectors. An image that shows glass and no tissue is returned as it is.
     """
     values = np.asarray(reference.values)
+    if _is_blank(rgb):
+        return rgb
     if reference.method == "reinhard":
         mean, std = _lab_statistics(rgb)
         lab = (rgb2lab(rgb) - mean) / np.maximum(std, 1e-6) * values[3:] + values[:3]

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.files import replace_text
 from cellflux_bridge.images import read_rgb, write_png
 
 HEADER, MANIFEST, FORMAT = "trajectory.json", "manifest.csv", 1
@@ -111,14 +112,14 @@ class TrajectoryWriter:
             if differing:
                 raise UserError(
                     f"{folder}: holds another run (its {', '.join(differing)} differ from this one's); "
-                    "choose another output folder or remove it"
+                    "choose another --output, or replace it with --overwrite"
                 )
         elif folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".tmp"):
             raise UserError(f"{folder}: is not empty and holds no trajectory; choose another output folder")
         folder.mkdir(parents=True, exist_ok=True)
         if not existing.exists():
             text = json.dumps({"format": FORMAT, **asdict(header)}, indent=1)
-            _write_text(existing, text)
+            replace_text(existing, text + "\n")
         (folder / "frames").mkdir(exist_ok=True)
         if self._manifest.exists():
             # A stop can have cut the last sequence: what is left of it must not mix with its second attempt.
@@ -160,12 +161,6 @@ class TrajectoryWriter:
             writer.writeheader()
             writer.writerows(row for rows in sequences for row in rows)
         os.replace(temporary, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _columns(header: TrajectoryHeader) -> list[str]:

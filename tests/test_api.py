@@ -227,7 +227,7 @@ def test_frames_on_disk_are_those_of_translate(train):
     assert (figures["sequences"], figures["made_now"]) == (5, 5)
     found = load_trajectory(folder)
     patches = bridge.patches()
-    chosen = patches.indices("test", "A")[:5]
+    chosen = patches.sample("test", "A", num=5, seed=bridge.config.seed)
     expected = bridge.translate(patches.centre(chosen), ids=[patches.ids[i] for i in chosen], batch_size=2)
     assert found.source_ids == expected.source_ids
     assert found.header == expected.header
@@ -316,3 +316,30 @@ def test_a_run_that_was_moved_works_where_it_is(train, tmp_path):
     cli.main(["train", str(moved), "train.steps=3"])
     assert (moved / "checkpoints" / "step-00000003").is_dir()
     assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_patches_that_trained_never_pass_for_held_out_ones(train, patch_folder, tmp_path):
+    """Files added after training may move others between made splits: translating and training on are refused."""
+    run = train()
+    splits = (run / "splits.csv").read_text()
+    (run / "splits.csv").write_text(splits.replace(",test,", ",train,"))
+    with pytest.raises(UserError, match="stand in another split than when it was trained"):
+        Bridge.load(run).translate_split()
+    (run / "splits.csv").write_text(splits)
+    (patch_folder / "A" / "A000.png").rename(patch_folder / "A" / "renamed.png")
+    with pytest.raises(SystemExit, match="was begun with other patches"):
+        cli.main(["train", str(run), "train.steps=3"])
+    assert (run / "splits.csv").read_text() == splits
+
+
+def test_overwriting_keeps_a_translation_that_is_the_same(train):
+    bridge = Bridge.load(train(), ["translate.num=2"])
+    folder, _ = bridge.translate_split()
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    assert bridge.translate_split(overwrite=True)[1]["made_now"] == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} == made
+
+
+def test_a_run_may_have_a_number_for_a_name(train, tmp_path):
+    run = train().rename(tmp_path / "2024")
+    assert Bridge.load(run).config.output == run

@@ -768,3 +768,22 @@ def test_a_check_of_nothing_but_broken_files_says_so(tmp_path, data_config):
     assert "unusable files: 24" in report
     assert "and 4 more" in report
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_new_group_moves_no_more_than_its_neighbours():
+    before = [PatchRecord(f"{n}.png", Path("x"), "AB"[n % 2]) for n in range(200)]
+    added = [PatchRecord("new.png", Path("x"), "A"), PatchRecord("newer.png", Path("x"), "B")]
+    splits = [
+        {r.id: r.split for r in assign_splits(records, val=0.1, test=0.2, seed=0)}
+        for records in (before, [*added, *before])
+    ]
+    # Of either class at most two at the border of test and two at the border of val.
+    assert sum(splits[0][record.id] != splits[1][record.id] for record in before) <= 8
+
+
+def test_a_sample_of_more_begins_with_the_sample_of_fewer(patch_folder, data_config):
+    patches = load_patches(data_config(patch_folder), seed=0)
+    many, few = (patches.sample("train", "A", num=num, seed=3).tolist() for num in (9, 4))
+    assert many[:4] == few
+    assert set(many) <= set(patches.indices("train", "A").tolist())
+    assert sorted(patches.sample("train", num=None, seed=3)) == patches.indices("train").tolist()

@@ -141,3 +141,12 @@ def test_jitter_scales_and_shifts_each_stain_alone(stained):
             line = slope * density[0][:, component] + offset
             np.testing.assert_allclose(density[1][:, component], line, atol=1e-4)
         np.testing.assert_allclose(density[1][:, 2], density[0][:, 2], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])
+def test_glass_is_not_made_into_tissue(method):
+    rng = np.random.default_rng(0)
+    glass = np.clip(rng.normal(246, 2, (32, 32, 3)), 0, 255).astype(np.uint8)
+    tissue = np.clip(np.array([190.0, 120, 180]) + rng.normal(0, 30, (32, 32, 3)), 0, 255).astype(np.uint8)
+    reference = stain.fit_reference(method, [tissue])
+    np.testing.assert_array_equal(stain.normalise(glass, reference), glass)

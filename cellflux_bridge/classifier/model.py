@@ -49,7 +49,8 @@ class _Residual(nn.Module):
 def grey_view(x: torch.Tensor) -> torch.Tensor:
     """Luminance (B, 1, H, W) with each image's own mean and contrast taken out.
 
-    A change of brightness or contrast cannot be seen in it, nor a tint that moves luminance alike everywhere.
+    This is the lightness of a Reinhard-normalised patch up to constants: a change of brightness or contrast cannot be
+    seen in it, nor a tint that moves luminance alike everywhere.
     """
     grey = (x * torch.tensor(_GREY, device=x.device, dtype=x.dtype)[:, None, None]).sum(1, keepdim=True)
     mean, std = grey.mean((2, 3), keepdim=True), grey.std((2, 3), keepdim=True)

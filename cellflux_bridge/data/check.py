@@ -2,15 +2,16 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 from cellflux_bridge import images
 from cellflux_bridge.config import DataConfig
 from cellflux_bridge.data.patches import list_records
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS, PatchRecord, some
-from cellflux_bridge.progress import progress
+from cellflux_bridge.progress import threaded
 from cellflux_bridge.randomness import numpy_generator
 
 
@@ -22,9 +23,7 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     """
     records, classes = list_records(config, seed=seed)
     preprocessing = Preprocessing(config.image_size, config.crop)
-    with ThreadPoolExecutor() as pool:
-        inspected = pool.map(lambda record: _inspect(record, preprocessing), records)
-        facts = list(progress(inspected, total=len(records), desc="checking", unit="image"))
+    facts = threaded(lambda r: _inspect(r, preprocessing), records, workers=config.workers, desc="checking")
     lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
     counts = Counter((record.label, record.split) for record in records)
     width = max(map(len, classes))
@@ -37,6 +36,12 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     shown = [f"{w} x {h} ({n})" for (h, w), n in sizes.most_common()]
     seen = f"{config.crop} px of a file" if config.crop else "a file's shorter side"
     lines.append(f"sizes: {some(shown)}; one patch shows {seen} at {config.image_size} px")
+    scaled = [preprocessing.scaled_size(*size, name="") for size in sizes.elements()]
+    if scaled:
+        (height, width), (usual_height, usual_width) = np.min(scaled, axis=0), np.median(scaled, axis=0)
+        lines.append(f"in the cache: every image is cut to {width} x {height} px, the smallest at the network's scale")
+        if 1.25 * height < usual_height or 1.25 * width < usual_width:
+            lines[-1] += f"; WARNING: most are {usual_width:.0f} x {usual_height:.0f}, leave the small ones out"
     unreadable = [fact[0] for fact in facts if fact[0] is not None]
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
     lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *unreadable[:20], *more]))

@@ -133,6 +133,10 @@ class Pairs:
 
 def _draw(pool: np.ndarray, num: int, generator: torch.Generator) -> np.ndarray:
     """`num` of a pool, each once where the pool is large enough."""
+    while num**2 <= len(pool):  # collisions are rare, and a permutation of millions is slow
+        drawn = torch.randint(len(pool), (num,), generator=generator)
+        if len(drawn.unique()) == num:
+            return pool[drawn.numpy()]
     if num <= len(pool):
         return pool[torch.randperm(len(pool), generator=generator)[:num].numpy()]
     return pool[torch.randint(len(pool), (num,), generator=generator).numpy()]

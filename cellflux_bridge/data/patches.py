@@ -6,8 +6,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,12 @@ from cellflux_bridge.config import DataConfig
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS, PatchRecord, assign_splits, check_groups, some
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.progress import progress
+from cellflux_bridge.progress import threaded
 from cellflux_bridge.randomness import numpy_generator
 from cellflux_bridge.schema import nearest
 
 _CACHE_FORMAT = 1
 _NUM_REFERENCE_IMAGES = 256
-_SLAB = 8192
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,11 @@ class Patches:
         if label not in self.classes:
             raise UserError(f"no class {label!r} here{nearest(label, self.classes)}; known: {', '.join(self.classes)}")
         return self.classes.index(label)
+
+    def sample(self, split: str, label: str | None = None, *, num: int | None, seed: int) -> np.ndarray:
+        """At most `num` patches of a split (None: all), drawn by the seed; fewer are the beginning of more."""
+        indices = self.indices(split, label)
+        return numpy_generator(seed, "sample", split, str(label)).permutation(indices)[:num]
 
     def centre(self, indices: Sequence[int]) -> torch.Tensor:
         """The middle patch of each image: (B, 3, S, S) uint8."""
@@ -176,7 +180,11 @@ def _cached_pixels(
                 raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    return np.load(folder / "pixels.npy", mmap_mode="r"), Preprocessing.load(folder / "preprocessing.json")
+    try:
+        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: a damaged cache ({error}); remove this folder, it is made anew") from error
+    return pixels, Preprocessing.load(folder / "preprocessing.json")
 
 
 def _build_cache(
@@ -188,44 +196,36 @@ def _build_cache(
     reference: stain.StainReference | None,
 ) -> None:
     plain = Preprocessing(config.image_size, config.crop)
-    workers = config.workers or os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
+    over_all = partial(threaded, items=range(len(records)), workers=config.workers)
+    sizes = over_all(lambda i: _or_error(_scaled_size, plain, records[i].file), desc="reading image sizes")
+    _raise_unreadable(sizes, config.root)
+    # One array needs one size: images are cut to the smallest height and width there is.
+    height, width = np.min(sizes, axis=0).tolist()
+    _require_space(folder, len(records) * height * width * 3)
+    pixels = np.lib.format.open_memmap(
+        folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(len(records), height, width, 3)
+    )
 
-        def over_all(work, description: str) -> list:
-            # In slabs, because the pool holds an object for every call that it was given.
-            slabs = (range(start, min(start + _SLAB, len(records))) for start in range(0, len(records), _SLAB))
-            results = (result for slab in slabs for result in pool.map(work, slab))
-            return list(progress(results, total=len(records), desc=description, unit="image"))
+    def decode(i: int) -> UserError | None:
+        rgb = _or_error(images.read_rgb, records[i].file)
+        if isinstance(rgb, UserError):
+            return rgb
+        pixels[i] = images.centre_crop(plain.scale(rgb, name=str(records[i].file)), height, width)
+        return None
 
-        sizes = over_all(lambda i: _or_error(_scaled_size, plain, records[i].file), "reading image sizes")
-        _raise_unreadable(sizes, config.root)
-        # One array needs one size: images are cut to the smallest height and width there is.
-        height, width = np.min(sizes, axis=0).tolist()
-        _require_space(folder, len(records) * height * width * 3)
-        pixels = np.lib.format.open_memmap(
-            folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(len(records), height, width, 3)
-        )
+    _raise_unreadable(over_all(decode, desc="decoding patches"), config.root)
+    preprocessing = plain
+    if config.stain.mode == "normalise":
+        if reference is None:
+            train = [i for i, record in enumerate(records) if record.split == "train"]
+            chosen = numpy_generator(seed, "stain").permutation(train)[:_NUM_REFERENCE_IMAGES]
+            reference = stain.fit_reference(config.stain.method, [pixels[i] for i in sorted(chosen)])
+        preprocessing = replace(plain, reference=reference)
 
-        def decode(i: int) -> UserError | None:
-            rgb = _or_error(images.read_rgb, records[i].file)
-            if isinstance(rgb, UserError):
-                return rgb
-            pixels[i] = images.centre_crop(plain.scale(rgb, name=str(records[i].file)), height, width)
-            return None
+        def normalise(i: int) -> None:
+            pixels[i] = preprocessing.normalise(pixels[i])
 
-        _raise_unreadable(over_all(decode, "decoding patches"), config.root)
-        preprocessing = plain
-        if config.stain.mode == "normalise":
-            if reference is None:
-                train = [i for i, record in enumerate(records) if record.split == "train"]
-                chosen = numpy_generator(seed, "stain").permutation(train)[:_NUM_REFERENCE_IMAGES]
-                reference = stain.fit_reference(config.stain.method, [pixels[i] for i in sorted(chosen)])
-            preprocessing = replace(plain, reference=reference)
-
-            def normalise(i: int) -> None:
-                pixels[i] = preprocessing.normalise(pixels[i])
-
-            over_all(normalise, "normalising stain")
+        over_all(normalise, desc="normalising stain")
     pixels.flush()
     preprocessing.save(folder / "preprocessing.json")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.randomness import numpy_generator
+from cellflux_bridge.randomness import derive_seed
 
 SPLITS = ("train", "val", "test")
 
@@ -49,8 +49,9 @@ def assign_splits(records: Sequence[PatchRecord], *, val: float, test: float, se
     """Records in which every one has a split, missing splits being taken from what is not yet given away.
 
     Groups go whole: a record that names no split follows the rest of its group. For each class (a group's own is its
-    most frequent one) groups are shuffled by the seed and given to `test`, then `val`, until the wanted fraction of
-    that class's patches is reached; the rest trains. A split that the data names itself is left as it is.
+    most frequent one) groups stand in an order that the seed and each group's name decide, so that a new group moves
+    no more than its neighbours, and are given to `test`, then `val`, until the wanted fraction of that class's patches
+    is reached; the rest trains. A split that the data names itself is left as it is.
     """
     of_group = {r.group: r.split for r in records if r.group is not None and r.split is not None}
     records = [replace(r, split=of_group.get(r.group)) if r.split is None else r for r in records]
@@ -61,19 +62,18 @@ def assign_splits(records: Sequence[PatchRecord], *, val: float, test: float, se
         if record.split in (None, "train"):
             pool[record.group if record.group is not None else f"\0{record.id}"].append(index)
     by_class: dict[str, list[list[int]]] = defaultdict(list)
-    for group in sorted(pool):
+    for group in sorted(pool, key=lambda name: (derive_seed(seed, "split", name), name)):
         members = pool[group]
         by_class[Counter(records[i].label for i in members).most_common(1)[0][0]].append(members)
     split_of: dict[int, str] = {}
-    for label, groups in sorted(by_class.items()):
-        order = numpy_generator(seed, "split", label).permutation(len(groups))
+    for _, groups in sorted(by_class.items()):
         total = sum(map(len, groups))
         position = 0
         for name, part in wanted.items():
             taken = 0
             # The last group always stays for training.
             while taken < part * total and position < len(groups) - 1:
-                members = groups[order[position]]
+                members = groups[position]
                 split_of.update(dict.fromkeys(members, name))
                 taken += len(members)
                 position += 1

@@ -91,7 +91,9 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: truncated or not a weights file ({error}); use an earlier checkpoint") from error
+        raise UserError(
+            f"{path}: truncated or not a weights file ({error}); train again, or bring the file back"
+        ) from error
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]

@@ -20,6 +20,9 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.randomness import torch_generator
 from cellflux_bridge.training import checkpoint
 
+# Colour statistics of a class need no more patches than this, however many there are.
+MOST_FOR_STATISTICS = 2000
+
 
 class LabelledBatch(NamedTuple):
     x: torch.Tensor
@@ -48,6 +51,7 @@ class ClassifierTask:
         self._flips = config.data.flips
         self.preprocessing = patches.preprocessing
         self.model = build_classifier(config)
+        _require_fit(self.model, config)
         self._train = [patches.indices("train", label) for label in patches.classes]
         self._val = patches.indices("val")
         for label, indices in zip(patches.classes, self._train, strict=True):
@@ -68,16 +72,32 @@ class ClassifierTask:
         return F.cross_entropy(model(batch.x), batch.y, label_smoothing=0.05)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        predicted = predict(model, self._patches.centre(self._val), device=device).argmax(1)
+        predicted = _predict_patches(model, self._patches, self._val, device=device).argmax(1)
         return {"val/accuracy": accuracy_score(self._patches.labels[self._val], predicted)}
 
     def sheet(self, model: nn.Module, device: torch.device) -> None:
         return None
 
 
+def _require_fit(model: PatchClassifier, config: Config) -> None:
+    size = config.data.image_size
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"classifier.backbone={config.classifier.backbone}: cannot see patches of data.image_size={size} px "
+            f"({error}); choose another timm model, such as a ResNet, or 'small'"
+        ) from error
+    finally:
+        model.train()
+
+
 def load(folder: Path, device: torch.device) -> PatchClassifier:
     """The classifier of a checkpoint folder, in evaluation mode."""
-    model = build_classifier(checkpoint.read_config(folder))
+    config = checkpoint.read_config(folder)
+    untrained = config.classifier.model_copy(update={"pretrained": False})  # its own weights follow
+    model = build_classifier(config.model_copy(update={"classifier": untrained}))
     checkpoint.load_weights(folder, model)
     return model.to(device).eval()
 
@@ -90,14 +110,29 @@ def predict(model: nn.Module, batch: torch.Tensor, *, device: torch.device, chun
     return torch.cat(logits).softmax(1).numpy()
 
 
+def _chunks(indices: np.ndarray, chunk: int = 256) -> list[np.ndarray]:
+    return [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
+
+
+def _predict_patches(model: nn.Module, patches: Patches, indices: np.ndarray, *, device: torch.device) -> np.ndarray:
+    """`predict` of the middle patches of a data set, never more than a chunk of them in memory."""
+    return np.concatenate([predict(model, patches.centre(part), device=device) for part in _chunks(indices)])
+
+
 def test_scores(model: nn.Module, patches: Patches, *, device: torch.device) -> dict[str, float]:
-    """Accuracy on the test split, beside a logistic regression on colour means and spreads alone."""
-    test, train = patches.indices("test"), patches.indices("train")
+    """Accuracy on the test split, beside a logistic regression on colour means and spreads alone (fitted on at most
+    `MOST_FOR_STATISTICS` training patches)."""
+    test = patches.indices("test")
+    train = patches.sample("train", num=MOST_FOR_STATISTICS, seed=0)
     labels = patches.labels[test]
-    predicted = predict(model, patches.centre(test), device=device).argmax(1)
+    predicted = _predict_patches(model, patches, test, device=device).argmax(1)
+
+    def statistics(indices: np.ndarray) -> np.ndarray:
+        return np.concatenate([colour_statistics(patches.centre(part)) for part in _chunks(indices)])
+
     colour = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    colour.fit(colour_statistics(patches.centre(train)), patches.labels[train])
-    by_colour = colour.predict(colour_statistics(patches.centre(test)))
+    colour.fit(statistics(train), patches.labels[train])
+    by_colour = colour.predict(statistics(test))
     return {
         "test/n": len(test),
         "test/accuracy": accuracy_score(labels, predicted),

@@ -41,7 +41,7 @@ def build_flow(config: Config) -> tuple[Path, nn.Module]:
     path = registry.build("path", config.path)
     if config.condition.source_image and not path.noise_on_every_sample:
         raise UserError(
-            f"condition.source_image: path {config.path['name']} does not lay noise on every sample; use "
+            f"condition.source_image: path {config.path['name']} does not lay noise on every sample of a source; use "
             "noised_source with probability 1, or brownian"
         )
     spec = ConditionSpec(

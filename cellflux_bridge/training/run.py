@@ -1,14 +1,16 @@
 """The folder of a run: who may write into it, and its log."""
 
 import csv
+import io
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from cellflux_bridge.config import PLACES_AND_PACE, Config, load_config
 from cellflux_bridge.data.patches import Patches
-from cellflux_bridge.data.records import SPLITS
+from cellflux_bridge.data.records import SPLITS, some
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.files import replace_text
 
 
 def differences(before: Config, now: Config, *, ignore: tuple[str, ...]) -> list[str]:
@@ -32,7 +34,7 @@ def claim(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str)
     if saved.exists():
         if resume == "never":
             raise UserError(f"{folder}: holds a run already; set train.resume=auto, another output, or remove it")
-        differing = differences(load_config(saved), config, ignore=ignore)
+        differing = differences(load_config(saved), config, ignore=(*ignore, "data.root"))
         if differing:
             raise UserError(
                 f"{folder}: holds another run; they differ in {', '.join(differing[:5])}"
@@ -41,23 +43,51 @@ def claim(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str)
     elif folder.exists() and any(folder.glob("checkpoints/step-*")):
         raise UserError(f"{folder}: holds checkpoints without a config.yaml; choose another output")
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_text(saved, config.to_yaml())
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(saved, config.to_yaml())
 
 
 def record_splits(folder: Path, patches: Patches) -> None:
-    """Write `splits.csv`: which patch trained, validated and tested, whoever decided it."""
-    with open(folder / "splits.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "split", "group"])
-        for i, patch_id in enumerate(patches.ids):
-            label, split = patches.classes[patches.labels[i]], SPLITS[patches.splits[i]]
-            writer.writerow([patch_id, label, split, patches.group_names[patches.groups[i]]])
+    """Write `splits.csv`: which patch trains, validates and tests, whoever decided it.
+
+    Raises UserError where the run was begun with other patches or other splits.
+    """
+    path = folder / "splits.csv"
+    before = _read_splits(path)
+    now = {row[0]: row[2] for row in _split_rows(patches)}
+    if before and before != now:
+        gone, new = len(before.keys() - now.keys()), len(now.keys() - before.keys())
+        moved = sum(now.get(patch_id, split) != split for patch_id, split in before.items())
+        raise UserError(
+            f"{folder}: was begun with other patches ({new} are new, {gone} gone, {moved} in another split); "
+            "choose another output, or bring back the data that it was begun with"
+        )
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["path", "label", "split", "group"], *_split_rows(patches)])
+    replace_text(path, text.getvalue())
+
+
+def require_held_out(folder: Path, patches: Patches) -> None:
+    """UserError where patches that a run trained with would now pass for held-out ones, or the reverse."""
+    before = _read_splits(folder / "splits.csv")
+    moved = [row[0] for row in _split_rows(patches) if before.get(row[0], row[2]) != row[2]]
+    if moved:
+        raise UserError(
+            f"{folder}: {len(moved)} patches stand in another split than when it was trained: {some(moved)}; files "
+            "were added or removed since. Name splits in a manifest (splits.csv of the run has them) to keep them"
+        )
+
+
+def _split_rows(patches: Patches) -> Iterator[list[str]]:
+    for i, patch_id in enumerate(patches.ids):
+        label, split = patches.classes[patches.labels[i]], SPLITS[patches.splits[i]]
+        yield [patch_id, label, split, patches.group_names[patches.groups[i]]]
+
+
+def _read_splits(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["path"]: row["split"] for row in csv.DictReader(file)}
 
 
 def last_values(folder: Path, prefix: str) -> dict[str, float]:
@@ -78,7 +108,7 @@ class Log:
             # What came after the checkpoint that is resumed will happen again.
             lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) <= from_step]
-            _replace_text(self._path, "".join(line + "\n" for line in kept))
+            replace_text(self._path, "".join(line + "\n" for line in kept))
         self._board = _tensorboard(folder) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ from torchcfm.models.unet.nn import timestep_embedding
 from torchcfm.models.unet.unet import UNetModel
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.velocity.base import Prediction, as_velocity
+from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Width, as_velocity
 from cellflux_bridge.velocity.condition import Condition, ConditionEmbedding, ConditionSpec
 
 
@@ -37,12 +37,12 @@ class ADM(nn.Module):
         image_channels: int,
         spec: ConditionSpec,
         *,
-        channels: int = 128,
-        multipliers: tuple[int, ...] = (1, 2, 2),
-        blocks: int = 2,
+        channels: Width = 128,
+        multipliers: Multipliers = (1, 2, 2),
+        blocks: Count = 2,
         attention: tuple[int, ...] = (2,),
-        head_channels: int = 64,
-        dropout: float = 0.0,
+        head_channels: Count = 64,
+        dropout: Dropout = 0.0,
         resblock_updown: bool = True,
         predict: Prediction = "velocity",
     ):
@@ -51,6 +51,12 @@ class ADM(nn.Module):
             raise UserError(f"velocity.attention: {attention} names a level outside 0..{len(multipliers) - 1}")
         if channels % 32:
             raise UserError(f"velocity.channels: {channels}; the ADM U-Net has 32 groups: use a multiple of 32")
+        # The middle block of this network always attends.
+        undivided = [
+            channels * multipliers[level] for level in (*attention, -1) if channels * multipliers[level] % head_channels
+        ]
+        if undivided:
+            raise UserError(f"velocity.head_channels: {head_channels} does not divide the width {undivided[0]}")
         self.spec, self.stride, self._predict = spec, 2 ** (len(multipliers) - 1), predict
         self.condition = ConditionEmbedding(spec, 4 * channels)
         self.net = _ConditionedUNet(

@@ -1,9 +1,15 @@
-"""What a network's output means: the velocity itself, or the target image from which it follows."""
+"""What velocity networks share: the bounds of their arguments, and what their output means."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
+# Bounds of the networks' arguments, which become the schema of their YAML.
+Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=4, multiple_of=4)]
+Multipliers = Annotated[tuple[Count, ...], Field(min_length=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 Prediction = Literal["velocity", "target"]
 
 # The division by 1 - t is bounded. JiT bounds it at 0.05; in runs of minutes the last steps of the way then outweigh

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.velocity.base import Prediction, as_velocity
+from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Width, as_velocity
 from cellflux_bridge.velocity.condition import Condition, ConditionEmbedding, ConditionSpec, sinusoidal
 
 
@@ -69,13 +69,13 @@ class UNet(nn.Module):
         image_channels: int,
         spec: ConditionSpec,
         *,
-        channels: int = 64,
-        multipliers: tuple[int, ...] = (1, 2, 3),
-        blocks: int = 2,
+        channels: Width = 64,
+        multipliers: Multipliers = (1, 2, 3),
+        blocks: Count = 2,
         attention: tuple[int, ...] = (2,),
-        head_channels: int = 32,
-        dropout: float = 0.0,
-        patch: int = 1,
+        head_channels: Count = 32,
+        dropout: Dropout = 0.0,
+        patch: Count = 1,
         predict: Prediction = "target",
     ):
         super().__init__()

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -72,9 +73,14 @@ class Phantom(Folder):
         jobs = self._jobs(building)
         for folder in {job[0].parent for job in jobs}:
             folder.mkdir(parents=True)
-        with ProcessPoolExecutor() as pool:
-            made = pool.map(_make_one, jobs, chunksize=16)
-            rows = list(progress(made, total=len(jobs), desc="making phantom tissue", unit="image"))
+        # Workers leave Ctrl-C to this process, which then takes back what they have not begun.
+        with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+            try:
+                made = pool.map(_make_one, jobs, chunksize=16)
+                rows = list(progress(made, total=len(jobs), desc="making phantom tissue", unit="image"))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         _write_table(building / "manifest.csv", [row for row in rows if row["label"] != "range"], building)
         _write_table(building / "range" / "range.csv", [row for row in rows if row["label"] == "range"], building)
         (building / "phantom.json").write_text(json.dumps(self._settings) + "\n")
