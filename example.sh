@@ -7,7 +7,7 @@
 # Sets up what is missing first. Run it again and it goes on where it was stopped.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-source "$here/setup.sh"
+extra="" source "$here/setup.sh"
 
 config="$here/configs/example.yaml"
 if [ $# -gt 0 ] && [[ "$1" != *=* ]]; then

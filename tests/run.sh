@@ -3,6 +3,6 @@
 # Tests on real patches run where CELLFLUX_BRIDGE_DATA names the folder that holds lc25000_lung; else they skip.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$here/setup.sh" dev
+extra=dev source "$here/setup.sh"
 cd "$here"
 python -m pytest "$@"

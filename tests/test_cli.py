@@ -1,6 +1,7 @@
 """The console command: its help needs nothing heavy, its way from patches to figures works, its exits are clean."""
 
 import errno
+import os
 import re
 import runpy
 import subprocess
@@ -207,3 +208,21 @@ def test_data_that_cannot_be_used_fails_the_check(patch_folder, tmp_path, write_
     with pytest.raises(SystemExit, match="some files cannot be used"):
         cli.main(["data", "check", str(write_config(tmp_path))])
     assert "broken.png" in capsys.readouterr().out
+
+
+def test_the_shell_scripts_install_what_they_say_whatever_their_arguments(tmp_path):
+    """A sourced setup.sh sees the arguments of the script that sources it; none of them may reach pip."""
+    root = Path(__file__).parents[1]
+    log, fake = tmp_path / "calls.txt", tmp_path / "env" / "bin"
+    fake.mkdir(parents=True)
+    for name in ("python", "cellflux-bridge"):
+        (fake / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {log}\n')
+        (fake / name).chmod(0o755)
+    environment = {**os.environ, "VIRTUAL_ENV": str(tmp_path / "env"), "PATH": f"{fake}:{os.environ['PATH']}"}
+    for script, extra in (("example.sh", ""), ("tests/run.sh", "[dev]")):
+        log.write_text("")
+        arguments = ["configs/own.yaml", "data.root=here"] if script == "example.sh" else ["-k", "path"]
+        subprocess.run(["bash", str(root / script), *arguments], env=environment, check=True, capture_output=True)
+        calls = log.read_text().splitlines()
+        assert f"python -m pip install --quiet -e {root}{extra}" in calls
+    assert "python -m pytest -k path" in calls
