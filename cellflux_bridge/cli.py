@@ -85,7 +85,7 @@ def train_command(args: argparse.Namespace) -> None:
     """train CONFIG_OR_RUN: train the flow, or go on where its run was stopped."""
     from cellflux_bridge.training.flow import FlowTask, build_flow
     from cellflux_bridge.training.loop import fit, on_rank_zero
-    from cellflux_bridge.training.run import claim, last_values, record_splits
+    from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
 
     config = _config(args.config, args.overrides)
     if config.data.classes is not None:
@@ -94,8 +94,9 @@ def train_command(args: argparse.Namespace) -> None:
     task = FlowTask(config, patches)
 
     def prepare() -> None:
-        claim(config.output, config, ignore=("classifier",), resume=config.train.resume)
+        require_free(config.output, config, ignore=("classifier",), resume=config.train.resume)
         record_splits(config.output, patches)
+        claim(config.output, config)
 
     on_rank_zero(fabric, prepare)
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
@@ -107,7 +108,7 @@ def train_classifier_command(args: argparse.Namespace) -> None:
     """train-classifier CONFIG_OR_RUN: train a classifier of the patches, to judge translated ones with."""
     from cellflux_bridge.training import checkpoint, classifier
     from cellflux_bridge.training.loop import fit, on_rank_zero
-    from cellflux_bridge.training.run import Log, claim
+    from cellflux_bridge.training.run import Log, claim, require_free
 
     config = _config(args.config, args.overrides)
     train = config.classifier.train
@@ -115,7 +116,12 @@ def train_classifier_command(args: argparse.Namespace) -> None:
     fabric, config, patches = _start(config, train)
     task = classifier.ClassifierTask(config, patches)
     unused = ("train", "coupling", "path", "velocity", "condition", "pairs")
-    on_rank_zero(fabric, lambda: claim(folder, config, ignore=unused, resume=train.resume))
+
+    def prepare() -> None:
+        require_free(folder, config, ignore=unused, resume=train.resume)
+        claim(folder, config)
+
+    on_rank_zero(fabric, prepare)
     newest = fit(task, config, train, folder=folder, fabric=fabric)
     if fabric.is_global_zero:
         scores = classifier.test_scores(classifier.load(newest, fabric.device), patches, device=fabric.device)

@@ -14,8 +14,10 @@ from skimage.color import lab2rgb, rgb2lab
 # Ruifrok & Johnston, "Quantification of histochemical staining by color deconvolution" (2001): rows are the
 # unit optical-density vectors of haematoxylin and eosin.
 RUIFROK_HE = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
-_BLANK_DENSITY = 0.1
 RUIFROK_HE /= np.linalg.norm(RUIFROK_HE, axis=1, keepdims=True)
+
+# An image whose 95th percentile of mean density lies below this shows glass.
+_BLANK_DENSITY = 0.1
 
 
 def optical_density(rgb: np.ndarray) -> np.ndarray:

@@ -343,3 +343,12 @@ def test_overwriting_keeps_a_translation_that_is_the_same(train):
 def test_a_run_may_have_a_number_for_a_name(train, tmp_path):
     run = train().rename(tmp_path / "2024")
     assert Bridge.load(run).config.output == run
+
+
+def test_a_refused_training_leaves_the_runs_configuration_as_it_was(train, tmp_path, make_patches):
+    run = train()
+    before = (run / "config.yaml").read_text()
+    other = make_patches(tmp_path / "other", num={"A": 30, "B": 30})
+    with pytest.raises(SystemExit, match="was begun with other patches"):
+        cli.main(["train", str(run), f"data.root={other}", "train.steps=3"])
+    assert (run / "config.yaml").read_text() == before

@@ -24,11 +24,11 @@ def differences(before: Config, now: Config, *, ignore: tuple[str, ...]) -> list
     ]
 
 
-def claim(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str) -> None:
-    """Make sure that `folder` is free or holds this very run; `ignore` names sections this run does not use.
+def require_free(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str) -> None:
+    """Make sure that `folder` is free or holds this very run; nothing is changed.
 
-    Raises UserError that lists the differing keys where it holds another run, and where `resume` is "never" and
-    there is something to resume.
+    `ignore` names sections that this run does not use. Raises UserError that lists the differing keys where it holds
+    another run, and where `resume` is "never" and there is something to resume.
     """
     saved = folder / "config.yaml"
     if saved.exists():
@@ -42,8 +42,12 @@ def claim(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str)
             )
     elif folder.exists() and any(folder.glob("checkpoints/step-*")):
         raise UserError(f"{folder}: holds checkpoints without a config.yaml; choose another output")
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Write a run's `config.yaml`; only when nothing speaks against the run, so that a refusal leaves the old one."""
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(saved, config.to_yaml())
+    replace_text(folder / "config.yaml", config.to_yaml())
 
 
 def record_splits(folder: Path, patches: Patches) -> None:
@@ -61,6 +65,7 @@ def record_splits(folder: Path, patches: Patches) -> None:
             f"{folder}: was begun with other patches ({new} are new, {gone} gone, {moved} in another split); "
             "choose another output, or bring back the data that it was begun with"
         )
+    folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     csv.writer(text).writerows([["path", "label", "split", "group"], *_split_rows(patches)])
     replace_text(path, text.getvalue())
