@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job from beginning to end: patches of two classes in; a trained flow, sequences from A to B and a video out.
+# The main job from beginning to end: patches of two classes in; a trained flow, stairs from A to B and a video out.
 #
 #   bash example.sh                                             made phantom tissue, a few minutes on two CPU cores
 #   bash example.sh configs/my.yaml data.root=/my/patches       your own patches; key.sub=value overrides the file
@@ -19,10 +19,9 @@ fi
 
 run="$(cellflux-bridge config show "$config" "$@" --key output)"
 cellflux-bridge train "$config" "$@"
+# The guide steers; the judge, another network, is asked afterwards.
+cellflux-bridge train-classifier "$config" "$@" classifier.role=guide
 cellflux-bridge translate "$run" "$@" --overwrite
 cellflux-bridge video "$run" "$@"
-# Two judges that the flow never saw: one of colour, one of structure (grey, each patch's own contrast taken out).
-for view in rgb grey; do
-    cellflux-bridge train-classifier "$config" "$@" classifier.view="$view"
-done
+cellflux-bridge train-classifier "$config" "$@" classifier.role=judge
 cellflux-bridge classify "$run"

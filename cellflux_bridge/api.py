@@ -1,48 +1,39 @@
 """A trained bridge as a Python object: `Bridge.load("runs/lung").translate(images)`."""
 
-import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from pydantic import ValidationError
 from torch import nn
 
 from cellflux_bridge import images as image_io
-from cellflux_bridge.config import Config, TranslateConfig, load_config
+from cellflux_bridge.classifier.model import PatchClassifier
+from cellflux_bridge.config import Config, GuidanceConfig, TranslateConfig, load_config
 from cellflux_bridge.data.pairs import named_transitions
-from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.files import replace_text
+from cellflux_bridge.guidance.classifier import ClassifierGuided, require_form
 from cellflux_bridge.guidance.classifier_free import ClassifierFree
 from cellflux_bridge.path.base import Path as FlowPath
-from cellflux_bridge.progress import progress
-from cellflux_bridge.schema import explain, nearest
-from cellflux_bridge.training import checkpoint
-from cellflux_bridge.training.flow import build_flow, class_level
-from cellflux_bridge.training.loop import make_fabric, on_rank_zero
-from cellflux_bridge.training.run import differences, require_held_out
-from cellflux_bridge.trajectory import (
-    Trajectory,
-    TrajectoryHeader,
-    TrajectoryWriter,
-    linear_soft_labels,
-    read_header,
-)
-from cellflux_bridge.transport.morph import morph, morph_levels, source_noise
+from cellflux_bridge.training import checkpoint, classifier
+from cellflux_bridge.training.flow import build_flow
+from cellflux_bridge.training.run import differences
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
+from cellflux_bridge.translator import Translator, single_process_fabric
+from cellflux_bridge.transport import stairs
+from cellflux_bridge.transport.morph import Morph, morph, morph_levels, source_noise
 from cellflux_bridge.velocity.condition import Condition
 
+# Held-out sources, and levels, that adaptive spacing and the map from levels to conditions are measured on.
+_PILOT_SOURCES, _PILOT_LEVELS = 64, 11
 
-class Bridge:
-    """A trained flow with all it needs to carry images from one class to another.
 
-    `config` is the resolved configuration of the run; `classes` its class names; `preprocessing` how a file's pixels
-    become the network's input.
-    """
+class Bridge(Translator):
+    """A trained flow with all it needs to carry images from one class to another."""
 
     def __init__(
         self,
@@ -54,9 +45,11 @@ class Bridge:
         step: int,
         fabric: Fabric,
     ):
-        self.config, self.path, self.preprocessing, self.step = config, path, preprocessing, step
+        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric)
+        self.path = path
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
-        self.fabric = fabric
+        self._loaded: dict[tuple[Path, str], PatchClassifier] = {}
+        self._pilots: dict[tuple, np.ndarray] = {}
 
     @classmethod
     def load(cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None) -> "Bridge":
@@ -75,205 +68,313 @@ class Bridge:
             config = load_config(folder / checkpoint.CONFIG, overrides)
         else:
             config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=Path(run))
-        differing = differences(trained, config, ignore=("train", "classifier", "data.root"))
+        differing = differences(trained, config, ignore=("train", "classifier", "bridge", "data.root"))
         if differing:
             raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
-        if fabric is None:
-            alone = config.train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"})
-            fabric = make_fabric(alone)
-            fabric.launch()  # joins the other processes under torchrun
         return cls(
             config=config,
             path=path,
             network=network,
             step=checkpoint.step_of(folder),
             preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
-            fabric=fabric,
+            fabric=fabric or single_process_fabric(config),
         )
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(self.config.data.classes)
 
     def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
-        try:
-            settings = TranslateConfig(**{**self.config.translate.model_dump(), **options})
-        except ValidationError as error:
-            raise UserError(explain(error, TranslateConfig, prefix="translate")) from error
-        source, target = source or settings.source, target or settings.target
-        if source is None and target is None and len(self.classes) == 2:
-            source, target = self.classes
-        for key, label in (("source", source), ("target", target)):
-            if label not in self.classes:
-                hint = nearest(label, self.classes) if label else ""
-                known = ", ".join(self.classes)
-                raise UserError(f"translate.{key}: {label!r} is no class of this run{hint}; known: {known}")
-        pair = (target, source) if settings.reverse else (source, target)
+        settings = super()._settings(source, target, options)
         trained = named_transitions(self.classes, self.config.pairs)
+        if self.config.condition.target == "level":  # trained from every source to every level
+            named = list(dict.fromkeys(label for pair in trained for label in pair))
+            sources = list(dict.fromkeys(a for a, _ in trained))
+            trained = [(a, b) for a in sources for b in named]
+        reverse = settings.reverse and settings.method == "path"
+        pair = (settings.target, settings.source) if reverse else (settings.source, settings.target)
         if pair not in trained:
-            known = ", ".join(f"{a} -> {b}" for a, b in trained)
+            known = ", ".join(f"{a} -> {b}" for a, b in trained if a != b)
             raise UserError(f"the network never saw {pair[0]} -> {pair[1]}; it was trained on {known}")
-        return settings.model_copy(update={"source": source, "target": target})
+        self._require_possible(settings)
+        return settings
+
+    def _require_possible(self, settings: TranslateConfig) -> None:
+        """Refuse, before anything is computed, what this network or its path cannot do."""
+        method, by_level = settings.method, self.config.condition.target == "level"
+        if settings.reverse and method != "path":
+            raise UserError(f"translate.reverse: is of method=path; for {method} exchange source and target")
+        stairs.require_path(method, self.path)
+        if method == "progression" and not by_level:
+            raise UserError(
+                "translate.method=progression: the network knows classes only, not the levels between; train with "
+                "condition.target=level, or use method=path"
+            )
+        if method == "depth" and settings.conditions != "target" and not by_level:
+            raise UserError(
+                "translate.conditions: the network knows classes only; train with condition.target=level, or use "
+                "conditions=target"
+            )
+        num = settings.levels if isinstance(settings.levels, int) else len(settings.levels)
+        for key, values in (("depths", settings.depths), ("conditions", settings.conditions)):
+            if isinstance(values, list) and len(values) != num:
+                raise UserError(f"translate.{key}: {len(values)} values for {num} levels; give as many")
+        is_adaptive = settings.spacing == "adaptive"
+        if method == "progression" and (is_adaptive or settings.calibrate != "none"):
+            self._guides(settings.guidance, sees="image")
+        elif method == "depth" and is_adaptive:
+            raise UserError("translate.spacing=adaptive: is of method=progression; give depth stairs their levels")
+        if is_adaptive and not isinstance(settings.levels, int):
+            raise UserError("translate.spacing=adaptive: chooses the levels itself; give their number (levels=10)")
+        if settings.guidance.form != "none":
+            require_form(settings.guidance.form, self.path, sees_source=self.config.condition.source_image)
+            self._guides(settings.guidance, sees=_seen(settings.guidance))
+
+    def _load_guide(self, run: Path, *, sees: str) -> PatchClassifier:
+        """The guide of a run folder; UserError where it does not fit this flow."""
+        if (run, sees) not in self._loaded:
+            folder = checkpoint.latest(run)
+            trained = checkpoint.read_config(folder)
+            if trained.classifier.role != "guide":
+                raise UserError(f"{run}: is a judge; a guide must be another network (classifier.role=guide)")
+            compared = ["data.classes", "data.image_size", "data.crop", "classifier.sees"]
+            if sees == "state":
+                compared += ["path", "condition.source_image"]
+            theirs = trained.model_dump(mode="json")
+            ours = self.config.model_dump(mode="json") | {"classifier": {"sees": sees}}
+            problems = [
+                f"{key} is {there} there, {here} here"
+                for key in compared
+                if (there := _value(theirs, key)) != (here := _value(ours, key))
+            ]
+            if problems:
+                raise UserError(f"{run}: a guide that does not fit this flow: {'; '.join(problems)}")
+            self._loaded[run, sees] = classifier.load(folder, self.fabric.device)
+        return self._loaded[run, sees]
+
+    def _guides(self, guidance: GuidanceConfig, *, sees: str) -> list[PatchClassifier]:
+        """The guides of finished images or of states: those that the settings name, else all that the run has."""
+        own = sorted(self.config.output.glob("guide_*"))
+        own = [run for run in own if run.name.endswith("_state") == (sees == "state")]
+        runs = (guidance.guides if sees == _seen(guidance) else []) or own
+        if not runs:
+            raise UserError(
+                f"{self.config.output}: no trained guide here; make one with: cellflux-bridge train-classifier "
+                f"{self.config.output} classifier.role=guide classifier.sees={sees}"
+            )
+        return [self._load_guide(run, sees=sees) for run in runs]
+
+    def _levels(self, settings: TranslateConfig) -> tuple[float, ...]:
+        if settings.method == "path":
+            steps, frames, solver = settings.steps, settings.frames, settings.solver
+            return morph_levels(self.path, steps=steps, frames=frames, solver=solver, reverse=settings.reverse)
+        if isinstance(settings.levels, list):
+            return (0.0, *settings.levels)
+        if settings.spacing == "adaptive":
+            return (0.0, *self._adaptive_levels(settings))
+        return tuple(round(k / settings.levels, 6) for k in range(settings.levels + 1))
 
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
-        levels = morph_levels(
-            self.path, steps=settings.steps, frames=settings.frames, solver=settings.solver, reverse=settings.reverse
-        )
-        digest = self.config.model_copy(update={"translate": settings}).digest()
         return TrajectoryHeader(
-            method="path",
+            method=settings.method,
             source=settings.source,
             target=settings.target,
             classes=self.classes,
-            levels=levels,
-            config_hash=f"{digest}@{self.step}",
+            levels=self._levels(settings),
+            config_hash=f"{self.config.model_copy(update={'translate': settings}).digest()}@{self.step}",
         )
 
-    def translate(
-        self,
-        images: torch.Tensor | Sequence[str | Path | np.ndarray],
-        *,
-        source: str | None = None,
-        target: str | None = None,
-        ids: Sequence[str] | None = None,
-        **options,
-    ) -> Trajectory:
-        """Carry images of class `source` to class `target` (both may be left out where there are two classes).
+    def _name(self, settings: TranslateConfig) -> str:
+        kind = "path_reverse" if settings.reverse else settings.method
+        return f"{super()._name(settings)}_{kind}"
 
-        `images` are files, RGB uint8 arrays (H, W, 3) of any size (scaled and cropped as in training), or patches
-        (B, 3, S, S) uint8 that are so already. `ids` seed each image's noise and name its sequence (default: file
-        names or numbers). `options` are keys of the `translate` section: steps, frames, solver, guidance_scale,
-        reverse. Raises UserError for unknown classes and for what the path cannot do.
-        """
-        settings = self._settings(source, target, options)
-        batch = self._as_patches(images)
-        if ids is None:
-            named = isinstance(images, Sequence) and all(isinstance(i, (str, Path)) for i in images)
-            ids = [str(i) for i in images] if named else [str(i) for i in range(len(batch))]
-        if not len(ids) == len(set(ids)) == len(batch):
-            raise UserError(f"ids: {len(batch)} images need as many different ids, found {len(set(ids))} in {len(ids)}")
-        size = settings.batch_size
-        return Trajectory.cat(
-            [
-                self._translate_batch(batch[start : start + size], ids[start : start + size], settings)
-                for start in range(0, len(batch), size)
-            ]
-        )
-
-    def _as_patches(self, images) -> torch.Tensor:
-        size = self.preprocessing.image_size
-        if isinstance(images, torch.Tensor):
-            if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size) or len(images) == 0:
+    def _pilot(self, settings: TranslateConfig) -> np.ndarray:
+        """Frames (G, B, C, H, W) uint8 of validation patches carried to G conditions from 0 to 1, unguided: what
+        calibration and adaptive spacing are measured on."""
+        key = (settings.source, settings.target, settings.solver, settings.steps, settings.guidance_scale)
+        if key not in self._pilots:
+            patches = self.patches()
+            chosen = patches.sample("val", settings.source, num=_PILOT_SOURCES, seed=self.config.seed)
+            if len(chosen) == 0:
                 raise UserError(
-                    f"images: expected uint8 (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}; "
-                    "give files or (H, W, 3) arrays to have them scaled"
+                    f"translate.calibrate, spacing=adaptive: no validation patch of class {settings.source!r} to "
+                    "measure on; raise data.split.val, or set calibrate=none and spacing=uniform"
                 )
-            return images
-        patches = []
-        for number, image in enumerate(images):
-            rgb = image if isinstance(image, np.ndarray) else image_io.read_rgb(Path(image))
-            if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
-                raise UserError(f"images[{number}]: expected RGB uint8 (H, W, 3), found {rgb.dtype} {rgb.shape}")
-            name = f"images[{number}]" if isinstance(image, np.ndarray) else str(image)
-            patches.append(self.preprocessing(rgb, name=name))
-        if not patches:
-            raise UserError("images: none given")
-        return torch.from_numpy(np.stack(patches).transpose(0, 3, 1, 2).copy())
+            x0 = image_io.encode(patches.centre(chosen)).to(self.fabric.device)
+            unguided = settings.model_copy(update={"guidance": GuidanceConfig()})
+            grid = torch.linspace(0, 1, _PILOT_LEVELS)
+            stair = self._progression(x0, [patches.ids[i] for i in chosen], unguided, told=grid, wanted=grid)
+            self._pilots[key] = image_io.decode(stair.frames[1:]).cpu().numpy()
+        return self._pilots[key]
 
-    def condition(self, settings: TranslateConfig, x0: torch.Tensor) -> Condition:
-        """The condition of source images x0 (B, 3, S, S) under a translation's settings."""
-        source, target = settings.source, settings.target
-        if settings.reverse:
-            source, target = target, source
-        number, spec = self.classes.index(target), self.config.condition
+    def _pilot_features(self, settings: TranslateConfig) -> torch.Tensor:
+        """The guides' features (G, B, D) of the pilot's frames."""
+        guides, frames = self._guides(settings.guidance, sees="image"), self._pilot(settings)
+        features = [
+            np.concatenate([self._ask(classifier.features, guide, level) for guide in guides], axis=1)
+            for level in frames
+        ]
+        return torch.from_numpy(np.stack(features))
 
-        def filled(value, dtype) -> torch.Tensor:
-            return torch.full((len(x0),), value, dtype=dtype, device=x0.device)
+    def _adaptive_levels(self, settings: TranslateConfig) -> list[float]:
+        """Levels whose frames lie equally far apart: the pilot's way is known by condition, so that of a level is the
+        way to the condition that the network will be told for it."""
+        steps = self._pilot_features(settings).diff(dim=0).norm(dim=2).mean(1)
+        travelled = np.concatenate([[0.0], steps.cumsum(0).numpy()])
+        grid = torch.linspace(0, 1, 10 * (_PILOT_LEVELS - 1) + 1)
+        way = np.interp(self._told(settings, grid).numpy(), np.linspace(0, 1, _PILOT_LEVELS), travelled)
+        chosen = stairs.equidistant_levels(grid, torch.from_numpy(np.diff(way)), settings.levels)
+        levels = [round(level, 4) for level in chosen.tolist()]
+        if levels[0] == 0 or any(a >= b for a, b in pairwise(levels)):
+            raise UserError(
+                f"translate.spacing=adaptive: the guide sees no {settings.levels} levels apart in what this network "
+                "makes; set fewer levels, or spacing=uniform"
+            )
+        return levels
 
+    def _told(self, settings: TranslateConfig, levels: torch.Tensor) -> torch.Tensor:
+        """The conditions (K,) in [0, 1] that the network is told for levels (K,) of a progression."""
+        if settings.calibrate == "none":
+            return levels
+        if settings.calibrate == "distance":
+            features = self._pilot_features(settings)
+            distances = (features - features[0]).norm(dim=2).mean(1)
+            reached = distances / distances[-1].clamp_min(1e-12)
+        else:
+            guides, target = self._guides(settings.guidance, sees="image"), self.classes.index(settings.target)
+            seen = [
+                [self._ask(classifier.predict, guide, level) for guide in guides] for level in self._pilot(settings)
+            ]
+            reached = torch.from_numpy(np.stack(seen)[..., target].mean((1, 2)))
+        return stairs.condition_for(levels, torch.linspace(0, 1, _PILOT_LEVELS), reached)
+
+    def _ask(self, what: Callable, guide: PatchClassifier, frames: np.ndarray) -> np.ndarray:
+        return what(guide, torch.from_numpy(frames), device=self.fabric.device)
+
+    def condition(self, x0: torch.Tensor, told: torch.Tensor, *, source: int) -> Condition:
+        """The condition of source images x0 (B, 3, S, S) of a class that are to become soft labels (B, num_classes)."""
+        spec = self.config.condition
+        number = torch.full((len(x0),), source, dtype=torch.long, device=x0.device)
         return Condition(
-            target_class=filled(number, torch.long),
-            level=filled(class_level(number, len(self.classes)), torch.float32) if spec.target == "level" else None,
-            source_class=filled(self.classes.index(source), torch.long) if spec.source_class else None,
+            target_class=told.argmax(1) if spec.target == "class" else None,
+            level=told if spec.target == "level" else None,
+            source_class=number if spec.source_class else None,
             source_image=x0 if spec.source_image else None,
+        )
+
+    def _field(self, settings: TranslateConfig, *, source: int) -> stairs.Field:
+        velocity = ClassifierFree(self._network, settings.guidance_scale)
+        guidance = settings.guidance
+
+        def condition(x0: torch.Tensor, told: torch.Tensor) -> Condition:
+            return self.condition(x0, told, source=source)
+
+        def guided(wanted: torch.Tensor):
+            if guidance.form == "none":
+                return velocity
+            guides = self._guides(guidance, sees=_seen(guidance))
+
+            def log_probabilities(x, t, x0):
+                seen = (x,) if guidance.form == "endpoint" else (x, t, x0)
+                return torch.stack([guide.log_probabilities(*seen) for guide in guides]).mean(0)
+
+            return ClassifierGuided(
+                velocity,
+                log_probabilities,
+                self.path,
+                wanted,
+                form=guidance.form,
+                weight=guidance.weight,
+                start=guidance.start,
+            )
+
+        return stairs.Field(condition, guided, velocity)
+
+    def _labels(self, settings: TranslateConfig, levels: torch.Tensor) -> torch.Tensor:
+        """Soft labels (K, num_classes) of levels (K,) between a translation's source and target."""
+        source, target = self.classes.index(settings.source), self.classes.index(settings.target)
+        labels = between(source, target, levels.numpy(), len(self.classes))
+        return torch.from_numpy(labels).to(self.fabric.device)
+
+    def _path(self, x0: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Morph:
+        source = self.classes.index(settings.target if settings.reverse else settings.source)
+        field = self._field(settings, source=source)
+        goal = self._labels(settings, torch.tensor([0.0 if settings.reverse else 1.0])).expand(len(x0), -1)
+        return morph(
+            field.velocity(goal),
+            self.path,
+            x0,
+            field.condition(x0, goal),
+            noise=source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0),
+            steps=settings.steps,
+            frames=settings.frames,
+            solver=settings.solver,
+            reverse=settings.reverse,
+        )
+
+    def _progression(
+        self,
+        x0: torch.Tensor,
+        ids: Sequence[str],
+        settings: TranslateConfig,
+        *,
+        told: torch.Tensor,
+        wanted: torch.Tensor,
+    ) -> stairs.Stair:
+        return stairs.progression(
+            self._field(settings, source=self.classes.index(settings.source)),
+            self.path,
+            x0,
+            told=self._labels(settings, told),
+            wanted=self._labels(settings, wanted),
+            noise=source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0),
+            steps=settings.steps,
+            solver=settings.solver,
+            batch_size=settings.batch_size,
+        )
+
+    def _depth(self, x0: torch.Tensor, settings: TranslateConfig, levels: torch.Tensor) -> stairs.Stair:
+        told = self._labels(settings, _rising_or(settings.conditions, levels, ones="target"))
+        return stairs.depth(
+            self._field(settings, source=self.classes.index(settings.source)),
+            self.path,
+            x0,
+            source=self._labels(settings, torch.zeros(1))[0],
+            depths=_rising_or(settings.depths, levels, ones="full"),
+            told=told,
+            wanted=told,
+            steps=settings.steps,
+            solver=settings.solver,
+            batch_size=settings.batch_size,
         )
 
     def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
         x0 = image_io.encode(batch).to(self.fabric.device)
-        noise = source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0)
+        header = self._header(settings)
+        levels = torch.tensor(header.levels[1:])
         with self.fabric.autocast():
-            result = morph(
-                ClassifierFree(self._network, settings.guidance_scale),
-                self.path,
-                x0,
-                self.condition(settings, x0),
-                noise=noise,
-                steps=settings.steps,
-                frames=settings.frames,
-                solver=settings.solver,
-                reverse=settings.reverse,
-            )
-        header = self._header(settings)
+            if settings.method == "path":
+                result = self._path(x0, ids, settings)
+            elif settings.method == "progression":
+                result = self._progression(x0, ids, settings, told=self._told(settings, levels), wanted=levels)
+            else:
+                result = self._depth(x0, settings, levels)
         frames = image_io.decode(result.frames).cpu().numpy()
-        return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), (result.nfe,) * len(ids))
+        guidance = settings.guidance
+        guides = len(self._guides(guidance, sees=_seen(guidance))) if result.gradients else 0  # each has its gradient
+        cost = (result.nfe,) * len(ids), (guides * result.gradients,) * len(ids)
+        return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), *cost)
 
-    def patches(self) -> Patches:
-        """The patches at `data.root`, prepared as they were for training, even where they are not those."""
-        patches = load_patches(self.config.data, seed=self.config.seed)
-        if patches.preprocessing != self.preprocessing:
-            patches = load_patches(self.config.data, seed=self.config.seed, reference=self.preprocessing.reference)
-        require_held_out(self.config.output, patches)
-        return patches
 
-    def translate_split(
-        self,
-        *,
-        source: str | None = None,
-        target: str | None = None,
-        output: Path | None = None,
-        overwrite: bool = False,
-    ) -> tuple[Path, dict[str, float]]:
-        """Carry the run's own patches of a split to another class, written batch by batch; returns folder and figures.
+def _seen(guidance: GuidanceConfig) -> str:
+    """What the guides of a form look at: finished images, or states of the path."""
+    return "state" if guidance.form in ("score", "bridge") else "image"
 
-        Sources are `translate.num` of the split, drawn by the seed. A folder that holds a part of the same translation
-        is completed; `overwrite` removes one that differs. With several processes each takes its share of the sources.
-        """
-        settings, fabric = self._settings(source, target, {}), self.fabric
-        on_rank_zero(fabric, self.patches)  # fills the cache for all
-        patches = self.patches()
-        chosen = patches.sample(settings.split, settings.source, num=settings.num, seed=self.config.seed)
-        if len(chosen) == 0:
-            raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
-        name = f"{settings.source}_to_{settings.target}" + ("_reverse" if settings.reverse else "")
-        folder = output or self.config.output / "trajectories" / name
-        header = self._header(settings)
 
-        def open_folder() -> None:
-            if overwrite and (folder / "trajectory.json").exists() and read_header(folder) != header:
-                shutil.rmtree(folder)
-            TrajectoryWriter(folder, header)
+def _value(values: dict, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
 
-        on_rank_zero(fabric, open_folder)
-        writer = TrajectoryWriter(folder, header, rank=fabric.global_rank)
-        missing = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done]
-        fabric.barrier()  # all have read what is done before anyone adds to it
-        todo = missing[fabric.global_rank :: fabric.world_size]
-        began = time.monotonic()
-        bar = progress(
-            range(0, len(todo), settings.batch_size),
-            desc=f"{settings.source} -> {settings.target}",
-            unit="batch",
-            disable=not fabric.is_global_zero,
-        )
-        for start in bar:
-            numbers = todo[start : start + settings.batch_size]
-            indices = chosen[numbers]
-            trajectory = self._translate_batch(patches.centre(indices), [patches.ids[i] for i in indices], settings)
-            writer.append(trajectory, numbers=numbers)
-        seconds = time.monotonic() - began
-        fabric.barrier()
-        if fabric.is_global_zero:
-            writer.finish()
-            used = self.config.model_copy(update={"translate": settings})
-            replace_text(folder / "config.yaml", used.to_yaml())
-        figures = {"sequences": len(chosen), "made_now": len(missing), "seconds": seconds}
-        return folder, figures
+
+def _rising_or(given: str | list[float], levels: torch.Tensor, ones: str) -> torch.Tensor:
+    """The numbers (K,) of a depth stair that the word or list in its settings means."""
+    if isinstance(given, list):
+        return torch.tensor(given)
+    return torch.ones_like(levels) if given == ones else levels

@@ -13,13 +13,20 @@ from pathlib import Path
 
 from cellflux_bridge.errors import UserError
 
+# What a run folder holds: checkpoints of a flow or a classifier, or the reference bridge's two trainings.
+_REFERENCE = ("denoiser", "noisy_classifier")
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / part).is_dir() for part in ("checkpoints", *_REFERENCE))
+
 
 def _config(where: str, overrides: Sequence[str]):
     """The configuration of a YAML file, a run folder or a trajectory folder."""
     from cellflux_bridge.config import load_config
 
     path = Path(where)
-    moved_to = path if (path / "checkpoints").is_dir() else None
+    moved_to = path if _is_run(path) else None
     return load_config(path / "config.yaml" if path.is_dir() else path, overrides, output=moved_to)
 
 
@@ -48,7 +55,7 @@ def _value(values: dict, key: str):
 def _trajectory(where: str) -> Path:
     """A trajectory folder, or the newest one of a run folder."""
     folder = Path(where)
-    if (folder / "trajectory.json").exists() or not (folder / "checkpoints").is_dir():
+    if (folder / "trajectory.json").exists() or not _is_run(folder):
         return folder
     found = sorted((folder / "trajectories").glob("*/manifest.csv"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -84,6 +91,7 @@ def data_command(args: argparse.Namespace) -> None:
 def train_command(args: argparse.Namespace) -> None:
     """train CONFIG_OR_RUN: train the flow, or go on where its run was stopped."""
     from cellflux_bridge.training.flow import FlowTask, build_flow
+    from cellflux_bridge.training.levels import target_levels
     from cellflux_bridge.training.loop import fit, on_rank_zero
     from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
 
@@ -91,56 +99,113 @@ def train_command(args: argparse.Namespace) -> None:
     if config.data.classes is not None:
         build_flow(config)  # what cannot fit is said before anything is decoded
     fabric, config, patches = _start(config, config.train)
-    task = FlowTask(config, patches)
+    by_level = config.condition.target == "level"
+    crossfit = by_level and config.condition.level == "crossfit"
 
     def prepare() -> None:
-        require_free(config.output, config, ignore=("classifier",), resume=config.train.resume)
+        unused = ("bridge",) if crossfit else ("bridge", "classifier")
+        require_free(config.output, config, ignore=unused, resume=config.train.resume)
         record_splits(config.output, patches)
         claim(config.output, config)
 
+    task = FlowTask(config, patches)  # refuses what cannot be trained before anything is written
     on_rank_zero(fabric, prepare)
+    if by_level:
+        levels = target_levels(config, patches, folder=config.output, fabric=fabric)
+        fabric.seed_everything(config.seed, verbose=False)  # cross-fitting drew, where it was not done already
+        task = FlowTask(config, patches, levels=levels)
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
     figures = last_values(config.output, "val/")
     fabric.print(f"trained: {newest}\n" + "\n".join(f"  {name:<24} {value:.4g}" for name, value in figures.items()))
 
 
 def train_classifier_command(args: argparse.Namespace) -> None:
-    """train-classifier CONFIG_OR_RUN: train a classifier of the patches, to judge translated ones with."""
-    from cellflux_bridge.training import checkpoint, classifier
+    """train-classifier CONFIG_OR_RUN: train a judge of translated patches, or a guide (classifier.role=guide)."""
+    from cellflux_bridge.training import checkpoint, classifier, classifier_scores
+    from cellflux_bridge.training.levels import target_levels
     from cellflux_bridge.training.loop import fit, on_rank_zero
     from cellflux_bridge.training.run import Log, claim, require_free
 
     config = _config(args.config, args.overrides)
     train = config.classifier.train
-    folder = config.output / f"classifier_{config.classifier.view}"
+    of_states = config.classifier.sees == "state"
+    folder = config.output / f"{config.classifier.role}_{config.classifier.view}{'_state' if of_states else ''}"
     fabric, config, patches = _start(config, train)
-    task = classifier.ClassifierTask(config, patches)
-    unused = ("train", "coupling", "path", "velocity", "condition", "pairs")
+    unused = ("train", "velocity", "bridge") + (() if of_states else ("coupling", "path", "condition", "pairs"))
 
     def prepare() -> None:
         require_free(folder, config, ignore=unused, resume=train.resume)
         claim(folder, config)
 
+    levels = None
+    if of_states and config.condition.target == "level":
+        levels = target_levels(config, patches, folder=config.output, fabric=fabric)
+    task = classifier.ClassifierTask(config, patches, levels=levels)
     on_rank_zero(fabric, prepare)
     newest = fit(task, config, train, folder=folder, fabric=fabric)
     if fabric.is_global_zero:
-        scores = classifier.test_scores(classifier.load(newest, fabric.device), patches, device=fabric.device)
+        model = classifier.load(newest, fabric.device)
+        if of_states:
+            scores = classifier_scores.state_scores(model, config, patches, device=fabric.device, levels=levels)
+        else:
+            labels = config.classifier.labels
+            scores = classifier_scores.image_scores(model, patches, device=fabric.device, labels=labels)
         step = checkpoint.step_of(newest)
         Log(folder, from_step=step, tensorboard=False).write(step, scores)
         print(f"trained: {newest}\n" + "\n".join(f"  {name:<38} {value:.4g}" for name, value in scores.items()))
 
 
-def translate_command(args: argparse.Namespace) -> None:
-    """translate RUN: carry held-out patches of one class to another and write the sequences."""
-    from cellflux_bridge.api import Bridge
+def train_bridge_command(args: argparse.Namespace) -> None:
+    """train-bridge CONFIG_OR_RUN: train the reference bridge's denoiser, then its noisy classifier."""
+    from cellflux_bridge.training.bridge import STAGES, refuse_unfit, used_stages
+    from cellflux_bridge.training.loop import fit, on_rank_zero
+    from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
 
-    bridge = Bridge.load(args.config, args.overrides)
-    folder, figures = bridge.translate_split(
+    path = Path(args.config)
+    config = _config(args.config, args.overrides)
+    if (path / "denoiser").is_dir() and not any(text.startswith("output=") for text in args.overrides):
+        config = config.model_copy(update={"output": path})  # the run may have moved
+    refuse_unfit(config)
+    fabric, config, patches = _start(config, config.bridge.denoiser.train)
+    tasks = {name: STAGES[name].task(config, patches) for name in used_stages(config)}
+
+    def prepare() -> None:
+        if (config.output / "checkpoints").exists():
+            raise UserError(f"{config.output}: holds a flow's run; choose another output for the bridge")
+        # Everything is asked for before anything is written.
+        for name in tasks:
+            stage = STAGES[name]
+            require_free(config.output / name, config, ignore=stage.unused, resume=stage.settings(config).train.resume)
+        record_splits(config.output, patches)
+        for folder in (config.output, *(config.output / name for name in tasks)):
+            claim(folder, config)
+
+    on_rank_zero(fabric, prepare)
+    for name, task in tasks.items():
+        newest = fit(task, config, STAGES[name].settings(config).train, folder=config.output / name, fabric=fabric)
+        if fabric.is_global_zero:
+            figures = last_values(config.output / name, "val/")
+            print(f"trained: {newest}\n" + "\n".join(f"  {key:<24} {value:.4g}" for key, value in figures.items()))
+
+
+def translate_command(args: argparse.Namespace) -> None:
+    """translate RUN: carry held-out patches of one class to another and write the sequences.
+
+    A YAML file in the place of RUN names weights of a reference bridge that were trained elsewhere.
+    """
+    where = Path(args.config)
+    if where.is_file() or any((where / part).is_dir() for part in _REFERENCE):
+        from cellflux_bridge.reference import ReferenceBridge as Kind
+    else:
+        from cellflux_bridge.api import Bridge as Kind
+
+    translator = Kind.load(args.config, args.overrides)
+    folder, figures = translator.translate_split(
         source=args.source, target=args.target, output=args.output, overwrite=args.overwrite
     )
     made = figures["made_now"]
     pace = f", {figures['seconds'] / made:.3f} s each" if made else ""
-    bridge.fabric.print(f"sequences: {folder} ({figures['sequences']}, {made} made now{pace})")
+    translator.fabric.print(f"sequences: {folder} ({figures['sequences']}, {made} made now{pace})")
 
 
 def classify_command(args: argparse.Namespace) -> None:
@@ -153,12 +218,13 @@ def classify_command(args: argparse.Namespace) -> None:
     from cellflux_bridge.files import replace_text
     from cellflux_bridge.metrics.flip import flip_rate
     from cellflux_bridge.training import checkpoint, classifier
+    from cellflux_bridge.training.classifier_scores import MOST_FOR_STATISTICS, image_scores
     from cellflux_bridge.training.loop import make_fabric
     from cellflux_bridge.trajectory import iter_trajectory, read_header
 
     folder = _trajectory(args.config)
     header = read_header(folder)
-    classifiers = args.classifier or sorted(map(str, Path(args.config).glob("classifier_*")))
+    classifiers = args.classifier or sorted(map(str, Path(args.config).glob("judge_*")))
     if not classifiers:
         raise UserError(
             "--classifier: none given, and the run has none; train one with: cellflux-bridge train-classifier"
@@ -167,10 +233,14 @@ def classify_command(args: argparse.Namespace) -> None:
     for run in classifiers:
         newest = checkpoint.latest(Path(run))
         config = _config(str(newest), args.overrides)
+        if config.classifier.role == "guide":
+            raise UserError(
+                f"{run}: is the guide: a judge must be another network; train one with classifier.role=judge"
+            )
         fabric = make_fabric(config.classifier.train)
         patches = load_patches(config.data, seed=config.seed)
         model = classifier.load(newest, fabric.device)
-        targets = patches.sample("train", header.target, num=classifier.MOST_FOR_STATISTICS, seed=config.seed)
+        targets = patches.sample("train", header.target, num=MOST_FOR_STATISTICS, seed=config.seed)
         real = patches.centre(targets).permute(0, 2, 3, 1).numpy()
         rate = flip_rate(
             iter_trajectory(folder),
@@ -178,7 +248,7 @@ def classify_command(args: argparse.Namespace) -> None:
             classes=patches.classes,
             real_targets=real,
         )
-        scores = classifier.test_scores(model, patches, device=fabric.device)
+        scores = image_scores(model, patches, device=fabric.device, labels=config.classifier.labels)
         results.append({"classifier": str(newest), "view": config.classifier.view, **scores, **asdict(rate)})
         view, accuracy, num = config.classifier.view, scores["test/accuracy"], scores["test/n"]
         print(f"{run}: {view}, accuracy {accuracy:.3f} on {num} real patches")
@@ -190,6 +260,35 @@ def classify_command(args: argparse.Namespace) -> None:
         print(f"    mean probability by level      {levels}")
     replace_text(folder / "classification.json", json.dumps({**asdict(header), "judges": results}, indent=1) + "\n")
     print(f"wrote: {folder / 'classification.json'}")
+
+
+def evaluate_command(args: argparse.Namespace) -> None:
+    """evaluate TRAJECTORY_OR_RUN ...: fidelity, calibration, preservation and cost of methods side by side."""
+    from cellflux_bridge.metrics.evaluate import evaluate
+    from cellflux_bridge.metrics.results import write_results
+    from cellflux_bridge.training import checkpoint
+    from cellflux_bridge.training.loop import make_fabric
+
+    overrides = [text for text in args.overrides if "=" in text]
+    folders = [_trajectory(text) for text in (args.config, *args.overrides) if text not in overrides]
+    for flag, given in (("--judge", args.judge), ("--features", args.features)):
+        if not given:
+            raise UserError(f"{flag}: none given; name the run of a classifier (cellflux-bridge train-classifier)")
+    fabric = make_fabric(_config(str(checkpoint.latest(args.judge[0])), overrides).classifier.train)
+    evaluation = evaluate(
+        folders,
+        judges=args.judge,
+        features=args.features,
+        scores=args.scores,
+        unguided=[_trajectory(text) for text in args.unguided],
+        num_levels=args.levels,
+        overrides=overrides,
+        device=fabric.device,
+    )
+    files, table = write_results(evaluation, args.output or folders[0] / "metrics.json")
+    print(table)
+    for path in files:
+        print(f"wrote: {path}")
 
 
 def video_command(args: argparse.Namespace) -> None:
@@ -222,6 +321,7 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
     "config": (config_command, "CONFIG_OR_RUN", [("--key", {"help": "print the value of one key only"})], "show"),
     "train": (train_command, "CONFIG_OR_RUN", [], None),
     "train-classifier": (train_classifier_command, "CONFIG_OR_RUN", [], None),
+    "train-bridge": (train_bridge_command, "CONFIG_OR_RUN", [], None),
     "translate": (
         translate_command,
         "RUN",
@@ -239,6 +339,25 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
         [("--classifier", {"action": "append", "metavar": "RUN", "help": "may be repeated; default: the run's own"})],
         None,
     ),
+    "evaluate": (
+        evaluate_command,
+        "TRAJECTORY_OR_RUN",
+        [
+            (
+                "--judge",
+                {"action": "append", "type": Path, "metavar": "RUN", "help": "classifier that judges; may be repeated"},
+            ),
+            ("--features", {"type": Path, "metavar": "RUN", "help": "classifier that neither guided nor judges"}),
+            ("--scores", {"type": Path, "metavar": "RUN", "help": "classifier of severity (classifier.labels=score)"}),
+            (
+                "--unguided",
+                {"action": "append", "default": [], "metavar": "TRAJECTORY", "help": "the same method unguided"},
+            ),
+            ("--levels", {"type": int, "default": 10, "help": "levels at which methods are compared (10)"}),
+            ("--output", {"type": Path, "help": "metrics.json to write, .csv and .md beside it"}),
+        ],
+        None,
+    ),
     "video": (video_command, "TRAJECTORY_OR_RUN", [_OUTPUT], None),
 }
 
@@ -249,7 +368,7 @@ _USERS_ERRNO = (
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
 )
 # Commands whose work several processes share; of the others one is enough.
-_SHARED = (train_command, train_classifier_command, translate_command)
+_SHARED = (train_command, train_classifier_command, train_bridge_command, translate_command)
 
 
 def _usage() -> str:

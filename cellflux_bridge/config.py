@@ -84,6 +84,7 @@ class DataConfig(Section):
 class PairsConfig(Section):
     transitions: Literal["all"] | list[tuple[str, str]] = "all"
     identity: bool = False
+    self_pairs: Fraction = 0.0  # by level: how often a source that has the target's level already is its own target
     match_group: bool = False
 
 
@@ -91,6 +92,10 @@ class ConditionConfig(Section):
     """What the velocity network is told beside the time and the state."""
 
     target: Literal["class", "level"] = "class"
+    # What the level of a training image is, where target is "level": its score in the data, the probabilities that
+    # classifiers give it which were not trained on its group (cross-fitting), or its class alone.
+    level: Literal["score", "crossfit", "class"] = "class"
+    level_bins: Count = 4
     source_class: bool = True
     source_image: bool = False
     dropout: Fraction = 0.1
@@ -107,6 +112,7 @@ class TrainConfig(Section):
     gradient_clip: NonNegative = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     max_minutes: Annotated[float, Field(gt=0)] | None = None
+    max_cpu_minutes: Annotated[float, Field(gt=0)] | None = None  # summed over a process's threads
     resume: Literal["auto", "never"] = "auto"
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 1
@@ -122,17 +128,46 @@ class TrainConfig(Section):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
+_CLASSIFIER_TRAIN = TrainConfig(
+    steps=1500, lr=1e-3, weight_decay=1e-2, ema_decay=0.99, warmup_steps=100, validate_every=250, sample_every=0
+)
+
+
 class ClassifierConfig(Section):
     """A classifier of patches: `small` (a built-in for small patches) or any timm model name, and what it looks at."""
 
     backbone: str = "small"
     pretrained: bool = False
+    role: Literal["judge", "guide"] = "judge"
+    sees: Literal["image", "state"] = "image"  # state: x_t of the flow's path at a time t (guides only)
     view: Literal["rgb", "grey"] = "rgb"
-    jitter: Fraction = 0.0
+    labels: Literal["class", "score"] = "class"  # score: soft labels from the data's scores
+    jitter: Fraction = 0.0  # of contrast and brightness; this and blur (px) are for images, states are seen as they are
     blur: NonNegative = 0.0
-    train: TrainConfig = TrainConfig(
-        steps=1500, lr=1e-3, weight_decay=1e-2, ema_decay=0.99, warmup_steps=100, validate_every=250, sample_every=0
-    )
+    folds: Annotated[int, Field(ge=2)] = 3  # of the cross-fitting that condition.level asks for
+    train: TrainConfig = _CLASSIFIER_TRAIN
+
+    @model_validator(mode="after")
+    def _only_guides_see_states(self):
+        if self.sees == "state" and self.role == "judge":
+            raise ValueError("sees=state is for guides: set role=guide (a judge looks at finished images)")
+        if self.sees == "state" and self.view != "rgb":
+            raise ValueError(f"sees=state with view={self.view}: the flow's states are seen in RGB; set view=rgb")
+        return self
+
+
+class GuidanceConfig(Section):
+    """Classifier-gradient guidance of a flow: see `guidance.classifier` for the forms."""
+
+    form: Literal["none", "endpoint", "score", "bridge"] = "none"
+    weight: NonNegative = 1.0
+    start: Annotated[float, Field(gt=0, lt=1)] = 0.05  # earlier times are guided as this one
+    guides: list[Path] = Field(
+        default=[]
+    )  # their run folders; empty: all guides of the flow's own run. Several are averaged
+
+
+Levels = Annotated[list[Fraction], Field(min_length=1)]
 
 
 class TranslateConfig(Section):
@@ -140,12 +175,74 @@ class TranslateConfig(Section):
     target: str | None = None
     split: Literal["train", "val", "test"] = "test"
     num: Count | None = 64
+    method: Literal["path", "progression", "depth"] = "path"
     solver: Literal["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"] = "midpoint"
     steps: Count = 25
-    frames: Annotated[int, Field(ge=2)] = 11
+    frames: Annotated[int, Field(ge=2)] = 11  # of the path method
+    levels: Count | Levels = 10  # of the stairs: how many after the source, or which
+    spacing: Literal["uniform", "adaptive"] = "uniform"
+    # progression: what the network is told for a level: the level itself, or the condition at which, on validation
+    # patches, the guide's mean probability of the target is the level, or that share of the way in its features is made
+    calibrate: Literal["none", "probability", "distance"] = "none"
+    depths: Literal["rising", "full"] | Levels = "rising"  # depth stairs: how far back each level starts
+    conditions: Literal["target", "rising"] | Levels = "target"  # depth stairs: the level that each is told
     guidance_scale: NonNegative = 1.0
+    guidance: GuidanceConfig = GuidanceConfig()
     reverse: bool = False
-    batch_size: Count = 64
+    batch_size: Count = 64  # images that go through the network at once
+
+    @field_validator("levels", "depths", "conditions")
+    @classmethod
+    def _rising(cls, values):
+        if isinstance(values, list) and (values != sorted(set(values)) or values[0] == 0):
+            raise ValueError("levels must rise strictly from above 0 to at most 1 (level 0 is the source itself)")
+        return values
+
+
+class ADMConfig(Section):
+    """Size of an ADM network (Dhariwal & Nichol 2021); `attention` names the sides, in px, of the maps that attend."""
+
+    channels: Annotated[int, Field(ge=32, multiple_of=32)] = 32
+    multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    blocks: Count = 1
+    attention: tuple[Count, ...] = (8,)
+    head_channels: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    new_attention_order: bool = False
+    weights: Path | None = None  # a guided-diffusion or Cellflow .pt file, used instead of a training
+    train: TrainConfig = TrainConfig(sample_every=0)
+
+    @model_validator(mode="after")
+    def _attention_order_is_stated(self):
+        if self.weights is not None and "new_attention_order" not in self.model_fields_set:
+            raise ValueError(
+                "weights need new_attention_order stated beside them (false for guided-diffusion's releases): a wrong "
+                "one loads without an error and gives wrong images"
+            )
+        return self
+
+
+class BridgeConfig(Section):
+    """The reference: Cellflow's classifier-guided DDIM bridge (`bridge/`)."""
+
+    learn_sigma: bool = False
+    denoiser: ADMConfig = ADMConfig()
+    source_denoiser: ADMConfig | None = None  # weights of a network that encodes; null: the denoiser does
+    classifier: ADMConfig = ADMConfig(multipliers=(1, 2, 2), train=_CLASSIFIER_TRAIN)
+    timesteps: Annotated[int, Field(ge=2, le=1000)] = 100  # of the respaced schedule
+    depths: Literal["uniform", "fourier", "fourier_unmirrored"] | list[Annotated[int, Field(ge=1)]] = "uniform"
+    guidance: Literal["classifier", "classifier_free", "none"] = "classifier"
+    scale: NonNegative = 2.0  # of the classifier's gradient
+    weight: NonNegative = 1.8  # of classifier-free guidance, on both ways; see `bridge.ddim.classifier_free`
+    class_dropout: Fraction = 0.1  # of the denoiser's training for classifier-free guidance
+
+    @model_validator(mode="after")
+    def _source_denoiser_has_weights(self):
+        if self.source_denoiser is not None and self.source_denoiser.weights is None:
+            raise ValueError("source_denoiser needs weights: only one denoiser is trained here")
+        return self
 
 
 class VideoConfig(Section):
@@ -164,6 +261,7 @@ class VideoConfig(Section):
 _PACE = (
     "steps",
     "max_minutes",
+    "max_cpu_minutes",
     "resume",
     "checkpoint_every",
     "keep_checkpoints",
@@ -176,9 +274,10 @@ _PACE = (
     "num_nodes",
     "strategy",
 )
+_TRAININGS = ("train", "classifier.train", "bridge.denoiser.train", "bridge.classifier.train")
 PLACES_AND_PACE = (
     *("name", "output", "data.cache_dir", "data.workers"),
-    *(f"{section}.{key}" for section in ("train", "classifier.train") for key in _PACE),
+    *(f"{section}.{key}" for section in _TRAININGS for key in _PACE),
 )
 
 
@@ -194,6 +293,7 @@ class Config(Section):
     velocity: Velocity
     train: TrainConfig = TrainConfig()
     classifier: ClassifierConfig = ClassifierConfig()
+    bridge: BridgeConfig = BridgeConfig()
     translate: TranslateConfig = TranslateConfig()
     video: VideoConfig = VideoConfig()
 
@@ -203,7 +303,7 @@ class Config(Section):
 
     def digest(self) -> str:
         """A short hash of what sequences are made with: not where, how fast or how many, nor how they are shown."""
-        left_out = (*PLACES_AND_PACE, "video", "classifier", "translate.num", "translate.batch_size")
+        left_out = (*PLACES_AND_PACE, "video", "classifier", "bridge", "translate.num", "translate.batch_size")
         canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@ Everything that makes sequences (a flow, a reference bridge, a user's own frames
 judges or shows them reads Trajectories and never sees a network. On disk a trajectory is a folder:
 
     trajectory.json     what was made: method, source, target, classes, levels, config hash
-    manifest.csv        one row a frame: file, source_id, level, nfe of its sequence, p_<class> for each class
+    manifest.csv        one row a frame: file, source_id, level, nfe and gradients of its sequence, p_<class> for each
     frames/*.png        <running number>_<source stem>/<frame>.png
 
 Batches are written as they are finished, so that a stopped run keeps what it made and resumes.
@@ -24,15 +24,15 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.files import replace_text
 from cellflux_bridge.images import read_rgb, write_png
 
-HEADER, MANIFEST, FORMAT = "trajectory.json", "manifest.csv", 1
+HEADER, MANIFEST, FORMAT = "trajectory.json", "manifest.csv", 2
 
 
 @dataclass(frozen=True)
 class TrajectoryHeader:
     """What all sequences of a trajectory share.
 
-    `method` is "path" (states of the flow's ODE), "stair" or "ddim_bridge"; `levels` are K+1 rising numbers in
-    [0, 1], 0 the source and 1 the target.
+    `method` is "path" (states of the flow's ODE), "progression" or "depth" (stairs) or "ddim_bridge"; `levels` are
+    K+1 rising numbers in [0, 1], 0 the source and 1 the target.
     """
 
     method: str
@@ -48,7 +48,8 @@ class Trajectory:
     """B sequences of K+1 frames.
 
     frames (K+1, B, C, H, W) uint8; levels (K+1,) float; soft_labels (K+1, B, num_classes) float32, rows sum to 1;
-    source_ids (B,) text; nfe (B,) network forwards that a sequence took; frame 0 is the source patch itself.
+    source_ids (B,) text; nfe (B,) network forwards and gradients (B,) classifier gradients that a sequence took, summed
+    over its levels; frame 0 is the source patch itself.
     """
 
     header: TrajectoryHeader
@@ -56,13 +57,14 @@ class Trajectory:
     soft_labels: np.ndarray
     source_ids: tuple[str, ...]
     nfe: tuple[int, ...]
+    gradients: tuple[int, ...]
 
     def __post_init__(self):
         expected = (len(self.header.levels), len(self.source_ids))
         assert self.frames.dtype == np.uint8
         assert self.frames.shape[:2] == expected, self.frames.shape
         assert self.soft_labels.shape == (*expected, len(self.header.classes)), self.soft_labels.shape
-        assert len(self.nfe) == len(self.source_ids)
+        assert len(self.nfe) == len(self.gradients) == len(self.source_ids)
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -81,16 +83,23 @@ class Trajectory:
             np.concatenate([part.soft_labels for part in parts], axis=1),
             tuple(source_id for part in parts for source_id in part.source_ids),
             tuple(count for part in parts for count in part.nfe),
+            tuple(count for part in parts for count in part.gradients),
         )
+
+
+def between(source: int, target: int, levels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Soft labels (K, num_classes) float32 of levels (K,) between two classes: 1 - s for the one, s for the other."""
+    labels = np.zeros((len(levels), num_classes), np.float32)
+    labels[:, source] = 1 - np.asarray(levels)
+    labels[:, target] += np.asarray(levels)
+    return labels
 
 
 def linear_soft_labels(header: TrajectoryHeader, num_sequences: int) -> np.ndarray:
     """Soft labels (K+1, B, num_classes) that move from the source class to the target class with the level."""
-    labels = np.zeros((len(header.levels), num_sequences, len(header.classes)), np.float32)
-    levels = np.asarray(header.levels, np.float32)[:, None]
-    labels[:, :, header.classes.index(header.source)] += 1 - levels
-    labels[:, :, header.classes.index(header.target)] += levels
-    return labels
+    source, target = header.classes.index(header.source), header.classes.index(header.target)
+    labels = between(source, target, np.asarray(header.levels), len(header.classes))
+    return np.repeat(labels[:, None], num_sequences, axis=1)
 
 
 class TrajectoryWriter:
@@ -137,7 +146,8 @@ class TrajectoryWriter:
                 file = f"{folder}/{k:03d}.png"
                 write_png(self.folder / file, rgb)
                 labels = [f"{p:.6g}" for p in trajectory.soft_labels[k, b]]
-                rows.append([file, source_id, repr(float(trajectory.levels[k])), trajectory.nfe[b], *labels])
+                cost = [trajectory.nfe[b], trajectory.gradients[b]]
+                rows.append([file, source_id, repr(float(trajectory.levels[k])), *cost, *labels])
         is_new = not self._manifest.exists()
         with open(self._manifest, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -164,7 +174,7 @@ class TrajectoryWriter:
 
 
 def _columns(header: TrajectoryHeader) -> list[str]:
-    return ["file", "source_id", "level", "nfe", *(f"p_{name}" for name in header.classes)]
+    return ["file", "source_id", "level", "nfe", "gradients", *(f"p_{name}" for name in header.classes)]
 
 
 def read_header(folder: Path) -> TrajectoryHeader:
@@ -231,12 +241,13 @@ def iter_trajectory(folder: Path, *, batch_size: int = 64) -> Iterator[Trajector
 
 
 def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[dict[str, str]]]) -> Trajectory:
-    frames, labels, nfe = [], [], []
+    frames, labels, nfe, gradients = [], [], [], []
     for rows in sequences:
         try:
             rows = sorted(rows, key=lambda row: float(row["level"]))
             labels.append([[float(row[f"p_{name}"]) for name in header.classes] for row in rows])
             nfe.append(int(rows[0]["nfe"]))
+            gradients.append(int(rows[0]["gradients"]))
         except ValueError as error:
             raise UserError(f"{folder / MANIFEST}: {rows[0]['source_id']}: {error}") from error
         frames.append([read_rgb(folder / row["file"]) for row in rows])
@@ -250,4 +261,5 @@ def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[dict[str,
         np.array(labels, np.float32).transpose(1, 0, 2),
         tuple(rows[0]["source_id"] for rows in sequences),
         tuple(nfe),
+        tuple(gradients),
     )

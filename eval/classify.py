@@ -1,7 +1,7 @@
 """Ask classifiers how many translated patches they call the target class, beside untranslated and recoloured ones.
 
     python eval/classify.py runs/lung/trajectories/lung_n_to_lung_aca \
-        --classifier runs/lung/classifier_rgb --classifier runs/lung/classifier_grey
+        --classifier runs/lung/judge_rgb --classifier runs/lung/judge_grey
 """
 
 import sys

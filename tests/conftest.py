@@ -22,7 +22,7 @@ def _smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.kron(coarse, np.ones((4, 4)))[:height, :width]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_patches() -> Callable[..., Path]:
     """`make_patches(root, num={"A": 24, "B": 24}, low=16, high=24, seed=0)` writes root/<class>/<class><n>.png.
 
@@ -49,7 +49,7 @@ def patch_folder(tmp_path, make_patches) -> Path:
     return make_patches(tmp_path / "patches")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_config() -> Callable[..., Path]:
     """`write_config(tmp_path, data={...}, train={...}) -> Path` of a complete small run in YAML.
 

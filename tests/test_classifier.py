@@ -1,17 +1,23 @@
 """Patch classifiers: what they look at, when they jitter, and that they learn."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from cellflux_bridge.classifier.model import PatchClassifier, grey_view
+from cellflux_bridge.classifier.model import TIME_BINS, PatchClassifier, grey_view
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.flip import flip_rate
-from cellflux_bridge.training import checkpoint, classifier
-from cellflux_bridge.training.classifier import ClassifierTask, colour_statistics, predict
+from cellflux_bridge.training import checkpoint, classifier, classifier_scores
+from cellflux_bridge.training.calibration import fit_temperature
+from cellflux_bridge.training.classifier import ClassifierTask, predict
+from cellflux_bridge.training.classifier_scores import colour_statistics
 from cellflux_bridge.training.loop import fit, make_fabric
+from cellflux_bridge.training.states import States
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
 
 CPU = torch.device("cpu")
@@ -114,7 +120,7 @@ def judged(patch_folder, tmp_path, write_config):
             ClassifierTask(config, patches), config, train, folder=tmp_path / "judge", fabric=make_fabric(train)
         )
         model = classifier.load(newest, CPU)
-        return model, patches, classifier.test_scores(model, patches, device=CPU), newest
+        return model, patches, classifier_scores.image_scores(model, patches, device=CPU), newest
 
     return judge
 
@@ -123,14 +129,16 @@ def test_colours_that_differ_are_learned_and_the_colour_baseline_says_so(judged)
     model, patches, scores, newest = judged()
     assert scores["test/n"] == len(patches.indices("test")) > 8
     assert scores["test/accuracy"] == scores["test/balanced_accuracy"] == 1
-    assert scores["test/colour_only_balanced_accuracy"] == 1
+    assert scores["test/colour_only_balanced_accuracy"] == scores["test/colour_only_auc"] == scores["test/auc"] == 1
+    assert scores["test/ece"] < 0.3
+    assert scores["test/temperature"] == pytest.approx(model.temperature.item()) != 1
     assert checkpoint.step_of(newest) == 25
 
     real = patches.centre(patches.indices("train", "B")).permute(0, 2, 3, 1).numpy()
     header = TrajectoryHeader("path", "A", "B", ("A", "B"), (0.0, 0.5, 1.0), "x")
     a, b = (patches.centre(patches.indices("test", label)[:3]).numpy() for label in "AB")
     frames = np.stack([a, a, b])
-    batch = Trajectory(header, frames, linear_soft_labels(header, 3), ("0", "1", "2"), (4, 4, 4))
+    batch = Trajectory(header, frames, linear_soft_labels(header, 3), ("0", "1", "2"), (4, 4, 4), (0, 0, 0))
     rate = flip_rate(
         [batch, batch],
         lambda part: predict(model, part, device=CPU),
@@ -159,12 +167,12 @@ def test_batches_are_balanced_and_depend_on_their_number_alone(tmp_path, make_pa
     make_patches(tmp_path / "patches", num={"A": 12, "B": 60})
     config = load_config(write_config(tmp_path), ["data.classes=[A, B]", "classifier.train.batch_size=64"])
     task = ClassifierTask(config, load_patches(config.data, seed=0))
-    y = torch.cat([task.batch(i, rank=0).y for i in range(10)])
+    y = torch.cat([task.batch(i, rank=0).y for i in range(10)])[:, 1]
     assert y.float().mean().item() == pytest.approx(0.5, abs=0.08)
     assert torch.equal(task.batch(4, rank=0).x, task.batch(4, rank=0).x)
     assert not torch.equal(task.batch(4, rank=0).x, task.batch(4, rank=1).x)
     brightness = task.batch(0, rank=0)
-    means = [brightness.x[brightness.y == c].mean().item() for c in (0, 1)]
+    means = [brightness.x[brightness.y[:, 1] == c].mean().item() for c in (0, 1)]
     assert means[0] > means[1] + 0.2  # labels belong to their patches: A is the pale class
 
 
@@ -181,3 +189,222 @@ def test_colour_statistics_are_means_and_spreads():
     batch[0, 0] = 10
     batch[0, 1] = torch.tensor([[0, 2], [4, 6]])
     np.testing.assert_allclose(colour_statistics(batch), [[10, 3, 0, 0, np.std([0, 2, 4, 6], ddof=1), 0]], rtol=1e-6)
+
+
+# Log-probabilities, features and states
+
+
+def state_classifier(**options) -> PatchClassifier:
+    torch.manual_seed(0)
+    model = PatchClassifier(3, sees="state", **options).eval()
+    model.temperature.copy_(torch.linspace(0.5, 2, TIME_BINS))
+    return model
+
+
+@pytest.mark.parametrize("backbone", ["small", "test_resnet"])
+def test_features_are_what_the_last_layer_sees(backbone):
+    torch.manual_seed(0)
+    model, x = PatchClassifier(3, backbone=backbone).eval(), images(4, 32)
+    head = model.net.head if backbone == "small" else model.net.get_classifier()
+    found = model.features(x)
+    assert found.ndim == 2
+    torch.testing.assert_close(head(found), model(x))
+    batch = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    in_chunks = classifier.features(model, batch, device=CPU, chunk=2)
+    assert in_chunks.dtype == np.float32
+    np.testing.assert_allclose(in_chunks, classifier.features(model, batch, device=CPU), atol=1e-5)
+    np.testing.assert_allclose(in_chunks, model.features(batch / 127.5 - 1).detach(), atol=1e-5)
+
+
+def test_the_temperature_divides_logits_and_probabilities_alone():
+    torch.manual_seed(0)
+    model, x = PatchClassifier(3).eval(), images()
+    logits = model(x)
+    model.temperature.fill_(2.5)
+    assert torch.equal(model(x), logits)
+    torch.testing.assert_close(model.log_probabilities(x), (logits / 2.5).log_softmax(1))
+    batch = ((x + 1) * 127.5).round().to(torch.uint8)
+    expected = model.log_probabilities(batch / 127.5 - 1).exp().detach()
+    np.testing.assert_allclose(predict(model, batch, device=CPU), expected, atol=1e-6)
+
+
+def test_time_enters_and_has_its_own_temperature():
+    model, x = state_classifier(), images()
+    t = torch.tensor([0.0, 0.19, 0.5, 1.0])
+    logits = model(x, t)
+    assert not torch.allclose(logits, model(x, t + 0.1), atol=1e-4)
+    own = model.temperature[[0, 0, 2, TIME_BINS - 1], None]
+    torch.testing.assert_close(model.log_probabilities(x, t), (logits / own).log_softmax(1))
+    for i in range(4):  # no sample depends on its batch
+        torch.testing.assert_close(model(x[i : i + 1], t[i : i + 1])[0], logits[i], rtol=0, atol=1e-5)
+
+
+def test_the_clean_source_is_seen_where_it_is_given():
+    model, x, t = state_classifier(source_image=True), images(), torch.full((4,), 0.5)
+    x0 = images().roll(1, 0)
+    assert not torch.allclose(model(x, t, x0), model(x, t, x), atol=1e-4)
+    with pytest.raises(AssertionError, match="clean source"):
+        model(x, t)
+    with pytest.raises(AssertionError, match="time"):
+        state_classifier()(x)
+
+
+@pytest.mark.parametrize("sees", ["image", "grey", "state"])
+def test_gradients_of_log_probabilities_are_those_of_finite_differences(sees):
+    torch.manual_seed(0)
+    options = (
+        {"sees": "state", "source_image": True} if sees == "state" else {"view": "grey" if sees == "grey" else "rgb"}
+    )
+    model = PatchClassifier(2, **options).double().eval()
+    model.temperature.fill_(1.7)
+    x, x0 = images(2).double(), images(2).double().flip(0)
+    rest = (torch.tensor([0.3, 0.8], dtype=torch.float64), x0) if sees == "state" else ()
+    q = torch.tensor([[0.3, 0.7], [0.9, 0.1]], dtype=torch.float64)
+
+    def wanted(at):
+        return (q * model.log_probabilities(at, *rest)).sum()
+
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(wanted(x), x)
+    direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        slope = (wanted(x + 1e-6 * direction) - wanted(x - 1e-6 * direction)) / 2e-6
+    assert gradient.abs().sum() > 1e-3
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-9)
+
+
+def test_pretrained_models_get_the_colours_that_they_know(monkeypatch):
+    known = {"mean": (0.2, 0.4, 0.6), "std": (0.1, 0.2, 0.5)}
+    monkeypatch.setattr("timm.data.resolve_model_data_config", lambda net: known)
+    model, x = PatchClassifier(2, backbone="test_resnet", pretrained=True, download=False), images(2, 32)
+    mean, std = (torch.tensor(known[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(model._input(x, None, None), ((x + 1) / 2 - mean) / std)
+    plain = PatchClassifier(2, backbone="test_resnet")
+    assert torch.equal(plain._input(x, None, None), x)
+    # A checkpoint needs no download, and carries the normalisation.
+    assert model.state_dict().keys() - plain.state_dict().keys() == {"mean", "std"}
+
+
+@pytest.fixture
+def configured(patch_folder, tmp_path, write_config):
+    """`configured(*overrides) -> (config, patches)` of the two-coloured patches."""
+
+    def make(*overrides: str):
+        file = write_config(tmp_path, data={"split": {"val": 0.2, "test": 0.3}}, pairs={"identity": True})
+        options = ["classifier.train.batch_size=8", "classifier.train.validate_pairs=8", "classifier.train.steps=6"]
+        cpu = ["classifier.train.accelerator=cpu", "data.classes=[A, B]"]
+        config = load_config(file, [*options, *cpu, *overrides])
+        return config, load_patches(config.data, seed=config.seed)
+
+    return make
+
+
+STATE = ("classifier.role=guide", "classifier.sees=state")
+
+
+def test_states_are_the_paths_and_labels_are_their_targets(configured):
+    config, patches = configured(*STATE, "path=straight", "condition.source_image=true", "data.flips=false")
+    task = ClassifierTask(config, patches)
+    batch = task.batch(3, rank=0)
+    assert 0 <= batch.t.min() < 0.2
+    assert 0.8 < batch.t.max() <= 1
+    # On the straight path x1 = (x_t - (1 - t) x0) / t, and A is the pale class.
+    t = batch.t.view(-1, 1, 1, 1)
+    x1 = ((batch.x - (1 - t) * batch.x0) / t)[batch.t > 0.1]
+    values = (x1 + 1) * 127.5
+    torch.testing.assert_close(values, values.round(), rtol=0, atol=2e-3)
+    pale = x1.mean((1, 2, 3)) > batch.x0.mean()
+    assert torch.equal(pale, batch.y[batch.t > 0.1][:, 0] == 1)
+    again = ClassifierTask(config, patches).batch(3, rank=0)
+    assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+    assert not torch.equal(batch.x, task.batch(4, rank=0).x)
+    without = ClassifierTask(configured(*STATE, "path=brownian")[0], patches).batch(0, rank=0)
+    assert without.x0 is None
+    assert without.t.min() >= 0.02
+
+
+def test_states_stand_at_the_time_that_is_asked_for(configured):
+    config, patches = configured(*STATE, "path=brownian", "path.margin=0.1")
+    states = States(config, patches, np.eye(2, dtype=np.float32)[patches.labels], split="test")
+    assert states.batch(0, time=0.5).t.unique().item() == pytest.approx(0.5)
+    assert states.batch(0, time=0.0).t.unique().item() == pytest.approx(0.1)
+
+
+def test_pairs_that_leave_nothing_to_tell_are_refused(configured):
+    config, patches = configured(*STATE, "pairs.identity=false")
+    with pytest.raises(UserError, match=r"A -> B, B -> A the source alone tells .*set pairs\.identity=true"):
+        ClassifierTask(config, patches)
+    ClassifierTask(configured(*STATE, "pairs.identity=false", "path=gaussian_source")[0], patches)
+    one = configured(*STATE, "pairs.identity=false", "pairs.transitions=[[A, B]]", "path=gaussian_source")[0]
+    with pytest.raises(UserError, match="A -> B the source alone tells"):
+        ClassifierTask(one, patches)
+    # Levels are drawn for every source alike.
+    ClassifierTask(config, patches, levels=np.eye(2, dtype=np.float32)[patches.labels])
+
+
+@pytest.mark.parametrize("wrong", ["classifier.role=judge", "classifier.view=grey"])
+def test_states_are_for_guides_that_see_colour(configured, wrong):
+    with pytest.raises(UserError, match=r"classifier: .*sees=state"):
+        configured(*STATE, wrong)
+
+
+def test_guides_and_judges_are_separate_trainings(configured):
+    config, patches = configured()
+    judge, again = ClassifierTask(config, patches), ClassifierTask(config, patches)
+    guide = ClassifierTask(configured("classifier.role=guide")[0], patches)
+    fold = ClassifierTask(config, patches, train=patches.indices("train"), stream="fold 1")
+
+    def first(task):
+        return next(task.model.parameters())
+
+    assert torch.equal(first(judge), first(again))
+    assert torch.equal(judge.batch(0, rank=0).x, again.batch(0, rank=0).x)
+    for other in (guide, fold):
+        assert not torch.equal(first(judge), first(other))
+        assert not torch.equal(judge.batch(0, rank=0).x, other.batch(0, rank=0).x)
+
+
+@pytest.mark.parametrize("overrides", [(), STATE], ids=["image", "state"])
+def test_a_resumed_classifier_repeats_an_uninterrupted_one_temperature_included(configured, tmp_path, overrides):
+    config, patches = configured(*overrides)
+
+    def run(folder: str, steps: int):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        train = config.classifier.train.model_copy(update={"steps": steps})
+        task = ClassifierTask(config, patches)
+        return fit(task, config, train, folder=tmp_path / folder, fabric=make_fabric(train))
+
+    whole, _, parts = run("whole", 6), run("parts", 3), run("parts", 6)
+    weights, resumed = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
+    assert weights.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
+    assert weights["temperature"].numel() == (TIME_BINS if overrides else 1)
+    assert (weights["temperature"] != 1).all()
+    one, two = checkpoint.load_state(whole)["model"], checkpoint.load_state(parts)["model"]
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    model = classifier.load(parts, CPU)
+    assert torch.equal(model.temperature, weights["temperature"])
+    if overrides:
+        scores = classifier_scores.state_scores(model, config, patches, device=CPU)
+        assert 0 <= scores["test/accuracy_at_t0.9"] <= 1
+    else:  # on the validation split the temperature is the best one
+        val = patches.indices("val")
+        logits, targets = classifier.patch_logits(model, patches, val, device=CPU), np.eye(2)[patches.labels[val]]
+        best = fit_temperature(logits, targets, np.ones(len(val)))
+        assert model.temperature.item() == pytest.approx(best, rel=1e-3)
+
+
+def test_soft_labels_are_learned_and_their_error_told(patch_folder, configured):
+    with open(patch_folder / "manifest.csv", "w", newline="") as file:
+        rows = [(f"{c}/{c}{n:03d}.png", c, 0.2 if c == "A" else 0.7) for c in "AB" for n in range(24)]
+        csv.writer(file).writerows([("path", "label", "score"), *rows])
+    config, patches = configured("classifier.labels=score")
+    task = ClassifierTask(config, patches)
+    batch = task.batch(0, rank=0)
+    assert set(batch.y[:, 1].tolist()) == {np.float32(0.2).item(), np.float32(0.7).item()}
+    perfect = batch.y.clamp_min(1e-9).log()
+    entropy = -(batch.y * batch.y.log()).sum(1).mean()
+    torch.testing.assert_close(task.loss(lambda *_: perfect, batch), entropy)  # nothing is smoothed
+    scores = classifier_scores.image_scores(task.model.eval(), patches, device=CPU, labels="score")
+    assert 0 < scores["test/score_mae"] < 1
+    assert "test/score_mae" not in classifier_scores.image_scores(task.model, patches, device=CPU)

@@ -16,8 +16,8 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("data", "config", "train", "train-classifier", "translate", "classify", "video")
-SCRIPTS = ("train/flow.py", "train/classifier.py", "eval/translate.py", "eval/classify.py", "eval/video.py")
+COMMANDS = tuple(cli._COMMANDS)
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("train", "eval") for path in (ROOT / folder).glob("*.py"))
 
 
 def test_help_needs_no_torch():
@@ -144,7 +144,7 @@ def test_from_patches_to_figures(patch_folder, tmp_path, write_config, capsys):
         cli.main(["video", str(run)])
     options = ["translate.num=4", "translate.steps=4", "translate.frames=3", "translate.batch_size=3"]
     cli.main(["translate", str(run), "--source", "A", "--target", "B", *options])
-    folder = run / "trajectories" / "A_to_B"
+    folder = run / "trajectories" / "A_to_B_path"
     assert f"sequences: {folder} (4, 4 made now" in capsys.readouterr().out
     cli.main(["translate", str(run), "--source", "A", "--target", "B", *options])
     assert "(4, 0 made now)" in capsys.readouterr().out
@@ -168,12 +168,24 @@ def test_from_patches_to_figures(patch_folder, tmp_path, write_config, capsys):
         assert "test/colour_only_balanced_accuracy" in capsys.readouterr().out
     cli.main(["classify", str(run)])
     printed = capsys.readouterr().out
-    assert f"{run / 'classifier_rgb'}: rgb, accuracy 1.000 on" in printed
-    assert f"{run / 'classifier_grey'}: grey" in printed
+    assert f"{run / 'judge_rgb'}: rgb, accuracy 1.000 on" in printed
+    assert f"{run / 'judge_grey'}: grey" in printed
     assert printed.count("fraction called B of 4 sequences") == 2
     assert re.search(r"untranslated A +0\.000\n +Reinhard colour transfer +1\.000", printed)
-    cli.main(["classify", str(folder), "--classifier", str(run / "classifier_grey")])
+    cli.main(["classify", str(folder), "--classifier", str(run / "judge_grey")])
     assert capsys.readouterr().out.count("fraction called") == 1
+    guide = ["classifier.train.accelerator=cpu", "classifier.role=guide", "classifier.train.steps=2"]
+    cli.main(["train-classifier", file, *guide])
+    cli.main(["train-classifier", file, *guide, "classifier.sees=state", "pairs.identity=true"])
+    printed = capsys.readouterr().out
+    assert f"trained: {run / 'guide_rgb' / 'checkpoints'}" in printed
+    assert f"trained: {run / 'guide_rgb_state' / 'checkpoints'}" in printed
+    assert "test/accuracy_at_t0.5" in printed
+    cli.main(["classify", str(run)])  # its judges, not its guides
+    assert capsys.readouterr().out.count("fraction called") == 2
+    for name in ("guide_rgb", "guide_rgb_state"):
+        with pytest.raises(SystemExit, match=rf"{name}: is the guide: a judge must be another network"):
+            cli.main(["classify", str(run), "--classifier", str(run / name)])
 
 
 def test_a_classifier_trains_further_and_keeps_to_its_run(patch_folder, tmp_path, write_config, capsys):
@@ -191,11 +203,26 @@ def test_a_classifier_trains_further_and_keeps_to_its_run(patch_folder, tmp_path
         train("classifier.train.steps=5", "classifier.train.lr=0.5")
 
 
+def test_a_flow_trains_on_cross_fitted_levels(patch_folder, tmp_path, write_config, capsys):
+    section = {"train": {"steps": 2, "batch_size": 8, "accelerator": "cpu"}, "folds": 2}
+    condition = {"target": "level", "level": "crossfit"}
+    split = {"split": {"val": 0.2, "test": 0.2}}
+    file = str(write_config(tmp_path, classifier=section, condition=condition, data=split))
+    run = tmp_path / "runs" / "tiny"
+    cli.main(["train", file, "train.steps=1", "train.validate_pairs=8"])
+    assert "CPU minutes of cross-fitting; out of fold" in capsys.readouterr().out
+    assert {path.name for path in run.iterdir()} >= {"levels.csv", "levels.json", "crossfit", "checkpoints"}
+    cli.main(["train", file, "train.steps=2", "train.validate_pairs=8"])  # goes on with the levels that are there
+    # A guide of states meets the pairs of the flow, which the same levels decide.
+    cli.main(["train-classifier", file, "classifier.role=guide", "classifier.sees=state"])
+    assert "cross-fitting" not in capsys.readouterr().out
+
+
 def test_frames_of_ones_own_take_video_settings_from_the_command_line(patch_folder, tmp_path, write_config):
     file = write_config(tmp_path, data={"split": {"val": 0.2, "test": 0.4}})
     cli.main(["train", str(file), "train.steps=1", "train.validate_pairs=8"])
     cli.main(["translate", str(tmp_path / "runs/tiny"), "translate.num=1", "translate.steps=2", "translate.frames=3"])
-    folder = tmp_path / "runs" / "tiny" / "trajectories" / "A_to_B"
+    folder = tmp_path / "runs" / "tiny" / "trajectories" / "A_to_B_path"
     (folder / "config.yaml").unlink()
     cli.main(["video", str(folder), "video.formats=[gif]", "video.tile=16"])
     assert list(folder.glob("*.gif"))

@@ -33,7 +33,7 @@ def test_the_network_turns_states_into_velocities(config):
         x = torch.empty(2, IMAGE_CHANNELS, size, size)
         cond = Condition(
             target_class=torch.empty(2, dtype=torch.long),
-            level=torch.empty(2),
+            level=torch.empty(2, len(config.data.classes)),
             source_class=torch.empty(2, dtype=torch.long),
             source_image=x,
             dropped=torch.empty(2, dtype=torch.bool),

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import chi2_contingency, chisquare
 
 from cellflux_bridge import images, stain
 from cellflux_bridge.config import PairsConfig
+from cellflux_bridge.coupling.base import Coupling
 from cellflux_bridge.coupling.independent import Independent
 from cellflux_bridge.coupling.minibatch_ot import MinibatchOT
 from cellflux_bridge.data import patches as patches_module
@@ -498,7 +500,9 @@ def numbered(num: int = 30, **keys) -> Patches:
     return hand_made(pixels, **{"labels": np.arange(num) % 3, **keys})
 
 
-def make_pairs(patches: Patches, data, *, split="train", batch_size=12, seed=0, coupling=None, **pairs) -> Pairs:
+def make_pairs(
+    patches: Patches, data, *, split="train", batch_size=12, seed=0, coupling=None, levels=None, level_bins=4, **pairs
+) -> Pairs:
     return Pairs(
         patches,
         coupling or Independent(),
@@ -507,11 +511,23 @@ def make_pairs(patches: Patches, data, *, split="train", batch_size=12, seed=0, 
         seed=seed,
         pairs=PairsConfig(**pairs),
         data=data,
+        levels=levels,
+        level_bins=level_bins,
     )
 
 
 def numbers(x: torch.Tensor) -> torch.Tensor:
     return images.decode(x)[:, 0, 0, 0].long()
+
+
+def soft_levels(num: int, seed: int = 0) -> np.ndarray:
+    """Mixtures (num, 3) of all classes."""
+    return np.random.default_rng(seed).dirichlet((0.6, 0.6, 0.6), num).astype(np.float32)
+
+
+def between_ends(c: np.ndarray) -> np.ndarray:
+    """Levels c (N,) between the first and the last of three classes."""
+    return np.stack([1 - c, np.zeros_like(c), c], axis=1).astype(np.float32)
 
 
 def equal(first: PairBatch, second: PairBatch) -> bool:
@@ -534,8 +550,17 @@ def test_labels_scores_and_images_agree_with_the_indices(data, coupling, split):
     assert torch.equal(numbers(batch.x1), batch.target_index)
     assert torch.equal(batch.source_class, batch.source_index % 3)
     assert torch.equal(batch.target_class, batch.target_index % 3)
-    np.testing.assert_array_equal(batch.target_score, patches.scores[batch.target_index])
+    np.testing.assert_array_equal(batch.target_level, np.eye(3)[batch.target_class])
+    assert batch.target_level.dtype == torch.float32
     assert (batch.source_class != batch.target_class).all()
+    levels = soft_levels(30)
+    batch = make_pairs(patches, data, coupling=coupling, split=split, batch_size=17, levels=levels).batch(0)
+    assert torch.equal(numbers(batch.x0), batch.source_index)
+    assert torch.equal(numbers(batch.x1), batch.target_index)
+    assert torch.equal(batch.source_class, batch.source_index % 3)
+    assert torch.equal(batch.target_class, batch.target_index % 3)
+    np.testing.assert_array_equal(batch.target_level, levels[batch.target_index])
+    assert batch.target_level.dtype == torch.float32
 
 
 def test_a_batch_is_a_function_of_seed_step_and_rank(data):
@@ -610,6 +635,134 @@ def test_matched_groups_stay_together(data):
     assert (groups[unmatched.source_index] != groups[unmatched.target_index]).any()
 
 
+class Turned(Coupling):
+    """Turns the targets of every block by one, and notes how the rows stood in blocks."""
+
+    def permutation(self, x0, x1, *, generator):
+        return torch.arange(len(x0)).roll(1)
+
+    def pair(self, x0, x1, *, blocks, generator):
+        self.blocks = blocks
+        return super().pair(x0, x1, blocks=blocks, generator=generator)
+
+
+def by_block(pairs: Pairs, coupling: Turned, steps: int):
+    """The (sources, targets) of every block of some batches, as numbers of patches."""
+    for step in range(steps):
+        batch = pairs.batch(step)
+        for block in coupling.blocks.unique():
+            rows = coupling.blocks == block
+            source, target = batch.source_index[rows].numpy(), batch.target_index[rows].numpy()
+            if (source != target).any():  # a patch that met itself stands alone
+                yield source, target
+
+
+def test_any_source_goes_to_any_level_evenly(data):
+    """Source class and level are drawn independently, whatever the levels of the classes are."""
+    c = np.repeat([0.0, 0.25, 0.5, 0.75, 1.0], [64, 4, 16, 36, 100])
+    labels = (c >= 0.5).astype(int) * 2
+    coupling = Turned()
+    pairs = make_pairs(
+        numbered(len(c), labels=labels), data, coupling=coupling, batch_size=64, levels=between_ends(c),
+        transitions=[("A", "C"), ("C", "A")],
+    )  # fmt: skip
+    table = np.zeros((2, 5))
+    for source, target in by_block(pairs, coupling, 150):
+        assert len(set(labels[source])) == len(set(c[target])) == 1
+        table[labels[source[0]] // 2, int(4 * c[target[0]])] += 1
+    assert chi2_contingency(table).pvalue > 0.01
+    assert table.min() > 20
+    # Rare levels are drawn more often than they are frequent: by the square root.
+    share = np.sqrt([64, 4, 16, 36, 100])
+    assert chisquare(table.sum(0), share / share.sum() * table.sum()).pvalue > 0.01
+
+
+def test_levels_of_a_block_are_nearly_the_same(data):
+    c = np.random.default_rng(0).random(90)
+    for num, width in ((4, 0.25), (10, 0.1)):
+        coupling = Turned()
+        pairs = make_pairs(numbered(90), data, coupling=coupling, batch_size=30, levels=between_ends(c), level_bins=num)
+        spreads = [np.ptp(c[target]) for _, target in by_block(pairs, coupling, 10)]
+        assert max(spreads) <= width + 1e-6
+        assert max(spreads) > width / 2
+    mixed = soft_levels(90)
+    pairs = make_pairs(numbered(90), data, coupling=coupling, batch_size=30, levels=mixed)
+    assert max(np.ptp(mixed[target], axis=0).max() for _, target in by_block(pairs, coupling, 10)) <= 0.25 + 1e-6
+
+
+def test_by_level_only_the_named_sources_are_drawn(data):
+    pairs = make_pairs(numbered(), data, levels=soft_levels(30), transitions=[("A", "C"), ("B", "C")])
+    batches = [pairs.batch(step) for step in range(10)]
+    assert set(torch.cat([batch.source_class for batch in batches]).tolist()) == {0, 1}
+    assert set(torch.cat([batch.target_class for batch in batches]).tolist()) == {0, 1, 2}
+    levels = np.eye(3, dtype=np.float32)[np.arange(30) % 3]
+    pairs = make_pairs(numbered(), data, batch_size=8, levels=levels, transitions=[("A", "C")])
+    total = sum((transitions_of(pairs.batch(step)) for step in range(20)), Counter())
+    assert set(total) == {(0, 0), (0, 2)}
+
+
+def test_groups_are_matched_at_every_level(data):
+    groups, coupling = np.arange(60) // 12, Turned()
+    c = np.tile(np.repeat([0.0, 0.5, 1.0], 4), 5)
+    c[:12] = 0.0  # the first group has no other level
+    pairs = make_pairs(
+        numbered(60, groups=groups), data, coupling=coupling, batch_size=48, match_group=True, levels=between_ends(c)
+    )
+    seen = set()
+    for source, target in by_block(pairs, coupling, 20):
+        assert len(set(groups[source]) | set(groups[target])) == 1
+        assert len(set(c[target])) == 1
+        seen.add((groups[source[0]], c[target[0]]))
+    assert seen == {(0, 0.0), *((group, level) for group in range(1, 5) for level in (0.0, 0.5, 1.0))}
+
+
+def test_groups_in_which_a_source_could_only_become_itself_are_refused(data):
+    patches, ends = numbered(groups=np.arange(30)), (np.arange(30) % 3) / 2
+    with pytest.raises(UserError, match=r"pairs\.match_group: no group of the train split holds a source and another"):
+        make_pairs(patches, data, batch_size=8, match_group=True, transitions=[("A", "C")], levels=between_ends(ends))
+
+
+def test_a_batch_by_level_is_a_function_of_seed_step_and_rank(data):
+    levels = soft_levels(30)
+    pairs = make_pairs(numbered(), data, levels=levels, self_pairs=0.3)
+    first = pairs.batch(3, rank=1)
+    pairs.batch(4)
+    again = make_pairs(numbered(), data, levels=levels, self_pairs=0.3)
+    assert equal(pairs.batch(3, rank=1), first)
+    assert equal(again.batch(3, rank=1), first)
+    assert not any(equal(other, first) for other in (again.batch(4, rank=1), again.batch(3)))
+
+
+def test_levels_of_other_splits_do_not_matter(data):
+    splits, levels = np.repeat([0, 1, 2], 20), soft_levels(60)
+    patches = numbered(60, splits=splits)
+    without = np.where((splits == 2)[:, None], np.nan, levels)
+    for number, split in enumerate(SPLITS[:2]):
+        batch = make_pairs(patches, data, split=split, levels=without).batch(0)
+        assert (splits[torch.cat([batch.source_index, batch.target_index])] == number).all()
+        assert equal(batch, make_pairs(patches, data, split=split, levels=levels).batch(0))
+
+
+def test_a_share_of_the_sources_at_a_targets_level_are_their_own_targets(data_config, tmp_path):
+    """The very crop and stain, at its own level; the others are coupled as ever."""
+    data = data_config(tmp_path, stain={"mode": "augment", "strength": 0.2})
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 24, 24, 3), dtype=np.uint8)
+    patches = hand_made(pixels, labels=np.arange(300) % 3)
+    levels = np.eye(3, dtype=np.float32)[patches.labels]
+    pairs = make_pairs(patches, data, coupling=MinibatchOT(), batch_size=64, levels=levels, self_pairs=0.4)
+    shares = []
+    for step in range(25):
+        batch = pairs.batch(step)
+        own, stays = (batch.x0 == batch.x1).flatten(1).all(1), batch.source_class == batch.target_class
+        assert torch.equal(batch.source_index[own], batch.target_index[own])
+        assert stays[own].all()
+        shares += own[stays].tolist()
+        np.testing.assert_array_equal(batch.target_level, levels[batch.target_index])
+    assert np.mean(shares) == pytest.approx(0.4, abs=0.06)
+    without = make_pairs(patches, data, batch_size=64, levels=levels).batch(0)
+    assert (without.source_index == without.target_index).float().mean() < 0.1
+
+
 def test_splits_do_not_mix(data):
     splits = np.repeat([0, 1, 2], 20)
     patches = numbered(60, splits=splits)
@@ -672,6 +825,22 @@ def test_phantoms_are_made_once_read_again_and_their_range_is_no_class(tmp_path,
         assert read_rgb(root / row["path"]).shape == (16, 16, 3)
         assert int(row["num_nuclei"]) >= 0
         assert 0 <= float(row["area_fraction"]) <= 1
+
+
+def test_phantoms_of_the_whole_range_are_another_data_set(tmp_path, data_config):
+    spec = {**PHANTOM, "num_train": 40}
+    whole = data_config(tmp_path / "whole", layout={**spec, "whole_range": True})
+    records, classes = list_records(whole, seed=0)
+    assert classes == ("A", "B")
+    scores = np.array([record.score for record in records if record.split == "train"])
+    labels = np.array([record.label for record in records if record.split == "train"])
+    assert ((scores >= 0.5) == (labels == "B")).all()
+    assert np.histogram(scores, bins=4, range=(0, 1))[0].min() > 8
+    assert list_records(whole, seed=0)[0] == records
+    with pytest.raises(UserError, match="made with other settings"):
+        list_records(data_config(tmp_path / "whole", layout=spec), seed=0)
+    list_records(data_config(tmp_path / "ends", layout=spec), seed=0)
+    assert "whole_range" not in (tmp_path / "ends" / "phantom.json").read_text()
 
 
 def test_phantoms_are_the_same_wherever_they_are_made(tmp_path, data_config):

@@ -66,6 +66,20 @@ def test_noise_has_the_deviation_that_noise_scale_says(path):
         torch.testing.assert_close(x_t.std(0), torch.full_like(x_t[0], scale), atol=1e-12, rtol=0.02)
 
 
+@pytest.mark.parametrize("path", ONE_LAW, indirect=True)
+def test_noise_rate_is_the_slope_of_noise_scale(path):
+    t, h = torch.linspace(0.02, 0.98, 49, dtype=torch.float64), 1e-6
+    slope = (path.noise_scale(t + h) - path.noise_scale(t - h)) / (2 * h)
+    torch.testing.assert_close(path.noise_rate(t), slope, rtol=1e-6, atol=1e-6)
+    assert path.noise_rate(t).shape == t.shape
+
+
+def test_the_noise_of_a_clean_start_has_no_slope():
+    path, t = NoisedSource(scale=0.7, probability=0.5, noisy_start=False), torch.linspace(0, 1, 5)
+    assert torch.equal(path.noise_rate(t), torch.zeros(5))
+    assert torch.equal(path.noise_scale(t), torch.zeros(5))
+
+
 def test_ends_of_a_path_are_source_and_target():
     x0, x1 = pair(4)
     for name in ("straight", "smooth"):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -116,6 +117,24 @@ def test_a_kill_in_the_middle_of_writing_leaves_a_resumable_run(demanding, tmp_p
     assert_same_checkpoint(train(demanding, run, "train.steps=7"), whole)
     assert losses(run) == losses(tmp_path / "whole")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_a_stop_between_cross_fitting_and_the_flow_changes_nothing(patch_folder, tmp_path, write_config, monkeypatch):
+    """What the folds drew must not reach the flow's first weights: a run that finds its levels made has none of it."""
+    classifiers = {"folds": 2, "train": {"steps": 2, "batch_size": 8, "accelerator": "cpu"}}
+    condition = {"target": "level", "level": "crossfit"}
+    file = write_config(tmp_path, **DEMANDING, condition=condition, classifier=classifiers)
+    whole = train(file, tmp_path / "whole", "train.steps=2")
+
+    def failing(self, index, *, rank):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(FlowTask, "batch", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(file, tmp_path / "parts", "train.steps=2")
+    monkeypatch.undo()
+    assert (tmp_path / "parts" / "levels.csv").read_text() == (tmp_path / "whole" / "levels.csv").read_text()
+    assert_same_checkpoint(train(file, tmp_path / "parts", "train.steps=2"), whole)
 
 
 def start_training(file: Path, output: Path, *overrides: str) -> subprocess.Popen:
@@ -286,13 +305,39 @@ def test_the_learning_rate_warms_up_and_gradients_are_clipped(config, tmp_path):
     assert all(row["gradient_norm"] > 0.1 for row in metrics(tmp_path / "run") if "lr" in row)
 
 
-def test_time_ends_training_and_more_time_goes_on(config, tmp_path, capsys):
+@pytest.mark.parametrize("limit", ["max_minutes", "max_cpu_minutes"])
+def test_time_ends_training_and_more_time_goes_on(config, tmp_path, capsys, limit):
     run = tmp_path / "run"
-    assert fit_line(Line(), config, run, steps=10, max_minutes=1e-9).name == "step-00000001"
-    assert fit_line(Line(), config, run, steps=10, max_minutes=1e-9).name == "step-00000001"
+    assert fit_line(Line(), config, run, steps=10, **{limit: 1e-9}).name == "step-00000001"
+    assert fit_line(Line(), config, run, steps=10, **{limit: 1e-9}).name == "step-00000001"
     assert "trained already" in capsys.readouterr().out
-    resumed = fit_line(Line(), config, run, steps=10, max_minutes=5.0)
+    resumed = fit_line(Line(), config, run, steps=10, **{limit: 5.0})
     assert_same_checkpoint(resumed, fit_line(Line(), config, tmp_path / "whole", steps=10))
+
+
+def test_processor_time_is_not_the_clocks_and_adds_up_over_parts(config, tmp_path):
+    """A wait costs seconds and no processor time; a sum over two steps outlasts the stop between them."""
+
+    def waiting(loss, update):
+        time.sleep(0.3)
+        return loss
+
+    def working(loss, update):
+        began = time.process_time()
+        while time.process_time() - began < 0.3:
+            pass
+        return loss
+
+    run = tmp_path / "run"
+    spent = [checkpoint.load_state(fit_line(Line(waiting), config, run, steps=2, max_cpu_minutes=0.4 / 60))]
+    assert spent[0]["step"] == 2
+    assert spent[0]["seconds"] > 0.6
+    assert spent[0]["cpu_seconds"] < 0.3
+    spent.append(checkpoint.load_state(fit_line(Line(working), config, run, steps=10, max_cpu_minutes=0.4 / 60)))
+    assert 3 <= spent[1]["step"] <= 4
+    assert 0.4 <= spent[1]["cpu_seconds"] < 1.5
+    logged = [row["cpu_seconds"] for row in metrics(run) if "loss" in row]
+    assert logged == sorted(logged)
 
 
 def test_a_finished_run_is_left_as_it_is(config, tmp_path):
@@ -453,7 +498,7 @@ def test_the_swap_diagnostic_sees_any_condition(patch_folder, tmp_path, write_co
     task = FlowTask(*resolved(write_config(tmp_path, condition=condition, train={"validate_pairs": 16})))
 
     def told(t, x, cond):
-        number = cond.target_class if target == "class" else cond.level
+        number = cond.target_class if target == "class" else cond.level[:, 1]
         return torch.ones_like(x) * (2.0 * number - 1).view(-1, 1, 1, 1)
 
     assert task.validate(told, torch.device("cpu"))["val/condition_swap"] > 1
@@ -478,11 +523,15 @@ def test_a_network_that_fits_nothing_else_is_refused(patch_folder, tmp_path, wri
         build(path=path, condition={"source_image": True})
 
 
-def test_three_classes_have_no_level(tmp_path, make_patches, write_config):
+def test_levels_of_three_classes_are_soft_labels(tmp_path, make_patches, write_config):
     make_patches(tmp_path / "patches", num={"A": 12, "B": 12, "C": 12})
-    file = write_config(tmp_path, condition={"target": "level"})
-    with pytest.raises(UserError, match=r"condition\.target=level: 3 classes have no order"):
-        FlowTask(*resolved(file)).batch(0, rank=0)
+    config, patches = resolved(write_config(tmp_path, condition={"target": "level"}))
+    told = torch.cat([FlowTask(config, patches).batch(step, rank=0).cond.level for step in range(20)])
+    assert {tuple(row) for row in told.tolist()} == {(1, 0, 0), (0, 1, 0), (0, 0, 1)}
+    mixed = np.full((len(patches.labels), 3), 1 / 3, np.float32)
+    given = FlowTask(config, patches, levels=mixed).batch(0, rank=0).cond
+    torch.testing.assert_close(given.level, torch.full((8, 3), 1 / 3))
+    assert given.target_class is None
 
 
 # Devices and precision

@@ -28,13 +28,15 @@ def sequences(*ids: str, header: TrajectoryHeader = HEADER, size: int = 4) -> Tr
         np.random.default_rng(list(source_id.encode())).integers(0, 256, shape, dtype=np.uint8) for source_id in ids
     ]
     nfe = tuple(10 + len(source_id) for source_id in ids)
-    return Trajectory(header, np.stack(frames, axis=1), linear_soft_labels(header, len(ids)), ids, nfe)
+    gradients = tuple(3 * count for count in nfe)
+    return Trajectory(header, np.stack(frames, axis=1), linear_soft_labels(header, len(ids)), ids, nfe, gradients)
 
 
 def assert_equal(found: Trajectory, expected: Trajectory) -> None:
     assert found.header == expected.header
     assert found.source_ids == expected.source_ids
     assert found.nfe == expected.nfe
+    assert found.gradients == expected.gradients
     np.testing.assert_array_equal(found.frames, expected.frames)
     np.testing.assert_allclose(found.soft_labels, expected.soft_labels, atol=1e-5)
 
@@ -107,7 +109,7 @@ def test_a_run_that_is_opened_again_knows_what_is_done(tmp_path):
 
 def cut_points() -> list[int]:
     """Places in a manifest of two sequences: in its heading, its first and second sequence, at line ends, in digits."""
-    return [0, 3, 20, 38, 39, 60, 120, 190, 200, 230, 250, 280, 300, 330, 350, -1, -2, -3, -5, -9]
+    return [0, 3, 20, 47, 48, 49, 70, 91, 130, 200, 205, 206, 240, 249, 280, 310, 340, 350, -1, -2, -3, -5, -9]
 
 
 @pytest.mark.parametrize("cut", cut_points())
@@ -192,7 +194,7 @@ def test_a_foreign_folder_and_a_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 1}', json.dumps({"format": 1, "method": 1, **dict.fromkeys(
+    "text", ["", "{", "[]", "null", '{"format": 1}', json.dumps({"format": 2, "method": 1, **dict.fromkeys(
         ("source", "target", "classes", "levels", "config_hash"), 3)})]
 )  # fmt: skip
 def test_a_broken_header_is_refused_by_name(tmp_path, text):
@@ -206,8 +208,8 @@ def test_a_broken_header_is_refused_by_name(tmp_path, text):
 def test_a_header_of_another_format_is_refused(tmp_path):
     write(tmp_path, "a")
     path = tmp_path / "trajectory.json"
-    path.write_text(path.read_text(encoding="utf-8").replace('"format": 1', '"format": 99'), encoding="utf-8")
-    with pytest.raises(UserError, match="expected format 1"):
+    path.write_text(path.read_text(encoding="utf-8").replace('"format": 2', '"format": 99'), encoding="utf-8")
+    with pytest.raises(UserError, match="expected format 2"):
         read_header(tmp_path)
 
 

@@ -43,12 +43,17 @@ def perturbed(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+def soft_labels(num: int) -> torch.Tensor:
+    """Mixtures of all classes, (num, CLASSES)."""
+    return torch.rand(num, CLASSES, generator=generator(2)).log_softmax(1).exp()
+
+
 def inputs(num: int = 4, *, channels: int = 3, size: int = 8) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     draw = generator(1)
     t, x = torch.rand(num, generator=draw), torch.randn(num, channels, size, size, generator=draw)
     cond = Condition(
         target_class=torch.arange(num) % CLASSES,
-        level=torch.linspace(0, 1, num),
+        level=soft_labels(num),
         source_class=(torch.arange(num) + 1) % CLASSES,
         source_image=torch.randn(num, channels, size, size, generator=draw),
     )
@@ -112,13 +117,15 @@ def test_time_state_and_condition_matter(make, target):
     network = perturbed(make(ConditionSpec(CLASSES, target=target, source_class=True, source_image=True)))
     t, x, cond = inputs()
     v = network(t, x, cond)
-    told = {"target_class": (cond.target_class + 1) % CLASSES} if target == "class" else {"level": 1 - cond.level + 0.1}
+    told = (
+        {"target_class": (cond.target_class + 1) % CLASSES} if target == "class" else {"level": cond.level.roll(1, 1)}
+    )
     assert not same(v, network(t + 0.3, x, cond))
     assert not same(v, network(t, x + 1, cond))
     assert not same(v, network(t, x, changed(cond, **told)))
     assert not same(v, network(t, x, changed(cond, source_class=(cond.source_class + 1) % CLASSES)))
     assert not same(v, network(t, x, changed(cond, source_image=cond.source_image + 1)))
-    unused = {"level": 1 - cond.level} if target == "class" else {"target_class": cond.source_class}
+    unused = {"level": cond.level.flip(1)} if target == "class" else {"target_class": cond.source_class}
     assert torch.equal(v, network(t, x, changed(cond, **unused)))
 
 
@@ -133,7 +140,7 @@ def test_what_the_spec_leaves_out_is_not_needed(make):
 def test_dropped_samples_ignore_all_but_the_source_image(make, target):
     network = perturbed(make(ConditionSpec(CLASSES, target=target, source_image=True)))
     t, x, cond = inputs()
-    other = changed(cond, target_class=cond.source_class, level=1 - cond.level, source_class=cond.target_class)
+    other = changed(cond, target_class=cond.source_class, level=cond.level.flip(1), source_class=cond.target_class)
     mask = torch.tensor([True, False, True, False])
     v, w = network(t, x, cond.drop(mask)), network(t, x, other.drop(mask))
     assert same(v[mask], w[mask])
@@ -165,8 +172,10 @@ def test_a_sample_does_not_depend_on_its_batch(make):
 def test_levels_between_those_trained_give_velocities_between():
     network = perturbed(make_unet(ConditionSpec(CLASSES, target="level")))
     t, x, cond = (v[:1] if isinstance(v, torch.Tensor) else v for v in inputs())
-    levels = torch.linspace(0, 1, 101)
-    many = Condition(level=levels, source_class=cond.source_class[:1].expand(101))
+    c = torch.linspace(0, 1, 101)
+    many = Condition(
+        level=torch.stack([1 - c, torch.zeros(101), c], dim=1), source_class=cond.source_class[:1].expand(101)
+    )
     with torch.no_grad():
         v = network(t.expand(101), x.expand(101, -1, -1, -1), many).flatten(1)
     steps = (v[1:] - v[:-1]).norm(dim=1)
@@ -194,7 +203,7 @@ def test_conditions_join_along_the_batch():
     assert torch.equal(joined.source_image[2:], second.source_image)
     partly = Condition.cat([first, second.drop(torch.tensor([True, False, True]))])
     assert partly.dropped.tolist() == [False, False, True, False, True]
-    assert Condition.cat([Condition(level=torch.ones(2)), Condition(level=torch.zeros(1))]).target_class is None
+    assert Condition.cat([Condition(level=torch.eye(2)), Condition(level=torch.eye(2)[:1])]).target_class is None
 
 
 def test_dropping_adds_up_and_null_drops_all():
@@ -203,7 +212,7 @@ def test_dropping_adds_up_and_null_drops_all():
     assert once.drop(torch.tensor([False, False, True])).dropped.tolist() == [True, False, True]
     assert once.null().dropped.tolist() == [True, True, True]
     assert cond.dropped is None
-    assert Condition(level=torch.ones(2)).null().dropped.tolist() == [True, True]
+    assert Condition(level=torch.eye(3)[:2]).null().dropped.tolist() == [True, True]
 
 
 def test_a_condition_moves_with_all_its_fields():

@@ -29,9 +29,8 @@ def trajectory(frames=5, sequences=3, height=32, width=32, channels=3, source="n
     levels = tuple(np.linspace(0, 1, frames).tolist())
     header = TrajectoryHeader("path", source, target, (source, target), levels, "hash")
     ids = tuple(f"{b}.png" for b in range(sequences))
-    return Trajectory(
-        header, np.ascontiguousarray(images), linear_soft_labels(header, sequences), ids, (0,) * sequences
-    )
+    labels, cost = linear_soft_labels(header, sequences), (0,) * sequences
+    return Trajectory(header, np.ascontiguousarray(images), labels, ids, cost, cost)
 
 
 def decode_mp4(path):

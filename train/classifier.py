@@ -1,7 +1,9 @@
-"""Train a classifier of patches, to judge translated ones with.
+"""Train a classifier of patches: a judge of translated ones, or a guide of the flow, which are never the same network.
 
 python train/classifier.py configs/lung.yaml data.root=/data/lc25000_lung classifier.view=rgb
 python train/classifier.py configs/lung.yaml data.root=/data/lc25000_lung classifier.view=grey
+python train/classifier.py configs/lung.yaml data.root=/data/lc25000_lung classifier.role=guide
+python train/classifier.py configs/lung.yaml data.root=/data/lc25000_lung classifier.role=guide classifier.sees=state
 """
 
 import sys

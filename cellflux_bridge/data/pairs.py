@@ -13,8 +13,8 @@ from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.randomness import torch_generator
 
-# Rows of a batch that share one group where pairs are matched by group, so that the coupling has a choice.
-_ROWS_PER_GROUP = 8
+# Rows of a batch that share one group, or one level, so that the coupling has a choice.
+_ROWS_PER_BLOCK = 8
 
 
 class Coupling(Protocol):
@@ -26,20 +26,35 @@ class Coupling(Protocol):
 
 
 class PairBatch(NamedTuple):
-    """x0, x1 (B, 3, S, S) float32 in [-1, 1]; class numbers, scores of the targets (B,) float32, NaN where the data
-    has none; and the patches' numbers in the data set, (B,) int64."""
+    """x0, x1 (B, 3, S, S) float32 in [-1, 1]; class numbers (B,) int64; the targets' soft labels (B, num_classes)
+    float32, one-hot where pairs are drawn by class; and the patches' numbers in the data set, (B,) int64."""
 
     x0: torch.Tensor
     x1: torch.Tensor
     source_class: torch.Tensor
     target_class: torch.Tensor
-    target_score: torch.Tensor
+    target_level: torch.Tensor
     source_index: torch.Tensor
     target_index: torch.Tensor
 
 
+class _Block(NamedTuple):
+    """Patches that sources and targets of one kind of pair are drawn from, and how often, relative to others."""
+
+    source: np.ndarray
+    target: np.ndarray
+    weight: float
+
+
 class Pairs:
-    """Draws (source class, target class) first and evenly, then patches, then couples them inside each block.
+    """Draws what is to become what first, evenly, then patches, then couples them inside each block.
+
+    By class: (source class, target class) as `pairs.transitions` names them. By level, with `levels` (N, num_classes),
+    the patches' soft labels: any source class that a transition names, to any level, independently; targets of a block
+    have nearly the same level (`level_bins` steps between two classes), so that nothing is paired across levels, and a
+    level that few patches have is drawn more often than they are frequent, by the square root. Of the sources whose own
+    level is that of their block's targets, the share `pairs.self_pairs` are their own targets: to become what one is
+    already is to stay.
 
     Raises UserError for a transition between unknown classes, and where a class, or a group that is to be matched,
     has too few patches.
@@ -55,43 +70,82 @@ class Pairs:
         seed: int,
         pairs: PairsConfig,
         data: DataConfig,
+        levels: np.ndarray | None = None,
+        level_bins: int = 4,
     ):
         self._patches, self._coupling, self._split = patches, coupling, split
         self._batch_size, self._seed, self._config, self._data = batch_size, seed, pairs, data
+        self._by_level = levels is not None
+        self._levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels] if levels is None else levels
         self.transitions = [
             tuple(patches.class_index(label) for label in pair) for pair in named_transitions(patches.classes, pairs)
         ]
-        rows = -(-batch_size // len(self.transitions))
-        self._members = {}
+        members = self._members(rows=-(-batch_size // len(self.transitions)))
+        if self._by_level:
+            sources = [members[c] for c in dict.fromkeys(source for source, _ in self.transitions)]
+            pool = np.concatenate(list(members.values()))
+            bins = self._bin(pool, level_bins)
+            targets = [pool[bins == number] for number in range(bins.max() + 1)]
+            self._bin_of = np.full(len(patches.labels), -1)
+            self._bin_of[pool] = bins
+            pools = [(source, target, len(target) ** 0.5) for source in sources for target in targets]
+        else:
+            pools = [(members[source], members[target], 1.0) for source, target in self.transitions]
+        self._blocks = [_Block(*pool) for pool in pools]
+        self._groups = self._shared_groups() if pairs.match_group else None
+
+    def _members(self, *, rows: int) -> dict[int, np.ndarray]:
+        """The patches of every class that a transition names; `rows` of one class are drawn at once."""
+        members = {}
         for number in sorted({c for pair in self.transitions for c in pair}):
-            self._members[number] = patches.indices(split, patches.classes[number])
-            have, label = len(self._members[number]), patches.classes[number]
-            if split == "train" and have < rows:
+            members[number] = self._patches.indices(self._split, self._patches.classes[number])
+            have, label = len(members[number]), self._patches.classes[number]
+            if self._split == "train" and have < rows:
                 most = have * len(self.transitions)
                 raise UserError(
-                    f"train.batch_size={batch_size} draws {rows} patches of class {label!r} at once, but the training "
-                    f"split has {have}: lower train.batch_size to at most {most}, or add patches"
+                    f"train.batch_size={self._batch_size} draws {rows} patches of class {label!r} at once, but the "
+                    f"training split has {have}: lower train.batch_size to at most {most}, or add patches"
                 )
             if have == 0:
-                raise UserError(f"class {label!r} has no patch in the {split} split; see `cellflux-bridge data check`")
-        self._groups = {pair: self._shared_groups(pair) for pair in self.transitions} if pairs.match_group else None
+                raise UserError(
+                    f"class {label!r} has no patch in the {self._split} split; see `cellflux-bridge data check`"
+                )
+        return members
 
-    def _shared_groups(self, pair: tuple[int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        groups = self._patches.groups
-        of = [{g: m[groups[m] == g] for g in np.unique(groups[m])} for m in (self._members[c] for c in pair)]
-        shared = [(of[0][g], of[1][g]) for g in of[0] if g in of[1]]
-        if not shared:
-            names = " and ".join(repr(self._patches.classes[c]) for c in pair)
+    def _bin(self, indices: np.ndarray, num: int) -> np.ndarray:
+        """The bin of each patch: its level rounded to 1 / num for each class, numbered as they occur."""
+        return np.unique(np.rint(self._levels[indices] * num), axis=0, return_inverse=True)[1].ravel()
+
+    def _shared_groups(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """For each block, the (sources, targets) of every group that holds both."""
+        groups, shared, kept = self._patches.groups, [], []
+        for block in self._blocks:
+            of = [{g: m[groups[m] == g] for g in np.unique(groups[m])} for m in (block.source, block.target)]
+            both = [(of[0][g], of[1][g]) for g in of[0] if g in of[1]]
+            if both:
+                shared.append(both)
+                kept.append(block)
+            elif not self._by_level:
+                names = " and ".join(repr(self._patches.classes[self._patches.labels[m[0]]]) for m in block[:2])
+                raise UserError(
+                    f"pairs.match_group: no group of the {self._split} split holds both {names}; name groups (slide, "
+                    "plate, batch) in the manifest or set pairs.match_group=false"
+                )
+        # By level a source is a target, too: where it is alone in its group, it could only become itself.
+        if not any(len(np.union1d(*pools)) > 1 for both in shared for pools in both):
             raise UserError(
-                f"pairs.match_group: no group of the {self._split} split holds both {names}; name groups (slide, "
-                "plate, batch) in the manifest or set pairs.match_group=false"
+                f"pairs.match_group: no group of the {self._split} split holds a source and another patch as target; "
+                "name groups (slide, plate, batch) in the manifest or set pairs.match_group=false"
             )
+        self._blocks = kept
         return shared
 
     def batch(self, step: int, *, rank: int = 0) -> PairBatch:
         """The batch of a step: random crops, symmetries and stain jitter in training, middle crops elsewhere."""
         generator = torch_generator(self._seed, "pairs", self._split, step, rank)
         source, target, blocks = self._draw_indices(generator)
+        is_self = torch.from_numpy(source == target)
+        blocks[is_self] = len(blocks) + torch.arange(int(is_self.sum()))  # blocks of one: coupled with nothing else
         if self._split == "train":
             flips = self._data.flips
             x0, x1 = (self._patches.random(i, flips=flips, generator=generator) for i in (source, target))
@@ -102,31 +156,41 @@ class Pairs:
             both = torch.stack([x0, x1], dim=1)
             both = stain.augment(both, strength=self._data.stain.strength, generator=generator)
             x0, x1 = both.unbind(1)
+        x1 = torch.where(is_self[:, None, None, None], x0, x1)  # the same crop of it
         i, j = self._coupling.pair(x0, x1, blocks=blocks, generator=generator)
         source, target = source[i], target[j]
         labels = torch.from_numpy(self._patches.labels)
-        scores = torch.from_numpy(self._patches.scores[target])
+        levels = torch.from_numpy(self._levels[target])
         numbers = torch.from_numpy(source), torch.from_numpy(target)
-        return PairBatch(x0[i], x1[j], labels[source], labels[target], scores, *numbers)
+        return PairBatch(x0[i], x1[j], labels[source], labels[target], levels, *numbers)
 
     def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        order = torch.randperm(len(self.transitions), generator=generator).tolist()
+        if self._by_level:
+            weights = torch.tensor([block.weight for block in self._blocks])
+            num = -(-self._batch_size // _ROWS_PER_BLOCK)
+            order = torch.multinomial(weights, num, replacement=True, generator=generator).tolist()
+        else:
+            order = torch.randperm(len(self._blocks), generator=generator).tolist()
         shares = np.array_split(np.arange(self._batch_size), len(order))
         source, target, blocks = [], [], []
-        for transition, share in zip((self.transitions[k] for k in order), shares, strict=True):
+        for number, share in zip(order, shares, strict=True):
             # A batch smaller than the number of transitions leaves some of them out.
-            for pools, num in self._pools(transition, len(share), generator) if len(share) else ():
+            for pools, num in self._pools(number, len(share), generator) if len(share) else ():
                 source.append(_draw(pools[0], num, generator))
                 target.append(_draw(pools[1], num, generator))
+                if self._by_level and self._config.self_pairs:
+                    stays = torch.rand(num, generator=generator).numpy() < self._config.self_pairs
+                    stays &= self._bin_of[source[-1]] == self._bin_of[target[-1]]
+                    target[-1] = np.where(stays, source[-1], target[-1])
                 blocks += [len(source)] * num
         return np.concatenate(source), np.concatenate(target), torch.tensor(blocks)
 
-    def _pools(self, transition: tuple[int, int], num: int, generator: torch.Generator):
+    def _pools(self, number: int, num: int, generator: torch.Generator):
         if self._groups is None:
-            return [((self._members[transition[0]], self._members[transition[1]]), num)]
-        shared = self._groups[transition]
+            return [(self._blocks[number][:2], num)]
+        shared = self._groups[number]
         weights = torch.tensor([float(min(len(a), len(b))) for a, b in shared])
-        sizes = [len(part) for part in np.array_split(np.arange(num), -(-num // _ROWS_PER_GROUP))]
+        sizes = [len(part) for part in np.array_split(np.arange(num), -(-num // _ROWS_PER_BLOCK))]
         chosen = torch.multinomial(weights, len(sizes), replacement=True, generator=generator).tolist()
         return [(shared[g], size) for g, size in zip(chosen, sizes, strict=True)]
 

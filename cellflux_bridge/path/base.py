@@ -28,6 +28,8 @@ class Path(ABC):
     noise_on_every_sample: bool = False
     # Noise-free and straight: the reverse ODE from a target image ends at a source image.
     reversible: bool = False
+    # x_t + (1 - t) u_t = x1, which holds where all noise shrinks with 1 - t.
+    straight: bool = False
 
     def times(self, num: int, *, generator: torch.Generator) -> torch.Tensor:
         """Training times (num,), stratified so that a batch covers the interval evenly; each is uniform."""
@@ -41,6 +43,40 @@ class Path(ABC):
     @abstractmethod
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
         """Standard deviation gamma(t) of the noise on a state that started noisy; t of any shape."""
+
+    @abstractmethod
+    def noise_rate(self, t: torch.Tensor) -> torch.Tensor:
+        """gamma'(t), the derivative of `noise_scale`."""
+
+    def score_factor(self, t: torch.Tensor) -> torch.Tensor:
+        """b(t) = gamma (gamma / t - gamma') in v(x | y) = v(x) + b(t) grad_x log p(y | x, t); t of any shape, above 0.
+
+        Exact where noise gamma(t) lies on every sample and all else that x_t consists of is x1 and what the network
+        and the classifier see: nothing more for a Gaussian source (b = (1 - t) / t), the clean x0 for the others.
+        From E[eps | x] = -gamma grad log p and the two linear equations of x_t and u_t (method of Dhariwal & Nichol
+        2021, sec. 4, for flows).
+        """
+        gamma = self.noise_scale(t)
+        return gamma * (gamma / t - self.noise_rate(t))
+
+    def has_endpoint(self) -> bool:
+        """Whether `endpoint` can be computed at every t above 0."""
+        t = torch.linspace(0.01, 0.99, 99)
+        return self.straight or bool((self.noise_scale(t) - t * self.noise_rate(t) > 0).all())
+
+    def endpoint(
+        self, x_t: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor, x0: torch.Tensor | None
+    ) -> torch.Tensor:
+        """E[x1 | x_t] (B, C, H, W) that a velocity at x_t stands for; t (B,), x0 the clean source.
+
+        x_t + (1 - t) v on straight paths; else the solution for x1 of x_t = (1 - t) x0 + t x1 + gamma eps and
+        v = x1 - x0 + gamma' eps, which needs x0.
+        """
+        t = t.view(-1, 1, 1, 1)
+        if self.straight:
+            return x_t + (1 - t) * velocity
+        gamma, rate = self.noise_scale(t), self.noise_rate(t)
+        return (gamma * (velocity + x0) - rate * (x_t - (1 - t) * x0)) / (gamma - t * rate)
 
     def start(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """The state to integrate from at t_start; `noise` is standard normal, shaped like x0."""

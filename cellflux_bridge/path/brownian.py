@@ -28,6 +28,17 @@ class Brownian(Path):
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
         return self._matcher.compute_sigma_t(t)
 
+    def noise_rate(self, t: torch.Tensor) -> torch.Tensor:
+        return self._matcher.sigma * (1 - 2 * t) / (2 * torch.sqrt(t * (1 - t)))
+
+    def score_factor(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(t, self._matcher.sigma**2 / 2)  # what the general form comes to, without its 0 / 0
+
+    def endpoint(self, x_t, velocity, t, x0):
+        """The general form with its roots cancelled, so that it holds at t = 1, too, where gamma' is infinite."""
+        t = t.view(-1, 1, 1, 1)
+        return (2 * t * (1 - t) * (velocity + x0) - (1 - 2 * t) * (x_t - (1 - t) * x0)) / t
+
     def sample(self, x0, x1, t, *, generator) -> PathSample:
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         x_t = self._matcher.sample_xt(x0, x1, t, eps)

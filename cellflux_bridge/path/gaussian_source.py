@@ -10,12 +10,16 @@ class GaussianSource(Path):
     """x_t = (1 - t) eps + t x1, u = x1 - eps (rectified flow; Liu et al. 2023): the source image is not used."""
 
     from_data = False
+    straight = True
 
     def __init__(self):
         self._matcher = ConditionalFlowMatcher(sigma=0.0)
 
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
         return 1 - t
+
+    def noise_rate(self, t: torch.Tensor) -> torch.Tensor:
+        return -torch.ones_like(t)
 
     def start(self, x0, noise):
         return noise

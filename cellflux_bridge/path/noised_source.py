@@ -15,6 +15,8 @@ class NoisedSource(Path):
     whether translation starts from the noised image, too; with probability 1 it must.
     """
 
+    straight = True
+
     def __init__(self, *, scale: float = 0.5, probability: float = 1.0, noisy_start: bool = True):
         if scale <= 0:
             raise UserError(f"path.scale: {scale} is no noise; expected a number above 0, or path.name=straight")
@@ -28,6 +30,9 @@ class NoisedSource(Path):
 
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
         return self._scale * (1 - t) * self._noisy_start
+
+    def noise_rate(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(t, -self._scale * self._noisy_start)
 
     def sample(self, x0, x1, t, *, generator) -> PathSample:
         eps = torch.randn(x0.shape, generator=generator)

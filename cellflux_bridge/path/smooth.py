@@ -32,6 +32,9 @@ class Smooth(Path):
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
         return self._matcher.compute_sigma_t(t)
 
+    def noise_rate(self, t: torch.Tensor) -> torch.Tensor:
+        return self._matcher.sigma * math.pi * torch.sin(2 * math.pi * t)
+
     def without_noise(self, x_t, t, noise):
         """The state itself: it starts clean, so its noise is not the one that was drawn for the start."""
         return x_t

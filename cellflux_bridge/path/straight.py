@@ -14,11 +14,15 @@ class Straight(Path):
     """
 
     reversible = True
+    straight = True
 
     def __init__(self):
         self._matcher = ConditionalFlowMatcher(sigma=0.0)
 
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(t)
+
+    def noise_rate(self, t: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(t)
 
     def sample(self, x0, x1, t, *, generator) -> PathSample:

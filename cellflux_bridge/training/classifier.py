@@ -1,41 +1,37 @@
-"""Classification of patches as a training task."""
+"""Classification of patches, or of a flow's states, as a training task; and what a trained classifier says."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
 from cellflux_bridge import images
-from cellflux_bridge.classifier.model import PatchClassifier
-from cellflux_bridge.config import ClassifierConfig, Config
+from cellflux_bridge.classifier.model import TIME_BINS, PatchClassifier, time_bin
+from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.data.soft_labels import soft_labels
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.randomness import torch_generator
+from cellflux_bridge.randomness import derive_seed, torch_generator
 from cellflux_bridge.training import checkpoint
+from cellflux_bridge.training.calibration import balanced_weights, fit_temperature
+from cellflux_bridge.training.states import LabelledBatch, States
 
-# Colour statistics of a class need no more patches than this, however many there are.
-MOST_FOR_STATISTICS = 2000
-
-
-class LabelledBatch(NamedTuple):
-    x: torch.Tensor
-    y: torch.Tensor
+_CHUNK = 256
 
 
-def build_classifier(config: Config) -> PatchClassifier:
-    """The (untrained) classifier of a resolved configuration."""
+def build_classifier(config: Config, *, download: bool = True) -> PatchClassifier:
+    """The (untrained) classifier of a resolved configuration; `download`: whether pretrained weights are fetched."""
     c = config.classifier
     return PatchClassifier(
         len(config.data.classes),
         backbone=c.backbone,
         pretrained=c.pretrained,
+        download=download,
+        sees=c.sees,
+        source_image=config.condition.source_image,
         view=c.view,
         jitter=c.jitter,
         blur=c.blur,
@@ -43,37 +39,83 @@ def build_classifier(config: Config) -> PatchClassifier:
 
 
 class ClassifierTask:
-    """Cross-entropy on class-balanced batches of random crops."""
+    """Cross-entropy on class-balanced batches of random crops, or on the states that the flow's sampler visits.
 
-    def __init__(self, config: Config, patches: Patches):
-        self._patches, self._seed = patches, config.seed
-        self._config: ClassifierConfig = config.classifier
-        self._flips = config.data.flips
+    Judges and guides draw their initial weights and batches from different random streams, so that they are separate
+    trainings. `train` are numbers of patches that replace the training split (cross-fitting; images only), `stream`
+    tells such trainings apart; `levels` are the flow's own where its states are seen and its condition is a level.
+    Labels are classes or, with classifier.labels=score, soft.
+
+    Raises UserError for a class without training patches, an empty split, a missing score and an unfit backbone.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        patches: Patches,
+        *,
+        train: np.ndarray | None = None,
+        stream: str = "",
+        levels: np.ndarray | None = None,
+    ):
+        self._patches, self._seed, self._flips = patches, config.seed, config.data.flips
+        self._config = c = config.classifier
+        self._stream = ("classifier", c.role, c.sees, c.view, stream)
         self.preprocessing = patches.preprocessing
-        self.model = build_classifier(config)
-        _require_fit(self.model, config)
-        self._train = [patches.indices("train", label) for label in patches.classes]
+        for split in ("val", "test") if train is None else ("val",):
+            if len(patches.indices(split)) == 0:
+                raise UserError(f"the {split} split is empty; raise data.split.{split} or name splits in the data")
+        train = patches.indices("train") if train is None else train
         self._val = patches.indices("val")
+        needed = np.concatenate([train, self._val])
+        self._labels = soft_labels(patches, c.labels, needed=needed, key="classifier.labels")
+        self._train = [train[patches.labels[train] == number] for number in range(len(patches.classes))]
         for label, indices in zip(patches.classes, self._train, strict=True):
             if len(indices) == 0:
                 raise UserError(f"class {label!r} has no patch in the train split; see `cellflux-bridge data check`")
-        for split in ("val", "test"):
-            if len(patches.indices(split)) == 0:
-                raise UserError(f"the {split} split is empty; raise data.split.{split} or name splits in the data")
+        # Hard labels of images are smoothed, lest certainty take the gradient away; the temperature undoes the bias.
+        self._smoothing = 0.05 if c.labels == "class" and c.sees == "image" else 0.0
+        self._states, self._val_states = None, None
+        if c.sees == "state":
+            self._states = States(config, patches, self._labels, split="train", levels=levels)
+            self._val_states = States(config, patches, self._labels, split="val", levels=levels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self._seed, *self._stream, "weights"))
+            self.model = build_classifier(config)
+        _require_fit(self.model, config)
 
     def batch(self, index: int, *, rank: int) -> LabelledBatch:
-        generator = torch_generator(self._seed, "classifier", self._config.view, index, rank)
+        if self._states is not None:
+            return self._states.batch(index, rank=rank)
+        generator = torch_generator(self._seed, *self._stream, index, rank)
         y = torch.randint(len(self._train), (self._config.train.batch_size,), generator=generator)
         draws = torch.rand(len(y), generator=generator)
         chosen = [self._train[c][int(u * len(self._train[c]))] for c, u in zip(y.tolist(), draws.tolist(), strict=True)]
-        return LabelledBatch(images.encode(self._patches.random(chosen, flips=self._flips, generator=generator)), y)
+        x = images.encode(self._patches.random(chosen, flips=self._flips, generator=generator))
+        return LabelledBatch(x, torch.from_numpy(self._labels[chosen]))
 
     def loss(self, model: nn.Module, batch: LabelledBatch) -> torch.Tensor:
-        return F.cross_entropy(model(batch.x), batch.y, label_smoothing=0.05)
+        return F.cross_entropy(model(batch.x, batch.t, batch.x0), batch.y, label_smoothing=self._smoothing)
 
-    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        predicted = _predict_patches(model, self._patches, self._val, device=device).argmax(1)
-        return {"val/accuracy": accuracy_score(self._patches.labels[self._val], predicted)}
+    def validate(self, model: PatchClassifier, device: torch.device) -> dict[str, float]:
+        """Accuracy on the validation split and the temperature fitted there, which `model` has from now on: training
+        validates before it saves, so that the last checkpoint is calibrated. Of states, `validate_pairs` stand behind
+        each of the temperatures."""
+        if self._val_states is None:
+            logits = patch_logits(model, self._patches, self._val, device=device)
+            targets, bins = self._labels[self._val], np.zeros(len(self._val), int)
+            weights = balanced_weights(self._patches.labels[self._val])
+        else:
+            num = -(-self._config.train.validate_pairs * TIME_BINS // self._config.train.batch_size)
+            logits, targets, bins = state_logits(model, map(self._val_states.batch, range(num)), device=device)
+            weights = np.ones(len(logits))
+        for number in np.unique(bins):
+            rows = bins == number
+            model.temperature[number] = fit_temperature(logits[rows], targets[rows], weights[rows])
+        return {
+            "val/accuracy": float((logits.argmax(1) == targets.argmax(1)).mean()),
+            "val/temperature": model.temperature.mean().item(),
+        }
 
     def sheet(self, model: nn.Module, device: torch.device) -> None:
         return None
@@ -81,9 +123,10 @@ class ClassifierTask:
 
 def _require_fit(model: PatchClassifier, config: Config) -> None:
     size = config.data.image_size
+    image, t = torch.zeros(1, 3, size, size), torch.zeros(1)
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
+            model.eval()(image, t if model.sees == "state" else None, image if model.source_image else None)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"classifier.backbone={config.classifier.backbone}: cannot see patches of data.image_size={size} px "
@@ -94,54 +137,46 @@ def _require_fit(model: PatchClassifier, config: Config) -> None:
 
 
 def load(folder: Path, device: torch.device) -> PatchClassifier:
-    """The classifier of a checkpoint folder, in evaluation mode."""
-    config = checkpoint.read_config(folder)
-    untrained = config.classifier.model_copy(update={"pretrained": False})  # its own weights follow
-    model = build_classifier(config.model_copy(update={"classifier": untrained}))
+    """The classifier of a checkpoint folder, temperature included, in evaluation mode."""
+    model = build_classifier(checkpoint.read_config(folder), download=False)
     checkpoint.load_weights(folder, model)
     return model.to(device).eval()
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batch: torch.Tensor, *, device: torch.device, chunk: int = 256) -> np.ndarray:
-    """Class probabilities (N, num_classes) of uint8 patches (N, 3, H, W)."""
+def _in_chunks(
+    function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, device: torch.device, chunk: int
+) -> np.ndarray:
+    return torch.cat([function(images.encode(part).to(device)).float().cpu() for part in batch.split(chunk)]).numpy()
+
+
+def predict(model: PatchClassifier, batch: torch.Tensor, *, device: torch.device, chunk: int = _CHUNK) -> np.ndarray:
+    """Calibrated class probabilities (N, num_classes) of uint8 patches (N, 3, H, W)."""
+    return np.exp(_in_chunks(model.eval().log_probabilities, batch, device, chunk))
+
+
+def features(model: PatchClassifier, batch: torch.Tensor, *, device: torch.device, chunk: int = _CHUNK) -> np.ndarray:
+    """What the last layer sees, (N, D) float32, of uint8 patches (N, 3, H, W)."""
+    return _in_chunks(model.eval().features, batch, device, chunk)
+
+
+def patch_logits(
+    model: PatchClassifier, patches: Patches, indices: np.ndarray, *, device: torch.device, chunk: int = _CHUNK
+) -> np.ndarray:
+    """Logits (N, num_classes) of the middle patches of a data set, never more than a chunk of them in memory."""
+    parts = (indices[start : start + chunk] for start in range(0, len(indices), chunk))
+    return np.concatenate([_in_chunks(model.eval(), patches.centre(part), device, chunk) for part in parts])
+
+
+@torch.no_grad()
+def state_logits(
+    model: PatchClassifier, batches: Sequence[LabelledBatch], *, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits and soft labels (N, num_classes) of batches of states, and the number (N,) of each state's time bin."""
     model.eval()
-    logits = [model(images.encode(part).to(device)).float().cpu() for part in batch.split(chunk)]
-    return torch.cat(logits).softmax(1).numpy()
-
-
-def _chunks(indices: np.ndarray, chunk: int = 256) -> list[np.ndarray]:
-    return [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
-
-
-def _predict_patches(model: nn.Module, patches: Patches, indices: np.ndarray, *, device: torch.device) -> np.ndarray:
-    """`predict` of the middle patches of a data set, never more than a chunk of them in memory."""
-    return np.concatenate([predict(model, patches.centre(part), device=device) for part in _chunks(indices)])
-
-
-def test_scores(model: nn.Module, patches: Patches, *, device: torch.device) -> dict[str, float]:
-    """Accuracy on the test split, beside a logistic regression on colour means and spreads alone (fitted on at most
-    `MOST_FOR_STATISTICS` training patches)."""
-    test = patches.indices("test")
-    train = patches.sample("train", num=MOST_FOR_STATISTICS, seed=0)
-    labels = patches.labels[test]
-    predicted = _predict_patches(model, patches, test, device=device).argmax(1)
-
-    def statistics(indices: np.ndarray) -> np.ndarray:
-        return np.concatenate([colour_statistics(patches.centre(part)) for part in _chunks(indices)])
-
-    colour = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    colour.fit(statistics(train), patches.labels[train])
-    by_colour = colour.predict(statistics(test))
-    return {
-        "test/n": len(test),
-        "test/accuracy": accuracy_score(labels, predicted),
-        "test/balanced_accuracy": balanced_accuracy_score(labels, predicted),
-        "test/colour_only_balanced_accuracy": balanced_accuracy_score(labels, by_colour),
-    }
-
-
-def colour_statistics(batch: torch.Tensor) -> np.ndarray:
-    """Mean and standard deviation of each channel, (N, 6), of uint8 patches (N, 3, H, W)."""
-    flat = batch.float().flatten(2)
-    return torch.cat([flat.mean(2), flat.std(2)], dim=1).numpy()
+    logits, targets, bins = [], [], []
+    for x, y, t, x0 in batches:
+        logits.append(model(x.to(device), t.to(device), None if x0 is None else x0.to(device)).float().cpu())
+        targets.append(y)
+        bins.append(time_bin(t))
+    return tuple(torch.cat(parts).numpy() for parts in (logits, targets, bins))

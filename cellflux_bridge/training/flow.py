@@ -1,6 +1,7 @@
 """Flow matching as a training task."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,38 +60,28 @@ def build_flow(config: Config) -> tuple[Path, nn.Module]:
     return path, network
 
 
-def class_level(number: int, num_classes: int) -> float:
-    """The level of a class without scores: 0 for the first of two classes, 1 for the second."""
-    if num_classes != 2:
-        raise UserError(
-            f"condition.target=level: {num_classes} classes have no order by themselves; "
-            "give a score in the manifest, name two classes, or use condition.target=class"
-        )
-    return float(number)
-
-
 def make_condition(batch: PairBatch, config: Config) -> Condition:
     """What the network is told of a batch of pairs."""
-    level = None
-    if config.condition.target == "level":
-        level = batch.target_score.clone()
-        missing = level.isnan()
-        if missing.any():
-            levels = [class_level(int(c), len(config.data.classes)) for c in batch.target_class[missing]]
-            level[missing] = torch.tensor(levels, dtype=level.dtype)
+    by_level = config.condition.target == "level"
     return Condition(
-        target_class=batch.target_class,
-        level=level,
+        target_class=None if by_level else batch.target_class,
+        level=batch.target_level if by_level else None,
         source_class=batch.source_class if config.condition.source_class else None,
         source_image=batch.x0 if config.condition.source_image else None,
     )
 
 
 class FlowTask:
-    """Regression of v(t, x_t, cond) on u_t (conditional flow matching)."""
+    """Regression of v(t, x_t, cond) on u_t (conditional flow matching).
 
-    def __init__(self, config: Config, patches: Patches):
-        self._config = config
+    `levels` (N, num_classes) are the patches' soft labels where the condition is a level (see `training.levels`), by
+    default their classes.
+    """
+
+    def __init__(self, config: Config, patches: Patches, *, levels: np.ndarray | None = None):
+        if levels is None and config.condition.target == "level":
+            levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels]
+        self._config, self._levels = config, levels
         self.preprocessing = patches.preprocessing
         self.path, self.model = build_flow(config)
         self._train = self._pairs(patches, "train", config.train.batch_size)
@@ -108,6 +99,8 @@ class FlowTask:
             seed=self._config.seed,
             pairs=self._config.pairs,
             data=self._config.data,
+            levels=self._levels,
+            level_bins=self._config.condition.level_bins,
         )
 
     def _flow_batch(self, pairs: PairBatch, *purpose: str | int) -> FlowBatch:
@@ -177,15 +170,12 @@ class FlowTask:
 
 
 def _swapped(cond: Condition) -> Condition:
-    flipped = None if cond.level is None else 1 - cond.level
-    if cond.source_class is None:
-        target = cond.target_class.flip(0)
-    else:
-        target = cond.source_class
-    return Condition(
-        target_class=target,
-        level=flipped,
-        source_class=None if cond.source_class is None else cond.target_class,
-        source_image=cond.source_image,
-        dropped=cond.dropped,
+    """Source and target class change places; without a source class, and for levels, targets change with each other."""
+    has_classes = cond.source_class is not None and cond.target_class is not None
+    target = cond.target_class if cond.target_class is None else cond.target_class.flip(0)
+    return replace(
+        cond,
+        target_class=cond.source_class if has_classes else target,
+        source_class=cond.target_class if has_classes else cond.source_class,
+        level=None if cond.level is None else cond.level.flip(1),
     )

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -126,37 +126,56 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
     wrapped, optimiser = fabric.setup(model, optimiser)
     ema = averaged(model, train.ema_decay)
     # After the set-up, because an optimiser's state is laid where its parameters are when it is loaded.
-    step, seconds = _restore(folder, model, optimiser, ema)
-    if step >= train.steps or _out_of_time(seconds, train):
-        fabric.print(f"{folder}: trained already ({step} steps); raise train.steps or train.max_minutes to go on")
+    step, spent = _restore(folder, model, optimiser, ema)
+    if step >= train.steps or spent.exceeds(train):
+        fabric.print(f"{folder}: trained already ({step} steps); raise its steps or minutes to go on")
         return checkpoint.latest(folder)
-    trainer = _Trainer(task, config, train, folder, fabric, wrapped, optimiser, ema, step, seconds)
+    trainer = _Trainer(task, config, train, folder, fabric, wrapped, optimiser, ema, step, spent)
     with _caught_signals() as caught, ThreadPoolExecutor(1) as background:
         return trainer.run(caught, background)
 
 
-def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: nn.Module) -> tuple[int, float]:
+class _Spent(NamedTuple):
+    """Seconds of training: of the clock, and of this process's threads together."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @staticmethod
+    def now() -> "_Spent":
+        return _Spent(time.monotonic(), time.process_time())
+
+    def since(self, began: "_Spent") -> "_Spent":
+        seconds, cpu_seconds = _Spent.now()
+        return _Spent(self.seconds + seconds - began.seconds, self.cpu_seconds + cpu_seconds - began.cpu_seconds)
+
+    def share(self, train: TrainConfig) -> float:
+        """How much of the minutes that a training may take is spent; 0 where they are not limited."""
+        limits = ((self.seconds, train.max_minutes), (self.cpu_seconds, train.max_cpu_minutes))
+        return max((spent / (60 * limit) for spent, limit in limits if limit is not None), default=0.0)
+
+    def exceeds(self, train: TrainConfig) -> bool:
+        return self.share(train) >= 1
+
+
+def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: nn.Module) -> tuple[int, _Spent]:
     if not any((folder / "checkpoints").glob("step-*[0-9]")):
-        return 0, 0.0
+        return 0, _Spent()
     newest = checkpoint.latest(folder)
     state = checkpoint.load_state(newest)
     model.load_state_dict(state["model"], strict=True)
     optimiser.load_state_dict(state["optimiser"])
     checkpoint.load_weights(newest, ema.module)
     ema.n_averaged.fill_(state["step"])
-    return state["step"], state["seconds"]
-
-
-def _out_of_time(seconds: float, train: TrainConfig) -> bool:
-    return train.max_minutes is not None and seconds >= 60 * train.max_minutes
+    return state["step"], _Spent(state["seconds"], state["cpu_seconds"])
 
 
 class _Trainer:
     """The state of one call of `fit`."""
 
-    def __init__(self, task, config, train, folder, fabric, model, optimiser, ema, step, seconds):
+    def __init__(self, task, config, train, folder, fabric, model, optimiser, ema, step, spent):
         self.task, self.config, self.train, self.folder, self.fabric = task, config, train, folder, fabric
-        self.model, self.optimiser, self.ema, self.step, self.seconds = model, optimiser, ema, step, seconds
+        self.model, self.optimiser, self.ema, self.step, self.spent = model, optimiser, ema, step, spent
         self.log = Log(folder, from_step=step, tensorboard=train.tensorboard) if fabric.is_global_zero else None
         self.is_finite = torch.ones((), dtype=torch.bool, device=fabric.device)
 
@@ -173,7 +192,7 @@ class _Trainer:
         )
         with bar:
             while True:
-                began = time.monotonic()
+                began = _Spent.now()
                 batches = upcoming.result()
                 if self.step + 1 < train.steps:
                     upcoming = background.submit(self._batches, self.step + 1)
@@ -188,7 +207,7 @@ class _Trainer:
                     bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
                     self._log_update(loss, norm, began)
                 self._periodic(done)
-                self.seconds += time.monotonic() - began
+                self.spent = self.spent.since(began)
                 if done or self.step % train.checkpoint_every == 0:
                     self._require_finite()
                     self._save()
@@ -198,12 +217,10 @@ class _Trainer:
             raise Stopped(caught[0], self.step)
         return checkpoint.latest(self.folder)
 
-    def _expected_steps(self, began: float) -> int:
+    def _expected_steps(self, began: _Spent) -> int:
         """The step at which steps or minutes will have run out, at the pace so far; what the bar counts to."""
-        if self.train.max_minutes is None:
-            return self.train.steps
-        seconds = self.seconds + time.monotonic() - began
-        return min(self.train.steps, max(self.step, round(self.step * 60 * self.train.max_minutes / seconds)))
+        share = self.spent.since(began).share(self.train)
+        return min(self.train.steps, max(self.step, round(self.step / share))) if share else self.train.steps
 
     def _batches(self, step: int) -> list[Any]:
         first = step * self.train.accumulate
@@ -233,9 +250,9 @@ class _Trainer:
         self.ema.update_parameters(self.model.module)
         return total, norm
 
-    def _agreed_stop(self, caught: list[int], began: float) -> bool:
+    def _agreed_stop(self, caught: list[int], began: _Spent) -> bool:
         """Whether any process was signalled or has run out of time; all processes answer alike."""
-        stop = bool(caught) or _out_of_time(self.seconds + time.monotonic() - began, self.train)
+        stop = bool(caught) or self.spent.since(began).exceeds(self.train)
         if self.fabric.world_size > 1:
             flag = torch.tensor(float(stop), device=self.fabric.device)
             stop = bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
@@ -255,13 +272,13 @@ class _Trainer:
                 + (f"The last good checkpoint is {found[-1]}" if found else "No checkpoint had been written")
             )
 
-    def _log_update(self, loss: torch.Tensor, norm: torch.Tensor, began: float) -> None:
+    def _log_update(self, loss: torch.Tensor, norm: torch.Tensor, began: _Spent) -> None:
         if self.log is not None:
             images = self.train.batch_size * self.train.accumulate * self.fabric.world_size
-            rate = images / max(time.monotonic() - began, 1e-9)
+            rate = images / max(time.monotonic() - began.seconds, 1e-9)
             lr = self.optimiser.param_groups[0]["lr"]
             values = {"loss": loss.item(), "gradient_norm": norm.item(), "lr": lr, "images_per_second": rate}
-            self.log.write(self.step, {**values, "seconds": self.seconds})
+            self.log.write(self.step, {**values, **self.spent._asdict()})
 
     def _periodic(self, done: bool) -> None:
         train = self.train
@@ -281,7 +298,7 @@ class _Trainer:
     def _save(self) -> None:
         state = {
             "step": self.step,
-            "seconds": self.seconds,
+            **self.spent._asdict(),
             "model": self.model.module.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }

@@ -12,12 +12,18 @@ from cellflux_bridge.errors import UserError
 ADAPTIVE = ("dopri5",)
 
 
+# From where to where: two numbers, or two tensors (B,) where samples differ.
+Interval = tuple[float | torch.Tensor, float | torch.Tensor]
+
+
 class Integration(NamedTuple):
-    """States (K+1, B, C, H, W) float32 at times (K+1,), and the number of network forwards that each image took."""
+    """States (K+1, B, C, H, W) float32 at times (K+1,), or (K+1, B) where samples have their own, and how many network
+    forwards and classifier gradients each image took."""
 
     states: torch.Tensor
     times: torch.Tensor
     nfe: int
+    gradients: int
 
 
 def _frame_steps(steps: int, frames: int) -> np.ndarray:
@@ -25,8 +31,8 @@ def _frame_steps(steps: int, frames: int) -> np.ndarray:
     return np.rint(np.linspace(0, steps, frames)).astype(int)
 
 
-def frame_times(*, steps: int, frames: int, solver: str, interval: tuple[float, float] = (0.0, 1.0)) -> torch.Tensor:
-    """Times (frames,) float64 at which `integrate` returns states.
+def frame_times(*, steps: int, frames: int, solver: str, interval: Interval = (0.0, 1.0)) -> torch.Tensor:
+    """Times (frames,) float64, or (frames, B) of intervals (B,), at which `integrate` returns states.
 
     Raises UserError for more frames than a fixed-step solver has states.
     """
@@ -41,7 +47,9 @@ def frame_times(*, steps: int, frames: int, solver: str, interval: tuple[float, 
         )
     else:
         fractions = _frame_steps(steps, frames) / steps
-    return torch.from_numpy(interval[0] + (interval[1] - interval[0]) * fractions)
+    begin, end = (torch.as_tensor(e, dtype=torch.float64).cpu() for e in interval)
+    fractions = torch.from_numpy(fractions).view(-1, *(1,) * begin.ndim)
+    return begin + (end - begin) * fractions
 
 
 @torch.no_grad()
@@ -53,29 +61,30 @@ def integrate(
     steps: int = 25,
     frames: int = 2,
     solver: str = "midpoint",
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: Interval = (0.0, 1.0),
     tolerance: float = 1e-4,
 ) -> Integration:
     """Carry states along dx/dt = velocity(t, x, cond) from interval[0] to interval[1], which may be the smaller.
 
-    `x` (B, C, H, W) is the state at interval[0]; `velocity` is called with t (B,). Fixed-step solvers (euler,
+    `x` (B, C, H, W) is the state at interval[0]; `velocity` is called with t (B,). The interval's ends are numbers, or
+    (B,), both, where each sample has its own. Fixed-step solvers (euler,
     midpoint, heun2, heun3, rk4) take `steps` equal steps whatever the frames; frames are states at the grid points
     nearest to equal spacing, so the end is the same for any number of them. dopri5 chooses its steps from a norm over
     the whole batch, so a sample depends on its batch up to `tolerance` (absolute and relative); prefer a fixed-step
     solver. Raises UserError for more frames than grid points.
     """
     times = frame_times(steps=steps, frames=frames, solver=solver, interval=interval)
-    begin, end = interval
+    begin, end = (torch.as_tensor(e, dtype=torch.float32, device=x.device).expand(len(x)) for e in interval)
+    length = (end - begin).view(-1, 1, 1, 1)
     x = x.to(torch.float32)
     # torchdiffeq runs on s in [0, 1]; the grid is built once in float64, so that its end is exact in both directions.
     grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64).to(x)
-    calls = 0
+    calls, gradients_before = 0, getattr(velocity, "gradients", 0)
 
     def right_hand_side(s: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        t = (begin + (end - begin) * s).expand(len(state))
-        return (end - begin) * velocity(t, state, cond).to(state.dtype)
+        return length * velocity(begin + (end - begin) * s, state, cond).to(state.dtype)
 
     if solver in ADAPTIVE:
         points = torch.linspace(0, 1, frames).to(x)
@@ -84,4 +93,5 @@ def integrate(
         options = {"grid_constructor": lambda func, y0, t: grid}
         points = grid[_frame_steps(steps, frames)]
         states = odeint(right_hand_side, x, points, method=solver, options=options)
-    return Integration(states, times, calls * getattr(velocity, "forwards_per_call", 1))
+    gradients = getattr(velocity, "gradients", 0) - gradients_before
+    return Integration(states, times, calls * getattr(velocity, "forwards_per_call", 1), gradients)

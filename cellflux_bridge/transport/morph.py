@@ -17,10 +17,12 @@ from cellflux_bridge.velocity.condition import Condition
 
 
 class Morph(NamedTuple):
-    """Frames (K+1, B, C, H, W) float32 in about [-1, 1], frame 0 the source itself, and forwards per image."""
+    """Frames (K+1, B, C, H, W) float32 in about [-1, 1], frame 0 the source itself, and forwards and classifier
+    gradients per sequence."""
 
     frames: torch.Tensor
     nfe: int
+    gradients: int
 
 
 def source_noise(shape: Sequence[int], source_ids: Sequence[str], *, seed: int) -> torch.Tensor:
@@ -72,4 +74,4 @@ def morph(
     start = x0 if reverse else path.start(x0, noise)
     result = integrate(velocity, start, cond, steps=steps, frames=frames, solver=solver, interval=interval)
     shown = [path.without_noise(x, t, noise) for x, t in zip(result.states, result.times, strict=True)]
-    return Morph(torch.stack([x0, *shown[1:]]), result.nfe)
+    return Morph(torch.stack([x0, *shown[1:]]), result.nfe, result.gradients)

@@ -10,7 +10,8 @@ from torch import nn
 class ConditionSpec:
     """What a network's condition consists of; part of its architecture.
 
-    `target` is "class" or "level" (a number in [0, 1]); the source class and the clean source image are optional.
+    `target` is "class" or "level" (a soft label, see `Condition`); the source class and the clean source image are
+    optional.
     """
 
     num_classes: int
@@ -23,8 +24,10 @@ class ConditionSpec:
 class Condition:
     """The condition of B samples; every field is (B, ...) or None.
 
-    target_class, source_class int64; level float32 in [0, 1]; source_image (B, C, H, W) float32 in [-1, 1], the clean
-    x0; `dropped` bool marks samples whose class, level and source class are replaced by the learned null.
+    target_class, source_class int64; level (B, num_classes) float32, a soft label whose entries sum to 1: level c
+    between classes A and B is (1 - c, c), and any mixture of more classes is one too; source_image (B, C, H, W) float32
+    in [-1, 1], the clean x0; `dropped` bool marks samples whose class, level and source class are replaced by the
+    learned null.
     """
 
     target_class: torch.Tensor | None = None
@@ -85,9 +88,9 @@ class ConditionEmbedding(nn.Module):
         if spec.target == "class":
             self.target = nn.Embedding(spec.num_classes, dim)
         else:
-            # A level enters as a smooth function of a few frequencies, so that levels between trained ones
-            # interpolate instead of meeting frequencies they were never seen with.
-            self.target = nn.Sequential(nn.Linear(5, dim), nn.SiLU(), nn.Linear(dim, dim))
+            # A level enters as it is, so that levels between trained ones interpolate: of a periodic function of it, a
+            # network trained near the ends alone has never seen the values between.
+            self.target = nn.Sequential(nn.Linear(spec.num_classes, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.source = nn.Embedding(spec.num_classes, dim) if spec.source_class else None
         self.null = nn.Parameter(torch.zeros(dim))
 
@@ -95,9 +98,7 @@ class ConditionEmbedding(nn.Module):
         if self._spec.target == "class":
             vector = self.target(cond.target_class)
         else:
-            c = cond.level.float()[:, None]
-            angles = torch.pi * c * torch.tensor([0.5, 1.0], device=c.device)
-            vector = self.target(torch.cat([c, angles.sin(), angles.cos()], dim=1))
+            vector = self.target(2 * cond.level.float() - 1)
         if self.source is not None:
             vector = vector + self.source(cond.source_class)
         if cond.dropped is not None:

@@ -23,6 +23,8 @@ from cellflux_bridge.randomness import derive_seed, numpy_generator
 _Count = Annotated[int, Field(ge=0)]
 # Severities of class A and class B; the range between them is only ever drawn for the "range" folder.
 SEVERITY = {"A": (0.0, 0.15), "B": (0.85, 1.0)}
+# The same where a data set covers the whole range.
+HALVES = {"A": (0.0, 0.5), "B": (0.5, 1.0)}
 
 
 class Phantom(Folder):
@@ -30,6 +32,10 @@ class Phantom(Folder):
 
     `num_range` more images cover the whole range of severity, the only ground truth for what lies between; they are
     written to `range/` with a table of their own and belong to no class, so that no training sees them.
+
+    With `whole_range` every split covers severities 0 to 1 evenly, A being those below 0.5 and B the rest: a data set
+    for judging (a severity regressor trained on its scores, real phantoms of every severity), made with another `seed`
+    and under another root, and never one to train a bridge on: the problem is what lies between classes that are apart.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Phantom(Folder):
         num_test: _Count = 200,
         num_range: _Count = 300,
         seed: int = 0,
+        whole_range: bool = False,
     ):
         super().__init__(root)
         self._settings = {
@@ -52,6 +59,8 @@ class Phantom(Folder):
             "range": num_range,
             "seed": seed,
         }
+        if whole_range:  # the stamp of other folders stays as it was
+            self._settings["whole_range"] = True
 
     def records(self) -> list[PatchRecord]:
         """Every patch of the two classes, with its severity as score; makes the files if they are not there."""
@@ -93,7 +102,7 @@ class Phantom(Folder):
         seed, size = self._settings["seed"], self._settings["size"]
         jobs = []
         for split in ("train", "val", "test"):
-            for label, (low, high) in SEVERITY.items():
+            for label, (low, high) in (HALVES if "whole_range" in self._settings else SEVERITY).items():
                 draw = numpy_generator(seed, "phantom", split, label)
                 for number, severity in enumerate(draw.uniform(low, high, self._settings[split])):
                     file = folder / split / label / f"{label}{number:05d}.png"

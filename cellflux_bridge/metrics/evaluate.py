@@ -1,0 +1,143 @@
+"""The figures of trajectories: every method at the same levels, by the same networks, beside its baselines and floors.
+
+Quantities (one `Value` each, per level where it says so; a KID or Frechet distance belongs to its extractor alone):
+
+flip_rate (level)               share of frames that a judge gives to the target class before all others
+probability (level)             mean p(target class) of a judge
+calibration_mean                mean over levels of |mean p - s_k|
+calibration_image               mean over images and levels of |p - s_k|
+monotone_share                  share of sequences whose p never falls by more than 0.02 from frame to frame
+rank_correlation                mean over sequences of Spearman's correlation of p with the level
+preservation (level)            mean feature distance to the own source / to real source-class patches of other groups
+path_over_straight              mean over sequences of the way's length in features over the distance of its ends
+largest_over_mean_step          mean over sequences of the largest step over the mean one
+kid_pooled (level)              KID to real source- and target-class patches together
+kid_pooled_over_floor (level)   the same less the mean of the real-vs-real floor; without a level: the worst after 0
+kid_own, frechet_own (level)    distance, in the extractor's features, to real patches of the own score, or else class
+kid_target, frechet_target      the same of level 1 to real target patches
+severity_error (level)          mean |severity estimate - s_k|; without a level over all levels
+nfe, gradients, cpu_seconds     means of a sequence
+haematoxylin_area, contrast, fine_detail (level)    see `metrics.tissue`
+guidance_kid_ratio, guidance_frechet_ratio (level)  kid_own and frechet_own with guidance over without, on common
+                                sources; without a level the mean of the levels' ratios, and *_of_means the ratio of the
+                                levels' means, which a level near 0 does not rule
+
+Of real patches: kid_floor and frechet_floor (mean over random halves, `low` and `high` their 95 % range) and
+*_floor_spread (their standard deviation), probability, flip_rate, severity_error and the tissue figures.
+A value that does not exist (a ratio to a distance that is not above 0, an interval of a Frechet distance) is NaN.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.metrics.figures import add_figures
+from cellflux_bridge.metrics.networks import Network, load_networks
+from cellflux_bridge.metrics.panel import Panel
+from cellflux_bridge.metrics.rivals import Difference, add_guidance, differences
+from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target
+from cellflux_bridge.metrics.values import Value, Values
+from cellflux_bridge.trajectory import read_header
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All figures of some trajectories, and what they were made with; methods and baselines in the table's order.
+
+    `unguided` names, for a guided method, the one that it was compared to.
+    """
+
+    source: str
+    target: str
+    num_levels: int
+    seed: int
+    networks: tuple[Network, ...]
+    methods: tuple[Sequences, ...]
+    baselines: tuple[Sequences, ...]
+    unguided: dict[str, str]
+    values: tuple[Value, ...]
+    differences: tuple[Difference, ...]
+
+
+def _names(folders: Sequence[Path], unguided: Sequence[Path]) -> list[str]:
+    """What each trajectory is called in the table: its method, and its folder where that does not tell them apart."""
+    methods = [read_header(folder).method for folder in folders]
+    short = [f"{m}, unguided" if f in unguided else m for m, f in zip(methods, folders, strict=True)]
+    longer = [f"{m} ({f.name})" if short.count(m) > 1 else m for m, f in zip(short, folders, strict=True)]
+    return [n if longer.count(n) == 1 else f"{m} ({f})" for n, m, f in zip(longer, short, folders, strict=True)]
+
+
+def _require_same_transition(folders: Sequence[Path]) -> tuple[str, str]:
+    found = [(header.source, header.target) for header in map(read_header, folders)]
+    for folder, transition in zip(folders, found, strict=True):
+        if transition != found[0]:
+            raise UserError(
+                f"{folder}: {' -> '.join(transition)}, but {folders[0]} is {' -> '.join(found[0])}; methods are "
+                "compared on one transition, evaluate the others by themselves"
+            )
+    return found[0]
+
+
+def evaluate(
+    trajectories: Sequence[Path],
+    *,
+    judges: Sequence[Path],
+    features: Path,
+    scores: Path | None = None,
+    unguided: Sequence[Path] = (),
+    num_levels: int = 10,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    device: torch.device,
+) -> Evaluation:
+    """All figures of trajectory folders of one transition; the first is compared with each other one by source.
+
+    `judges` are runs of classifiers, `features` of one that neither guided nor judges; `scores` of one trained with
+    classifier.labels=score on patches of the whole range, whose p is the severity of a frame. `unguided` are
+    trajectories of the same method as one of the others, made without guidance; they are evaluated, too. Raises
+    UserError for a guide among the networks, and for trajectories and networks that do not fit each other.
+    """
+    if num_levels < 1:
+        raise UserError(f"--levels {num_levels}: expected at least one level after the source")
+    folders = [*trajectories, *unguided]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a trajectory is named twice; name each once, as a trajectory or with --unguided")
+    source, target = _require_same_transition(folders)
+    methods = [read_header(folder).method for folder in trajectories]
+    for folder in unguided:
+        if (method := read_header(folder).method) not in methods:
+            raise UserError(f"--unguided {folder}: its method {method} is none of {', '.join(methods)}; name its rival")
+    runs = [*(("judge", run) for run in judges), ("features", features)]
+    runs += [("scores", scores)] if scores is not None else []
+    networks = load_networks(runs, source=source, target=target, overrides=overrides, device=device)
+    names = _names(folders, unguided)
+    looked = [
+        collect(folder, networks, name=name, num_levels=num_levels) for folder, name in zip(folders, names, strict=True)
+    ]
+    values = Values()
+    panel = Panel(networks, seed=seed, values=values)
+    baselines = [copied_source(looked[0]), nearest_target(looked[0], networks, panel.extractor)]
+    baselines = [sequences for sequences in baselines if sequences is not None]
+    for sequences in (*looked, *baselines):
+        add_figures(values, sequences, panel)
+    rivals = {}
+    for without in looked[len(trajectories) :]:
+        for guided in looked[: len(trajectories)]:
+            if guided.header.method == without.header.method:
+                add_guidance(values, guided, without, panel)
+                rivals[guided.name] = without.name
+    return Evaluation(
+        source=source,
+        target=target,
+        num_levels=num_levels,
+        seed=seed,
+        networks=tuple(networks),
+        methods=tuple(looked),
+        baselines=tuple(baselines),
+        unguided=rivals,
+        values=tuple(values.rows),
+        differences=tuple(row for other in looked[1:] for row in differences(looked[0], other, panel)),
+    )

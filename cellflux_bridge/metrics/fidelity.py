@@ -1,0 +1,174 @@
+"""How far a set of images lies from another in a network's features: kernel and Frechet distance.
+
+Features (N, D) of any float type. Values of different feature extractors are never comparable.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.linalg import eigh
+
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.metrics.resampling import COVERAGE, Estimate, half_splits
+
+_BLOCK = 1024
+
+
+class Floor(NamedTuple):
+    """What a distance gives on real against real patches: mean, standard deviation and 95 % range over the splits."""
+
+    mean: float
+    spread: float
+    low: float
+    high: float
+    num_splits: int
+
+
+def require_finite(features: np.ndarray, *, name: str) -> np.ndarray:
+    """The features themselves; UserError where one of them is not a finite number."""
+    if not np.isfinite(features).all():
+        wrong = int((~np.isfinite(features.reshape(len(features), -1))).any(axis=1).sum())
+        raise UserError(
+            f"{name}: {wrong} of {len(features)} images have features or probabilities that are not finite numbers; "
+            "the network that looks at them has diverged, train it again or name another"
+        )
+    return features
+
+
+def _codes(groups_a, groups_b, num_a: int, num_b: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both sets' group names as numbers; where none are given every item of either set is a group of its own."""
+    if groups_a is None:
+        return np.arange(num_a), num_a + np.arange(num_b)
+    _, numbers = np.unique(np.concatenate([np.asarray(groups_a), np.asarray(groups_b)]), return_inverse=True)
+    return numbers[:num_a], numbers[num_a:]
+
+
+def _mean_kernel(x, y, groups_x, groups_y, chosen_x, chosen_y, block: int) -> np.ndarray:
+    """Mean of (x.y / D + 1)^3 over pairs of different groups, within each of S subsets.
+
+    x (N, D), y (M, D); `chosen_x` (N, S) and `chosen_y` (M, S) are 1 where an item belongs to a subset. Returns (S,).
+    """
+    totals, counts = np.zeros(chosen_x.shape[1]), np.zeros(chosen_x.shape[1])
+    for i in range(0, len(x), block):
+        for j in range(0, len(y), block):
+            apart = groups_x[i : i + block, None] != groups_y[None, j : j + block]
+            kernel = (x[i : i + block] @ y[j : j + block].T / x.shape[1] + 1) ** 3
+            columns = chosen_y[j : j + block]
+            totals += ((kernel * apart) @ columns * chosen_x[i : i + block]).sum(0)
+            counts += (apart.astype(np.float64) @ columns * chosen_x[i : i + block]).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return totals / counts  # NaN where there is no pair
+
+
+def _subsets(groups: np.ndarray, *, num: int, generator: np.random.Generator | None) -> np.ndarray:
+    """(N, 1 + num): all items, then halves of the groups drawn without replacement."""
+    chosen = np.ones((len(groups), 1 + num))
+    for column, (half, _) in enumerate(half_splits(groups, num=num, generator=generator) if num else (), start=1):
+        chosen[:, column] = np.isin(np.arange(len(groups)), half)
+    return chosen
+
+
+def kid(features_a: np.ndarray, features_b: np.ndarray, **options) -> Estimate:
+    """`kid_by_level` of one set of features (N, D)."""
+    return kid_by_level(np.asarray(features_a)[:, None], features_b, **options)[0]
+
+
+def kid_by_level(
+    frames: np.ndarray,
+    real: np.ndarray,
+    *,
+    groups: Sequence[str] | np.ndarray | None = None,
+    real_groups: Sequence[str] | np.ndarray | None = None,
+    num_subsamples: int = 0,
+    generator: np.random.Generator | None = None,
+    block: int = _BLOCK,
+) -> list[Estimate]:
+    """Kernel distance of Binkowski et al. (2018), unbiased MMD^2 with the kernel (x.y / D + 1)^3, on all samples.
+
+    Of each of the L levels of `frames` (N, L, D) to `real` (M, D). The expectation is 0 for two sets of one
+    distribution, so a value may be negative. Pairs of one group (patches of a tile, or a frame and the real patch that
+    it was made from) are not independent and count in none of the three means; without groups that leaves out an
+    item's pair with itself alone, the estimator as published. Kernels are made block by block: memory stays flat.
+
+    The interval is the basic one over `num_subsamples` draws of half of the groups of either set without replacement:
+    such a half's deviation spreads as widely as the whole's error (delete-half jackknife, Shao & Wu 1989). It is NaN
+    without subsamples and for fewer than four groups, the value is NaN for fewer than two.
+    """
+    frames, real = np.asarray(frames, np.float64), np.asarray(real, np.float64)
+    own, of_real = _codes(groups, real_groups, len(frames), len(real))
+    fewest = min(len(np.unique(own)), len(np.unique(of_real)))
+    num = num_subsamples if fewest >= 4 else 0
+    chosen, chosen_real = (_subsets(codes, num=num, generator=generator) for codes in (own, of_real))
+    within_real = _mean_kernel(real, real, of_real, of_real, chosen_real, chosen_real, block)
+    results = []
+    for level in frames.swapaxes(0, 1):
+        within = _mean_kernel(level, level, own, own, chosen, chosen, block)
+        across = _mean_kernel(level, real, own, of_real, chosen, chosen_real, block)
+        value, *drawn = within + within_real - 2 * across
+        low, high = np.percentile(np.array(drawn) - value, COVERAGE) if num else (np.nan, np.nan)
+        results.append(Estimate(float(value), float(value - high), float(value - low)))
+    return results
+
+
+def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the distance of FID (Heusel et al. 2017) in any features.
+
+    The root's trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), whose eigenvalues are real and >= 0 for any n, also
+    where there are fewer images than features and both covariances are singular. It is biased upward at small n: state
+    n, and compare only values of the same n. NaN where a set has fewer than two images.
+    """
+    a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
+    if min(len(a), len(b)) < 2:
+        return float("nan")
+    cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
+    values, vectors = eigh(cov_a)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = eigh(root @ cov_b @ root, eigvals_only=True)
+    mean = a.mean(0) - b.mean(0)
+    apart = mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.maximum(cross, 0)).sum()
+    return max(0.0, float(apart))  # rounding alone takes it below
+
+
+def kid_floor(
+    features: np.ndarray,
+    groups: Sequence[str] | np.ndarray,
+    *,
+    generator: np.random.Generator,
+    num_splits: int = 100,
+    block: int = _BLOCK,
+) -> Floor:
+    """`kid` between random halves, by group, of the real patches.
+
+    Its mean is 0 in expectation and may come out negative, and single splits are skewed upward, all the more so where
+    the patches are of two kinds: what a difference to the mean is worth is told by `spread`.
+    """
+    x, (codes, _) = np.asarray(features, np.float64), _codes(groups, [], len(features), 0)
+    splits = half_splits(groups, num=num_splits, generator=generator)
+    if len(splits) == 0 or len(np.unique(codes)) < 4:
+        return _floor(np.empty(0))
+    first = np.stack([np.isin(np.arange(len(x)), half) for half, _ in splits], axis=1).astype(np.float64)
+    second = 1 - first
+    within = _mean_kernel(x, x, codes, codes, first, first, block) + _mean_kernel(
+        x, x, codes, codes, second, second, block
+    )
+    return _floor(within - 2 * _mean_kernel(x, x, codes, codes, first, second, block))
+
+
+def frechet_floor(
+    features: np.ndarray,
+    groups: Sequence[str] | np.ndarray,
+    *,
+    generator: np.random.Generator,
+    num_splits: int = 20,
+) -> Floor:
+    """`frechet_distance` between random halves, by group: of half as many images, so larger than of all."""
+    splits = half_splits(groups, num=num_splits, generator=generator)
+    return _floor(np.array([frechet_distance(features[first], features[second]) for first, second in splits]))
+
+
+def _floor(values: np.ndarray) -> Floor:
+    if len(values) == 0 or not np.isfinite(values).all():
+        return Floor(*(float("nan"),) * 4, len(values))
+    low, high = np.percentile(values, COVERAGE)
+    return Floor(float(values.mean()), float(values.std(ddof=1)), float(low), float(high), len(values))

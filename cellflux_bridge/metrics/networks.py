@@ -1,0 +1,224 @@
+"""The networks that look at frames: judges, the extractor that neither guided nor judged, the severity estimator."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cellflux_bridge.config import load_config
+from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.data.records import SPLITS, some
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.metrics.fidelity import require_finite
+from cellflux_bridge.progress import progress
+from cellflux_bridge.training import checkpoint, classifier
+
+_CHUNK = 256
+# Mean absolute difference, in grey levels, above which a source is not the patch that the network's data has.
+_SAME_PATCH = 8.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a network makes of images.
+
+    `value` (...) is p(target class), or of a severity estimator the severity in the direction of the target;
+    `is_target` (...) whether the target is the most probable class; `features` (..., D) what its last layer sees.
+    """
+
+    value: np.ndarray
+    is_target: np.ndarray
+    features: np.ndarray
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Seen":
+        return Seen(function(self.value), function(self.is_target), function(self.features))
+
+    def at(self, index) -> "Seen":
+        return self.map(lambda array: array[index])
+
+    @staticmethod
+    def cat(parts: "Sequence[Seen]") -> "Seen":
+        return Seen(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Seen)))
+
+
+class RealPatches(NamedTuple):
+    """Real test patches: `numbers` (M,) into a network's patches, group names, and whether each is of the target."""
+
+    numbers: np.ndarray
+    groups: np.ndarray
+    is_target: np.ndarray
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained classifier in one `use` ("judge", "features" or "scores"), and the patches of its own configuration.
+
+    `name` tells it apart from the others; `weights` (C,) turn class probabilities into `Seen.value`.
+    """
+
+    name: str
+    use: str
+    view: str
+    checkpoint: Path
+    patches: Patches
+    source: str
+    target: str
+    weights: np.ndarray
+    model: torch.nn.Module
+    device: torch.device
+
+    @property
+    def image_size(self) -> int:
+        return self.patches.preprocessing.image_size
+
+    def look(self, batch: np.ndarray | torch.Tensor, *, origin: str) -> Seen:
+        """What it makes of uint8 patches (N, 3, S, S); UserError, naming `origin`, where that is not finite."""
+        batch = torch.as_tensor(batch)
+        p = classifier.predict(self.model, batch, device=self.device, chunk=_CHUNK)
+        features = classifier.features(self.model, batch, device=self.device, chunk=_CHUNK)
+        require_finite(np.column_stack([p, features]), name=f"{self.name}, looking at {origin}")
+        return Seen(p @ self.weights, p.argmax(1) == self.patches.class_index(self.target), features)
+
+    def look_at_patches(self, patches: Patches, numbers: np.ndarray) -> Seen:
+        """What it makes of the middle patches of a data set, never more than a chunk of them in memory."""
+        starts = progress(range(0, len(numbers), _CHUNK), desc=f"{self.name}: real patches", unit="batch", leave=False)
+        return Seen.cat([self.look(patches.centre(numbers[i : i + _CHUNK]), origin="real patches") for i in starts])
+
+    def groups_of(self, numbers: np.ndarray) -> np.ndarray:
+        return np.array(self.patches.group_names)[self.patches.groups[numbers]]
+
+    def groups_of_sources(self, source_ids: Sequence[str]) -> np.ndarray:
+        """The group of each source; one that is not among the network's patches is a group of its own."""
+        known = {source_id: number for number, source_id in enumerate(self.patches.ids)}
+        names = self.patches.group_names
+        found = (known.get(source_id) for source_id in source_ids)
+        return np.array(
+            [
+                source_id if number is None else names[self.patches.groups[number]]
+                for source_id, number in zip(source_ids, found, strict=True)
+            ]
+        )
+
+    def real_patches(self) -> RealPatches:
+        """Test patches: of the source and the target class; of a severity estimator all that have a score."""
+        if self.use == "scores":
+            numbers = self.patches.indices("test")
+            numbers = numbers[np.isfinite(self.patches.scores[numbers])]
+        else:
+            numbers = np.concatenate([self.patches.indices("test", label) for label in (self.source, self.target)])
+        is_target = self.patches.labels[numbers] == self.patches.class_index(self.target)
+        if len(numbers) == 0 or (self.use != "scores" and len(np.unique(is_target)) < 2):
+            wanted = "patches with a score" if self.use == "scores" else f"{self.source} and {self.target}"
+            raise UserError(
+                f"{self.name}: the test split of its data lacks {wanted}, to which frames are compared; raise "
+                "data.split.test and train it again, or name splits in the data"
+            )
+        return RealPatches(numbers, self.groups_of(numbers), is_target)
+
+    def scores(self, numbers: np.ndarray) -> np.ndarray:
+        """True severities in the direction of the target, (M,)."""
+        scores = self.patches.scores[numbers]
+        return scores if self.target == self.patches.classes[-1] else 1 - scores
+
+    def require_fair(self, source_ids: Sequence[str], sources: np.ndarray, *, origin: str) -> None:
+        """UserError where it trained on one of the sources (B, 3, S, S), or knows them at another crop or stain.
+
+        A severity estimator's data set is another one, whose files may bear the same names by chance.
+        """
+        if sources.shape[-2:] != (self.image_size,) * 2:
+            raise UserError(
+                f"{origin}: frames of {sources.shape[-1]} x {sources.shape[-2]} px, {self.name} was trained on "
+                f"{self.image_size} px; evaluate with classifiers of the frames' size (data.image_size)"
+            )
+        known = {source_id: number for number, source_id in enumerate(self.patches.ids)}
+        pairs = [(b, known[source_id]) for b, source_id in enumerate(source_ids) if source_id in known]
+        if self.use == "scores" or not pairs:
+            return
+        rows, numbers = np.array(pairs).T
+        real = self.patches.centre(numbers).numpy().astype(np.float32)
+        if np.median(np.abs(real - sources[rows]).mean((1, 2, 3))) > _SAME_PATCH:
+            raise UserError(
+                f"{origin}: its sources are not the patches that {self.name} knows under these names; its data must "
+                "have the same data.root, data.crop and data.stain as the run that made the sequences"
+            )
+        trained = self.patches.splits[numbers] == SPLITS.index("train")
+        if trained.any():
+            names = [source_ids[b] for b in rows[trained]]
+            raise UserError(
+                f"{self.name}: trained on sources of {origin}: {some(names, limit=3)}; translate patches of the test "
+                "split, and train classifiers with the flow's seed and data.split, which decide the splits"
+            )
+
+
+def load_networks(
+    runs: Sequence[tuple[str, Path]],
+    *,
+    source: str,
+    target: str,
+    overrides: Sequence[str] = (),
+    device: torch.device,
+) -> list[Network]:
+    """The newest checkpoints of (use, run folder); `overrides` apply to all but a severity estimator's data.
+
+    Raises UserError for a guide, for a run that is named twice, and for one that does not know the classes.
+    """
+    folders = [checkpoint.latest(run) for _, run in runs]
+    _require_different([run for _, run in runs], folders)
+    names = _names([folder.parent.parent if folder.parent.name == "checkpoints" else folder for folder in folders])
+    return [
+        _load(use, name, folder, source, target, () if use == "scores" else overrides, device)
+        for (use, _), name, folder in zip(runs, names, folders, strict=True)
+    ]
+
+
+def _require_different(runs: list[Path], folders: list[Path]) -> None:
+    resolved = [folder.resolve() for folder in folders]
+    for run, folder in zip(runs, resolved, strict=True):
+        if resolved.count(folder) > 1:
+            raise UserError(
+                f"{run}: is named twice; judges, --features and --scores must be separately trained networks"
+            )
+
+
+def _names(runs: list[Path]) -> list[str]:
+    short = ["/".join(run.resolve().parts[-2:]) for run in runs]
+    return [name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)]
+
+
+def _load(use: str, name: str, folder: Path, source: str, target: str, overrides, device) -> Network:
+    config = load_config(folder / checkpoint.CONFIG, overrides)
+    if config.classifier.role == "guide":
+        raise UserError(
+            f"{folder}: is a guide (classifier.role=guide), whose opinion the frames were made to please; judge them "
+            "with a classifier trained apart, with classifier.role=judge"
+        )
+    classes = tuple(config.data.classes)
+    missing = [label for label in (source, target) if label not in classes]
+    if missing:
+        raise UserError(
+            f"{folder}: does not know the class {missing[0]!r} of the sequences; it was trained on {', '.join(classes)}"
+        )
+    weights = np.array([label == target for label in classes], np.float32)
+    if use == "scores":
+        if config.classifier.labels != "score" or {source, target} != {classes[0], classes[-1]}:
+            raise UserError(
+                f"--scores {folder}: expected a classifier trained with classifier.labels=score from {source} to "
+                f"{target}; found labels={config.classifier.labels} and the classes {', '.join(classes)}"
+            )
+        weights = np.linspace(0, 1, len(classes), dtype=np.float32)
+        weights = weights if target == classes[-1] else 1 - weights
+    return Network(
+        name=name,
+        use=use,
+        view=config.classifier.view,
+        checkpoint=folder,
+        patches=load_patches(config.data, seed=config.seed),
+        source=source,
+        target=target,
+        weights=weights,
+        model=classifier.load(folder, device),
+        device=device,
+    )

@@ -1,0 +1,124 @@
+"""The panel that frames stand before: its networks, the real patches they compare frames to, and the floors."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
+from cellflux_bridge.metrics.networks import Network, RealPatches, Seen
+from cellflux_bridge.metrics.resampling import Estimate, Resamples, bootstrap, estimate
+from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
+from cellflux_bridge.metrics.values import Subject, Values
+from cellflux_bridge.randomness import numpy_generator
+
+NUM_RESAMPLES, NUM_SUBSAMPLES = 1000, 100
+# A real patch is of a level where its score lies this near.
+SCORE_WINDOW = 0.075
+REAL_SOURCE, REAL_TARGET, REAL_POOLED, REAL_SCORED = "real source", "real target", "real pooled", "real scored"
+_CHUNK = 256
+
+
+class Real(NamedTuple):
+    """Real test patches of source and target, what a network makes of them, and its floor of KID on all of them."""
+
+    patches: RealPatches
+    seen: Seen
+    floor: Floor
+
+
+class Scored(NamedTuple):
+    """Real test patches with scores, their scores in the direction of the target, and the extractor's features."""
+
+    patches: RealPatches
+    scores: np.ndarray
+    features: np.ndarray
+
+
+class Panel:
+    """Networks with what they make of real patches, whose figures go to `values`.
+
+    `judges` give probabilities, `extractor` is the network that neither guided nor judges, `estimator` (or None) tells
+    severities. Every draw is seeded by `seed` and a purpose.
+    """
+
+    def __init__(self, networks: Sequence[Network], *, seed: int, values: Values):
+        self.networks, self.seed, self._values = tuple(networks), seed, values
+        self.judges = [network for network in networks if network.use == "judge"]
+        self.extractor = next(network for network in networks if network.use == "features")
+        self.estimator = next((network for network in networks if network.use == "scores"), None)
+        self.real = {network.name: self._look(network) for network in (*self.judges, self.extractor)}
+        self._add_extractors_own()
+        self.scored = None if self.estimator is None else self._look_at_scored(self.estimator)
+
+    def generator(self, *purpose: str) -> np.random.Generator:
+        return numpy_generator(self.seed, "evaluate", *purpose)
+
+    def resamples(self, groups: np.ndarray) -> Resamples:
+        return bootstrap(groups, num=NUM_RESAMPLES, generator=self.generator("bootstrap"))
+
+    def groups(self, source_ids: Sequence[str]) -> np.ndarray:
+        """The groups of sources, among which resamples are drawn."""
+        return self.judges[0].groups_of_sources(source_ids)
+
+    def own_reference(self, level: float) -> tuple[np.ndarray, np.ndarray]:
+        """The extractor's features, and groups, of the real patches that frames of a level are compared to.
+
+        With scores: patches whose score lies within `SCORE_WINDOW`. Else the source class below 0.5, the target class
+        above, both at 0.5.
+        """
+        if self.scored is not None:
+            chosen = np.abs(self.scored.scores - level) <= SCORE_WINDOW + 1e-6
+            return self.scored.features[chosen], self.scored.patches.groups[chosen]
+        real = self.real[self.extractor.name]
+        is_target = real.patches.is_target
+        chosen = np.ones_like(is_target) if abs(level - 0.5) < 1e-6 else is_target == (level > 0.5)
+        return real.seen.features[chosen], real.patches.groups[chosen]
+
+    def target_reference(self) -> tuple[np.ndarray, np.ndarray]:
+        """The extractor's features, and groups, of real target patches."""
+        real = self.real[self.extractor.name]
+        return real.seen.features[real.patches.is_target], real.patches.groups[real.patches.is_target]
+
+    def _look(self, network: Network) -> Real:
+        patches = network.real_patches()
+        seen = network.look_at_patches(network.patches, patches.numbers)
+        floor = self._add_floor(REAL_POOLED, "kid", network, seen.features, patches.groups, kid_floor)
+        for name, chosen in _by_class(patches):
+            of = Subject(name, int(chosen.sum()))
+            resamples = self.resamples(patches.groups[chosen])
+            for quantity, each in (("probability", seen.value[chosen]), ("flip_rate", seen.is_target[chosen])):
+                self._values.add(of, quantity, estimate(lambda i, each=each: each[i].mean(), resamples), by=network)
+        return Real(patches, seen, floor)
+
+    def _add_floor(self, name: str, kind: str, by: Network, features, groups, measure: Callable) -> Floor:
+        floor = measure(features, groups, generator=self.generator("floor", name, kind))
+        of = Subject(name, len(features))
+        self._values.add(of, f"{kind}_floor", Estimate(floor.mean, floor.low, floor.high), by=by)
+        self._values.add(of, f"{kind}_floor_spread", floor.spread, by=by)
+        return floor
+
+    def _add_extractors_own(self) -> None:
+        """Floors among target patches in the extractor's features, and what no network was trained on."""
+        features, groups = self.target_reference()
+        self._add_floor(REAL_TARGET, "kid", self.extractor, features, groups, kid_floor)
+        self._add_floor(REAL_TARGET, "frechet", self.extractor, features, groups, frechet_floor)
+        real = self.real[self.extractor.name].patches
+        parts = [real.numbers[i : i + _CHUNK] for i in range(0, len(real.numbers), _CHUNK)]
+        figures = np.concatenate([tissue_figures(self.extractor.patches.centre(part).numpy()) for part in parts])
+        for name, chosen in _by_class(real):
+            found = estimate(lambda i, own=figures[chosen]: own[i].mean(0), self.resamples(real.groups[chosen]))
+            for figure, *one in zip(FIGURES, *found, strict=True):
+                self._values.add(Subject(name, int(chosen.sum())), figure, Estimate(*one))
+
+    def _look_at_scored(self, estimator: Network) -> Scored:
+        real, patches = estimator.real_patches(), estimator.patches
+        scores = estimator.scores(real.numbers)
+        error = np.abs(estimator.look_at_patches(patches, real.numbers).value - scores)
+        found = estimate(lambda i: error[i].mean(), self.resamples(real.groups))
+        self._values.add(Subject(REAL_SCORED, len(error)), "severity_error", found, by=estimator)
+        return Scored(real, scores, self.extractor.look_at_patches(patches, real.numbers).features)
+
+
+def _by_class(patches: RealPatches) -> tuple[tuple[str, np.ndarray], ...]:
+    return (REAL_SOURCE, ~patches.is_target), (REAL_TARGET, patches.is_target)

@@ -1,0 +1,102 @@
+"""An evaluation as files: metrics.json, metrics.csv in long form and tables in metrics.md, each whole or not at all.
+
+metrics.json, format 1; a number that does not exist is null:
+
+    format, source, target, num_levels, seed
+    networks      [{name, use: judge | features | scores, view, checkpoint, image_size}]
+    methods       [{name, trajectory, method, config_hash, n, levels, frame_levels, unguided}], baselines after them,
+                  with a null trajectory; `frame_levels` are the soft labels of the frames that stand for `levels`;
+                  `unguided` names the method that a guided one is compared to
+    values        [{trajectory, method, quantity, level, extractor, n, n_real, value, low, high}], as in metrics.csv;
+                  the quantities are listed in `metrics.evaluate`
+    differences   [{first, second, quantity, extractor, n, difference, low, high, p, num_groups}], p of Wilcoxon's
+                  signed-rank test on means of groups
+"""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.files import replace_text
+from cellflux_bridge.metrics.evaluate import Evaluation
+from cellflux_bridge.metrics.table import by_level, markdown
+from cellflux_bridge.metrics.values import Value
+
+FORMAT = 1
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The content of metrics.json."""
+    return _without_nan(
+        {
+            "format": FORMAT,
+            "source": evaluation.source,
+            "target": evaluation.target,
+            "num_levels": evaluation.num_levels,
+            "seed": evaluation.seed,
+            "networks": [
+                {
+                    "name": network.name,
+                    "use": network.use,
+                    "view": network.view,
+                    "checkpoint": str(network.checkpoint),
+                    "image_size": network.image_size,
+                }
+                for network in evaluation.networks
+            ],
+            "methods": [
+                {
+                    "name": of.name,
+                    "trajectory": None if of.folder is None else str(of.folder),
+                    "method": None if of.folder is None else of.header.method,
+                    "config_hash": None if of.folder is None else of.header.config_hash,
+                    "n": len(of.source_ids),
+                    "levels": of.levels,
+                    "frame_levels": of.frame_levels,
+                    "unguided": evaluation.unguided.get(of.name),
+                }
+                for of in (*evaluation.methods, *evaluation.baselines)
+            ],
+            "values": [value._asdict() for value in evaluation.values],
+            "differences": [
+                {key: value for key, value in row._asdict().items() if key != "paired"} | row.paired._asdict()
+                for row in evaluation.differences
+            ],
+        }
+    )
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _as_csv(evaluation: Evaluation) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(Value._fields)
+    writer.writerows(_without_nan(value) for value in evaluation.values)
+    return text.getvalue()
+
+
+def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str]:
+    """Write `output` (a .json) and beside it the .csv and .md of its name; returns the files and the main table."""
+    if output.suffix != ".json":
+        raise UserError(f"--output {output}: expected a name that ends in .json; .csv and .md are written beside it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    table = markdown(evaluation)
+    texts = {
+        output: json.dumps(as_json(evaluation), indent=1, allow_nan=False) + "\n",
+        output.with_suffix(".csv"): _as_csv(evaluation),
+        output.with_suffix(".md"): f"{table}\n{by_level(evaluation)}",
+    }
+    for path, text in texts.items():
+        replace_text(path, text)
+    return list(texts), table

@@ -1,0 +1,72 @@
+"""The long form in which all figures are kept: one row a value, with what it is of, by whom, and from how many."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cellflux_bridge.metrics.networks import Network
+from cellflux_bridge.metrics.resampling import Estimate
+
+
+class Value(NamedTuple):
+    """One figure. `level` is None where it belongs to the whole sequence; `extractor` "" where no network is asked;
+    `n` sequences or images, `n_real` the real patches they are compared to; `low` and `high` a 95 % interval."""
+
+    trajectory: str
+    method: str
+    quantity: str
+    level: float | None
+    extractor: str
+    n: int
+    n_real: int | None
+    value: float
+    low: float
+    high: float
+
+
+class Subject(NamedTuple):
+    """What values are of: a method's or a baseline's sequences, or a set of real patches; `levels` (K,)."""
+
+    name: str
+    n: int
+    folder: Path | None = None
+    levels: tuple[float, ...] = ()
+
+
+class Values:
+    """Collects rows."""
+
+    def __init__(self):
+        self.rows: list[Value] = []
+
+    def add(
+        self,
+        of: Subject,
+        quantity: str,
+        found: Estimate | float,
+        *,
+        level: float | None = None,
+        by: Network | None = None,
+        n_real: int | None = None,
+    ) -> None:
+        """One value; a plain number has no interval."""
+        numbers = found if isinstance(found, Estimate) else (found, np.nan, np.nan)
+        folder, extractor = str(of.folder or ""), "" if by is None else by.name
+        self.rows.append(Value(folder, of.name, quantity, level, extractor, of.n, n_real, *map(float, numbers)))
+
+    def add_levels(
+        self,
+        of: Subject,
+        quantity: str,
+        found: Estimate | Sequence[Estimate],
+        *,
+        by: Network | None = None,
+        n_real: int | None = None,
+    ) -> None:
+        """A value a level: an estimate of arrays or as many estimates, for all levels with the source or without."""
+        each = [Estimate(*one) for one in zip(*found, strict=True)] if isinstance(found, Estimate) else found
+        levels = (0.0, *of.levels)[-len(each) :]
+        for level, one in zip(levels, each, strict=True):
+            self.add(of, quantity, one, level=level, by=by, n_real=n_real)

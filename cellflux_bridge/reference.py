@@ -1,0 +1,255 @@
+"""The reference bridge as a Python object: `ReferenceBridge.load("runs/bridge_lung").translate(images)`."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+
+from cellflux_bridge import images as image_io
+from cellflux_bridge.bridge.ddim import ClassifierFree, Conditional, NoisePredictor
+from cellflux_bridge.bridge.depths import require_depths, uniform_depths
+from cellflux_bridge.bridge.networks import Denoiser, NoisyClassifier, load_foreign
+from cellflux_bridge.bridge.schedule import respaced
+from cellflux_bridge.bridge.stairs import DepthRule, bridge_stairs, fourier_rule
+from cellflux_bridge.config import PLACES_AND_PACE, Config, TranslateConfig, load_config
+from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.progress import progress
+from cellflux_bridge.training import checkpoint
+from cellflux_bridge.training.bridge import STAGES, build_denoiser, build_noisy_classifier
+from cellflux_bridge.training.run import differences
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
+from cellflux_bridge.translator import Translator, single_process_fabric
+
+# Keys of `translate` that the bridge heeds; what else it does stands in `bridge`.
+_HEEDED = ("source", "target", "split", "num", "levels", "batch_size")
+_NOT_THE_BRIDGE = ("video", "classifier", "translate", "train", "coupling", "path", "velocity", "condition", "pairs")
+
+
+class ReferenceBridge(Translator):
+    """Cellflow's classifier-guided DDIM bridge: stairs of `translate.levels` levels, nominally k / K.
+
+    `denoiser` decodes, and encodes unless there is a `source_denoiser`; `weights_hash` identifies foreign weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        preprocessing: Preprocessing,
+        step: int,
+        fabric: Fabric,
+        denoiser: Denoiser,
+        source_denoiser: Denoiser | None = None,
+        classifier: NoisyClassifier | None = None,
+        weights_hash: str = "",
+    ):
+        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric)
+        denoiser, source_denoiser, classifier = (
+            None
+            if network is None
+            else network.to(fabric.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            for network in (denoiser, source_denoiser, classifier)
+        )
+        self._schedule = respaced(config.bridge.timesteps)
+        self._classifier, self._weights_hash = classifier, weights_hash
+        self._decoder = self._predictor(denoiser)
+        self._encoder = self._decoder if source_denoiser is None else self._predictor(source_denoiser)
+
+    def _predictor(self, denoiser: Denoiser) -> NoisePredictor:
+        bridge = self.config.bridge
+        if bridge.guidance != "classifier_free":
+            return Conditional(denoiser.eps)
+        return ClassifierFree(denoiser.eps, null_class=denoiser.null_class, weight=bridge.weight)
+
+    @classmethod
+    def load(cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None) -> "ReferenceBridge":
+        """The newest networks of a run folder that train-bridge wrote, or a YAML file that names foreign weights.
+
+        `overrides` are `key.sub=value` settings of this use, such as bridge.depths=fourier or translate.num=10. Where
+        bridge.denoiser.weights or bridge.classifier.weights is set, that file takes the place of the trained network.
+        Raises UserError for a network that is missing, was trained otherwise, or does not fit the configuration.
+        """
+        path = Path(run)
+        config = (
+            load_config(path / checkpoint.CONFIG, overrides, output=path)
+            if path.is_dir()
+            else load_config(path, overrides)
+        )
+        if config.data.classes is None:
+            raise UserError(f"{path}: data.classes: name them, in the order of the networks' class numbers")
+        loader = _Loader(config)
+        denoiser = loader.denoiser()
+        source_denoiser = None if config.bridge.source_denoiser is None else loader.source_denoiser()
+        classifier = loader.classifier() if config.bridge.guidance == "classifier" else None
+        if fabric is None:
+            fabric = single_process_fabric(config.model_copy(update={"train": config.bridge.denoiser.train}))
+        return cls(
+            config=config,
+            preprocessing=loader.preprocessing(),
+            step=loader.step,
+            fabric=fabric,
+            denoiser=denoiser,
+            source_denoiser=source_denoiser,
+            classifier=classifier,
+            weights_hash=loader.weights_hash,
+        )
+
+    def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
+        unheeded = sorted(options.keys() - set(_HEEDED))
+        if unheeded:
+            raise UserError(
+                f"translate.{unheeded[0]}: has no part in the reference bridge; it heeds {', '.join(_HEEDED)}, "
+                "and the keys of `bridge`"
+            )
+        settings = super()._settings(source, target, options)
+        self._depths(settings)
+        return settings
+
+    def _depths(self, settings: TranslateConfig) -> torch.Tensor | DepthRule:
+        """Depths (K,), or the rule that finds them."""
+        wanted, timesteps = self.config.bridge.depths, len(self._schedule)
+        if isinstance(wanted, list):
+            require_depths(wanted, timesteps)
+            return torch.tensor(wanted)
+        if isinstance(settings.levels, list):
+            raise UserError(
+                "translate.levels: the reference bridge's levels are nominal, k / K; give their number, and depths as "
+                "bridge.depths"
+            )
+        uniform = torch.tensor(uniform_depths(timesteps, settings.levels))
+        return uniform if wanted == "uniform" else fourier_rule(settings.levels, mirrored=wanted == "fourier")
+
+    def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
+        wanted = self.config.bridge.depths
+        num = len(wanted) if isinstance(wanted, list) else settings.levels
+        return TrajectoryHeader(
+            method="ddim_bridge",
+            source=settings.source,
+            target=settings.target,
+            classes=self.classes,
+            levels=tuple(k / num for k in range(num + 1)),
+            config_hash=f"{self._digest(settings)}@{self.step}",
+        )
+
+    def _digest(self, settings: TranslateConfig) -> str:
+        """A short hash of all that the sequences are made with, the content of foreign weights included."""
+        places = tuple(f"bridge.{name}.weights" for name in ("denoiser", "source_denoiser", "classifier"))
+        used = self.config.flat(without=(*PLACES_AND_PACE, *_NOT_THE_BRIDGE, *places))
+        canonical = json.dumps([used, settings.split, self._weights_hash], sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def _name(self, settings: TranslateConfig) -> str:
+        return f"{super()._name(settings)}_ddim_bridge"
+
+    def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
+        x0 = image_io.encode(batch).to(self.fabric.device)
+        y_source, y_target = (
+            torch.full((len(x0),), self.classes.index(name), device=x0.device)
+            for name in (settings.source, settings.target)
+        )
+        quiet = not self.fabric.is_global_zero
+        bar = progress(desc=f"{len(x0)} stairs", unit="evaluation", leave=False, disable=quiet)
+        with bar, self.fabric.autocast():
+            result = bridge_stairs(
+                x0,
+                y_source,
+                y_target,
+                schedule=self._schedule,
+                encoder=self._encoder,
+                decoder=self._decoder,
+                depths=self._depths(settings),
+                classifier=self._classifier,
+                scale=self.config.bridge.scale,
+                batch_size=settings.batch_size,
+                report=bar.update,
+            )
+        header = self._header(settings)
+        return Trajectory(
+            header,
+            image_io.decode(result.frames).cpu().numpy(),
+            linear_soft_labels(header, len(ids)),
+            tuple(ids),
+            tuple(result.forwards.tolist()),
+            tuple(result.gradients.tolist()),
+        )
+
+
+class _Loader:
+    """The networks that a configuration means, from checkpoints of its run or from foreign files."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._hash = hashlib.sha256()
+        self._prepared: dict[Path, Preprocessing] = {}
+        self.step = 0
+
+    @property
+    def weights_hash(self) -> str:
+        return self._hash.hexdigest()
+
+    def denoiser(self) -> Denoiser:
+        bridge = self._config.bridge
+        if bridge.denoiser.weights is not None:
+            return self._foreign(build_denoiser(self._config), bridge.denoiser.weights, "bridge.denoiser")
+        folder, trained = self._trained("denoiser")
+        self.step = checkpoint.step_of(folder)
+        network = build_denoiser(trained)
+        checkpoint.load_weights(folder, network)
+        if bridge.guidance == "classifier_free" and network.null_class is None:
+            raise UserError(
+                f"{folder}: has no null class, having been trained with bridge.guidance={trained.bridge.guidance}; "
+                "classifier-free guidance needs a training of its own"
+            )
+        return network
+
+    def source_denoiser(self) -> Denoiser:
+        bridge = self._config.bridge
+        source = bridge.model_copy(update={"denoiser": bridge.source_denoiser})
+        network = build_denoiser(self._config.model_copy(update={"bridge": source}))
+        return self._foreign(network, bridge.source_denoiser.weights, "bridge.source_denoiser")
+
+    def classifier(self) -> NoisyClassifier:
+        weights = self._config.bridge.classifier.weights
+        if weights is not None:
+            return self._foreign(build_noisy_classifier(self._config), weights, "bridge.classifier")
+        folder, trained = self._trained("noisy_classifier")
+        self._hash.update(f"noisy_classifier@{checkpoint.step_of(folder)}".encode())
+        network = build_noisy_classifier(trained)
+        checkpoint.load_weights(folder, network)
+        return network
+
+    def _foreign(self, network, path: Path, key: str):
+        path = path.expanduser()
+        load_foreign(network.net, path, key=key)
+        with open(path, "rb") as file:
+            self._hash.update(hashlib.file_digest(file, "sha256").digest())
+        return network
+
+    def _trained(self, name: str) -> tuple[Path, Config]:
+        folder = checkpoint.latest(self._config.output / name)
+        trained = checkpoint.read_config(folder)
+        key = "denoiser" if name == "denoiser" else "classifier"
+        other = ("bridge.guidance", f"bridge.{key}.train", "data.root")
+        differing = differences(trained, self._config, ignore=(*STAGES[name].unused, *other))
+        if differing:
+            raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
+        self._prepared[folder] = Preprocessing.load(folder / checkpoint.PREPROCESSING)
+        return folder, trained
+
+    def preprocessing(self) -> Preprocessing:
+        """That of the trained networks; of the data where all weights are foreign."""
+        first, *others = self._prepared.items() or [(None, None)]
+        for folder, found in others:
+            if found != first[1]:
+                raise UserError(f"{folder}: saw patches of another preprocessing than {first[0]}")
+        if first[1] is not None:
+            return first[1]
+        data = self._config.data
+        if data.stain.mode == "normalise":
+            return load_patches(data, seed=self._config.seed).preprocessing
+        return Preprocessing(data.image_size, data.crop)

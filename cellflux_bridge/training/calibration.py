@@ -1,0 +1,63 @@
+"""Whether a classifier's probabilities mean what they say: temperature scaling and its measures.
+
+Targets are soft labels (N, num_classes), one-hot where the truth is a class; weights (N,) say how much each row counts.
+"""
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from sklearn.metrics import roc_auc_score
+
+_LOG_TEMPERATURES = (-3.0, 3.0)
+_BINS = 15
+
+
+def balanced_weights(labels: np.ndarray) -> np.ndarray:
+    """Weights (N,) of mean 1 under which every class that is there counts alike, as it does in training batches."""
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return len(labels) / (len(counts) * counts[inverse])
+
+
+def negative_log_likelihood(
+    logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, temperature: float = 1.0
+) -> float:
+    """Mean cross-entropy, in nats, of softmax(logits / temperature) against the targets."""
+    per_row = -(targets * log_softmax(logits.astype(np.float64) / temperature, axis=1)).sum(1)
+    return float(np.average(per_row, weights=weights))
+
+
+def fit_temperature(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, prior: float = 1.0) -> float:
+    """The temperature that minimises the negative log-likelihood (Guo et al. 2017, section 4.2), in [0.05, 20].
+
+    Logits that tell the classes apart without a fault would ask for temperature 0, that is, for certainty about every
+    image to come. So each class is credited with `prior` patches of every class on top of its own, as Platt (1999,
+    section 2.2) does: of n patches a class, certainty stops at (n + 1) / (n + num_classes).
+    """
+    num_classes = targets.shape[1]
+    of_a_class = len(targets) / num_classes
+    smooth = (of_a_class * targets + prior) / (of_a_class + prior * num_classes)
+
+    def loss(log_temperature: float) -> float:
+        return negative_log_likelihood(logits, smooth, weights, temperature=np.exp(log_temperature))
+
+    return float(np.exp(minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-6}).x))
+
+
+def expected_calibration_error(probabilities: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
+    """Expected calibration error of the most probable class, over 15 bins of equal width (Guo et al. 2017, eq. 3).
+
+    The mean, over rows, of the distance in the row's bin between the mean confidence and the mean share that the
+    target gives to the predicted class (its accuracy, where targets are classes).
+    """
+    predicted = probabilities.argmax(1)
+    rows = np.arange(len(predicted))
+    excess = weights * (probabilities[rows, predicted] - targets[rows, predicted])
+    bins = np.minimum((probabilities[rows, predicted] * _BINS).astype(int), _BINS - 1)
+    return float(np.abs(np.bincount(bins, excess, minlength=_BINS)).sum() / weights.sum())
+
+
+def area_under_curve(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve: of two classes, or the mean over one class against the rest; NaN for one class."""
+    present = [c for c in range(probabilities.shape[1]) if 0 < (labels == c).sum() < len(labels)]
+    areas = [roc_auc_score(labels == c, probabilities[:, c]) for c in present]
+    return float(np.mean(areas)) if areas else float("nan")

@@ -1,0 +1,191 @@
+"""What every maker of sequences shares: images in, Trajectories out, of a whole split batch by batch."""
+
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from pydantic import ValidationError
+
+from cellflux_bridge import images as image_io
+from cellflux_bridge.config import Config, TranslateConfig
+from cellflux_bridge.data.pairs import named_transitions
+from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.files import replace_text
+from cellflux_bridge.progress import progress
+from cellflux_bridge.schema import explain, nearest
+from cellflux_bridge.training.loop import make_fabric, on_rank_zero
+from cellflux_bridge.training.run import require_held_out
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, read_header
+
+
+def single_process_fabric(config: Config) -> Fabric:
+    """Fabric of one device, or of torchrun's processes where it started this one."""
+    fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"}))
+    fabric.launch()
+    return fabric
+
+
+class Translator(ABC):
+    """Carries images of one class to another.
+
+    `config` is the resolved configuration of the run; `preprocessing` how a file's pixels become the networks' input;
+    `step` the training step of its checkpoint.
+    """
+
+    def __init__(self, *, config: Config, preprocessing: Preprocessing, step: int, fabric: Fabric):
+        self.config, self.preprocessing, self.step, self.fabric = config, preprocessing, step, fabric
+
+    @abstractmethod
+    def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
+        """What the sequences of a translation will share; refuses what cannot be done before anything is computed."""
+
+    @abstractmethod
+    def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
+        """The sequences of sources (B, 3, S, S) uint8."""
+
+    def _name(self, settings: TranslateConfig) -> str:
+        """The folder, below `trajectories/`, of a translation."""
+        return f"{settings.source}_to_{settings.target}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config.data.classes)
+
+    def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
+        try:
+            settings = TranslateConfig(**{**self.config.translate.model_dump(), **options})
+        except ValidationError as error:
+            raise UserError(explain(error, TranslateConfig, prefix="translate")) from error
+        source, target = source or settings.source, target or settings.target
+        if source is None and target is None and len(self.classes) == 2:
+            source, target = self.classes
+        for key, label in (("source", source), ("target", target)):
+            if label not in self.classes:
+                hint = nearest(label, self.classes) if label else ""
+                known = ", ".join(self.classes)
+                raise UserError(f"translate.{key}: {label!r} is no class of this run{hint}; known: {known}")
+        if source == target and (source, target) not in named_transitions(self.classes, self.config.pairs):
+            raise UserError(f"translate.target: {target!r} is the source, too; choose another class")
+        return settings.model_copy(update={"source": source, "target": target})
+
+    def translate(
+        self,
+        images: torch.Tensor | Sequence[str | Path | np.ndarray],
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        ids: Sequence[str] | None = None,
+        **options,
+    ) -> Trajectory:
+        """Carry images of class `source` to class `target` (both may be left out where there are two classes).
+
+        `images` are files, RGB uint8 arrays (H, W, 3) of any size (scaled and cropped as in training), or patches
+        (B, 3, S, S) uint8 that are so already. `ids` seed each image's noise and name its sequence (default: file
+        names or numbers). `options` are keys of the `translate` section: method, steps, levels, guidance, ... Raises
+        UserError for unknown classes and for what the networks or the path cannot do.
+        """
+        settings = self._settings(source, target, options)
+        batch = self._as_patches(images)
+        if ids is None:
+            named = isinstance(images, Sequence) and all(isinstance(i, (str, Path)) for i in images)
+            ids = [str(i) for i in images] if named else [str(i) for i in range(len(batch))]
+        if not len(ids) == len(set(ids)) == len(batch):
+            raise UserError(f"ids: {len(batch)} images need as many different ids, found {len(set(ids))} in {len(ids)}")
+        size = settings.batch_size
+        return Trajectory.cat(
+            [
+                self._translate_batch(batch[start : start + size], ids[start : start + size], settings)
+                for start in range(0, len(batch), size)
+            ]
+        )
+
+    def _as_patches(self, images) -> torch.Tensor:
+        size = self.preprocessing.image_size
+        if isinstance(images, torch.Tensor):
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size) or len(images) == 0:
+                raise UserError(
+                    f"images: expected uint8 (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}; "
+                    "give files or (H, W, 3) arrays to have them scaled"
+                )
+            return images
+        patches = []
+        for number, image in enumerate(images):
+            rgb = image if isinstance(image, np.ndarray) else image_io.read_rgb(Path(image))
+            if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+                raise UserError(f"images[{number}]: expected RGB uint8 (H, W, 3), found {rgb.dtype} {rgb.shape}")
+            name = f"images[{number}]" if isinstance(image, np.ndarray) else str(image)
+            patches.append(self.preprocessing(rgb, name=name))
+        if not patches:
+            raise UserError("images: none given")
+        return torch.from_numpy(np.stack(patches).transpose(0, 3, 1, 2).copy())
+
+    def patches(self) -> Patches:
+        """The patches at `data.root`, prepared as they were for training, even where they are not those."""
+        patches = load_patches(self.config.data, seed=self.config.seed)
+        if patches.preprocessing != self.preprocessing:
+            patches = load_patches(self.config.data, seed=self.config.seed, reference=self.preprocessing.reference)
+        require_held_out(self.config.output, patches)
+        return patches
+
+    def translate_split(
+        self,
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        output: Path | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Path, dict[str, float]]:
+        """Carry the run's own patches of a split to another class, written batch by batch; returns folder and figures.
+
+        Sources are `translate.num` of the split, drawn by the seed. A folder that holds a part of the same translation
+        is completed; `overwrite` removes one that differs. With several processes each takes its share of the sources.
+        """
+        settings, fabric = self._settings(source, target, {}), self.fabric
+        on_rank_zero(fabric, self.patches)  # fills the cache for all
+        patches = self.patches()
+        chosen = patches.sample(settings.split, settings.source, num=settings.num, seed=self.config.seed)
+        if len(chosen) == 0:
+            raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
+        folder = output or self.config.output / "trajectories" / self._name(settings)
+        header = self._header(settings)
+
+        def open_folder() -> None:
+            if overwrite and (folder / "trajectory.json").exists() and read_header(folder) != header:
+                shutil.rmtree(folder)
+            TrajectoryWriter(folder, header)
+
+        on_rank_zero(fabric, open_folder)
+        writer = TrajectoryWriter(folder, header, rank=fabric.global_rank)
+        missing = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done]
+        fabric.barrier()  # all have read what is done before anyone adds to it
+        todo = missing[fabric.global_rank :: fabric.world_size]
+        began, cpu_began = time.monotonic(), time.process_time()
+        bar = progress(
+            range(0, len(todo), settings.batch_size),
+            desc=f"{settings.source} -> {settings.target}",
+            unit="batch",
+            disable=not fabric.is_global_zero,
+        )
+        for start in bar:
+            numbers = todo[start : start + settings.batch_size]
+            indices = chosen[numbers]
+            trajectory = self._translate_batch(patches.centre(indices), [patches.ids[i] for i in indices], settings)
+            writer.append(trajectory, numbers=numbers)
+        cost = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu_began}
+        fabric.barrier()
+        if fabric.is_global_zero:
+            writer.finish()
+            used = self.config.model_copy(update={"translate": settings})
+            replace_text(folder / "config.yaml", used.to_yaml())
+            if todo:  # of this process, and of its last call where it was stopped and went on
+                replace_text(folder / "cost.json", json.dumps({"sequences": len(todo), **cost}) + "\n")
+        figures = {"sequences": len(chosen), "made_now": len(missing), **cost}
+        return folder, figures

@@ -1,0 +1,14 @@
+"""Judge methods side by side: fidelity, calibration, preservation, severity and cost, with baselines and floors.
+
+    python eval/metrics.py runs/lung/trajectories/progression runs/lung/trajectories/path runs/bridge \
+        --judge runs/judges/judge_rgb --judge runs/judges/judge_grey --features runs/extractor/judge_rgb
+    python eval/metrics.py runs/phantom --judge runs/phantom/judge_rgb --features runs/extractor/judge_rgb \
+        --scores runs/severity/judge_rgb --unguided runs/phantom/trajectories/unguided --output metrics.json
+"""
+
+import sys
+
+from cellflux_bridge.cli import main
+
+if __name__ == "__main__":
+    main(["evaluate", *sys.argv[1:]])

@@ -1,0 +1,283 @@
+"""Levels of training images: calibrated, out of fold, and the same whenever they are made."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from cellflux_bridge.config import load_config
+from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.soft_labels import from_scores
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.training import classifier, levels
+from cellflux_bridge.training.calibration import (
+    area_under_curve,
+    balanced_weights,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+)
+from cellflux_bridge.training.classifier import ClassifierTask
+from cellflux_bridge.training.levels import assign_folds, target_levels
+from cellflux_bridge.training.loop import make_fabric
+
+# Calibration
+
+
+@pytest.mark.parametrize("wrong", [0.4, 3.0])
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_a_known_miscalibration_is_found_exactly(wrong, num_classes):
+    logits = np.random.default_rng(0).normal(0, 2, (500, num_classes))
+    truth, weights = softmax(logits, axis=1), np.ones(500)
+    # Against the very probabilities the cross-entropy is smallest at the factor that was laid on.
+    assert fit_temperature(wrong * logits, truth, weights, prior=0) == pytest.approx(wrong, rel=1e-4)
+
+
+def test_drawn_labels_find_it_too_and_the_calibration_error_falls():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 2, (20_000, 2))
+    labels = (rng.random(20_000) < softmax(logits, axis=1)[:, 1]).astype(int)
+    targets, weights = np.eye(2)[labels], np.ones(20_000)
+    temperature = fit_temperature(2.5 * logits, targets, weights)
+    assert temperature == pytest.approx(2.5, rel=0.05)
+    before = expected_calibration_error(softmax(2.5 * logits, axis=1), targets, weights)
+    after = expected_calibration_error(softmax(2.5 * logits / temperature, axis=1), targets, weights)
+    assert before > 0.08
+    assert after < 0.01
+
+
+def test_perfect_separation_is_no_certainty():
+    logits = np.array([[4.0, -4.0], [-4.0, 4.0]]).repeat(10, 0)
+    targets = np.eye(2).repeat(10, 0)
+    temperature = fit_temperature(logits, targets, np.ones(20))
+    # Platt (1999): of 10 patches a class the probability is 11 / 12.
+    assert softmax(logits[0] / temperature)[0] == pytest.approx(11 / 12, rel=1e-4)
+
+
+def test_weights_make_classes_count_alike():
+    labels = np.array([0, 0, 0, 1])
+    weights = balanced_weights(labels)
+    np.testing.assert_allclose(weights, [2 / 3, 2 / 3, 2 / 3, 2])
+    logits, targets = np.array([[1.0, 0], [1, 0], [1, 0], [3, 0]]), np.eye(2)[labels]
+    expected = (np.log1p(np.exp(-1)) + np.log1p(np.exp(3))) / 2
+    assert negative_log_likelihood(logits, targets, weights) == pytest.approx(expected)
+
+
+def test_calibration_error_and_area_by_hand():
+    p = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
+    targets, weights = np.eye(2)[[0, 1, 1, 1]], np.ones(4)
+    # Confidence .9 with accuracy .5, confidence .8 with accuracy 1, half of the rows each.
+    assert expected_calibration_error(p, targets, weights) == pytest.approx((0.4 + 0.2) / 2)
+    assert expected_calibration_error(p, p, weights) == pytest.approx(0)  # soft labels that are met
+    assert area_under_curve(p, np.array([0, 1, 1, 1])) == pytest.approx((3 - 0.5) / 3)
+    three = np.eye(3)[[0, 1, 2]] * 0.5 + np.array([0.1, 0.2, 0.2])
+    assert area_under_curve(three, np.array([0, 1, 2])) == 1
+    assert np.isnan(area_under_curve(p, np.zeros(4, int)))
+
+
+# Soft labels
+
+
+def test_scores_lie_between_neighbouring_classes():
+    np.testing.assert_allclose(from_scores(np.array([0, 0.25, 1]), 2), [[1, 0], [0.75, 0.25], [0, 1]])
+    expected = [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.4, 0.6]]
+    np.testing.assert_allclose(from_scores(np.array([0, 0.25, 0.5, 0.8]), 3), expected, atol=1e-6)
+    assert np.isnan(from_scores(np.array([np.nan]), 2)).all()
+
+
+@pytest.fixture
+def slides(tmp_path, make_patches, write_config):
+    """`slides(*overrides, scores=..., per_slide=4) -> (config, patches)`: 24 patches a class, four to a slide, a
+    manifest with groups and scores, a classifier that trains in no time."""
+
+    def make(*overrides: str, scores=None, per_slide: int = 4):
+        root = tmp_path / "patches"
+        if not root.exists():
+            make_patches(root)
+        files = sorted(root.glob("*/*.png"))
+        with open(root / "manifest.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "label", "split", "group", "score"])
+            for i, path in enumerate(files):
+                label, number = path.parent.name, int(path.stem[1:])
+                split = "val" if number >= 20 else "test" if number >= 16 else "train"
+                score = (0.1 if label == "A" else 0.8) if scores is None else scores[i]
+                group = f"{split} {label}{number // per_slide}"
+                writer.writerow([path.relative_to(root).as_posix(), label, split, group, score])
+        section = {"train": {"steps": 6, "batch_size": 8, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5}}
+        file = write_config(tmp_path, classifier=section, condition={"target": "level", "level": "crossfit"})
+        cpu = ["data.classes=[A, B]", "classifier.train.accelerator=cpu", "classifier.train.checkpoint_every=2"]
+        config = load_config(file, [*cpu, *overrides])
+        return config, load_patches(config.data, seed=config.seed)
+
+    return make
+
+
+def made(config, patches, folder: Path) -> np.ndarray:
+    return target_levels(config, patches, folder=folder, fabric=make_fabric(config.classifier.train))
+
+
+def test_levels_by_class_and_by_score(slides, tmp_path):
+    config, patches = slides("condition.level=class")
+    np.testing.assert_array_equal(made(config, patches, tmp_path / "run"), np.eye(2)[patches.labels])
+    config, patches = slides("condition.level=score")
+    found = made(config, patches, tmp_path / "run")
+    np.testing.assert_allclose(found[:, 1], np.where(patches.labels == 0, 0.1, 0.8), atol=1e-6)
+    np.testing.assert_allclose(found.sum(1), 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_score_is_named_where_it_is_needed(slides, tmp_path):
+    scores = [0.5] * 48
+    scores[3] = ""  # A003, which trains
+    config, patches = slides("condition.level=score", scores=scores)
+    with pytest.raises(UserError, match=r"condition\.level=score: 1 patches have no score: A/A003\.png; give every"):
+        made(config, patches, tmp_path / "run")
+    with pytest.raises(UserError, match=r"classifier\.labels=score: 1 patches have no score: A/A003\.png"):
+        ClassifierTask(slides("classifier.labels=score", scores=scores)[0], patches)
+    scores[3], scores[17] = 0.5, ""  # A017, which tests
+    config, patches = slides("condition.level=score", scores=scores)
+    assert np.isnan(made(config, patches, tmp_path / "run")[17]).all()
+    patches.scores[17], patches.scores[5] = 0.5, 1.5
+    with pytest.raises(UserError, match=r"1 patches have a score outside \[0, 1\]: A/A005\.png"):
+        made(config, patches, tmp_path / "run")
+
+
+def test_folds_hold_out_whole_groups_and_every_training_patch_once(slides):
+    _, patches = slides()
+    folds = assign_folds(patches, num_folds=3, seed=0)
+    train = patches.indices("train")
+    assert set(folds[train]) == {0, 1, 2}
+    assert (np.delete(folds, train) == -1).all()
+    for group in np.unique(patches.groups[train]):
+        assert len(set(folds[train][patches.groups[train] == group])) == 1
+    assert np.array_equal(folds, assign_folds(patches, num_folds=3, seed=0))
+    assert any(not np.array_equal(folds, assign_folds(patches, num_folds=3, seed=seed)) for seed in (1, 2, 3))
+
+
+def test_no_classifier_scores_a_group_that_it_trained_on(slides, tmp_path, monkeypatch):
+    config, patches = slides()
+    trained, scored = [], []
+    batch, mean_logits = ClassifierTask.batch, levels._mean_logits
+    drawn: dict[int, set[int]] = {}
+
+    def spy_batch(self, index, *, rank):
+        random = type(self._patches).random
+
+        def spy_random(patches, chosen, **options):
+            drawn.setdefault(id(self), set()).update(chosen)
+            return random(patches, chosen, **options)
+
+        with monkeypatch.context() as inner:
+            inner.setattr(type(self._patches), "random", spy_random)
+            return batch(self, index, rank=rank)
+
+    def spy_logits(model, patches, indices, **options):
+        scored.append(set(indices.tolist()))
+        return mean_logits(model, patches, indices, **options)
+
+    init = ClassifierTask.__init__
+
+    def spy_init(self, *arguments, **options):
+        init(self, *arguments, **options)
+        trained.append(self)
+
+    monkeypatch.setattr(ClassifierTask, "__init__", spy_init)
+    monkeypatch.setattr(ClassifierTask, "batch", spy_batch)
+    monkeypatch.setattr(levels, "_mean_logits", spy_logits)
+    found = made(config, patches, tmp_path / "run")
+    val = set(patches.indices("val").tolist())
+    assert [part == val for part in scored] == [False, True] * 3
+    for task, held_out in zip(trained, scored[::2], strict=True):
+        seen = drawn[id(task)]
+        assert len(seen) > 12
+        assert not {patches.groups[i] for i in seen} & {patches.groups[i] for i in held_out | val}
+    assert set.union(*scored[::2]) == set(patches.indices("train").tolist())
+    needed = sorted(val | set.union(*scored))
+    np.testing.assert_allclose(found[needed].sum(1), 1, atol=1e-6)
+    assert np.isnan(np.delete(found, needed, axis=0)).all()
+
+
+def test_levels_are_the_same_made_again_resumed_or_read(slides, tmp_path, monkeypatch, capsys):
+    config, patches = slides()
+    whole = made(config, patches, tmp_path / "whole")
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed
+    assert "p(B) in tenths, of A: [" in printed
+    run = tmp_path / "parts"
+    steps = ClassifierTask.batch
+
+    def crashing(self, index, *, rank):
+        if "crossfit 1 of 3" in self._stream and index == 5:
+            raise RuntimeError("power cut")
+        return steps(self, index, rank=rank)
+
+    with monkeypatch.context() as inner:
+        inner.setattr(ClassifierTask, "batch", crashing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            made(config, patches, run)
+    assert not (run / "levels.csv").exists()
+    np.testing.assert_array_equal(made(config, patches, run), whole)
+    printed = capsys.readouterr().out
+    assert "fold-0: trained already" in printed
+    assert (run / "levels.csv").read_text() == (tmp_path / "whole" / "levels.csv").read_text()
+    with monkeypatch.context() as inner:  # what is there is read, and nothing trained
+        inner.setattr(levels, "fit", None)
+        np.testing.assert_array_equal(made(config, patches, run), whole)
+
+    report = json.loads((run / "levels.json").read_text())
+    assert report["out_of_fold"]["n"] == 32
+    assert all(sum(report["histogram"][label][f"p_{label}"]) == 16 for label in "AB")
+    assert 0 < report["cpu_minutes"] < 1
+    rows = list(csv.DictReader(open(run / "levels.csv", newline="")))
+    assert list(rows[0]) == ["path", "label", "fold", "p_A", "p_B"]
+    assert [row["fold"] for row in rows].count("") == len(patches.indices("val")) == 8
+
+
+def test_levels_tell_the_classes_apart_and_validation_is_the_mean_of_the_folds(slides, tmp_path):
+    config, patches = slides("classifier.train.steps=15", "classifier.train.checkpoint_every=15", "data.flips=false")
+    found = made(config, patches, tmp_path)
+    train, val = patches.indices("train"), patches.indices("val")
+    assert (found[train].argmax(1) == patches.labels[train]).mean() > 0.9
+    report = json.loads((tmp_path / "levels.json").read_text())
+    assert report["out_of_fold"]["auc"] > 0.9
+    expected = []
+    for name in report["checkpoints"]:
+        logits = classifier.patch_logits(classifier.load(tmp_path / name, "cpu"), patches, val, device="cpu")
+        expected.append(softmax(logits / report["out_of_fold"]["temperature"], axis=1))
+    np.testing.assert_allclose(found[val], np.mean(expected, axis=0), atol=1e-5)
+
+
+def test_levels_of_another_run_or_damaged_ones_are_refused(slides, tmp_path):
+    config, patches = slides("classifier.train.steps=1")
+    made(config, patches, tmp_path / "run")
+    other = slides("classifier.train.steps=1", "classifier.train.lr=0.5")[0]
+    with pytest.raises(UserError, match=r"crossfit: holds another run; they differ in classifier\.train\.lr"):
+        made(other, patches, tmp_path / "run")
+    flow_only = slides("classifier.train.steps=1", "velocity.channels=16", "path=straight", "classifier.role=guide")[0]
+    made(flow_only, patches, tmp_path / "run")
+    table = tmp_path / "run" / "levels.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"levels\.csv: lacks patches"):
+        made(config, patches, tmp_path / "run")
+    table.write_text("\n".join([*lines, "A/other.png,A,0,0.5,0.5"]))
+    with pytest.raises(UserError, match=r"levels\.csv: damaged, or of other patches"):
+        made(config, patches, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("folds", "per_slide", "message"),
+    [
+        (9, 4, r"classifier\.folds=9: the training split has 8 groups .*at most 8"),
+        (2, 16, r"classifier\.folds=2: .*2 groups .*\('A' in 1, 'B' in 1\)"),
+    ],
+)
+def test_too_few_groups_are_refused_with_their_numbers(slides, tmp_path, folds, per_slide, message):
+    config, patches = slides(f"classifier.folds={folds}", per_slide=per_slide)
+    with pytest.raises(UserError, match=message):
+        made(config, patches, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

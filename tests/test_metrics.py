@@ -1,0 +1,645 @@
+"""The figures of trajectories: each against its definition, and all of them on small made sequences."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
+from scipy.stats import spearmanr
+
+from cellflux_bridge.cli import main
+from cellflux_bridge.config import load_config
+from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.images import write_png
+from cellflux_bridge.metrics import panel, progression
+from cellflux_bridge.metrics.evaluate import evaluate
+from cellflux_bridge.metrics.fidelity import (
+    frechet_distance,
+    frechet_floor,
+    kid,
+    kid_by_level,
+    kid_floor,
+    require_finite,
+)
+from cellflux_bridge.metrics.networks import load_networks
+from cellflux_bridge.metrics.resampling import bootstrap, estimate, half_splits, paired_difference
+from cellflux_bridge.metrics.sequences import choose_frames
+from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
+from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
+from cellflux_bridge.training import checkpoint, classifier
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
+
+CPU = torch.device("cpu")
+
+
+def draw(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# Distances between sets
+
+
+def looped_kid(a, b, groups_a, groups_b) -> float:
+    """The definition of KID, pair by pair."""
+
+    def mean(x, y, gx, gy):
+        kernels = [
+            (u @ v / len(u) + 1) ** 3 for u, g in zip(x, gx, strict=True) for v, h in zip(y, gy, strict=True) if g != h
+        ]
+        return sum(kernels) / len(kernels)
+
+    own = mean(a, a, groups_a, groups_a) + mean(b, b, groups_b, groups_b)
+    return own - 2 * mean(a, b, groups_a, groups_b)
+
+
+def test_kid_is_its_definition_for_any_block_size():
+    rng = draw()
+    a, b = rng.normal(size=(11, 4)), rng.normal(0.4, 1, size=(7, 4))
+    expected = looped_kid(a, b, range(11), range(11, 18))
+    for block in (1, 3, 1024):
+        assert kid(a, b, block=block).value == pytest.approx(expected, rel=1e-12)
+    assert kid(a.astype(np.float32), b).value == pytest.approx(expected, rel=1e-5)
+
+
+def test_kid_leaves_out_pairs_of_one_group():
+    rng = draw(1)
+    a = rng.normal(size=(8, 3))
+    b = np.concatenate([a[:4], rng.normal(size=(4, 3))])  # real patches that frames were made from stand among them
+    groups_a, groups_b = list("ppqqrrss"), list("ppqqttuu")
+    expected = looped_kid(a, b, groups_a, groups_b)
+    for block in (3, 1024):
+        found = kid(a, b, groups=groups_a, real_groups=groups_b, block=block).value
+        assert found == pytest.approx(expected, rel=1e-12)
+    assert abs(expected - kid(a, b).value) > 1e-3
+
+
+def test_kid_of_one_distribution_is_zero_on_average_and_grows_with_the_distance():
+    rng = draw()
+    same = [kid(rng.normal(size=(40, 8)), rng.normal(size=(40, 8))).value for _ in range(200)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(200)
+    assert min(same) < 0 < max(same)  # unbiased, so it must fall below
+    near, far = (kid(rng.normal(size=(40, 8)), rng.normal(shift, 1, (40, 8))).value for shift in (0.5, 1.0))
+    assert max(same) < near < far
+
+
+def test_the_interval_of_kid_covers_the_truth():
+    rng = draw()
+    a, b = rng.normal(size=(4000, 6)), rng.normal(0.5, 1, (4000, 6))
+    truth, covered = kid(a, b).value, 0
+    for repeat in range(100):
+        x, y = rng.normal(size=(60, 6)), rng.normal(0.5, 1, (60, 6))
+        found = kid(x, y, num_subsamples=60, generator=draw(repeat))
+        assert found.low < found.value < found.high
+        covered += found.low <= truth <= found.high
+    assert 85 <= covered <= 100
+
+
+def test_kid_by_level_is_kid_of_every_level():
+    rng = draw()
+    frames, real = rng.normal(size=(20, 3, 5)), rng.normal(size=(30, 5))
+    options = {"groups": np.arange(20) // 2, "real_groups": 100 + np.arange(30) // 3, "num_subsamples": 20}
+    found = kid_by_level(frames, real, generator=draw(5), **options)
+    for level in range(3):
+        expected = kid(frames[:, level], real, generator=draw(5), **options)
+        assert found[level] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_distance_of_too_few_is_undefined():
+    rng = draw()
+    a, b = rng.normal(size=(6, 3)), rng.normal(size=(6, 3))
+    assert np.isnan(kid(a[:1], b).value)
+    assert np.isnan(kid(a, b, groups=[0] * 6, real_groups=range(1, 7)).value)
+    assert np.isnan(frechet_distance(a, b[:1]))
+    few = kid(a, b[:3], num_subsamples=10, generator=rng)
+    assert np.isfinite(few.value)
+    assert np.isnan(few.low)
+    assert np.isnan(kid_floor(a, [0] * 6, generator=rng).mean)
+
+
+def test_the_frechet_distance_of_gaussians_is_the_closed_form():
+    rng = draw()
+    mean, spread = np.array([1.0, -2.0, 0.5]), np.array([2.0, 0.5, 1.0])
+    a, b = rng.normal(size=(200_000, 3)), mean + spread * rng.normal(size=(200_000, 3))
+    assert frechet_distance(a, b) == pytest.approx((mean**2).sum() + ((spread - 1) ** 2).sum(), rel=0.01)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    x, y = rng.normal(size=(40, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(50, 5))
+    cov = [np.cov(z.T) for z in (x, y)]
+    root = np.trace(sqrtm(cov[0] @ cov[1])).real
+    apart = ((x.mean(0) - y.mean(0)) ** 2).sum()
+    assert frechet_distance(x, y) == pytest.approx(apart + np.trace(cov[0]) + np.trace(cov[1]) - 2 * root, rel=1e-8)
+
+
+def test_the_frechet_distance_is_stable_with_fewer_images_than_features():
+    rng = draw()
+    a, b = rng.normal(size=(10, 64)), rng.normal(size=(12, 64))
+    # tr (C_a C_b)^(1/2) is the nuclear norm of the product of the centred sets.
+    centred = [(z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (a, b)]
+    root = np.linalg.norm(centred[0] @ centred[1].T, ord="nuc")
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + sum((z**2).sum() for z in centred) - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert 0 <= frechet_distance(a, a) < 1e-5
+
+
+def test_the_floor_is_of_halves_that_keep_groups_whole():
+    rng = draw()
+    features, groups = rng.normal(size=(60, 4)), np.repeat(np.arange(20), 3)
+    floor = kid_floor(features, groups, generator=draw(1), num_splits=30)
+    values = [
+        kid(features[i], features[j], groups=groups[i], real_groups=groups[j]).value
+        for i, j in half_splits(groups, num=30, generator=draw(1))
+    ]
+    assert floor == pytest.approx((np.mean(values), np.std(values, ddof=1), *np.percentile(values, [2.5, 97.5]), 30))
+    assert floor.spread > 0
+    for first, second in half_splits(groups, num=5, generator=rng):
+        assert sorted([*first, *second]) == list(range(60))
+        assert not set(groups[first]) & set(groups[second])
+    halves = half_splits(groups, num=20, generator=draw(2))
+    expected = np.mean([frechet_distance(features[i], features[j]) for i, j in halves])
+    assert frechet_floor(features, groups, generator=draw(2)).mean == pytest.approx(expected)
+
+
+def test_features_that_are_not_numbers_are_refused():
+    features = np.zeros((5, 3))
+    assert require_finite(features, name="judge") is features
+    features[2, 1] = np.nan
+    features[4, 0] = np.inf
+    with pytest.raises(UserError, match=r"judge: 2 of 5 images .* not finite"):
+        require_finite(features, name="judge")
+
+
+# Intervals and tests
+
+
+def test_the_bootstrap_draws_whole_groups():
+    groups = np.array(list("aabbbc"))
+    for indices in bootstrap(groups, num=50, generator=draw()).draws:
+        counts = np.bincount(indices, minlength=6)
+        assert counts[0] == counts[1]
+        assert counts[2] == counts[3] == counts[4]
+        assert counts[0] + counts[2] + counts[5] == 3
+
+
+def test_the_bootstrap_by_group_covers_where_single_patches_would_not():
+    rng, covered, covered_naively = draw(), 0, 0
+    for repeat in range(100):
+        groups = np.repeat(np.arange(25), 8)
+        values = np.repeat(rng.normal(size=25), 8) + 0.1 * rng.normal(size=200)
+        for by, count in ((groups, "grouped"), (np.arange(200), "naive")):
+            found = estimate(lambda i, v=values: v[i].mean(), bootstrap(by, num=200, generator=draw(repeat)))
+            assert found.value == pytest.approx(values.mean())
+            inside = found.low <= 0 <= found.high
+            covered += inside and count == "grouped"
+            covered_naively += inside and count == "naive"
+    assert covered >= 85
+    assert covered_naively < 70
+
+
+def test_a_paired_difference_is_found_and_none_is_not():
+    rng = draw()
+    own, groups = rng.normal(size=60), np.arange(60) // 2
+    lower = own - 0.2 + 0.1 * rng.normal(size=60)
+    resamples = bootstrap(groups, num=300, generator=draw())
+    found = paired_difference(own, lower, groups, resamples=resamples)
+    assert found.difference == pytest.approx(0.2, abs=0.05)
+    assert 0.1 < found.low < found.difference < found.high < 0.3
+    assert found.p < 1e-4
+    assert found.num_groups == 30
+    assert paired_difference(own, own, groups, resamples=resamples).p == 1
+    assert paired_difference(own, own + rng.normal(size=60), groups, resamples=resamples).p > 0.01
+
+
+# Progression
+
+
+def test_calibration_of_means_and_of_images():
+    levels = np.array([0.5, 1.0])
+    p = np.array([[0.0, 0.3, 0.9], [0.9, 0.7, 0.9]])
+    assert progression.calibration_of_means(p, levels) == pytest.approx(0.05)
+    np.testing.assert_allclose(progression.calibration_of_images(p, levels), [0.15, 0.15])
+
+
+def test_monotone_sequences_may_fall_by_a_fiftieth():
+    p = np.array([[0.1, 0.5, 0.9], [0.5, 0.48, 0.9], [0.5, 0.47, 0.9], [0.5, 0.9, 0.8]], np.float32)
+    assert progression.is_monotone(p).tolist() == [True, True, False, False]
+
+
+def test_the_rank_correlation_is_spearmans():
+    rng = draw()
+    p = np.round(rng.uniform(size=(6, 9)), 1)
+    expected = [spearmanr(row, np.arange(9)).statistic for row in p]
+    np.testing.assert_allclose(progression.rank_correlation(p), expected)
+    assert progression.rank_correlation(np.full((1, 5), 0.3)) == [0]
+
+
+def test_distances_to_the_own_source_and_to_others():
+    rng = draw()
+    features, others = rng.normal(size=(3, 4, 5)), rng.normal(size=(6, 5))
+    own = progression.distance_to_source(features)
+    np.testing.assert_allclose(own, [[np.linalg.norm(f - s[0]) for f in s] for s in features])
+    groups, other_groups = np.array(list("xyz")), np.array(list("xxyabz"))
+    found = progression.distance_to_others(features, others, groups=groups, other_groups=other_groups)
+    for n in range(3):
+        expected = cdist(features[n], others[other_groups != groups[n]]).mean(1)
+        np.testing.assert_allclose(found[n], expected)
+    all_own = progression.distance_to_others(features, others[:2], groups=groups, other_groups=other_groups[:2])
+    assert np.isnan(all_own[0]).all()
+    assert np.isfinite(all_own[1:]).all()
+
+
+def test_smoothness_of_a_straight_a_bent_and_a_sudden_way():
+    straight = np.linspace([0.0, 0.0], [3.0, 0.0], 4)
+    bent = np.array([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [2.0, 4.0]])
+    sudden = np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [5.0, 0.0]])
+    still = np.zeros((4, 2))
+    features = np.stack([straight, bent, sudden, still])
+    np.testing.assert_allclose(progression.path_over_straight(features), [1, 6 / np.sqrt(20), 1, np.nan])
+    np.testing.assert_allclose(progression.largest_over_mean_step(features), [1, 2, 3, np.nan])
+
+
+# Tissue
+
+
+def test_tissue_figures_of_patches_that_are_known():
+    density = np.zeros((1, 8, 8, 3))
+    density[:, :2] = 1.2 * RUIFROK_HE[0]  # a quarter is stained above the threshold, a quarter below
+    density[:, 2:4] = 0.8 * RUIFROK_HE[0]
+    stained = from_optical_density(density).transpose(0, 3, 1, 2)
+    stripes = np.zeros((1, 3, 8, 8), np.uint8)
+    stripes[:, 1, :, ::2] = 60  # one channel of three
+    figures = tissue_figures(np.concatenate([stained, stripes]))
+    assert figures.shape == (2, len(FIGURES))
+    area, contrast, detail = figures.T
+    assert area[0] == 0.25
+    assert contrast[1] == pytest.approx(30 / 255 / 3)
+    assert detail.tolist() == pytest.approx([0, 20])
+
+
+# Levels
+
+
+@pytest.mark.parametrize(
+    ("levels", "num", "expected"),
+    [
+        (np.linspace(0, 1, 26), 5, [0, 5, 10, 15, 20, 25]),
+        (np.linspace(0, 1, 11), 10, list(range(11))),
+        ([0.0, 0.05, 0.1, 1.0], 3, [0, 1, 2, 3]),  # as many as are asked for: all, however they lie
+        (np.linspace(0, 1, 8), 2, [0, 3, 7]),
+    ],
+)
+def test_frames_nearest_to_the_levels_are_chosen(levels, num, expected):
+    assert choose_frames(levels, num, folder=Path("t")) == expected
+
+
+def test_frames_that_cannot_stand_for_the_levels_are_refused():
+    with pytest.raises(UserError, match=r"t: its 4 levels are too few .* 10; give --levels 4"):
+        choose_frames(np.linspace(0, 1, 5), 10, folder=Path("t"))
+
+
+# End to end
+
+
+class Tiny:
+    """A folder with patches of two classes, classifiers with random weights, and made trajectories."""
+
+    def __init__(self, root: Path, make_patches, write_config):
+        self.root, self._write_config = root, write_config
+        rows = []
+        for split, num, seed in (("train", 6, 1), ("val", 5, 2), ("test", 12, 3)):
+            make_patches(root / "patches" / split, num={"A": num, "B": num}, low=16, high=16, seed=seed)
+            for label in "AB":
+                for n in range(num):
+                    score = (n + 0.5) / (2 * num) + (0.5 if label == "B" else 0)
+                    rows.append([f"{split}/{label}/{label}{n:03d}.png", label, split, f"{split}{n // 2}{label}", score])
+        with open(root / "patches" / "manifest.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["path", "label", "split", "group", "score"], *rows])
+        self.patches = self._load([])
+
+    def _config(self, overrides):
+        return load_config(self._write_config(self.root), ["data.classes=[A, B]", *overrides])
+
+    def _load(self, overrides):
+        config = self._config(overrides)
+        return load_patches(config.data, seed=config.seed)
+
+    def classifier(self, name: str, *overrides: str, seed: int, spoil: bool = False) -> Path:
+        config = self._config(overrides)
+        torch.manual_seed(seed)
+        model = classifier.build_classifier(config)
+        if spoil:
+            next(model.parameters()).data[:] = float("nan")
+        return checkpoint.save(
+            self.root / name,
+            step=1,
+            weights=model.state_dict(),
+            state={},
+            config=config,
+            preprocessing=self._load(overrides).preprocessing,
+            keep=1,
+        ).parent.parent
+
+    def images(self, split: str, label: str) -> tuple[list[str], np.ndarray]:
+        indices = self.patches.indices(split, label)
+        return [self.patches.ids[i] for i in indices], self.patches.centre(indices).numpy()
+
+    def trajectory(self, name: str, *, method: str = "path", num: int = 8, noise: float = 0.0, **options) -> Path:
+        """Blends of test patches of A into those of B, with noise."""
+        given = {"levels": (0.0, 0.25, 0.5, 0.75, 1.0), "classes": ("B", "A"), "split": "test", **options}
+        header = TrajectoryHeader(method, "A", "B", given["classes"], given["levels"], "x")
+        (ids, a), (_, b) = (self.images(given["split"], label) for label in "AB")
+        a, b = a[:num].astype(float), b[:num].astype(float)
+        frames = np.stack([(1 - s) * a + s * b + (draw().normal(0, noise, a.shape) if s else 0) for s in header.levels])
+        frames = np.clip(np.rint(frames), 0, 255).astype(np.uint8)
+        labels = linear_soft_labels(header, num)
+        writer = TrajectoryWriter(self.root / name, header)
+        made = Trajectory(header, frames, labels, tuple(ids[:num]), (30,) * num, (6,) * num)
+        writer.append(made, numbers=range(num))
+        writer.finish()
+        return self.root / name
+
+
+@pytest.fixture
+def tiny(tmp_path, make_patches, write_config) -> Tiny:
+    return Tiny(tmp_path, make_patches, write_config)
+
+
+@pytest.fixture
+def judged(tiny, monkeypatch):
+    """Networks as keyword arguments of `evaluate`."""
+    monkeypatch.setattr(panel, "NUM_RESAMPLES", 100)
+    return {
+        "judges": [tiny.classifier("rgb", seed=1), tiny.classifier("grey", "classifier.view=grey", seed=2)],
+        "features": tiny.classifier("extractor", seed=3),
+        "num_levels": 4,
+        "device": CPU,
+    }
+
+
+def found(evaluation, method: str, quantity: str, level: float | None = None, by: str = ""):
+    (value,) = [
+        v
+        for v in evaluation.values
+        if (v.method, v.quantity, v.level) == (method, quantity, level) and v.extractor.endswith(by)
+    ]
+    return value
+
+
+def test_every_figure_of_a_method_is_what_its_parts_say(tiny, judged):
+    path = tiny.trajectory("path")
+    (path / "cost.json").write_text(json.dumps({"sequences": 8, "seconds": 3.0, "cpu_seconds": 4.0}))
+    evaluation = evaluate([path], **judged)
+    own = {network.name.split("/")[-1]: network for network in evaluation.networks}
+    assert set(own) == {"rgb", "grey", "extractor"}
+    (of,) = evaluation.methods
+    a, b = tiny.images("test", "A")[1], tiny.images("test", "B")[1]
+
+    model = classifier.load(own["rgb"].checkpoint, CPU)
+    middle = np.rint((a[:8].astype(float) + b[:8]) / 2).astype(np.uint8)
+    p = classifier.predict(model, torch.from_numpy(middle), device=CPU)[:, 1]
+    value = found(evaluation, "path", "probability", 0.5, "rgb")
+    assert value.value == pytest.approx(p.mean(), abs=1e-5)
+    assert value.low < value.value < value.high
+    assert (value.n, value.trajectory) == (8, str(path))
+    assert found(evaluation, "path", "flip_rate", 0.5, "rgb").value == (p > 0.5).mean()
+    seen = of.seen[own["rgb"].name]
+    assert found(evaluation, "path", "calibration_mean", None, "rgb").value == pytest.approx(
+        progression.calibration_of_means(seen.value, np.array([0.25, 0.5, 0.75, 1])), rel=1e-6
+    )
+
+    real = classifier.features(model, torch.from_numpy(np.concatenate([a, b])), device=CPU)
+    groups = [f"{label}{n // 2}" for label in "AB" for n in range(12)]
+    expected = kid(seen.features[:, 2], real, groups=groups[:8], real_groups=groups).value
+    value = found(evaluation, "path", "kid_pooled", 0.5, "rgb")
+    assert value.value == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert (value.n, value.n_real) == (8, 24)
+    floor = found(evaluation, "real pooled", "kid_floor", None, "rgb")
+    over = [found(evaluation, "path", "kid_pooled_over_floor", s, "rgb").value for s in (0.25, 0.5, 0.75, 1.0)]
+    assert over[1] == pytest.approx(expected - floor.value, abs=1e-9)
+    assert found(evaluation, "path", "kid_pooled_over_floor", None, "rgb").value == max(over)
+
+    extract = partial_features(own["extractor"])
+    features = of.seen[own["extractor"].name].features
+    for level, frames, patches in ((0.25, 1, a), (0.5, 2, np.concatenate([a, b])), (0.75, 3, b)):
+        value = found(evaluation, "path", "frechet_own", level, "extractor")
+        assert value.value == pytest.approx(frechet_distance(features[:, frames], extract(patches)), rel=1e-3)
+        assert value.n_real == len(patches)
+    assert found(evaluation, "path", "frechet_target", 1.0).value == pytest.approx(
+        frechet_distance(features[:, 4], extract(b)), rel=1e-3
+    )
+    others = cdist(features[:, 2], extract(a))
+    others[np.arange(8)[:, None] // 2 == np.arange(12) // 2] = np.nan
+    ratio = progression.distance_to_source(features)[:, 2].mean() / np.nanmean(others, axis=1).mean()
+    assert found(evaluation, "path", "preservation", 0.5, "extractor").value == pytest.approx(ratio, rel=1e-3)
+
+    assert found(evaluation, "path", "contrast", 0.5).value == pytest.approx(tissue_figures(middle)[:, 1].mean())
+    assert found(evaluation, "real target", "fine_detail").value == pytest.approx(tissue_figures(b)[:, 2].mean())
+    costs = [found(evaluation, "path", quantity).value for quantity in ("nfe", "gradients", "cpu_seconds")]
+    assert costs == [30, 6, 0.5]
+
+
+def partial_features(network):
+    return lambda patches: classifier.features(network.model, torch.from_numpy(patches), device=CPU)
+
+
+def test_copying_the_source_is_level_zero_at_every_level(tiny, judged):
+    evaluation = evaluate([tiny.trajectory("path")], **judged)
+    copy = "copy the source"
+    for quantity, by in (("probability", "rgb"), ("flip_rate", "grey"), ("kid_pooled", "extractor"), ("contrast", "")):
+        source = found(evaluation, "path", quantity, 0.0, by).value
+        for level in (0.0, 0.25, 1.0):
+            assert found(evaluation, copy, quantity, level, by).value == pytest.approx(source, rel=1e-9)
+    assert found(evaluation, copy, "preservation", 1.0, "rgb").value == 0
+    assert found(evaluation, copy, "monotone_share", None, "rgb").value == 1
+    assert np.isnan(found(evaluation, copy, "path_over_straight", None, "rgb").value)
+
+
+def test_the_nearest_real_target_is_one_of_the_validation_split(tiny, judged):
+    evaluation = evaluate([tiny.trajectory("path")], **judged)
+    nearest = next(of for of in evaluation.baselines if of.name == "nearest real target")
+    network = evaluation.networks[-1]
+    extract = partial_features(network)
+    sources, candidates = extract(tiny.images("test", "A")[1][:8]), extract(tiny.images("val", "B")[1])
+    expected = candidates[cdist(sources, candidates).argmin(1)]
+    for level in (1, 4):
+        np.testing.assert_allclose(nearest.seen[network.name].features[:, level], expected, atol=1e-4)
+    np.testing.assert_allclose(nearest.seen[network.name].features[:, 0], sources, atol=1e-4)
+
+
+def test_severity_is_judged_by_scores_and_frames_are_compared_to_their_own(tiny, judged):
+    scores = tiny.classifier("severity", "classifier.labels=score", seed=4)
+    evaluation = evaluate([tiny.trajectory("path")], scores=scores, **judged)
+    (of,) = evaluation.methods
+    severity = of.seen[evaluation.networks[-1].name].value
+    errors = [np.abs(severity[:, k] - k / 4).mean() for k in range(1, 5)]
+    assert found(evaluation, "path", "severity_error", 0.5).value == pytest.approx(errors[1], rel=1e-6)
+    assert found(evaluation, "path", "severity_error").value == pytest.approx(np.mean(errors), rel=1e-6)
+
+    (a, b), score = (tiny.images("test", label)[1] for label in "AB"), (np.arange(24) + 0.5) / 24
+    model = classifier.load(evaluation.networks[-1].checkpoint, CPU)
+    real = classifier.predict(model, torch.from_numpy(np.concatenate([a, b])), device=CPU)[:, 1]
+    value = found(evaluation, "real scored", "severity_error")
+    assert (value.value, value.n) == (pytest.approx(np.abs(real - score).mean(), abs=1e-5), 24)
+
+    near = np.abs(score - 0.25) <= 0.075
+    features = partial_features(evaluation.networks[2])(np.concatenate([a, b])[near])
+    value = found(evaluation, "path", "frechet_own", 0.25)
+    assert value.n_real == near.sum() == 4
+    own = of.seen[evaluation.networks[2].name].features[:, 1]
+    assert value.value == pytest.approx(frechet_distance(own, features), rel=1e-3)
+
+
+def test_severity_turns_with_the_direction(tiny):
+    run = tiny.classifier("severity", "classifier.labels=score", seed=4)
+    there, back = (
+        load_networks([("scores", run)], source=source, target=target, device=CPU)[0] for source, target in ("AB", "BA")
+    )
+    patches = tiny.images("test", "B")[1]
+    values = [network.look(patches, origin="here") for network in (there, back)]
+    np.testing.assert_allclose(values[0].value + values[1].value, 1, atol=1e-6)
+    assert (values[0].is_target != values[1].is_target).all()
+    numbers = there.real_patches().numbers
+    np.testing.assert_allclose(there.scores(numbers), tiny.patches.scores[numbers])
+    np.testing.assert_allclose(back.scores(numbers), 1 - tiny.patches.scores[numbers])
+
+
+def test_guidance_is_told_by_ratios_on_the_sources_of_both(tiny, judged):
+    guided = tiny.trajectory("guided", method="progression")
+    unguided = tiny.trajectory("plain", method="progression", noise=25, num=6)
+    evaluation = evaluate([guided, tiny.trajectory("path", noise=5)], unguided=[unguided], **judged)
+    assert evaluation.unguided == {"progression": "progression, unguided"}
+    value = found(evaluation, "progression", "guidance_frechet_ratio", 0.75)
+    extractor = evaluation.networks[-1].name
+    reference = partial_features(evaluation.networks[-1])(tiny.images("test", "B")[1])
+    with_, without = (next(of for of in evaluation.methods if of.name == n) for n in evaluation.unguided.popitem())
+    expected = [frechet_distance(of.seen[extractor].features[:6, 3], reference) for of in (with_, without)]
+    assert value.value == pytest.approx(expected[0] / expected[1], rel=1e-3)
+    assert value.n == 6
+    levels = [found(evaluation, "progression", "guidance_frechet_ratio", s).value for s in (0.25, 0.5, 0.75, 1.0)]
+    assert found(evaluation, "progression", "guidance_frechet_ratio").value == pytest.approx(np.mean(levels))
+    rows = [row for row in evaluation.differences if row.second == "progression, unguided"]
+    assert {row.n for row in rows} == {6}
+    assert {row.quantity for row in rows} >= {"flip_rate", "calibration_image", "monotone_share", "preservation"}
+
+
+def test_the_command_writes_json_csv_and_a_table(tiny, judged, capsys):
+    first, second = tiny.trajectory("path"), tiny.trajectory("other", method="depth", noise=3, num=6)
+    rgb, grey = map(str, judged["judges"])
+    output = tiny.root / "figures" / "found.json"
+    networks = ["--judge", rgb, "--judge", grey, "--features", str(judged["features"])]
+    main(["evaluate", str(first), str(second), *networks, "--levels", "4", "--output", str(output), "seed=0"])
+    printed = capsys.readouterr().out
+    content = json.loads(output.read_text())
+    assert content["format"] == 1
+    assert [m["name"] for m in content["methods"]] == ["path", "depth", "copy the source", "nearest real target"]
+    assert [n["use"] for n in content["networks"]] == ["judge", "judge", "features"]
+    assert {row["n"] for row in content["differences"]} == {6}
+    with open(output.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(content["values"]) > 300
+    columns = ["trajectory", "method", "quantity", "level", "extractor", "n", "n_real", "value", "low", "high"]
+    assert list(rows[0]) == columns
+    for row, value in zip(rows, content["values"], strict=True):
+        assert row["n"] == str(value["n"])
+        assert row["value"] == ("" if value["value"] is None else str(value["value"]))
+    table = output.with_suffix(".md").read_text()
+    assert table.startswith(printed.partition("wrote:")[0].strip())
+    assert "| flip rate at 1, " in table
+    assert (
+        "path (n = 8) | depth (n = 6) | copy the source (n = 8) | nearest real target (n = 8) | real A (n = 12)"
+        in table
+    )
+    assert not list(output.parent.glob("*.tmp"))
+
+
+def test_figures_do_not_change_from_one_evaluation_to_the_next(tiny, judged):
+    path = tiny.trajectory("path")
+    first, second = (evaluate([path], **judged).values for _ in range(2))
+    assert repr(first) == repr(second)
+
+
+def test_levels_of_a_finer_trajectory_are_the_nearest_frames(tiny, judged):
+    fine = tiny.trajectory("fine", levels=tuple(np.linspace(0, 1, 9).tolist()))
+    coarse = tiny.trajectory("coarse", method="depth")
+    evaluation = evaluate([fine, coarse], **judged)
+    for level in (0.25, 0.5, 1.0):
+        values = [found(evaluation, name, "probability", level, "rgb").value for name in ("path", "depth")]
+        assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+# What is refused
+
+
+def test_a_guide_is_refused_wherever_it_is_named(tiny, judged):
+    path, guide = tiny.trajectory("path"), tiny.classifier("guide", "classifier.role=guide", seed=5)
+    for wrong in ({"judges": [guide]}, {"features": guide}, {"scores": guide}):
+        with pytest.raises(UserError, match=r"guide/.*is a guide .*classifier\.role=judge"):
+            evaluate([path], **{**judged, **wrong})
+
+
+def test_a_network_named_twice_is_refused(tiny, judged):
+    path = tiny.trajectory("path")
+    with pytest.raises(UserError, match=r"rgb: is named twice"):
+        evaluate([path], **{**judged, "features": judged["judges"][0]})
+    with pytest.raises(UserError, match=r"a trajectory is named twice"):
+        evaluate([path, path], **judged)
+
+
+def test_scores_must_come_from_scores(tiny, judged):
+    with pytest.raises(UserError, match=r"--scores .*classifier.labels=score from A to B; found labels=class"):
+        evaluate([tiny.trajectory("path")], scores=tiny.classifier("third", seed=6), **judged)
+
+
+def test_sequences_that_a_network_cannot_judge_are_refused(tiny, judged, make_patches):
+    header = TrajectoryHeader("path", "A", "C", ("A", "C"), (0.0, 1.0), "x")
+    TrajectoryWriter(tiny.root / "unknown", header)
+    with pytest.raises(UserError, match=r"does not know the class 'C' .*trained on A, B"):
+        evaluate([tiny.root / "unknown"], **judged)
+    TrajectoryWriter(tiny.root / "empty", replace(header, target="B", levels=(0.0, 0.2, 0.4, 0.8, 1.0)))
+    with pytest.raises(UserError, match=r"empty: no whole sequence"):
+        evaluate([tiny.root / "empty"], **judged)
+    with pytest.raises(UserError, match=r"A -> B, but .*unknown is A -> C"):
+        evaluate([tiny.root / "unknown", tiny.root / "empty"], **judged)
+    for file in (tiny.trajectory("large") / "frames").rglob("*.png"):
+        write_png(file, np.zeros((20, 20, 3), np.uint8))
+    with pytest.raises(UserError, match=r"20 x 20 px, .* trained on 16 px"):
+        evaluate([tiny.root / "large"], **judged)
+
+
+def test_sources_that_a_judge_trained_on_are_refused(tiny, judged):
+    with pytest.raises(UserError, match=r"trained on sources of .*train/A/A000\.png"):
+        evaluate([tiny.trajectory("seen", split="train", num=6)], **judged)
+
+
+def test_sources_that_a_judge_sees_otherwise_are_refused(tiny, judged):
+    path = tiny.trajectory("path")
+    for file in path.rglob("000.png"):
+        write_png(file, np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(UserError, match=r"not the patches that .*data\.crop"):
+        evaluate([path], **judged)
+
+
+def test_a_judge_that_has_diverged_is_refused(tiny, judged):
+    spoilt = tiny.classifier("spoilt", seed=7, spoil=True)
+    with pytest.raises(UserError, match=r"spoilt, looking at .*not finite numbers"):
+        evaluate([tiny.trajectory("path")], **{**judged, "features": spoilt})
+
+
+def test_an_unguided_rival_must_be_of_the_same_method_and_sources(tiny, judged):
+    path = tiny.trajectory("path")
+    with pytest.raises(UserError, match=r"--unguided .*: its method depth is none of path"):
+        evaluate([path], unguided=[tiny.trajectory("depth", method="depth")], **judged)
+
+
+def test_damaged_costs_and_missing_networks_are_told(tiny, judged, capsys):
+    path = tiny.trajectory("path")
+    (path / "cost.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cost\.json: expected sequences"):
+        evaluate([path], **judged)
+    for arguments in (["evaluate", str(path)], ["evaluate", str(path), "--judge", str(judged["judges"][0])]):
+        with pytest.raises(SystemExit, match=r"error: --(judge|features): none given"):
+            main(arguments)

@@ -1,0 +1,548 @@
+"""Stairs of trained runs: what a Bridge writes, what it asks its guides, and what it refuses."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cellflux_bridge import Bridge, cli
+from cellflux_bridge.config import load_config
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.training import checkpoint
+from cellflux_bridge.trajectory import load_trajectory
+from cellflux_bridge.transport import stairs
+
+LEVEL = {"target": "level", "source_image": True, "source_class": False}
+TRAIN = ("train.steps=3", "train.validate_pairs=8", "train.lr=0.02")
+STEPS = ("translate.steps=2", "translate.num=4", "translate.batch_size=3")
+QUICK = {"steps": 12, "batch_size": 16, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5, "validate_pairs": 8}
+GUIDE = {"train": {**QUICK, "accelerator": "cpu"}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, make_patches, write_config):
+    """`runs("name", "key=value", ..., classes="AB", section={...})`: a tiny trained run, once a name."""
+    made = {}
+
+    def run(name: str, *overrides: str, classes: str = "AB", guides=(), **sections) -> Path:
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            make_patches(root / "patches", num=dict.fromkeys(classes, 24))
+            settings = {"data": {"split": {"val": 0.2, "test": 0.3}}, "classifier": GUIDE, "condition": LEVEL}
+            file = write_config(root, **{**settings, **sections})
+            cli.main(["train", str(file), *TRAIN, *overrides])
+            made[name] = root / "runs" / "tiny"
+            for sees in guides:
+                cli.main(["train-classifier", str(made[name]), "classifier.role=guide", f"classifier.sees={sees}"])
+        return made[name]
+
+    return run
+
+
+@pytest.fixture
+def flow(runs) -> Path:
+    """A progression flow with a guide of images and one of states."""
+    return runs("flow", guides=("image", "state"))
+
+
+@pytest.fixture
+def from_noise(runs) -> Path:
+    """A flow from Gaussian noise, told levels, with a guide of its states."""
+    condition = {"target": "level", "source_class": False}
+    return runs("from_noise", path={"name": "gaussian_source"}, condition=condition, guides=("state",))
+
+
+@pytest.fixture
+def three(runs) -> Path:
+    return runs("three", classes="ABC")
+
+
+def load(run: Path, *overrides: str) -> Bridge:
+    return Bridge.load(run, [*STEPS, *overrides])
+
+
+def patches_of(bridge: Bridge, label: str = "A", num: int = 4) -> tuple[torch.Tensor, list[str]]:
+    patches = bridge.patches()
+    chosen = patches.sample("test", label, num=num, seed=bridge.config.seed)
+    return patches.centre(chosen), [patches.ids[i] for i in chosen]
+
+
+def nearly_equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal up to one grey level, which rounding of float32 noise can turn."""
+    return np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What stairs were asked for: keyword arguments of every call of `progression` and `depth`."""
+    calls = []
+
+    def noting(build):
+        def note(*args, **options):
+            calls.append(options)
+            return build(*args, **options)
+
+        return note
+
+    monkeypatch.setattr(stairs, "progression", noting(stairs.progression))
+    monkeypatch.setattr(stairs, "depth", noting(stairs.depth))
+    return calls
+
+
+# Progression
+
+
+def test_a_progression_from_end_to_end(flow):
+    bridge = load(flow, "translate.method=progression", "translate.levels=5")
+    x, ids = patches_of(bridge)
+    found = bridge.translate(x, ids=ids)
+    assert found.header.method == "progression"
+    assert found.levels == (0, 0.2, 0.4, 0.6, 0.8, 1)
+    assert found.frames.shape == (6, 4, 3, 16, 16)
+    np.testing.assert_array_equal(found.frames[0], x)
+    np.testing.assert_allclose(found.soft_labels[:, 2], [[1 - s, s] for s in found.levels], atol=1e-6)
+    assert found.nfe == (5 * 2 * 2,) * 4
+    assert found.gradients == (0,) * 4
+    assert all((a != b).any() for a, b in pairwise(found.frames))
+    alone = bridge.translate(x[2:3], ids=ids[2:3])
+    assert nearly_equal(alone.frames, found.frames[:, 2:3])
+    one = bridge.translate(x, ids=ids, levels=[0.6, 1.0])
+    assert nearly_equal(one.frames[1:], found.frames[[3, 5]])
+
+
+def test_both_directions_and_the_levels_told(flow, asked):
+    bridge = load(flow, "translate.method=progression", "translate.levels=[0.3, 1.0]")
+    x, ids = patches_of(bridge)
+    there, back = (bridge.translate(x, ids=ids, source=a, target=b) for a, b in ("AB", "BA"))
+    told = [[[0.7, 0.3], [0.0, 1.0]], [[0.3, 0.7], [1.0, 0.0]]]
+    found = [call[key] for call in (asked[0], asked[2]) for key in ("told", "wanted")]  # two batches each
+    torch.testing.assert_close(torch.stack(found), torch.tensor([told[0], told[0], told[1], told[1]]))
+    np.testing.assert_allclose(back.soft_labels[1:, 0], told[1], atol=1e-6)
+    assert (back.header.source, back.header.target) == ("B", "A")
+    assert not nearly_equal(there.frames[1:], back.frames[1:])
+
+
+def test_three_classes_are_mixed_two_at_a_time(three, asked):
+    bridge = load(three, "translate.method=progression", "translate.levels=[0.25, 1.0]")
+    x, ids = patches_of(bridge, num=2)
+    for source, target in ("AC", "CB", "BA"):
+        found = bridge.translate(x, ids=ids, source=source, target=target)
+        expected = torch.zeros(2, 3)
+        expected[:, "ABC".index(source)], expected[:, "ABC".index(target)] = (
+            torch.tensor([0.75, 0.0]),
+            torch.tensor([0.25, 1.0]),
+        )
+        torch.testing.assert_close(asked[-1]["told"], expected)
+        np.testing.assert_allclose(found.soft_labels[1:, 0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "weight"), [("endpoint", "guide_rgb", 0.5), ("bridge", "guide_rgb_state", 99.0)]
+)
+def test_guidance_moves_frames_and_its_gradients_are_counted(flow, form, name, weight):
+    bridge = load(flow, "translate.method=progression", "translate.levels=3")
+    x, ids = patches_of(bridge)
+    plain = bridge.translate(x, ids=ids)
+    off = bridge.translate(x, ids=ids, guidance={"form": form, "weight": 0.0})
+    np.testing.assert_array_equal(off.frames, plain.frames)
+    found = bridge.translate(x, ids=ids, guidance={"form": form, "weight": weight})
+    assert not nearly_equal(found.frames, plain.frames)
+    # At t = 0, the first of the four times, the endpoint form is off.
+    each = 3 if form == "endpoint" else 4
+    assert (found.nfe, found.gradients) == (plain.nfe, (3 * each,) * 4)
+    twice = bridge.translate(x, ids=ids, guidance={"form": form, "weight": weight, "guides": 2 * [str(flow / name)]})
+    assert nearly_equal(twice.frames, found.frames)
+    assert twice.gradients == (2 * 3 * each,) * 4
+
+
+def test_a_guide_makes_frames_more_like_what_is_wanted(flow):
+    bridge = load(flow, "translate.method=progression", "translate.levels=[1.0]", "translate.steps=8")
+    x, ids = patches_of(bridge)
+    guide = bridge._guides(bridge.config.translate.guidance, sees="image")[0]
+
+    def reached(weight: float) -> float:
+        found = bridge.translate(x, ids=ids, guidance={"form": "endpoint", "weight": weight})
+        return guide.log_probabilities(torch.from_numpy(found.frames[-1]) / 127.5 - 1)[:, 1].exp().mean().item()
+
+    assert reached(0.0) < reached(0.5)
+
+
+def digest(folder: Path) -> dict[str, bytes]:
+    """The files of a trajectory, less what it cost to make."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    assert json.loads(files.pop("cost.json"))["sequences"] > 0
+    return files
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("translate.method=progression", "translate.guidance.form=endpoint", "translate.calibrate=probability"),
+        ("translate.method=progression", "translate.guidance.form=bridge"),
+        ("translate.method=path", "translate.guidance.form=endpoint", "translate.frames=3"),
+    ],
+    ids=lambda overrides: "-".join(text.split("=")[1] for text in overrides),
+)
+def test_a_translation_stopped_between_batches_is_completed_to_the_same(flow, tmp_path, monkeypatch, overrides):
+    options = (*overrides, "translate.levels=2", "translate.num=7")
+    whole, figures = load(flow, *options).translate_split(output=tmp_path / "whole", source="A", target="B")
+    assert figures["made_now"] == 7
+    part, bridge = tmp_path / "part", load(flow, *options)
+    translate, batches = bridge._translate_batch, []
+
+    def stopping(*args):
+        batches.append(len(args[0]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return translate(*args)
+
+    monkeypatch.setattr(bridge, "_translate_batch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        bridge.translate_split(output=part)
+    assert batches == [3, 3, 1]
+    assert len(load_trajectory(part).source_ids) == 6  # the batch that ran is lost, no more
+    assert load(flow, *options).translate_split(output=part)[1]["made_now"] == 1
+    assert digest(part) == digest(whole)
+
+
+def test_a_stair_stands_in_a_folder_of_its_method(flow):
+    for method in ("path", "progression"):
+        folder, _ = load(flow, f"translate.method={method}", "translate.num=1", "translate.frames=3").translate_split()
+        assert folder == flow / "trajectories" / f"A_to_B_{method}"
+
+
+# Depth
+
+
+def test_a_depth_stair_from_end_to_end(from_noise, asked):
+    bridge = load(from_noise, "translate.method=depth", "translate.levels=4")
+    x, ids = patches_of(bridge)
+    found = bridge.translate(x, ids=ids)
+    assert (found.header.method, found.levels) == ("depth", (0, 0.25, 0.5, 0.75, 1))
+    np.testing.assert_array_equal(found.frames[0], x)
+    np.testing.assert_allclose(found.soft_labels[:, 0, 1], found.levels)
+    assert found.nfe == ((4 + 4 * 2) * 2,) * 4  # a step back to each depth, two forward from each
+    assert nearly_equal(bridge.translate(x[3:], ids=ids[3:]).frames, found.frames[:, 3:])
+    assert asked[0]["source"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "depths", "told"),
+    [
+        ({}, [0.5, 1.0], [1.0, 1.0]),
+        ({"depths": "full", "conditions": "rising"}, [1.0, 1.0], [0.5, 1.0]),
+        ({"depths": [0.3, 0.6], "conditions": [0.2, 0.7]}, [0.3, 0.6], [0.2, 0.7]),
+        ({"depths": "rising", "conditions": "rising"}, [0.5, 1.0], [0.5, 1.0]),
+    ],
+)
+def test_the_two_dials_of_a_depth_stair(from_noise, asked, options, depths, told):
+    bridge = load(from_noise, "translate.method=depth", "translate.levels=2")
+    x, ids = patches_of(bridge, num=2)
+    bridge.translate(x, ids=ids, source="B", target="A", **options)
+    (call,) = asked
+    torch.testing.assert_close(call["depths"], torch.tensor(depths))
+    torch.testing.assert_close(call["told"][:, 0], torch.tensor(told))
+    assert torch.equal(call["wanted"], call["told"])
+    assert call["source"].tolist() == [0, 1]
+
+
+def test_a_depth_stair_is_guided_by_its_states_forward_only(from_noise):
+    bridge = load(from_noise, "translate.method=depth", "translate.levels=2")
+    x, ids = patches_of(bridge, num=3)
+    plain, found = (bridge.translate(x, ids=ids, guidance={"form": form, "weight": 99.0}) for form in ("none", "score"))
+    assert not nearly_equal(found.frames, plain.frames)
+    assert found.nfe == plain.nfe == ((2 + 2 * 2) * 2,) * 3
+    assert found.gradients == (2 * 2 * 2,) * 3
+
+
+# Levels that a guide chooses
+
+
+def darkness(x):
+    """0 for a white image in [-1, 1] and 1 for a black one, (B,)."""
+    return (1 - x.mean((1, 2, 3))) / 2
+
+
+class Dark(nn.Module):
+    """A guide whose p(B) is the square of darkness, and whose feature is darkness itself."""
+
+    def log_probabilities(self, x):
+        p = darkness(x).square().clamp(1e-6, 1 - 1e-6)
+        return torch.stack([1 - p, p], dim=1).log()
+
+    def features(self, x):
+        return darkness(x)[:, None]
+
+
+class Painter(nn.Module):
+    """A flow whose end is an even image of darkness c^2, whatever the source."""
+
+    def forward(self, t, x, cond):
+        end = 1 - 2 * cond.level[:, 1].view(-1, 1, 1, 1) ** 2
+        return (end - x) / (1 - t).view(-1, 1, 1, 1)
+
+
+@pytest.fixture
+def painter(flow, monkeypatch) -> Bridge:
+    bridge = load(flow, "translate.method=progression", "translate.solver=euler", "translate.steps=4")
+    bridge._network = Painter()
+    monkeypatch.setattr(bridge, "_guides", lambda guidance, *, sees: [Dark()])
+    return bridge
+
+
+def reached(bridge: Bridge, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Levels of a progression and the darkness of its frames, the source's aside."""
+    x, ids = patches_of(bridge)
+    found = bridge.translate(x, ids=ids, **options)
+    return np.array(found.levels[1:]), 1 - found.frames[1:].mean((1, 2, 3, 4)) / 255
+
+
+EVEN = np.arange(1, 6) / 5
+
+
+def test_calibrated_levels_are_what_the_guide_sees(painter):
+    """By probability the guide's mean p(B) is the level; by distance the level is the share of the way in features."""
+    levels, plain = reached(painter, levels=10)
+    np.testing.assert_allclose(plain, levels**2, atol=0.01)
+    levels, found = reached(painter, levels=10, calibrate="probability")
+    np.testing.assert_allclose(found**2, levels, atol=0.015)
+    levels, found = reached(painter, levels=10, calibrate="distance")
+    np.testing.assert_allclose(found[1:], levels[1:], atol=0.015)
+    assert found[0] == pytest.approx(0.1, abs=0.03)  # between the pilot's levels the map is a straight line
+
+
+def test_what_is_wanted_stays_the_level_when_calibrated(painter, asked):
+    reached(painter, levels=[0.25, 1.0], calibrate="distance")
+    pilot, first, second = asked  # measured once, then two batches
+    assert len(pilot["told"]) == 11
+    torch.testing.assert_close(first["wanted"][:, 1], torch.tensor([0.25, 1.0]))
+    torch.testing.assert_close(first["told"][:, 1], torch.tensor([0.5, 1.0]), rtol=0, atol=0.02)
+    assert torch.equal(first["told"], second["told"])
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "expected"), [("none", np.sqrt(EVEN)), ("probability", EVEN**2), ("distance", EVEN)]
+)
+def test_adaptive_levels_are_equally_far_apart_for_the_guide(painter, calibrate, expected):
+    """Whatever the network is told for a level, the frames are; the levels are those that get them told so."""
+    levels, found = reached(painter, levels=5, spacing="adaptive", calibrate=calibrate)
+    np.testing.assert_allclose(found, EVEN, atol=0.03)
+    np.testing.assert_allclose(levels, expected, atol=0.03)
+
+
+def test_a_network_that_goes_nowhere_has_no_adaptive_levels(painter):
+    class Still(nn.Module):
+        def forward(self, t, x, cond):
+            return torch.zeros_like(x)
+
+    painter._network = Still()
+    with pytest.raises(UserError, match=r"translate\.spacing=adaptive: the guide sees no 5 levels apart"):
+        reached(painter, levels=5, spacing="adaptive")
+
+
+def test_the_pilot_is_held_out_and_unguided(painter, asked):
+    reached(painter, levels=2, calibrate="probability", guidance={"form": "endpoint", "weight": 0.3})
+    val = painter.patches().indices("val", "A")
+    assert asked[0]["noise"].shape[0] == len(val)
+    x = torch.zeros(2, 3, 16, 16)
+    assert not hasattr(painter._field(painter.config.translate, source=0).velocity(x), "gradients")
+
+
+def test_real_guides_calibrate_and_space(flow):
+    bridge = load(flow, "translate.method=progression", "translate.levels=4", "translate.calibrate=probability")
+    x, ids = patches_of(bridge)
+    found = bridge.translate(x, ids=ids)
+    assert found.levels == (0, 0.25, 0.5, 0.75, 1)
+    told = bridge._told(bridge._settings("A", "B", {}), torch.tensor(found.levels))
+    assert (told.diff() >= 0).all()
+    assert told[0] >= 0
+    assert told[-1] == 1
+
+
+def test_without_validation_patches_nothing_is_calibrated(painter, monkeypatch):
+    patches = painter.patches()
+    monkeypatch.setattr(type(patches), "sample", lambda self, split, *args, **options: np.arange(split == "test"))
+    with pytest.raises(UserError, match=r"no validation patch of class 'A' to measure on"):
+        painter.translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), calibrate="probability")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("key", ["levels", "depths", "conditions"])
+@pytest.mark.parametrize(
+    "values", [[0.0, 1.0], [0.5, 0.2], [0.5, 0.5, 1.0], [0.5, 1.2], [-0.1, 1.0], [], [float("nan")]]
+)
+def test_levels_outside_their_range_or_order_are_named(flow, key, values):
+    with pytest.raises(UserError, match=rf"translate\.{key}"):
+        load(flow).translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), **{key: values})
+    with pytest.raises(UserError, match=rf"translate\.{key}"):
+        load(flow, f"translate.{key}={json.dumps(values).replace('NaN', '.nan')}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "depth"}, r"translate\.method=depth: path NoisedSource starts from source images"),
+        ({"method": "progression", "reverse": True}, r"translate\.reverse: is of method=path"),
+        ({"method": "progression", "spacing": "adaptive", "levels": [0.5, 1.0]}, "chooses the levels itself"),
+        ({"method": "progression", "levels": 0}, r"translate\.levels"),
+        ({"method": "stair"}, r"translate\.method: .*'stair'"),
+        ({"method": "progression", "calibrate": "p"}, r"translate\.calibrate: .*'p'"),
+        ({"guidance": {"form": "score"}}, r"translate\.guidance\.form=score: exact for a Gaussian source only"),
+        ({"guidance": {"form": "scroe"}}, r"translate\.guidance\.form: .*'scroe'"),
+        ({"guidance": {"wieght": 1}}, r"translate\.guidance\.wieght: unknown key; did you mean"),
+        ({"guidance": {"form": "endpoint", "weight": -1}}, r"translate\.guidance\.weight"),
+        ({"guidance": {"form": "endpoint", "start": 0}}, r"translate\.guidance\.start"),
+        ({"source": "A", "target": "A"}, "is the source, too"),
+    ],
+)
+def test_what_a_flow_cannot_do_is_refused(flow, options, message, tmp_path):
+    bridge = load(flow)
+    with pytest.raises(UserError, match=message):
+        bridge.translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "progression"}, "translate.method=progression: path GaussianSource starts from noise"),
+        ({"method": "path"}, "starts from noise"),
+        ({"method": "depth", "spacing": "adaptive"}, "spacing=adaptive: is of method=progression"),
+        ({"method": "depth", "levels": 3, "depths": [0.5, 1.0]}, "translate.depths: 2 values for 3 levels"),
+        ({"method": "depth", "levels": 3, "conditions": [0.5, 1.0]}, "translate.conditions: 2 values for 3 levels"),
+        ({"method": "depth", "guidance": {"form": "bridge"}}, "translate.guidance.form=bridge: needs a path with"),
+    ],
+)
+def test_what_a_flow_from_noise_cannot_do_is_refused(from_noise, options, message):
+    with pytest.raises(UserError, match=message):
+        load(from_noise).translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), **options)
+
+
+def test_a_refused_method_leaves_no_folder(flow, tmp_path):
+    with pytest.raises(UserError, match=r"translate\.method=depth"):
+        load(flow, "translate.method=depth").translate_split(output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_classes_has_no_levels_between(runs):
+    """Its depth stair has one dial, the depth."""
+    run = runs("classes", path={"name": "gaussian_source"}, condition={"target": "class", "source_class": False})
+    bridge = load(run, "translate.levels=2")
+    x, ids = patches_of(bridge, num=2)
+    assert bridge.translate(x, ids=ids, method="depth").frames.shape[0] == 3
+    with pytest.raises(UserError, match=r"translate\.conditions: the network knows classes only"):
+        bridge.translate(x, ids=ids, method="depth", conditions="rising")
+    run = runs("classes_from_data", condition={"target": "class"})
+    with pytest.raises(UserError, match=r"translate\.method=progression: the network knows classes only"):
+        load(run).translate(x, ids=ids, method="progression")
+
+
+def test_a_pair_that_was_never_seen_is_refused(runs):
+    """By level a flow goes from every named source to every level, and from no other."""
+    run = runs("one_way", "pairs.transitions=[[A, B], [A, C]]", classes="ABC")
+    bridge = load(run, "translate.method=progression", "translate.levels=1")
+    x, ids = patches_of(bridge, num=1)
+    for target in "BC":
+        assert bridge.translate(x, ids=ids, source="A", target=target).header.target == target
+    with pytest.raises(UserError, match="the network never saw B -> C; it was trained on A -> B, A -> C"):
+        bridge.translate(x, ids=ids, source="B", target="C")
+
+
+# Guides that do not fit
+
+
+@pytest.fixture
+def refused(flow):
+    def refuse(message: str, *, form: str = "endpoint", run: Path = flow, guides=(), method="progression", **options):
+        guidance = {"form": form, "guides": [str(guide) for guide in guides]}
+        with pytest.raises(UserError, match=message):
+            load(run).translate(
+                torch.zeros(1, 3, 16, 16, dtype=torch.uint8), source="A", target="B", method=method,
+                guidance=guidance, **options,
+            )  # fmt: skip
+
+    return refuse
+
+
+@pytest.mark.parametrize("form", ["endpoint", "bridge"])
+def test_a_flow_without_a_guide_says_how_to_make_one(three, refused, form):
+    sees = "image" if form == "endpoint" else "state"
+    refused(rf"no trained guide here.*train-classifier .* classifier\.role=guide classifier\.sees={sees}", form=form,
+            run=three)  # fmt: skip
+    refused("no trained guide here", form="none", run=three, calibrate="probability")
+    refused("no trained guide here", form="none", run=three, spacing="adaptive")
+
+
+def test_an_untrained_guide_is_refused(refused, tmp_path):
+    refused("holds no checkpoint", guides=[tmp_path])
+
+
+@pytest.fixture
+def altered(flow, tmp_path):
+    """`altered("guide_rgb", "key=value", ...)`: a guide of the flow that was trained with other settings."""
+
+    def alter(name: str, *overrides: str) -> Path:
+        folder = Path(shutil.copytree(flow / name, tmp_path / f"other_{name}", dirs_exist_ok=True))
+        config = checkpoint.latest(folder) / checkpoint.CONFIG
+        config.write_text(load_config(config, overrides).to_yaml())
+        return folder
+
+    return alter
+
+
+def test_a_judge_is_no_guide(altered, refused):
+    judge = altered("guide_rgb", "classifier.role=judge")
+    refused("other_guide_rgb: is a judge; a guide must be another network", guides=[judge])
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("guide_rgb", "data.classes=[A, B, C]", r"data\.classes is \['A', 'B', 'C'\] there, \['A', 'B'\] here"),
+        ("guide_rgb", "data.classes=[B, A]", r"data\.classes is \['B', 'A'\] there"),
+        ("guide_rgb", "data.image_size=24", "data.image_size is 24 there, 16 here"),
+        ("guide_rgb", "data.crop=12", "data.crop is 12 there, None here"),
+        ("guide_rgb_state", "data.image_size=24", "data.image_size is 24 there, 16 here"),
+        ("guide_rgb_state", "path.scale=0.9", r"path is .*0\.9.* there, .*0\.5.* here"),
+        ("guide_rgb_state", "condition.source_image=false", "condition.source_image is False there, True here"),
+    ],
+)
+def test_a_guide_of_another_setting_is_refused(altered, refused, name, override, message):
+    form = "bridge" if name.endswith("state") else "endpoint"
+    refused(f"a guide that does not fit this flow: {message}", form=form, guides=[altered(name, override)])
+
+
+def test_what_a_guide_of_images_does_not_see_does_not_matter(altered, flow):
+    guide = altered("guide_rgb", "path.scale=0.9", "condition.dropout=0.5")
+    bridge = load(flow, "translate.method=progression", "translate.levels=1")
+    x, ids = patches_of(bridge, num=1)
+    bridge.translate(x, ids=ids, guidance={"form": "endpoint", "guides": [str(guide)]})
+
+
+def test_guides_of_images_and_of_states_do_not_stand_in_for_each_other(flow, refused):
+    refused(r"classifier\.sees is image there, state here", form="bridge", guides=[flow / "guide_rgb"])
+    refused(r"classifier\.sees is state there, image here", form="endpoint", guides=[flow / "guide_rgb_state"])
+
+
+def test_a_guide_that_was_used_for_images_is_still_none_for_states(flow):
+    bridge = load(flow, "translate.method=progression", "translate.levels=1")
+    x, ids = patches_of(bridge, num=1)
+    guides = [str(flow / "guide_rgb")]
+    bridge.translate(x, ids=ids, guidance={"form": "endpoint", "guides": guides})
+    with pytest.raises(UserError, match=r"classifier\.sees is image there, state here"):
+        bridge.translate(x, ids=ids, guidance={"form": "bridge", "guides": guides})
+
+
+def test_a_guide_of_a_moved_run_is_found(flow, tmp_path):
+    shutil.copytree(flow, tmp_path / "moved", ignore=shutil.ignore_patterns("trajectories"))
+    options = ("translate.method=progression", "translate.guidance.form=endpoint", "translate.levels=2")
+    bridge = load(tmp_path / "moved", *options, "translate.num=1")
+    folder, _ = bridge.translate_split()
+    assert folder.parents[1] == tmp_path / "moved"
+    assert load_trajectory(folder).gradients == (2 * 3,)
