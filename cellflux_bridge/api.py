@@ -106,6 +106,17 @@ class Bridge(Translator):
                 "translate.method=progression: the network knows classes only, not the levels between; train with "
                 "condition.target=level, or use method=path"
             )
+        if method == "depth" and not by_level:
+            told = named_transitions(self.classes, self.config.pairs)
+            if self.config.condition.source_class:
+                was_told = (settings.source, settings.source) in told
+            else:
+                was_told = settings.source in {target for _, target in told}
+            if not was_told:
+                raise UserError(
+                    f"translate.method=depth: the way back is told class {settings.source!r}, which this network was "
+                    "never told to reach; train with pairs.identity=true, or condition.target=level"
+                )
         if method == "depth" and settings.conditions != "target" and not by_level:
             raise UserError(
                 "translate.conditions: the network knows classes only; train with condition.target=level, or use "
@@ -123,6 +134,8 @@ class Bridge(Translator):
         if is_adaptive and not isinstance(settings.levels, int):
             raise UserError("translate.spacing=adaptive: chooses the levels itself; give their number (levels=10)")
         if settings.guidance.form != "none":
+            if settings.reverse:
+                raise UserError("translate.reverse: goes back unguided; set translate.guidance.form=none")
             require_form(settings.guidance.form, self.path, sees_source=self.config.condition.source_image)
             self._guides(settings.guidance, sees=_seen(settings.guidance))
 
@@ -133,7 +146,7 @@ class Bridge(Translator):
             trained = checkpoint.read_config(folder)
             if trained.classifier.role != "guide":
                 raise UserError(f"{run}: is a judge; a guide must be another network (classifier.role=guide)")
-            compared = ["data.classes", "data.image_size", "data.crop", "classifier.sees"]
+            compared = ["data.classes", "data.image_size", "data.crop", "data.stain", "classifier.sees"]
             if sees == "state":
                 compared += ["path", "condition.source_image"]
             theirs = trained.model_dump(mode="json")
@@ -149,7 +162,10 @@ class Bridge(Translator):
         return self._loaded[run, sees]
 
     def _guides(self, guidance: GuidanceConfig, *, sees: str) -> list[PatchClassifier]:
-        """The guides of finished images or of states: those that the settings name, else all that the run has."""
+        return [self._load_guide(run, sees=sees) for run in self._guide_runs(guidance, sees=sees)]
+
+    def _guide_runs(self, guidance: GuidanceConfig, *, sees: str) -> list[Path]:
+        """Where the guides of finished images or of states are: those that the settings name, else all of the run."""
         own = sorted(self.config.output.glob("guide_*"))
         own = [run for run in own if run.name.endswith("_state") == (sees == "state")]
         runs = (guidance.guides if sees == _seen(guidance) else []) or own
@@ -158,7 +174,7 @@ class Bridge(Translator):
                 f"{self.config.output}: no trained guide here; make one with: cellflux-bridge train-classifier "
                 f"{self.config.output} classifier.role=guide classifier.sees={sees}"
             )
-        return [self._load_guide(run, sees=sees) for run in runs]
+        return runs
 
     def _levels(self, settings: TranslateConfig) -> tuple[float, ...]:
         if settings.method == "path":
@@ -170,14 +186,23 @@ class Bridge(Translator):
             return (0.0, *self._adaptive_levels(settings))
         return tuple(round(k / settings.levels, 6) for k in range(settings.levels + 1))
 
+    def _guide_names(self, settings: TranslateConfig) -> list[str]:
+        """Names and steps of the guides that a translation heeds, so that others do not complete it."""
+        seen = {_seen(settings.guidance)} if settings.guidance.form != "none" else set()
+        if settings.method == "progression" and (settings.calibrate != "none" or settings.spacing == "adaptive"):
+            seen.add("image")
+        runs = [run for sees in sorted(seen) for run in self._guide_runs(settings.guidance, sees=sees)]
+        return [f"{run.name}@{checkpoint.step_of(checkpoint.latest(run))}" for run in runs]
+
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
+        digest = self.config.model_copy(update={"translate": settings}).digest()
         return TrajectoryHeader(
             method=settings.method,
             source=settings.source,
             target=settings.target,
             classes=self.classes,
             levels=self._levels(settings),
-            config_hash=f"{self.config.model_copy(update={'translate': settings}).digest()}@{self.step}",
+            config_hash="+".join([f"{digest}@{self.step}", *self._guide_names(settings)]),
         )
 
     def _name(self, settings: TranslateConfig) -> str:

@@ -103,6 +103,8 @@ def train_command(args: argparse.Namespace) -> None:
     crossfit = by_level and config.condition.level == "crossfit"
 
     def prepare() -> None:
+        if any((config.output / part).is_dir() for part in _REFERENCE):
+            raise UserError(f"{config.output}: holds a reference bridge's run; choose another output for the flow")
         unused = ("bridge",) if crossfit else ("bridge", "classifier")
         require_free(config.output, config, ignore=unused, resume=config.train.resume)
         record_splits(config.output, patches)
@@ -122,9 +124,9 @@ def train_command(args: argparse.Namespace) -> None:
 def train_classifier_command(args: argparse.Namespace) -> None:
     """train-classifier CONFIG_OR_RUN: train a judge of translated patches, or a guide (classifier.role=guide)."""
     from cellflux_bridge.training import checkpoint, classifier, classifier_scores
-    from cellflux_bridge.training.levels import target_levels
+    from cellflux_bridge.training.levels import read_levels, target_levels
     from cellflux_bridge.training.loop import fit, on_rank_zero
-    from cellflux_bridge.training.run import Log, claim, require_free
+    from cellflux_bridge.training.run import Log, claim, require_free, require_held_out
 
     config = _config(args.config, args.overrides)
     train = config.classifier.train
@@ -135,11 +137,15 @@ def train_classifier_command(args: argparse.Namespace) -> None:
 
     def prepare() -> None:
         require_free(folder, config, ignore=unused, resume=train.resume)
+        require_held_out(config.output, patches)
         claim(folder, config)
 
-    levels = None
+    levels, of_flow = None, config.output / "levels.csv"
     if of_states and config.condition.target == "level":
-        levels = target_levels(config, patches, folder=config.output, fabric=fabric)
+        if of_flow.exists():  # the very levels that the flow was trained with, whatever this classifier is
+            levels = read_levels(of_flow, patches)
+        else:
+            levels = target_levels(config, patches, folder=config.output, fabric=fabric)
     task = classifier.ClassifierTask(config, patches, levels=levels)
     on_rank_zero(fabric, prepare)
     newest = fit(task, config, train, folder=folder, fabric=fabric)
@@ -161,10 +167,7 @@ def train_bridge_command(args: argparse.Namespace) -> None:
     from cellflux_bridge.training.loop import fit, on_rank_zero
     from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
 
-    path = Path(args.config)
     config = _config(args.config, args.overrides)
-    if (path / "denoiser").is_dir() and not any(text.startswith("output=") for text in args.overrides):
-        config = config.model_copy(update={"output": path})  # the run may have moved
     refuse_unfit(config)
     fabric, config, patches = _start(config, config.bridge.denoiser.train)
     tasks = {name: STAGES[name].task(config, patches) for name in used_stages(config)}
@@ -194,12 +197,16 @@ def translate_command(args: argparse.Namespace) -> None:
     A YAML file in the place of RUN names weights of a reference bridge that were trained elsewhere.
     """
     where = Path(args.config)
+    if where.is_file():
+        config = _config(args.config, args.overrides)
+        # A file that names weights is a reference bridge itself; another one stands for the run that it made.
+        where = where if config.bridge.denoiser.weights is not None else config.output
     if where.is_file() or any((where / part).is_dir() for part in _REFERENCE):
         from cellflux_bridge.reference import ReferenceBridge as Kind
     else:
         from cellflux_bridge.api import Bridge as Kind
 
-    translator = Kind.load(args.config, args.overrides)
+    translator = Kind.load(where, args.overrides)
     folder, figures = translator.translate_split(
         source=args.source, target=args.target, output=args.output, overwrite=args.overwrite
     )
@@ -220,7 +227,7 @@ def classify_command(args: argparse.Namespace) -> None:
     from cellflux_bridge.training import checkpoint, classifier
     from cellflux_bridge.training.classifier_scores import MOST_FOR_STATISTICS, image_scores
     from cellflux_bridge.training.loop import make_fabric
-    from cellflux_bridge.trajectory import iter_trajectory, read_header
+    from cellflux_bridge.trajectory import iter_trajectory, load_trajectory, read_header
 
     folder = _trajectory(args.config)
     header = read_header(folder)
@@ -236,6 +243,12 @@ def classify_command(args: argparse.Namespace) -> None:
         if config.classifier.role == "guide":
             raise UserError(
                 f"{run}: is the guide: a judge must be another network; train one with classifier.role=judge"
+            )
+        frames = load_trajectory(folder, num=1).frames
+        if frames.shape[-1] != config.data.image_size:
+            raise UserError(
+                f"{run}: judges patches of {config.data.image_size} px, the frames of {folder} have "
+                f"{frames.shape[-1]}; train one with data.image_size={frames.shape[-1]}"
             )
         fabric = make_fabric(config.classifier.train)
         patches = load_patches(config.data, seed=config.seed)

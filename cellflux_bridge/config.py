@@ -144,6 +144,7 @@ class ClassifierConfig(Section):
     labels: Literal["class", "score"] = "class"  # score: soft labels from the data's scores
     jitter: Fraction = 0.0  # of contrast and brightness; this and blur (px) are for images, states are seen as they are
     blur: NonNegative = 0.0
+    seed: int = 0  # of this training alone: the run's own seed also decides the splits
     folds: Annotated[int, Field(ge=2)] = 3  # of the cross-fitting that condition.level asks for
     train: TrainConfig = _CLASSIFIER_TRAIN
 
@@ -190,6 +191,13 @@ class TranslateConfig(Section):
     guidance: GuidanceConfig = GuidanceConfig()
     reverse: bool = False
     batch_size: Count = 64  # images that go through the network at once
+
+    @field_validator("levels")
+    @classmethod
+    def _end_at_the_target(cls, levels):
+        if isinstance(levels, list) and levels[-1] != 1:
+            raise ValueError(f"the last level must be 1, the target, found {levels[-1]}")
+        return levels
 
     @field_validator("levels", "depths", "conditions")
     @classmethod
@@ -322,7 +330,8 @@ class Config(Section):
         return dict(walk(self.model_dump(mode="json"), ""))
 
 
-def _merge(base: Any, over: Any, *, nested: bool = False) -> Any:
+def merged(base: Any, over: Any, *, nested: bool = False) -> Any:
+    """`base` with what `over` says otherwise, key by key at every depth."""
     if not isinstance(over, dict):
         return over
     if isinstance(base, str) and nested:
@@ -331,12 +340,12 @@ def _merge(base: Any, over: Any, *, nested: bool = False) -> Any:
         return over
     if nested and "name" in base and over.get("name", base["name"]) != base["name"]:
         return over  # another component: the old one's arguments do not apply to it
-    return {**base, **{key: _merge(base.get(key), value, nested=True) for key, value in over.items()}}
+    return {**base, **{key: merged(base.get(key), value, nested=True) for key, value in over.items()}}
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The nested mapping that `key.sub=value` arguments describe; values are YAML."""
-    merged: dict[str, Any] = {}
+    together: dict[str, Any] = {}
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not all(key.split(".")):
@@ -344,8 +353,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         nested = parse_yaml(value, origin=f"command line, {key}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        merged = _merge(merged, nested)
-    return merged
+        together = merged(together, nested)
+    return together
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, output: Path | None = None) -> Config:
@@ -357,7 +366,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, output: Path
     """
     path = Path(path)
     data = read_yaml(path) | ({} if output is None else {"output": output})
-    data = _merge(data, parse_overrides(overrides))
+    data = merged(data, parse_overrides(overrides))
     data.setdefault("name", path.stem)
     data.setdefault("output", f"runs/{data['name']}")
     try:

@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from pydantic import ValidationError
 
 from cellflux_bridge import images as image_io
-from cellflux_bridge.config import Config, TranslateConfig
+from cellflux_bridge.config import Config, TranslateConfig, merged
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
@@ -61,7 +61,7 @@ class Translator(ABC):
 
     def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
         try:
-            settings = TranslateConfig(**{**self.config.translate.model_dump(), **options})
+            settings = TranslateConfig(**merged(self.config.translate.model_dump(), options))
         except ValidationError as error:
             raise UserError(explain(error, TranslateConfig, prefix="translate")) from error
         source, target = source or settings.source, target or settings.target

@@ -1,6 +1,6 @@
 """Write mp4, WebP, GIF or strip of translated sequences.
 
-python eval/video.py runs/lung/trajectories/lung_n_to_lung_aca video.fps=12 video.sequences=6
+python eval/video.py runs/lung/trajectories/lung_n_to_lung_aca_progression video.fps=12 video.sequences=6
 """
 
 import sys

@@ -443,6 +443,31 @@ def test_a_network_of_classes_has_no_levels_between(runs):
         load(run).translate(x, ids=ids, method="progression")
 
 
+def test_a_way_back_that_was_never_learned_is_refused(runs):
+    one_way = {"transitions": [["A", "B"]]}
+    condition = {"target": "class", "source_class": False}
+    run = runs("one_way_by_class", path={"name": "gaussian_source"}, condition=condition, pairs=one_way)
+    with pytest.raises(UserError, match=r"the way back is told class 'A', which this network was never told to reach"):
+        load(run, "translate.levels=2", "translate.method=depth").translate(
+            torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+        )
+
+
+def test_other_guides_do_not_complete_a_translation(flow):
+    bridge = load(flow, "translate.method=progression", "translate.guidance.form=endpoint")
+    settings = bridge._settings("A", "B", {})
+    names = bridge._guide_names(settings)
+    assert names
+    assert all(name in bridge._header(settings).config_hash for name in names)
+    assert bridge._guide_names(bridge._settings("A", "B", {"guidance": {"form": "none"}})) == []
+
+
+def test_options_of_guidance_are_added_to_those_of_the_run(flow):
+    bridge = load(flow, "translate.method=progression", "translate.guidance.form=endpoint")
+    found = bridge._settings("A", "B", {"guidance": {"weight": 0.3}}).guidance
+    assert (found.form, found.weight) == ("endpoint", 0.3)
+
+
 def test_a_pair_that_was_never_seen_is_refused(runs):
     """By level a flow goes from every named source to every level, and from no other."""
     run = runs("one_way", "pairs.transitions=[[A, B], [A, C]]", classes="ABC")

@@ -1,5 +1,6 @@
 """The networks that look at frames: judges, the extractor that neither guided nor judged, the severity estimator."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -180,6 +181,12 @@ def _require_different(runs: list[Path], folders: list[Path]) -> None:
         if resolved.count(folder) > 1:
             raise UserError(
                 f"{run}: is named twice; judges, --features and --scores must be separately trained networks"
+            )
+    digests = [hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).digest() for folder in folders]
+    for run, digest in zip(runs, digests, strict=True):
+        if digests.count(digest) > 1:
+            raise UserError(
+                f"{run}: has the very weights of another network here; train it with another classifier.seed"
             )
 
 

@@ -60,14 +60,14 @@ class ClassifierTask:
     ):
         self._patches, self._seed, self._flips = patches, config.seed, config.data.flips
         self._config = c = config.classifier
-        self._stream = ("classifier", c.role, c.sees, c.view, stream)
+        self._stream = ("classifier", c.role, c.sees, c.view, stream, *([c.seed] if c.seed else []))
         self.preprocessing = patches.preprocessing
         for split in ("val", "test") if train is None else ("val",):
             if len(patches.indices(split)) == 0:
                 raise UserError(f"the {split} split is empty; raise data.split.{split} or name splits in the data")
         train = patches.indices("train") if train is None else train
         self._val = patches.indices("val")
-        needed = np.concatenate([train, self._val])
+        needed = np.concatenate([train, self._val, *([patches.indices("test")] if not stream else [])])
         self._labels = soft_labels(patches, c.labels, needed=needed, key="classifier.labels")
         self._train = [train[patches.labels[train] == number] for number in range(len(patches.classes))]
         for label, indices in zip(patches.classes, self._train, strict=True):
@@ -112,6 +112,8 @@ class ClassifierTask:
         for number in np.unique(bins):
             rows = bins == number
             model.temperature[number] = fit_temperature(logits[rows], targets[rows], weights[rows])
+        # The weights in training know it, too, so that averaging between two validations does not move it.
+        self.model.temperature.copy_(model.temperature)
         return {
             "val/accuracy": float((logits.argmax(1) == targets.argmax(1)).mean()),
             "val/temperature": model.temperature.mean().item(),

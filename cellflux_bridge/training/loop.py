@@ -167,7 +167,7 @@ def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, e
     optimiser.load_state_dict(state["optimiser"])
     checkpoint.load_weights(newest, ema.module)
     ema.n_averaged.fill_(state["step"])
-    return state["step"], _Spent(state["seconds"], state["cpu_seconds"])
+    return state["step"], _Spent(state["seconds"], state.get("cpu_seconds", 0.0))
 
 
 class _Trainer:
@@ -177,6 +177,7 @@ class _Trainer:
         self.task, self.config, self.train, self.folder, self.fabric = task, config, train, folder, fabric
         self.model, self.optimiser, self.ema, self.step, self.spent = model, optimiser, ema, step, spent
         self.log = Log(folder, from_step=step, tensorboard=train.tensorboard) if fabric.is_global_zero else None
+        self.signalled = 0
         self.is_finite = torch.ones((), dtype=torch.bool, device=fabric.device)
 
     def run(self, caught: list[int], background: ThreadPoolExecutor) -> Path:
@@ -213,8 +214,8 @@ class _Trainer:
                     self._save()
                 if done:
                     break
-        if caught:
-            raise Stopped(caught[0], self.step)
+        if self.signalled:  # any of the processes: all leave together
+            raise Stopped(self.signalled, self.step)
         return checkpoint.latest(self.folder)
 
     def _expected_steps(self, began: _Spent) -> int:
@@ -252,11 +253,12 @@ class _Trainer:
 
     def _agreed_stop(self, caught: list[int], began: _Spent) -> bool:
         """Whether any process was signalled or has run out of time; all processes answer alike."""
-        stop = bool(caught) or self.spent.since(began).exceeds(self.train)
+        signalled, late = caught[0] if caught else 0, self.spent.since(began).exceeds(self.train)
         if self.fabric.world_size > 1:
-            flag = torch.tensor(float(stop), device=self.fabric.device)
-            stop = bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
-        return stop
+            flags = torch.tensor([float(signalled), float(late)], device=self.fabric.device)
+            signalled, late = map(int, self.fabric.all_reduce(flags, reduce_op="max").tolist())
+        self.signalled = signalled
+        return bool(signalled or late)
 
     def _require_finite(self) -> None:
         # A finite loss can have an infinite gradient: the weights tell.

@@ -47,7 +47,7 @@ def frame_times(*, steps: int, frames: int, solver: str, interval: Interval = (0
         )
     else:
         fractions = _frame_steps(steps, frames) / steps
-    begin, end = (torch.as_tensor(e, dtype=torch.float64).cpu() for e in interval)
+    begin, end = (torch.as_tensor(e).cpu().double() for e in interval)
     fractions = torch.from_numpy(fractions).view(-1, *(1,) * begin.ndim)
     return begin + (end - begin) * fractions
 
