@@ -162,7 +162,7 @@ class GuidanceConfig(Section):
 
     form: Literal["none", "endpoint", "score", "bridge"] = "none"
     weight: NonNegative = 1.0
-    start: Annotated[float, Field(gt=0, lt=1)] = 0.05  # earlier times are guided as this one
+    start: Annotated[float, Field(gt=0, lt=1)] = 0.05  # score and bridge: bounded there; endpoint: off before
     guides: list[Path] = Field(
         default=[]
     )  # their run folders; empty: all guides of the flow's own run. Several are averaged
