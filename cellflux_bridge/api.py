@@ -50,6 +50,7 @@ class Bridge(Translator):
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
         self._loaded: dict[tuple[Path, str], PatchClassifier] = {}
         self._pilots: dict[tuple, np.ndarray] = {}
+        self._reached: dict[tuple, torch.Tensor] = {}
 
     @classmethod
     def load(cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None) -> "Bridge":
@@ -209,10 +210,13 @@ class Bridge(Translator):
         kind = "path_reverse" if settings.reverse else settings.method
         return f"{super()._name(settings)}_{kind}"
 
+    def _pilot_key(self, settings: TranslateConfig) -> tuple:
+        return (settings.source, settings.target, settings.solver, settings.steps, settings.guidance_scale)
+
     def _pilot(self, settings: TranslateConfig) -> np.ndarray:
         """Frames (G, B, C, H, W) uint8 of validation patches carried to G conditions from 0 to 1, unguided: what
         calibration and adaptive spacing are measured on."""
-        key = (settings.source, settings.target, settings.solver, settings.steps, settings.guidance_scale)
+        key = self._pilot_key(settings)
         if key not in self._pilots:
             patches = self.patches()
             chosen = patches.sample("val", settings.source, num=_PILOT_SOURCES, seed=self.config.seed)
@@ -224,7 +228,8 @@ class Bridge(Translator):
             x0 = image_io.encode(patches.centre(chosen)).to(self.fabric.device)
             unguided = settings.model_copy(update={"guidance": GuidanceConfig()})
             grid = torch.linspace(0, 1, _PILOT_LEVELS)
-            stair = self._progression(x0, [patches.ids[i] for i in chosen], unguided, told=grid, wanted=grid)
+            with self.fabric.autocast():
+                stair = self._progression(x0, [patches.ids[i] for i in chosen], unguided, told=grid, wanted=grid)
             self._pilots[key] = image_io.decode(stair.frames[1:]).cpu().numpy()
         return self._pilots[key]
 
@@ -257,17 +262,24 @@ class Bridge(Translator):
         """The conditions (K,) in [0, 1] that the network is told for levels (K,) of a progression."""
         if settings.calibrate == "none":
             return levels
+        key = (settings.calibrate, *self._guide_names(settings), *self._pilot_key(settings))
+        if key not in self._reached:
+            self._reached[key] = self._measure_reached(settings)
+        return stairs.condition_for(levels, torch.linspace(0, 1, _PILOT_LEVELS), self._reached[key])
+
+    def _measure_reached(self, settings: TranslateConfig) -> torch.Tensor:
+        """The level (G,) that the pilot's frames have at its conditions, by what `calibrate` says."""
         if settings.calibrate == "distance":
             features = self._pilot_features(settings)
             distances = (features - features[0]).norm(dim=2).mean(1)
-            reached = distances / distances[-1].clamp_min(1e-12)
-        else:
-            guides, target = self._guides(settings.guidance, sees="image"), self.classes.index(settings.target)
-            seen = [
-                [self._ask(classifier.predict, guide, level) for guide in guides] for level in self._pilot(settings)
-            ]
-            reached = torch.from_numpy(np.stack(seen)[..., target].mean((1, 2)))
-        return stairs.condition_for(levels, torch.linspace(0, 1, _PILOT_LEVELS), reached)
+            return distances / distances[-1].clamp_min(1e-12)
+        guides, frames = self._guides(settings.guidance, sees="image"), self._pilot(settings)
+        seen = np.stack([[self._ask(classifier.predict, guide, level) for guide in guides] for level in frames])
+        return torch.from_numpy(seen[..., self.classes.index(settings.target)].mean((1, 2)))
+
+    def _prepare(self, settings: TranslateConfig) -> None:
+        if settings.method == "progression":
+            self._told(settings, torch.ones(1))
 
     def _ask(self, what: Callable, guide: PatchClassifier, frames: np.ndarray) -> np.ndarray:
         return what(guide, torch.from_numpy(frames), device=self.fabric.device)

@@ -51,6 +51,10 @@ class Translator(ABC):
     def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
         """The sequences of sources (B, 3, S, S) uint8."""
 
+    def _prepare(self, settings: TranslateConfig) -> None:
+        """What a translation computes once, before its sources; it does not count as their cost."""
+        return  # nothing, unless a translator says otherwise
+
     def _name(self, settings: TranslateConfig) -> str:
         """The folder, below `trajectories/`, of a translation."""
         return f"{settings.source}_to_{settings.target}"
@@ -167,6 +171,8 @@ class Translator(ABC):
         missing = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done]
         fabric.barrier()  # all have read what is done before anyone adds to it
         todo = missing[fabric.global_rank :: fabric.world_size]
+        if todo:
+            self._prepare(settings)
         began, cpu_began = time.monotonic(), time.process_time()
         bar = progress(
             range(0, len(todo), settings.batch_size),

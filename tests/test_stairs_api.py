@@ -316,6 +316,13 @@ def test_calibrated_levels_are_what_the_guide_sees(painter):
     assert found[0] == pytest.approx(0.1, abs=0.03)  # between the pilot's levels the map is a straight line
 
 
+def test_what_calibration_needs_is_measured_once(painter, monkeypatch):
+    asked_for, ask = [], painter._ask
+    monkeypatch.setattr(painter, "_ask", lambda *arguments: asked_for.append(1) or ask(*arguments))
+    reached(painter, levels=2, calibrate="probability", batch_size=1)
+    assert len(asked_for) == 11
+
+
 def test_what_is_wanted_stays_the_level_when_calibrated(painter, asked):
     reached(painter, levels=[0.25, 1.0], calibrate="distance")
     pilot, first, second = asked  # measured once, then two batches
