@@ -144,6 +144,8 @@ class ClassifierConfig(Section):
     labels: Literal["class", "score"] = "class"  # score: soft labels from the data's scores
     jitter: Fraction = 0.0  # of contrast and brightness; this and blur (px) are for images, states are seen as they are
     blur: NonNegative = 0.0
+    # mixup of images and labels, Beta(mixup, mixup); 0: none. 1 makes the probability nearly linear between the classes
+    mixup: NonNegative = 0.0
     seed: int = 0  # of this training alone: the run's own seed also decides the splits
     folds: Annotated[int, Field(ge=2)] = 3  # of the cross-fitting that condition.level asks for
     train: TrainConfig = _CLASSIFIER_TRAIN
@@ -154,6 +156,8 @@ class ClassifierConfig(Section):
             raise ValueError("sees=state is for guides: set role=guide (a judge looks at finished images)")
         if self.sees == "state" and self.view != "rgb":
             raise ValueError(f"sees=state with view={self.view}: the flow's states are seen in RGB; set view=rgb")
+        if self.sees == "state" and self.mixup:
+            raise ValueError(f"sees=state with mixup={self.mixup}: is of finished images; set mixup=0")
         return self
 
 
@@ -163,9 +167,8 @@ class GuidanceConfig(Section):
     form: Literal["none", "endpoint", "score", "bridge"] = "none"
     weight: NonNegative = 1.0
     start: Annotated[float, Field(gt=0, lt=1)] = 0.05  # score and bridge: bounded there; endpoint: off before
-    guides: list[Path] = Field(
-        default=[]
-    )  # their run folders; empty: all guides of the flow's own run. Several are averaged
+    # run folders of guides, whose opinions are averaged; empty: all guides of the flow's own run
+    guides: list[Path] = Field(default=[])
 
 
 Levels = Annotated[list[Fraction], Field(min_length=1)]

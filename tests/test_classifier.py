@@ -108,8 +108,9 @@ def test_an_unknown_backbone_is_refused_by_name():
 def judged(patch_folder, tmp_path, write_config):
     """A function that trains a classifier on the two-coloured patches and returns it with its patches and scores."""
 
-    def judge(**options):
-        section = {**options, "train": {"steps": 25, "batch_size": 16, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5}}
+    def judge(steps=25, **options):
+        train = {"steps": steps, "batch_size": 16, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5}
+        section = {**options, "train": train}
         file = write_config(tmp_path, classifier=section, data={"split": {"val": 0.2, "test": 0.3}})
         config = load_config(file, ["data.classes=[A, B]", "classifier.train.accelerator=cpu"])
         patches = load_patches(config.data, seed=config.seed)
@@ -330,6 +331,37 @@ def test_states_stand_at_the_time_that_is_asked_for(configured):
     assert states.batch(0, time=0.0).t.unique().item() == pytest.approx(0.1)
 
 
+def test_mixup_mixes_patches_and_labels_by_one_share(configured):
+    config, patches = configured("classifier.mixup=1", "data.flips=false")
+    plain, mixed = (
+        ClassifierTask(configured(f"classifier.mixup={alpha}", "data.flips=false")[0], patches).batch(2, rank=0)
+        for alpha in (0, 1)
+    )
+    shares = []
+    for x, y in zip(mixed.x, mixed.y, strict=True):
+        fits = []
+        for i, one in enumerate(plain.x):
+            for j, other in enumerate(plain.x):
+                way = one - other
+                share = ((x - other) * way).sum() / (way * way).sum().clamp_min(1e-9)
+                label = share * plain.y[i] + (1 - share) * plain.y[j]
+                fits.append(((x - other - share * way).abs().max() + (label - y).abs().max(), share))
+        worst, share = min(fits, key=lambda fit: fit[0])
+        assert worst < 1e-4
+        shares.append(share.item())
+    assert min(shares) < 0.4  # not all are nearly unmixed
+    assert torch.equal(ClassifierTask(config, patches).batch(2, rank=0).x, mixed.x)
+
+
+def test_mixup_makes_the_probability_linear_between_the_classes(judged):
+    model, patches, scores, _ = judged(steps=100, mixup=1.0)
+    a, b = (patches.centre(patches.indices("test", label)[:4]).float() for label in "AB")
+    shares = np.linspace(0, 1, 5)
+    seen = [predict(model, torch.lerp(a, b, s).round().to(torch.uint8), device=CPU)[:, 1].mean() for s in shares]
+    np.testing.assert_allclose(seen, shares, atol=0.2)  # .15, .15, .85, .85, .85 without mixup
+    assert scores["test/balanced_accuracy"] == 1
+
+
 def test_pairs_that_leave_nothing_to_tell_are_refused(configured):
     config, patches = configured(*STATE, "pairs.identity=false")
     with pytest.raises(UserError, match=r"A -> B, B -> A the source alone tells .*set pairs\.identity=true"):
@@ -342,8 +374,8 @@ def test_pairs_that_leave_nothing_to_tell_are_refused(configured):
     ClassifierTask(config, patches, levels=np.eye(2, dtype=np.float32)[patches.labels])
 
 
-@pytest.mark.parametrize("wrong", ["classifier.role=judge", "classifier.view=grey"])
-def test_states_are_for_guides_that_see_colour(configured, wrong):
+@pytest.mark.parametrize("wrong", ["classifier.role=judge", "classifier.view=grey", "classifier.mixup=1"])
+def test_states_are_for_guides_that_see_colour_and_are_not_mixed(configured, wrong):
     with pytest.raises(UserError, match=r"classifier: .*sees=state"):
         configured(*STATE, wrong)
 

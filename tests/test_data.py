@@ -763,6 +763,21 @@ def test_a_share_of_the_sources_at_a_targets_level_are_their_own_targets(data_co
     assert (without.source_index == without.target_index).float().mean() < 0.1
 
 
+def test_a_source_that_stays_is_told_any_level_of_its_bin(data):
+    score = np.random.default_rng(0).uniform(0, 0.4, 200)
+    levels = between_ends(score)
+    patches = numbered(200)
+    pairs = make_pairs(patches, data, batch_size=64, levels=levels, level_bins=2, self_pairs=1.0)
+    gaps = []
+    for step in range(10):
+        batch = pairs.batch(step)
+        stays, told = batch.source_index == batch.target_index, batch.target_level[:, 2].numpy()
+        own = score[batch.source_index]
+        assert (np.rint(2 * told[stays]) == np.rint(2 * own[stays])).all()
+        gaps += np.abs(told - own)[stays].tolist()
+    assert np.mean(gaps) > 0.05  # the mean distance of two draws is a third of the bin's width
+
+
 def test_splits_do_not_mix(data):
     splits = np.repeat([0, 1, 2], 20)
     patches = numbered(60, splits=splits)

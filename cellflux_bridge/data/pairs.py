@@ -54,7 +54,8 @@ class Pairs:
     have nearly the same level (`level_bins` steps between two classes), so that nothing is paired across levels, and a
     level that few patches have is drawn more often than they are frequent, by the square root. Of the sources whose own
     level is that of their block's targets, the share `pairs.self_pairs` are their own targets: to become what one is
-    already is to stay.
+    already is to stay. They are told the level of the target that they replace, so that a network cannot learn to stay
+    at exactly its source's level only, and to draw the source anew beside it.
 
     Raises UserError for a transition between unknown classes, and where a class, or a group that is to be matched,
     has too few patches.
@@ -143,7 +144,7 @@ class Pairs:
     def batch(self, step: int, *, rank: int = 0) -> PairBatch:
         """The batch of a step: random crops, symmetries and stain jitter in training, middle crops elsewhere."""
         generator = torch_generator(self._seed, "pairs", self._split, step, rank)
-        source, target, blocks = self._draw_indices(generator)
+        source, target, told, blocks = self._draw_indices(generator)
         is_self = torch.from_numpy(source == target)
         blocks[is_self] = len(blocks) + torch.arange(int(is_self.sum()))  # blocks of one: coupled with nothing else
         if self._split == "train":
@@ -158,13 +159,14 @@ class Pairs:
             x0, x1 = both.unbind(1)
         x1 = torch.where(is_self[:, None, None, None], x0, x1)  # the same crop of it
         i, j = self._coupling.pair(x0, x1, blocks=blocks, generator=generator)
-        source, target = source[i], target[j]
+        source, target, told = source[i], target[j], told[j]
         labels = torch.from_numpy(self._patches.labels)
-        levels = torch.from_numpy(self._levels[target])
+        levels = torch.from_numpy(self._levels[told])
         numbers = torch.from_numpy(source), torch.from_numpy(target)
         return PairBatch(x0[i], x1[j], labels[source], labels[target], levels, *numbers)
 
-    def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor]:
+        """Patches that are sources, that are targets, and whose levels the targets are said to have; blocks."""
         if self._by_level:
             weights = torch.tensor([block.weight for block in self._blocks])
             num = -(-self._batch_size // _ROWS_PER_BLOCK)
@@ -172,18 +174,19 @@ class Pairs:
         else:
             order = torch.randperm(len(self._blocks), generator=generator).tolist()
         shares = np.array_split(np.arange(self._batch_size), len(order))
-        source, target, blocks = [], [], []
+        source, target, told, blocks = [], [], [], []
         for number, share in zip(order, shares, strict=True):
             # A batch smaller than the number of transitions leaves some of them out.
             for pools, num in self._pools(number, len(share), generator) if len(share) else ():
                 source.append(_draw(pools[0], num, generator))
                 target.append(_draw(pools[1], num, generator))
+                told.append(target[-1])
                 if self._by_level and self._config.self_pairs:
                     stays = torch.rand(num, generator=generator).numpy() < self._config.self_pairs
                     stays &= self._bin_of[source[-1]] == self._bin_of[target[-1]]
                     target[-1] = np.where(stays, source[-1], target[-1])
                 blocks += [len(source)] * num
-        return np.concatenate(source), np.concatenate(target), torch.tensor(blocks)
+        return np.concatenate(source), np.concatenate(target), np.concatenate(told), torch.tensor(blocks)
 
     def _pools(self, number: int, num: int, generator: torch.Generator):
         if self._groups is None:

@@ -14,7 +14,7 @@ from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.soft_labels import soft_labels
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.randomness import derive_seed, torch_generator
+from cellflux_bridge.randomness import derive_seed, numpy_generator, torch_generator
 from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.calibration import balanced_weights, fit_temperature
 from cellflux_bridge.training.states import LabelledBatch, States
@@ -44,7 +44,9 @@ class ClassifierTask:
     Judges and guides draw their initial weights and batches from different random streams, so that they are separate
     trainings. `train` are numbers of patches that replace the training split (cross-fitting; images only), `stream`
     tells such trainings apart; `levels` are the flow's own where its states are seen and its condition is a level.
-    Labels are classes or, with classifier.labels=score, soft.
+    Labels are classes or, with classifier.labels=score, soft. Images may be mixed (mixup, Zhang et al. 2018): a
+    classifier that has only seen two classes is steep between them, and mixup makes it nearly linear there
+    (Thulasidasan et al. 2019 find it better calibrated), which is what a guide of the levels between needs.
 
     Raises UserError for a class without training patches, an empty split, a missing score and an unfit backbone.
     """
@@ -92,7 +94,16 @@ class ClassifierTask:
         draws = torch.rand(len(y), generator=generator)
         chosen = [self._train[c][int(u * len(self._train[c]))] for c, u in zip(y.tolist(), draws.tolist(), strict=True)]
         x = images.encode(self._patches.random(chosen, flips=self._flips, generator=generator))
-        return LabelledBatch(x, torch.from_numpy(self._labels[chosen]))
+        y = torch.from_numpy(self._labels[chosen])
+        if self._config.mixup:
+            order = torch.randperm(len(y), generator=generator)
+            shares = self._shares(len(y), index, rank)
+            x, y = mixup(x, x[order], shares), mixup(y, y[order], shares)
+        return LabelledBatch(x, y)
+
+    def _shares(self, num: int, *purpose: str | int) -> torch.Tensor:
+        alpha, generator = self._config.mixup, numpy_generator(self._seed, *self._stream, "mixup", *purpose)
+        return torch.from_numpy(generator.beta(alpha, alpha, num).astype(np.float32))
 
     def loss(self, model: nn.Module, batch: LabelledBatch) -> torch.Tensor:
         return F.cross_entropy(model(batch.x, batch.t, batch.x0), batch.y, label_smoothing=self._smoothing)
@@ -100,8 +111,12 @@ class ClassifierTask:
     def validate(self, model: PatchClassifier, device: torch.device) -> dict[str, float]:
         """Accuracy on the validation split and the temperature fitted there, which `model` has from now on: training
         validates before it saves, so that the last checkpoint is calibrated. Of states, `validate_pairs` stand behind
-        each of the temperatures."""
-        if self._val_states is None:
+        each of the temperatures. With mixup both are of mixtures of two patches, as training is: a temperature of the
+        unmixed would sharpen what mixup has made linear."""
+        if self._config.mixup:
+            logits, targets = self._mixed_val_logits(model, device)
+            bins, weights = np.zeros(len(logits), int), np.ones(len(logits))
+        elif self._val_states is None:
             logits = patch_logits(model, self._patches, self._val, device=device)
             targets, bins = self._labels[self._val], np.zeros(len(self._val), int)
             weights = balanced_weights(self._patches.labels[self._val])
@@ -119,8 +134,27 @@ class ClassifierTask:
             "val/temperature": model.temperature.mean().item(),
         }
 
+    @torch.no_grad()
+    def _mixed_val_logits(self, model: PatchClassifier, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and soft labels (N, num_classes) of N mixtures of validation patches, classes drawn alike."""
+        weights = balanced_weights(self._patches.labels[self._val])
+        generator = numpy_generator(self._seed, *self._stream, "val")
+        pairs = generator.choice(self._val, (2, len(self._val)), p=weights / weights.sum())
+        shares = self._shares(pairs.shape[1], "val")
+        parts = []
+        for columns in torch.arange(pairs.shape[1]).split(_CHUNK):
+            one, other = (images.encode(self._patches.centre(rows)) for rows in pairs[:, columns])
+            parts.append(model.eval()(mixup(one, other, shares[columns]).to(device)).float().cpu())
+        one, other = torch.from_numpy(self._labels[pairs])
+        return torch.cat(parts).numpy(), mixup(one, other, shares).numpy()
+
     def sheet(self, model: nn.Module, device: torch.device) -> None:
         return None
+
+
+def mixup(one: torch.Tensor, other: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Convex combinations, row by row, with shares (B,) of `one` (Zhang et al. 2018, eq. 1)."""
+    return torch.lerp(other, one, shares.view(-1, *[1] * (one.ndim - 1)))
 
 
 def _require_fit(model: PatchClassifier, config: Config) -> None:

@@ -182,10 +182,12 @@ def condition_for(levels: torch.Tensor, grid: torch.Tensor, reached: torch.Tenso
     """Conditions c(s) (K,) for levels s (K,): what to tell the network so that s is reached.
 
     `reached` (G,) is the level (a guide's mean probability, say) that images have when the network is told `grid` (G,),
-    which rises from 0 to 1; it is made monotone by isotonic regression and inverted. Levels below what c = 0 gives are
-    told 0, those above what c = 1 gives 1; level 1 is always told 1.
+    which rises from 0 to 1; it is made monotone by isotonic regression and inverted. What c = 0 and c = 1 give is
+    level 0 and level 1 by definition, however unsure a guide is of them, so that no two levels are told the same.
     """
     rising = torch.from_numpy(IsotonicRegression().fit_transform(grid.double().numpy(), reached.double().numpy()))
+    rising = rising.clamp(0, 1)
+    rising[0], rising[-1] = 0, 1
     rising = rising + 1e-6 * torch.linspace(0, 1, len(grid), dtype=torch.float64)  # flat stretches keep an inverse
     at = torch.searchsorted(rising, levels.double()).clamp(1, len(grid) - 1)
     share = (levels.double() - rising[at - 1]) / (rising[at] - rising[at - 1])
