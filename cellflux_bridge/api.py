@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from cellflux_bridge.training import checkpoint, classifier
 from cellflux_bridge.training.flow import build_flow
 from cellflux_bridge.training.run import differences
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
-from cellflux_bridge.translator import Translator, single_process_fabric
+from cellflux_bridge.translator import Translator, translation_fabric
 from cellflux_bridge.transport import stairs
 from cellflux_bridge.transport.morph import Morph, morph, morph_levels, source_noise
 from cellflux_bridge.velocity.condition import Condition
@@ -78,7 +77,7 @@ class Bridge(Translator):
             network=network,
             step=checkpoint.step_of(folder),
             preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
-            fabric=fabric or single_process_fabric(config),
+            fabric=fabric or translation_fabric(config),
         )
 
     def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
@@ -150,12 +149,12 @@ class Bridge(Translator):
             compared = ["data.classes", "data.image_size", "data.crop", "data.stain", "classifier.sees"]
             if sees == "state":
                 compared += ["path", "condition.source_image"]
-            theirs = trained.model_dump(mode="json")
-            ours = self.config.model_dump(mode="json") | {"classifier": {"sees": sees}}
+            fitting = self.config.classifier.model_copy(update={"sees": sees})
+            ours = self.config.model_copy(update={"classifier": fitting})
             problems = [
                 f"{key} is {there} there, {here} here"
                 for key in compared
-                if (there := _value(theirs, key)) != (here := _value(ours, key))
+                if (there := trained.value(key)) != (here := ours.value(key))
             ]
             if problems:
                 raise UserError(f"{run}: a guide that does not fit this flow: {'; '.join(problems)}")
@@ -402,12 +401,6 @@ class Bridge(Translator):
 def _seen(guidance: GuidanceConfig) -> str:
     """What the guides of a form look at: finished images, or states of the path."""
     return "state" if guidance.form in ("score", "bridge") else "image"
-
-
-def _value(values: dict, key: str) -> Any:
-    for part in key.split("."):
-        values = values[part]
-    return values
 
 
 def _rising_or(given: str | list[float], levels: torch.Tensor, ones: str) -> torch.Tensor:

@@ -246,7 +246,7 @@ class BridgeConfig(Section):
     depths: Literal["uniform", "fourier", "fourier_unmirrored"] | list[Annotated[int, Field(ge=1)]] = "uniform"
     guidance: Literal["classifier", "classifier_free", "none"] = "classifier"
     scale: NonNegative = 2.0  # of the classifier's gradient
-    weight: NonNegative = 1.8  # of classifier-free guidance, on both ways; see `bridge.ddim.classifier_free`
+    weight: NonNegative = 1.8  # of classifier-free guidance, on both ways; see `bridge.ddim.ClassifierFree`
     class_dropout: Fraction = 0.1  # of the denoiser's training for classifier-free guidance
 
     @model_validator(mode="after")
@@ -317,6 +317,15 @@ class Config(Section):
         left_out = (*PLACES_AND_PACE, "video", "classifier", "bridge", "translate.num", "translate.batch_size")
         canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def value(self, key: str) -> Any:
+        """What stands at a dotted key, as in the YAML text; a section is a mapping. UserError where nothing does."""
+        found = self.model_dump(mode="json")
+        for part in key.split("."):
+            if not isinstance(found, dict) or part not in found:
+                raise UserError(f"{key}: no such key; `cellflux-bridge config show` prints all")
+            found = found[part]
+        return found
 
     def flat(self, *, without: Sequence[str]) -> dict[str, Any]:
         """Every value by its dotted key, less the keys and sections named in `without`."""

@@ -23,11 +23,14 @@ from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.bridge import STAGES, build_denoiser, build_noisy_classifier
 from cellflux_bridge.training.run import differences
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
-from cellflux_bridge.translator import Translator, single_process_fabric
+from cellflux_bridge.translator import Translator, translation_fabric
 
 # Keys of `translate` that the bridge heeds; what else it does stands in `bridge`.
 _HEEDED = ("source", "target", "split", "num", "levels", "batch_size")
-_NOT_THE_BRIDGE = ("video", "classifier", "translate", "train", "coupling", "path", "velocity", "condition", "pairs")
+_NO_PART_IN_SEQUENCES = (
+    *("video", "classifier", "translate", "train"),
+    *("coupling", "path", "velocity", "condition", "pairs"),
+)
 
 
 class ReferenceBridge(Translator):
@@ -87,7 +90,7 @@ class ReferenceBridge(Translator):
         source_denoiser = None if config.bridge.source_denoiser is None else loader.source_denoiser()
         classifier = loader.classifier() if config.bridge.guidance == "classifier" else None
         if fabric is None:
-            fabric = single_process_fabric(config.model_copy(update={"train": config.bridge.denoiser.train}))
+            fabric = translation_fabric(config.model_copy(update={"train": config.bridge.denoiser.train}))
         return cls(
             config=config,
             preprocessing=loader.preprocessing(),
@@ -139,7 +142,7 @@ class ReferenceBridge(Translator):
     def _digest(self, settings: TranslateConfig) -> str:
         """A short hash of all that the sequences are made with, the content of foreign weights included."""
         places = tuple(f"bridge.{name}.weights" for name in ("denoiser", "source_denoiser", "classifier"))
-        used = self.config.flat(without=(*PLACES_AND_PACE, *_NOT_THE_BRIDGE, *places))
+        used = self.config.flat(without=(*PLACES_AND_PACE, *_NO_PART_IN_SEQUENCES, *places))
         canonical = json.dumps([used, settings.split, self._weights_hash], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

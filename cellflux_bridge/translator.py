@@ -26,7 +26,7 @@ from cellflux_bridge.training.run import require_held_out
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, read_header
 
 
-def single_process_fabric(config: Config) -> Fabric:
+def translation_fabric(config: Config) -> Fabric:
     """Fabric of one device, or of torchrun's processes where it started this one."""
     fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"}))
     fabric.launch()
