@@ -13,7 +13,7 @@ from torch import nn
 from cellflux_bridge import Bridge, cli
 from cellflux_bridge.config import load_config
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.training import checkpoint
+from cellflux_bridge.training import checkpoint, classifier
 from cellflux_bridge.trajectory import load_trajectory
 from cellflux_bridge.transport import stairs
 
@@ -163,7 +163,7 @@ def test_guidance_moves_frames_and_its_gradients_are_counted(flow, form, name, w
 def test_a_guide_makes_frames_more_like_what_is_wanted(flow):
     bridge = load(flow, "translate.method=progression", "translate.levels=[1.0]", "translate.steps=8")
     x, ids = patches_of(bridge)
-    guide = bridge._guides(bridge.config.translate.guidance, sees="image")[0]
+    guide = bridge._guides.load(bridge.config.translate.guidance, sees="image")[0]
 
     def reached(weight: float) -> float:
         found = bridge.translate(x, ids=ids, guidance={"form": "endpoint", "weight": weight})
@@ -291,7 +291,7 @@ class Painter(nn.Module):
 def painter(flow, monkeypatch) -> Bridge:
     bridge = load(flow, "translate.method=progression", "translate.solver=euler", "translate.steps=4")
     bridge._network = Painter()
-    monkeypatch.setattr(bridge, "_guides", lambda guidance, *, sees: [Dark()])
+    monkeypatch.setattr(bridge._guides, "load", lambda guidance, *, sees: [Dark()])
     return bridge
 
 
@@ -317,8 +317,10 @@ def test_calibrated_levels_are_what_the_guide_sees(painter):
 
 
 def test_what_calibration_needs_is_measured_once(painter, monkeypatch):
-    asked_for, ask = [], painter._ask
-    monkeypatch.setattr(painter, "_ask", lambda *arguments: asked_for.append(1) or ask(*arguments))
+    asked_for, predict = [], classifier.predict
+    monkeypatch.setattr(
+        classifier, "predict", lambda *args, **options: asked_for.append(1) or predict(*args, **options)
+    )
     reached(painter, levels=2, calibrate="probability", batch_size=1)
     assert len(asked_for) == 11
 
@@ -365,7 +367,7 @@ def test_real_guides_calibrate_and_space(flow):
     x, ids = patches_of(bridge)
     found = bridge.translate(x, ids=ids)
     assert found.levels == (0, 0.25, 0.5, 0.75, 1)
-    told = bridge._told(bridge._settings("A", "B", {}), torch.tensor(found.levels))
+    told = bridge._pilot.told(bridge._settings("A", "B", {}), torch.tensor(found.levels))
     assert (told.diff() >= 0).all()
     assert told[0] >= 0
     assert told[-1] == 1
@@ -463,10 +465,10 @@ def test_a_way_back_that_was_never_learned_is_refused(runs):
 def test_other_guides_do_not_complete_a_translation(flow):
     bridge = load(flow, "translate.method=progression", "translate.guidance.form=endpoint")
     settings = bridge._settings("A", "B", {})
-    names = bridge._guide_names(settings)
+    names = bridge._guides.names(settings)
     assert names
     assert all(name in bridge._header(settings).config_hash for name in names)
-    assert bridge._guide_names(bridge._settings("A", "B", {"guidance": {"form": "none"}})) == []
+    assert bridge._guides.names(bridge._settings("A", "B", {"guidance": {"form": "none"}})) == []
 
 
 def test_options_of_guidance_are_added_to_those_of_the_run(flow):
