@@ -45,7 +45,12 @@ class Bridge(Translator):
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
         self._guides = Guides(config, fabric.device)
         self._pilot = Pilot(
-            config=config, fabric=fabric, guides=self._guides, patches=self.patches, carry=self._progression
+            config=config,
+            fabric=fabric,
+            network=self._network,
+            guides=self._guides,
+            patches=self.patches,
+            carry=self._progression,
         )
 
     @classmethod
@@ -124,7 +129,7 @@ class Bridge(Translator):
             if isinstance(values, list) and len(values) != num:
                 raise UserError(f"translate.{key}: {len(values)} values for {num} levels; give as many")
         is_adaptive = settings.spacing == "adaptive"
-        if method == "progression" and (is_adaptive or settings.calibrate != "none"):
+        if settings.needs_pilot:
             self._guides.load(settings.guidance, sees="image")
         elif method == "depth" and is_adaptive:
             raise UserError("translate.spacing=adaptive: is of method=progression; give depth stairs their levels")
@@ -162,8 +167,7 @@ class Bridge(Translator):
         return f"{super()._name(settings)}_{kind}"
 
     def _prepare(self, settings: TranslateConfig) -> None:
-        if settings.method == "progression":
-            self._pilot.told(settings, torch.ones(1))
+        self._pilot.share(settings)
 
     def condition(self, x0: torch.Tensor, told: torch.Tensor, *, source: int) -> Condition:
         """The condition of source images x0 (B, 3, S, S) of a class that are to become soft labels (B, num_classes)."""

@@ -195,6 +195,11 @@ class TranslateConfig(Section):
     reverse: bool = False
     batch_size: Count = 64  # images that go through the network at once
 
+    @property
+    def needs_pilot(self) -> bool:
+        """Whether levels, or what the network is told for them, are measured before anything is translated."""
+        return self.method == "progression" and (self.calibrate != "none" or self.spacing == "adaptive")
+
     @field_validator("levels")
     @classmethod
     def _end_at_the_target(cls, levels):

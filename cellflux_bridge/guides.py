@@ -30,9 +30,13 @@ class Guides:
     def names(self, settings: TranslateConfig) -> list[str]:
         """Names and steps of the guides that a translation heeds, so that others do not complete it."""
         seen = {seen_by(settings.guidance)} if settings.guidance.form != "none" else set()
-        if settings.method == "progression" and (settings.calibrate != "none" or settings.spacing == "adaptive"):
+        if settings.needs_pilot:
             seen.add("image")
-        runs = [run for sees in sorted(seen) for run in self._runs(settings.guidance, sees=sees)]
+        return [name for sees in sorted(seen) for name in self.named(settings.guidance, sees=sees)]
+
+    def named(self, guidance: GuidanceConfig, *, sees: str) -> list[str]:
+        """Names and steps of the guides that `load` would load."""
+        runs = self._runs(guidance, sees=sees)
         return [f"{run.name}@{checkpoint.step_of(checkpoint.latest(run))}" for run in runs]
 
     def _runs(self, guidance: GuidanceConfig, *, sees: str) -> list[Path]:

@@ -21,7 +21,7 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.files import replace_text
 from cellflux_bridge.progress import progress
 from cellflux_bridge.schema import explain, nearest
-from cellflux_bridge.training.loop import make_fabric, on_rank_zero
+from cellflux_bridge.training.loop import from_rank_zero, make_fabric, on_rank_zero
 from cellflux_bridge.training.run import require_held_out
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, read_header
 
@@ -52,7 +52,7 @@ class Translator(ABC):
         """The sequences of sources (B, 3, S, S) uint8."""
 
     def _prepare(self, settings: TranslateConfig) -> None:
-        """What a translation computes once, before its sources; it does not count as their cost."""
+        """What a translation computes once, in all processes, before its sources; it does not count as their cost."""
         return  # nothing, unless a translator says otherwise
 
     def _name(self, settings: TranslateConfig) -> str:
@@ -159,7 +159,7 @@ class Translator(ABC):
         if len(chosen) == 0:
             raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
         folder = output or self.config.output / "trajectories" / self._name(settings)
-        header = self._header(settings)
+        header = from_rank_zero(fabric, lambda: self._header(settings))
 
         def open_folder() -> None:
             if overwrite and (folder / "trajectory.json").exists() and read_header(folder) != header:
@@ -171,7 +171,7 @@ class Translator(ABC):
         missing = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done]
         fabric.barrier()  # all have read what is done before anyone adds to it
         todo = missing[fabric.global_rank :: fabric.world_size]
-        if todo:
+        if missing:
             self._prepare(settings)
         began, cpu_began = time.monotonic(), time.process_time()
         bar = progress(
