@@ -145,6 +145,8 @@ def train_classifier_command(args: argparse.Namespace) -> None:
         model = classifier.load(newest, fabric.device)
         if of_states:
             scores = classifier_scores.state_scores(model, config, patches, device=fabric.device, levels=levels)
+            if not scores["test/n"]:
+                print("no figures of the test split: its patches have no level (a score, or a row in levels.csv)")
         else:
             labels = config.classifier.labels
             scores = classifier_scores.image_scores(model, patches, device=fabric.device, labels=labels)
