@@ -12,7 +12,7 @@ from cellflux_bridge.config import Config, TranslateConfig, load_config
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.guidance.classifier import ClassifierGuided, require_form
+from cellflux_bridge.guidance.classifier import ClassifierGuided, pooled, require_form
 from cellflux_bridge.guidance.classifier_free import ClassifierFree
 from cellflux_bridge.guides import Guides, seen_by
 from cellflux_bridge.path.base import Path as FlowPath
@@ -194,7 +194,7 @@ class Bridge(Translator):
 
             def log_probabilities(x, t, x0):
                 seen = (x,) if guidance.form == "endpoint" else (x, t, x0)
-                return torch.stack([guide.log_probabilities(*seen) for guide in guides]).mean(0)
+                return pooled([guide.log_probabilities(*seen) for guide in guides])
 
             return ClassifierGuided(
                 velocity,

@@ -167,7 +167,7 @@ class GuidanceConfig(Section):
     form: Literal["none", "endpoint", "score", "bridge"] = "none"
     weight: NonNegative = 1.0
     start: Annotated[float, Field(gt=0, lt=1)] = 0.05  # score and bridge: bounded there; endpoint: off before
-    # run folders of guides, whose opinions are averaged; empty: all guides of the flow's own run
+    # run folders of guides, whose opinions are pooled; empty: all guides of the flow's own run
     guides: list[Path] = Field(default=[])
 
 

@@ -363,6 +363,30 @@ def test_the_pilot_is_held_out_and_unguided(painter, asked):
     assert not hasattr(painter._field(painter.config.translate, source=0).velocity(x), "gradients")
 
 
+def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, monkeypatch):
+    """One leans to A as much as the other to B: where what is wanted lies between, nothing is steered."""
+
+    class Leaning(nn.Module):
+        def __init__(self, *p):
+            super().__init__()
+            self.p = torch.tensor(p)
+
+        def log_probabilities(self, x):
+            return (self.p.log() + x.mean((1, 2, 3))[:, None] * torch.tensor([0.0, 1.0])).log_softmax(1)
+
+    x = torch.zeros(1, 3, 16, 16)
+    settings = painter._settings("A", "B", {"guidance": {"form": "endpoint"}})
+    field = painter._field(settings, source=0)
+    cond, t = field.condition(x, torch.tensor([[0.5, 0.5]])), torch.tensor([0.5])
+    plain = field.plain(t, x, cond)
+    p = painter.path.endpoint(x, plain, t, x).mean().sigmoid()  # what a guide without a leaning says of the endpoint
+    wanted, both = torch.tensor([[1 - p, p]]), [Leaning(0.1, 0.9), Leaning(0.9, 0.1)]
+    for guides, moves in ((both, False), (both[:1], True)):
+        monkeypatch.setattr(painter._guides, "load", lambda guidance, *, sees, guides=guides: guides)
+        step = field.velocity(wanted)(t, x, cond) - plain
+        assert (step.abs().max().item() > 1e-3) == moves
+
+
 def test_real_guides_calibrate_and_space(flow):
     bridge = load(flow, "translate.method=progression", "translate.levels=4", "translate.calibrate=probability")
     x, ids = patches_of(bridge)
