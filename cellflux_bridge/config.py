@@ -11,7 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.registry import validate as validate_component
@@ -209,9 +217,12 @@ class TranslateConfig(Section):
 
     @field_validator("levels", "depths", "conditions")
     @classmethod
-    def _rising(cls, values):
-        if isinstance(values, list) and (values != sorted(set(values)) or values[0] == 0):
-            raise ValueError("levels must rise strictly from above 0 to at most 1 (level 0 is the source itself)")
+    def _rising(cls, values, info: ValidationInfo):
+        if isinstance(values, list):
+            may_repeat = info.field_name != "levels"  # one dial may stand still while the other one turns
+            if values != sorted(values if may_repeat else set(values)) or values[0] == 0:
+                how = "never fall" if may_repeat else "rise strictly"
+                raise ValueError(f"these must {how}, from above 0 to at most 1 (0 is the source itself)")
         return values
 
 

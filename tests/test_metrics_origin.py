@@ -55,11 +55,11 @@ def test_one_place_has_many_spellings_and_frames_of_ones_own_have_none(configure
 
 
 def test_evaluate_asks_before_it_loads_anything(configured, tmp_path):
-    made = configured("made", "data.root=/elsewhere")
     header = TrajectoryHeader(
         method="path", source="A", target="B", classes=("A", "B"), levels=(0.0, 1.0), config_hash="x"
     )
-    TrajectoryWriter(made, header)
+    TrajectoryWriter(tmp_path / "made", header)
+    made = configured("made", "data.root=/elsewhere")
     judge, features = configured("judge"), configured("features")
     with pytest.raises(UserError, match=r"made: was made from data\.root=/elsewhere"):
         evaluate([made], judges=[judge], features=features, device=torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +238,8 @@ def test_a_depth_stair_from_end_to_end(from_noise, asked):
         ({"depths": "full", "conditions": "rising"}, [1.0, 1.0], [0.5, 1.0]),
         ({"depths": [0.3, 0.6], "conditions": [0.2, 0.7]}, [0.3, 0.6], [0.2, 0.7]),
         ({"depths": "rising", "conditions": "rising"}, [0.5, 1.0], [0.5, 1.0]),
+        ({"depths": [0.3, 0.6], "conditions": [1, 1]}, [0.3, 0.6], [1.0, 1.0]),
+        ({"depths": [0.6, 0.6], "conditions": [0.2, 0.7]}, [0.6, 0.6], [0.2, 0.7]),
     ],
 )
 def test_the_two_dials_of_a_depth_stair(from_noise, asked, options, depths, told):
@@ -408,9 +410,15 @@ def test_without_validation_patches_nothing_is_calibrated(painter, monkeypatch):
 # What is refused
 
 
-@pytest.mark.parametrize("key", ["levels", "depths", "conditions"])
 @pytest.mark.parametrize(
-    "values", [[0.0, 1.0], [0.5, 0.2], [0.5, 0.5, 1.0], [0.5, 1.2], [-0.1, 1.0], [], [float("nan")]]
+    ("key", "values"),
+    [
+        *product(
+            ["levels", "depths", "conditions"],
+            [[0.0, 1.0], [0.5, 0.2], [0.5, 1.2], [-0.1, 1.0], [], [float("nan")], [0.0, 0.0], [0.9, 0.9, 0.5]],
+        ),
+        ("levels", [0.5, 0.5, 1.0]),
+    ],
 )
 def test_levels_outside_their_range_or_order_are_named(flow, key, values):
     with pytest.raises(UserError, match=rf"translate\.{key}"):
