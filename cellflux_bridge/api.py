@@ -1,14 +1,15 @@
 """A trained bridge as a Python object: `Bridge.load("runs/lung").translate(images)`."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
 from cellflux_bridge import images as image_io
-from cellflux_bridge.config import Config, TranslateConfig, load_config
+from cellflux_bridge.config import Config, TranslateConfig, load_config, parse_overrides
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
@@ -26,6 +27,14 @@ from cellflux_bridge.transport import stairs
 from cellflux_bridge.transport.morph import Morph, morph, morph_levels, source_noise
 from cellflux_bridge.velocity.condition import Condition
 
+# Keys of `translate` that not every method reads, and values that ask for nothing.
+_READ_BY = {
+    "path": ("frames",),
+    "progression": ("levels", "spacing", "calibrate"),
+    "depth": ("levels", "depths", "conditions"),
+}
+_ASK_NOTHING = ("uniform", "none")
+
 
 class Bridge(Translator):
     """A trained flow with all it needs to carry images from one class to another."""
@@ -39,8 +48,9 @@ class Bridge(Translator):
         preprocessing: Preprocessing,
         step: int,
         fabric: Fabric,
+        given: Mapping[str, Any] | None = None,
     ):
-        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric)
+        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
         self.path = path
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
         self._guides = Guides(config, fabric.device)
@@ -80,9 +90,10 @@ class Bridge(Translator):
             step=checkpoint.step_of(folder),
             preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
             fabric=fabric or translation_fabric(config),
+            given=parse_overrides(overrides).get("translate"),
         )
 
-    def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
+    def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
         settings = super()._settings(source, target, options)
         trained = named_transitions(self.classes, self.config.pairs)
         if self.config.condition.target == "level":  # trained from every source to every level
@@ -96,6 +107,15 @@ class Bridge(Translator):
             raise UserError(f"the network never saw {pair[0]} -> {pair[1]}; it was trained on {known}")
         self._require_possible(settings)
         return settings
+
+    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+        for key in sorted(given):
+            readers = [method for method, keys in _READ_BY.items() if key in keys]
+            if readers and settings.method not in readers and getattr(settings, key) not in _ASK_NOTHING:
+                raise UserError(
+                    f"translate.{key}: has no part in translate.method={settings.method}, which reads "
+                    f"{', '.join(_READ_BY[settings.method])}; leave it out, or set method={' or '.join(readers)}"
+                )
 
     def _require_possible(self, settings: TranslateConfig) -> None:
         """Refuse, before anything is computed, what this network or its path cannot do."""
@@ -126,7 +146,7 @@ class Bridge(Translator):
             )
         num = settings.levels if isinstance(settings.levels, int) else len(settings.levels)
         for key, values in (("depths", settings.depths), ("conditions", settings.conditions)):
-            if isinstance(values, list) and len(values) != num:
+            if method == "depth" and isinstance(values, list) and len(values) != num:
                 raise UserError(f"translate.{key}: {len(values)} values for {num} levels; give as many")
         is_adaptive = settings.spacing == "adaptive"
         if settings.needs_pilot:

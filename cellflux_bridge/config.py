@@ -11,15 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.registry import validate as validate_component
@@ -217,7 +209,7 @@ class TranslateConfig(Section):
 
     @field_validator("levels", "depths", "conditions")
     @classmethod
-    def _rising(cls, values, info: ValidationInfo):
+    def _rising(cls, values, info):
         if isinstance(values, list):
             may_repeat = info.field_name != "levels"  # one dial may stand still while the other one turns
             if values != sorted(values if may_repeat else set(values)) or values[0] == 0:

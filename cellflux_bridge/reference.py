@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -14,7 +15,7 @@ from cellflux_bridge.bridge.depths import require_depths, uniform_depths
 from cellflux_bridge.bridge.networks import Denoiser, NoisyClassifier, load_foreign
 from cellflux_bridge.bridge.schedule import respaced
 from cellflux_bridge.bridge.stairs import DepthRule, bridge_stairs, fourier_rule
-from cellflux_bridge.config import PLACES_AND_PACE, Config, TranslateConfig, load_config
+from cellflux_bridge.config import PLACES_AND_PACE, Config, TranslateConfig, load_config, parse_overrides
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
@@ -50,8 +51,9 @@ class ReferenceBridge(Translator):
         source_denoiser: Denoiser | None = None,
         classifier: NoisyClassifier | None = None,
         weights_hash: str = "",
+        given: Mapping[str, Any] | None = None,
     ):
-        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric)
+        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
         denoiser, source_denoiser, classifier = (
             None
             if network is None
@@ -100,18 +102,25 @@ class ReferenceBridge(Translator):
             source_denoiser=source_denoiser,
             classifier=classifier,
             weights_hash=loader.weights_hash,
+            given=parse_overrides(overrides).get("translate"),
         )
 
-    def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
-        unheeded = sorted(options.keys() - set(_HEEDED))
-        if unheeded:
-            raise UserError(
-                f"translate.{unheeded[0]}: has no part in the reference bridge; it heeds {', '.join(_HEEDED)}, "
-                "and the keys of `bridge`"
-            )
+    def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
         settings = super()._settings(source, target, options)
         self._depths(settings)
         return settings
+
+    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+        for key in sorted(set(given) - set(_HEEDED)):
+            raise UserError(
+                f"translate.{key}: has no part in the reference bridge, which heeds {', '.join(_HEEDED)}, and the keys "
+                "of `bridge`; leave it out"
+            )
+        if "levels" in given and isinstance(self.config.bridge.depths, list):
+            raise UserError(
+                "translate.levels: has no part where bridge.depths lists the depths, one a level; leave it out, or set "
+                "bridge.depths=uniform"
+            )
 
     def _depths(self, settings: TranslateConfig) -> torch.Tensor | DepthRule:
         """Depths (K,), or the rule that finds them."""

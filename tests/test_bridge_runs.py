@@ -179,6 +179,7 @@ def test_what_does_not_fit_the_bridge_is_said(tiny, tmp_path):
         ([], {"steps": 3}, r"translate\.steps: has no part in the reference bridge"),
         ([], {"levels": [0.5, 1.0]}, "levels are nominal"),
         ([], {"levels": 10}, "10 levels do not fit"),
+        (["bridge.depths=[2, 10]"], {"levels": 2}, r"translate\.levels: has no part where bridge\.depths lists"),
         (["bridge.depths=[3, 11]"], {}, "must rise strictly from 1 to at most 10"),
         (["bridge.depths=fourier"], {"levels": 3}, "20 px or more"),
         ([], {"source": "C"}, "'C' is no class"),
@@ -186,6 +187,8 @@ def test_what_does_not_fit_the_bridge_is_said(tiny, tmp_path):
         bridge = ReferenceBridge.load(run, ["bridge.guidance=none", *overrides])
         with pytest.raises(UserError, match=message):
             bridge.translate(images, **options)
+    with pytest.raises(UserError, match=r"translate\.method: has no part in the reference bridge"):
+        ReferenceBridge.load(run, ["bridge.guidance=none", "translate.method=depth"]).translate_split()
     made = ReferenceBridge.load(run, ["bridge.guidance=none", "bridge.depths=[2, 10]"]).translate(images)
     assert (made.levels, made.nfe, made.gradients) == ((0.0, 0.5, 1.0), (22,), (0,))
 

@@ -19,6 +19,7 @@ from cellflux_bridge.transport import stairs
 
 LEVEL = {"target": "level", "source_image": True, "source_class": False}
 TRAIN = ("train.steps=3", "train.validate_pairs=8", "train.lr=0.02")
+TWO_LEVELS = ("translate.method=progression", "translate.levels=2")
 STEPS = ("translate.steps=2", "translate.num=4", "translate.batch_size=3")
 QUICK = {"steps": 12, "batch_size": 16, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5, "validate_pairs": 8}
 GUIDE = {"train": {**QUICK, "accelerator": "cpu"}}
@@ -182,14 +183,14 @@ def digest(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("translate.method=progression", "translate.guidance.form=endpoint", "translate.calibrate=probability"),
-        ("translate.method=progression", "translate.guidance.form=bridge"),
+        (*TWO_LEVELS, "translate.guidance.form=endpoint", "translate.calibrate=probability"),
+        (*TWO_LEVELS, "translate.guidance.form=bridge"),
         ("translate.method=path", "translate.guidance.form=endpoint", "translate.frames=3"),
     ],
-    ids=lambda overrides: "-".join(text.split("=")[1] for text in overrides),
+    ids=lambda overrides: "-".join(text.split("=")[1] for text in overrides if "levels" not in text),
 )
 def test_a_translation_stopped_between_batches_is_completed_to_the_same(flow, tmp_path, monkeypatch, overrides):
-    options = (*overrides, "translate.levels=2", "translate.num=7")
+    options = (*overrides, "translate.num=7")
     whole, figures = load(flow, *options).translate_split(output=tmp_path / "whole", source="A", target="B")
     assert figures["made_now"] == 7
     part, bridge = tmp_path / "part", load(flow, *options)
@@ -211,8 +212,8 @@ def test_a_translation_stopped_between_batches_is_completed_to_the_same(flow, tm
 
 
 def test_a_stair_stands_in_a_folder_of_its_method(flow):
-    for method in ("path", "progression"):
-        folder, _ = load(flow, f"translate.method={method}", "translate.num=1", "translate.frames=3").translate_split()
+    for method, num in (("path", "frames=3"), ("progression", "levels=2")):
+        folder, _ = load(flow, f"translate.method={method}", "translate.num=1", f"translate.{num}").translate_split()
         assert folder == flow / "trajectories" / f"A_to_B_{method}"
 
 
@@ -455,15 +456,68 @@ def test_what_a_flow_cannot_do_is_refused(flow, options, message, tmp_path):
     [
         ({"method": "progression"}, "translate.method=progression: path GaussianSource starts from noise"),
         ({"method": "path"}, "starts from noise"),
-        ({"method": "depth", "spacing": "adaptive"}, "spacing=adaptive: is of method=progression"),
+        ({"method": "depth", "spacing": "adaptive"}, "translate.spacing: has no part in translate.method=depth"),
         ({"method": "depth", "levels": 3, "depths": [0.5, 1.0]}, "translate.depths: 2 values for 3 levels"),
         ({"method": "depth", "levels": 3, "conditions": [0.5, 1.0]}, "translate.conditions: 2 values for 3 levels"),
+        ({"method": "depth", "frames": 3}, "translate.frames: has no part in translate.method=depth"),
+        ({"method": "depth", "calibrate": "distance"}, "leave it out, or set method=progression"),
         ({"method": "depth", "guidance": {"form": "bridge"}}, "translate.guidance.form=bridge: needs a path with"),
     ],
 )
 def test_what_a_flow_from_noise_cannot_do_is_refused(from_noise, options, message):
     with pytest.raises(UserError, match=message):
         load(from_noise).translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), **options)
+
+
+UNREAD = [
+    ("path", "levels", 5, "reads frames; leave it out, or set method=progression or depth"),
+    ("path", "calibrate", "probability", "reads frames; leave it out, or set method=progression"),
+    ("path", "spacing", "adaptive", "reads frames"),
+    ("path", "depths", "full", "reads frames"),
+    ("progression", "frames", 5, "reads levels, spacing, calibrate; leave it out, or set method=path"),
+    ("progression", "depths", [0.5, 1.0], "reads levels"),
+    ("progression", "conditions", "rising", "reads levels"),
+]
+
+
+@pytest.mark.parametrize(("method", "key", "value", "message"), UNREAD)
+def test_a_setting_of_this_use_that_the_method_does_not_read_is_refused(flow, tmp_path, method, key, value, message):
+    named = rf"translate\.{key}: has no part in translate\.method={method}, which {message}"
+    patches = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(UserError, match=named):
+        load(flow).translate(patches, method=method, **{key: value})
+    bridge = load(flow, f"translate.method={method}", f"translate.{key}={json.dumps(value)}")
+    with pytest.raises(UserError, match=named):
+        bridge.translate_split(output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_run_or_of_other_uses_may_go_unread(flow, tmp_path):
+    """A run's file holds every key, and a loaded bridge has defaults for many calls: they say nothing of one call."""
+    run = shutil.copytree(flow, tmp_path / "run", ignore=shutil.ignore_patterns("trajectories"))
+    config = load_config(run / "config.yaml", ["translate.frames=3", "translate.calibrate=distance"])
+    (run / "config.yaml").write_text(config.to_yaml())
+    bridge = load(run, "translate.levels=2", "translate.depths=full")
+    x, ids = patches_of(bridge, num=1)
+    for method in ("path", "progression"):
+        assert bridge.translate(x, ids=ids, method=method).header.method == method
+    folder, _ = load(run, "translate.method=path", "translate.num=1", "translate.reverse=false").translate_split()
+    assert load_trajectory(folder).frames.shape[0] == 3
+
+
+def test_a_depth_stair_does_not_take_the_adaptive_spacing_of_the_run_for_its_own(from_noise):
+    with pytest.raises(UserError, match="spacing=adaptive: is of method=progression; give depth stairs their levels"):
+        load(from_noise, "translate.spacing=adaptive").translate(
+            torch.zeros(1, 3, 16, 16, dtype=torch.uint8), method="depth"
+        )
+
+
+def test_self_pairs_of_a_network_of_classes_are_refused(tmp_path, make_patches, write_config):
+    make_patches(tmp_path / "patches")
+    file = write_config(tmp_path, pairs={"self_pairs": 0.5}, data={"split": {"val": 0.2, "test": 0.2}})
+    with pytest.raises(SystemExit, match=r"pairs\.self_pairs=0\.5: is of levels .*set pairs\.self_pairs=0"):
+        cli.main(["train", str(file)])
+    assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
 
 
 def test_a_refused_method_leaves_no_folder(flow, tmp_path):
