@@ -1,35 +1,39 @@
 """A trained bridge as a Python object: `Bridge.load("runs/lung").translate(images)`."""
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
 from cellflux_bridge import images as image_io
-from cellflux_bridge.classifier.model import PatchClassifier
-from cellflux_bridge.config import Config, GuidanceConfig, TranslateConfig, load_config
+from cellflux_bridge.config import Config, TranslateConfig, load_config, parse_overrides
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.guidance.classifier import ClassifierGuided, require_form
+from cellflux_bridge.guidance.classifier import ClassifierGuided, pooled, require_form
 from cellflux_bridge.guidance.classifier_free import ClassifierFree
+from cellflux_bridge.guides import Guides, seen_by
 from cellflux_bridge.path.base import Path as FlowPath
-from cellflux_bridge.training import checkpoint, classifier
+from cellflux_bridge.pilot import Pilot
+from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.flow import build_flow
 from cellflux_bridge.training.run import differences
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
-from cellflux_bridge.translator import Translator, single_process_fabric
+from cellflux_bridge.translator import Translator, translation_fabric
 from cellflux_bridge.transport import stairs
 from cellflux_bridge.transport.morph import Morph, morph, morph_levels, source_noise
 from cellflux_bridge.velocity.condition import Condition
 
-# Held-out sources, and levels, that adaptive spacing and the map from levels to conditions are measured on.
-_PILOT_SOURCES, _PILOT_LEVELS = 64, 11
+# Keys of `translate` that not every method reads, and values that ask for nothing.
+_READ_BY = {
+    "path": ("frames",),
+    "progression": ("levels", "spacing", "calibrate"),
+    "depth": ("levels", "depths", "conditions"),
+}
+_ASK_NOTHING = ("uniform", "none")
 
 
 class Bridge(Translator):
@@ -44,13 +48,20 @@ class Bridge(Translator):
         preprocessing: Preprocessing,
         step: int,
         fabric: Fabric,
+        given: Mapping[str, Any] | None = None,
     ):
-        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric)
+        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
         self.path = path
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
-        self._loaded: dict[tuple[Path, str], PatchClassifier] = {}
-        self._pilots: dict[tuple, np.ndarray] = {}
-        self._reached: dict[tuple, torch.Tensor] = {}
+        self._guides = Guides(config, fabric.device)
+        self._pilot = Pilot(
+            config=config,
+            fabric=fabric,
+            network=self._network,
+            guides=self._guides,
+            patches=self.patches,
+            carry=self._progression,
+        )
 
     @classmethod
     def load(cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None) -> "Bridge":
@@ -78,10 +89,11 @@ class Bridge(Translator):
             network=network,
             step=checkpoint.step_of(folder),
             preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
-            fabric=fabric or single_process_fabric(config),
+            fabric=fabric or translation_fabric(config),
+            given=parse_overrides(overrides).get("translate"),
         )
 
-    def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
+    def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
         settings = super()._settings(source, target, options)
         trained = named_transitions(self.classes, self.config.pairs)
         if self.config.condition.target == "level":  # trained from every source to every level
@@ -95,6 +107,15 @@ class Bridge(Translator):
             raise UserError(f"the network never saw {pair[0]} -> {pair[1]}; it was trained on {known}")
         self._require_possible(settings)
         return settings
+
+    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+        for key in sorted(given):
+            readers = [method for method, keys in _READ_BY.items() if key in keys]
+            if readers and settings.method not in readers and getattr(settings, key) not in _ASK_NOTHING:
+                raise UserError(
+                    f"translate.{key}: has no part in translate.method={settings.method}, which reads "
+                    f"{', '.join(_READ_BY[settings.method])}; leave it out, or set method={' or '.join(readers)}"
+                )
 
     def _require_possible(self, settings: TranslateConfig) -> None:
         """Refuse, before anything is computed, what this network or its path cannot do."""
@@ -125,11 +146,11 @@ class Bridge(Translator):
             )
         num = settings.levels if isinstance(settings.levels, int) else len(settings.levels)
         for key, values in (("depths", settings.depths), ("conditions", settings.conditions)):
-            if isinstance(values, list) and len(values) != num:
+            if method == "depth" and isinstance(values, list) and len(values) != num:
                 raise UserError(f"translate.{key}: {len(values)} values for {num} levels; give as many")
         is_adaptive = settings.spacing == "adaptive"
-        if method == "progression" and (is_adaptive or settings.calibrate != "none"):
-            self._guides(settings.guidance, sees="image")
+        if settings.needs_pilot:
+            self._guides.load(settings.guidance, sees="image")
         elif method == "depth" and is_adaptive:
             raise UserError("translate.spacing=adaptive: is of method=progression; give depth stairs their levels")
         if is_adaptive and not isinstance(settings.levels, int):
@@ -138,44 +159,7 @@ class Bridge(Translator):
             if settings.reverse:
                 raise UserError("translate.reverse: goes back unguided; set translate.guidance.form=none")
             require_form(settings.guidance.form, self.path, sees_source=self.config.condition.source_image)
-            self._guides(settings.guidance, sees=_seen(settings.guidance))
-
-    def _load_guide(self, run: Path, *, sees: str) -> PatchClassifier:
-        """The guide of a run folder; UserError where it does not fit this flow."""
-        if (run, sees) not in self._loaded:
-            folder = checkpoint.latest(run)
-            trained = checkpoint.read_config(folder)
-            if trained.classifier.role != "guide":
-                raise UserError(f"{run}: is a judge; a guide must be another network (classifier.role=guide)")
-            compared = ["data.classes", "data.image_size", "data.crop", "data.stain", "classifier.sees"]
-            if sees == "state":
-                compared += ["path", "condition.source_image"]
-            theirs = trained.model_dump(mode="json")
-            ours = self.config.model_dump(mode="json") | {"classifier": {"sees": sees}}
-            problems = [
-                f"{key} is {there} there, {here} here"
-                for key in compared
-                if (there := _value(theirs, key)) != (here := _value(ours, key))
-            ]
-            if problems:
-                raise UserError(f"{run}: a guide that does not fit this flow: {'; '.join(problems)}")
-            self._loaded[run, sees] = classifier.load(folder, self.fabric.device)
-        return self._loaded[run, sees]
-
-    def _guides(self, guidance: GuidanceConfig, *, sees: str) -> list[PatchClassifier]:
-        return [self._load_guide(run, sees=sees) for run in self._guide_runs(guidance, sees=sees)]
-
-    def _guide_runs(self, guidance: GuidanceConfig, *, sees: str) -> list[Path]:
-        """Where the guides of finished images or of states are: those that the settings name, else all of the run."""
-        own = sorted(self.config.output.glob("guide_*"))
-        own = [run for run in own if run.name.endswith("_state") == (sees == "state")]
-        runs = (guidance.guides if sees == _seen(guidance) else []) or own
-        if not runs:
-            raise UserError(
-                f"{self.config.output}: no trained guide here; make one with: cellflux-bridge train-classifier "
-                f"{self.config.output} classifier.role=guide classifier.sees={sees}"
-            )
-        return runs
+            self._guides.load(settings.guidance, sees=seen_by(settings.guidance))
 
     def _levels(self, settings: TranslateConfig) -> tuple[float, ...]:
         if settings.method == "path":
@@ -184,16 +168,8 @@ class Bridge(Translator):
         if isinstance(settings.levels, list):
             return (0.0, *settings.levels)
         if settings.spacing == "adaptive":
-            return (0.0, *self._adaptive_levels(settings))
+            return (0.0, *self._pilot.adaptive_levels(settings))
         return tuple(round(k / settings.levels, 6) for k in range(settings.levels + 1))
-
-    def _guide_names(self, settings: TranslateConfig) -> list[str]:
-        """Names and steps of the guides that a translation heeds, so that others do not complete it."""
-        seen = {_seen(settings.guidance)} if settings.guidance.form != "none" else set()
-        if settings.method == "progression" and (settings.calibrate != "none" or settings.spacing == "adaptive"):
-            seen.add("image")
-        runs = [run for sees in sorted(seen) for run in self._guide_runs(settings.guidance, sees=sees)]
-        return [f"{run.name}@{checkpoint.step_of(checkpoint.latest(run))}" for run in runs]
 
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
         digest = self.config.model_copy(update={"translate": settings}).digest()
@@ -203,86 +179,15 @@ class Bridge(Translator):
             target=settings.target,
             classes=self.classes,
             levels=self._levels(settings),
-            config_hash="+".join([f"{digest}@{self.step}", *self._guide_names(settings)]),
+            config_hash="+".join([f"{digest}@{self.step}", *self._guides.names(settings)]),
         )
 
     def _name(self, settings: TranslateConfig) -> str:
         kind = "path_reverse" if settings.reverse else settings.method
         return f"{super()._name(settings)}_{kind}"
 
-    def _pilot_key(self, settings: TranslateConfig) -> tuple:
-        return (settings.source, settings.target, settings.solver, settings.steps, settings.guidance_scale)
-
-    def _pilot(self, settings: TranslateConfig) -> np.ndarray:
-        """Frames (G, B, C, H, W) uint8 of validation patches carried to G conditions from 0 to 1, unguided: what
-        calibration and adaptive spacing are measured on."""
-        key = self._pilot_key(settings)
-        if key not in self._pilots:
-            patches = self.patches()
-            chosen = patches.sample("val", settings.source, num=_PILOT_SOURCES, seed=self.config.seed)
-            if len(chosen) == 0:
-                raise UserError(
-                    f"translate.calibrate, spacing=adaptive: no validation patch of class {settings.source!r} to "
-                    "measure on; raise data.split.val, or set calibrate=none and spacing=uniform"
-                )
-            x0 = image_io.encode(patches.centre(chosen)).to(self.fabric.device)
-            unguided = settings.model_copy(update={"guidance": GuidanceConfig()})
-            grid = torch.linspace(0, 1, _PILOT_LEVELS)
-            with self.fabric.autocast():
-                stair = self._progression(x0, [patches.ids[i] for i in chosen], unguided, told=grid, wanted=grid)
-            self._pilots[key] = image_io.decode(stair.frames[1:]).cpu().numpy()
-        return self._pilots[key]
-
-    def _pilot_features(self, settings: TranslateConfig) -> torch.Tensor:
-        """The guides' features (G, B, D) of the pilot's frames."""
-        guides, frames = self._guides(settings.guidance, sees="image"), self._pilot(settings)
-        features = [
-            np.concatenate([self._ask(classifier.features, guide, level) for guide in guides], axis=1)
-            for level in frames
-        ]
-        return torch.from_numpy(np.stack(features))
-
-    def _adaptive_levels(self, settings: TranslateConfig) -> list[float]:
-        """Levels whose frames lie equally far apart: the pilot's way is known by condition, so that of a level is the
-        way to the condition that the network will be told for it."""
-        steps = self._pilot_features(settings).diff(dim=0).norm(dim=2).mean(1)
-        travelled = np.concatenate([[0.0], steps.cumsum(0).numpy()])
-        grid = torch.linspace(0, 1, 10 * (_PILOT_LEVELS - 1) + 1)
-        way = np.interp(self._told(settings, grid).numpy(), np.linspace(0, 1, _PILOT_LEVELS), travelled)
-        chosen = stairs.equidistant_levels(grid, torch.from_numpy(np.diff(way)), settings.levels)
-        levels = [round(level, 4) for level in chosen.tolist()]
-        if levels[0] == 0 or any(a >= b for a, b in pairwise(levels)):
-            raise UserError(
-                f"translate.spacing=adaptive: the guide sees no {settings.levels} levels apart in what this network "
-                "makes; set fewer levels, or spacing=uniform"
-            )
-        return levels
-
-    def _told(self, settings: TranslateConfig, levels: torch.Tensor) -> torch.Tensor:
-        """The conditions (K,) in [0, 1] that the network is told for levels (K,) of a progression."""
-        if settings.calibrate == "none":
-            return levels
-        key = (settings.calibrate, *self._guide_names(settings), *self._pilot_key(settings))
-        if key not in self._reached:
-            self._reached[key] = self._measure_reached(settings)
-        return stairs.condition_for(levels, torch.linspace(0, 1, _PILOT_LEVELS), self._reached[key])
-
-    def _measure_reached(self, settings: TranslateConfig) -> torch.Tensor:
-        """The level (G,) that the pilot's frames have at its conditions, by what `calibrate` says."""
-        if settings.calibrate == "distance":
-            features = self._pilot_features(settings)
-            distances = (features - features[0]).norm(dim=2).mean(1)
-            return distances / distances[-1].clamp_min(1e-12)
-        guides, frames = self._guides(settings.guidance, sees="image"), self._pilot(settings)
-        seen = np.stack([[self._ask(classifier.predict, guide, level) for guide in guides] for level in frames])
-        return torch.from_numpy(seen[..., self.classes.index(settings.target)].mean((1, 2)))
-
     def _prepare(self, settings: TranslateConfig) -> None:
-        if settings.method == "progression":
-            self._told(settings, torch.ones(1))
-
-    def _ask(self, what: Callable, guide: PatchClassifier, frames: np.ndarray) -> np.ndarray:
-        return what(guide, torch.from_numpy(frames), device=self.fabric.device)
+        self._pilot.share(settings)
 
     def condition(self, x0: torch.Tensor, told: torch.Tensor, *, source: int) -> Condition:
         """The condition of source images x0 (B, 3, S, S) of a class that are to become soft labels (B, num_classes)."""
@@ -305,11 +210,11 @@ class Bridge(Translator):
         def guided(wanted: torch.Tensor):
             if guidance.form == "none":
                 return velocity
-            guides = self._guides(guidance, sees=_seen(guidance))
+            guides = self._guides.load(guidance, sees=seen_by(guidance))
 
             def log_probabilities(x, t, x0):
                 seen = (x,) if guidance.form == "endpoint" else (x, t, x0)
-                return torch.stack([guide.log_probabilities(*seen) for guide in guides]).mean(0)
+                return pooled([guide.log_probabilities(*seen) for guide in guides])
 
             return ClassifierGuided(
                 velocity,
@@ -389,25 +294,16 @@ class Bridge(Translator):
             if settings.method == "path":
                 result = self._path(x0, ids, settings)
             elif settings.method == "progression":
-                result = self._progression(x0, ids, settings, told=self._told(settings, levels), wanted=levels)
+                result = self._progression(x0, ids, settings, told=self._pilot.told(settings, levels), wanted=levels)
             else:
                 result = self._depth(x0, settings, levels)
         frames = image_io.decode(result.frames).cpu().numpy()
         guidance = settings.guidance
-        guides = len(self._guides(guidance, sees=_seen(guidance))) if result.gradients else 0  # each has its gradient
+        guides = (
+            len(self._guides.load(guidance, sees=seen_by(guidance))) if result.gradients else 0
+        )  # each has its gradient
         cost = (result.nfe,) * len(ids), (guides * result.gradients,) * len(ids)
         return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), *cost)
-
-
-def _seen(guidance: GuidanceConfig) -> str:
-    """What the guides of a form look at: finished images, or states of the path."""
-    return "state" if guidance.form in ("score", "bridge") else "image"
-
-
-def _value(values: dict, key: str) -> Any:
-    for part in key.split("."):
-        values = values[part]
-    return values
 
 
 def _rising_or(given: str | list[float], levels: torch.Tensor, ones: str) -> torch.Tensor:

@@ -44,14 +44,6 @@ def _start(config, train):
     return fabric, config.model_copy(update={"data": data}), patches
 
 
-def _value(values: dict, key: str):
-    for part in key.split("."):
-        if not isinstance(values, dict) or part not in values:
-            raise UserError(f"--key {key}: no such key; `config show` without --key prints all")
-        values = values[part]
-    return values
-
-
 def _trajectory(where: str) -> Path:
     """A trajectory folder, or the newest one of a run folder."""
     folder = Path(where)
@@ -69,7 +61,7 @@ def config_command(args: argparse.Namespace) -> None:
     if args.key is None:
         print(config.to_yaml(), end="")
     else:
-        print(_value(config.model_dump(mode="json"), args.key))
+        print(config.value(args.key))
 
 
 def data_command(args: argparse.Namespace) -> None:
@@ -153,6 +145,8 @@ def train_classifier_command(args: argparse.Namespace) -> None:
         model = classifier.load(newest, fabric.device)
         if of_states:
             scores = classifier_scores.state_scores(model, config, patches, device=fabric.device, levels=levels)
+            if not scores["test/n"]:
+                print("no figures of the test split: its patches have no level (a score, or a row in levels.csv)")
         else:
             labels = config.classifier.labels
             scores = classifier_scores.image_scores(model, patches, device=fabric.device, labels=labels)

@@ -167,7 +167,7 @@ class GuidanceConfig(Section):
     form: Literal["none", "endpoint", "score", "bridge"] = "none"
     weight: NonNegative = 1.0
     start: Annotated[float, Field(gt=0, lt=1)] = 0.05  # score and bridge: bounded there; endpoint: off before
-    # run folders of guides, whose opinions are averaged; empty: all guides of the flow's own run
+    # run folders of guides, whose opinions are pooled; empty: all guides of the flow's own run
     guides: list[Path] = Field(default=[])
 
 
@@ -195,6 +195,11 @@ class TranslateConfig(Section):
     reverse: bool = False
     batch_size: Count = 64  # images that go through the network at once
 
+    @property
+    def needs_pilot(self) -> bool:
+        """Whether levels, or what the network is told for them, are measured before anything is translated."""
+        return self.method == "progression" and (self.calibrate != "none" or self.spacing == "adaptive")
+
     @field_validator("levels")
     @classmethod
     def _end_at_the_target(cls, levels):
@@ -204,9 +209,12 @@ class TranslateConfig(Section):
 
     @field_validator("levels", "depths", "conditions")
     @classmethod
-    def _rising(cls, values):
-        if isinstance(values, list) and (values != sorted(set(values)) or values[0] == 0):
-            raise ValueError("levels must rise strictly from above 0 to at most 1 (level 0 is the source itself)")
+    def _rising(cls, values, info):
+        if isinstance(values, list):
+            may_repeat = info.field_name != "levels"  # one dial may stand still while the other one turns
+            if values != sorted(values if may_repeat else set(values)) or values[0] == 0:
+                how = "never fall" if may_repeat else "rise strictly"
+                raise ValueError(f"these must {how}, from above 0 to at most 1 (0 is the source itself)")
         return values
 
 
@@ -246,7 +254,7 @@ class BridgeConfig(Section):
     depths: Literal["uniform", "fourier", "fourier_unmirrored"] | list[Annotated[int, Field(ge=1)]] = "uniform"
     guidance: Literal["classifier", "classifier_free", "none"] = "classifier"
     scale: NonNegative = 2.0  # of the classifier's gradient
-    weight: NonNegative = 1.8  # of classifier-free guidance, on both ways; see `bridge.ddim.classifier_free`
+    weight: NonNegative = 1.8  # of classifier-free guidance, on both ways; see `bridge.ddim.ClassifierFree`
     class_dropout: Fraction = 0.1  # of the denoiser's training for classifier-free guidance
 
     @model_validator(mode="after")
@@ -317,6 +325,15 @@ class Config(Section):
         left_out = (*PLACES_AND_PACE, "video", "classifier", "bridge", "translate.num", "translate.batch_size")
         canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def value(self, key: str) -> Any:
+        """What stands at a dotted key, as in the YAML text; a section is a mapping. UserError where nothing does."""
+        found = self.model_dump(mode="json")
+        for part in key.split("."):
+            if not isinstance(found, dict) or part not in found:
+                raise UserError(f"{key}: no such key; `cellflux-bridge config show` prints all")
+            found = found[part]
+        return found
 
     def flat(self, *, without: Sequence[str]) -> dict[str, Any]:
         """Every value by its dotted key, less the keys and sections named in `without`."""

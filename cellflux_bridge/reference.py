@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -14,7 +15,7 @@ from cellflux_bridge.bridge.depths import require_depths, uniform_depths
 from cellflux_bridge.bridge.networks import Denoiser, NoisyClassifier, load_foreign
 from cellflux_bridge.bridge.schedule import respaced
 from cellflux_bridge.bridge.stairs import DepthRule, bridge_stairs, fourier_rule
-from cellflux_bridge.config import PLACES_AND_PACE, Config, TranslateConfig, load_config
+from cellflux_bridge.config import PLACES_AND_PACE, Config, TranslateConfig, load_config, parse_overrides
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
@@ -23,11 +24,14 @@ from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.bridge import STAGES, build_denoiser, build_noisy_classifier
 from cellflux_bridge.training.run import differences
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
-from cellflux_bridge.translator import Translator, single_process_fabric
+from cellflux_bridge.translator import Translator, translation_fabric
 
 # Keys of `translate` that the bridge heeds; what else it does stands in `bridge`.
 _HEEDED = ("source", "target", "split", "num", "levels", "batch_size")
-_NOT_THE_BRIDGE = ("video", "classifier", "translate", "train", "coupling", "path", "velocity", "condition", "pairs")
+_NO_PART_IN_SEQUENCES = (
+    *("video", "classifier", "translate", "train"),
+    *("coupling", "path", "velocity", "condition", "pairs"),
+)
 
 
 class ReferenceBridge(Translator):
@@ -47,8 +51,9 @@ class ReferenceBridge(Translator):
         source_denoiser: Denoiser | None = None,
         classifier: NoisyClassifier | None = None,
         weights_hash: str = "",
+        given: Mapping[str, Any] | None = None,
     ):
-        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric)
+        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
         denoiser, source_denoiser, classifier = (
             None
             if network is None
@@ -87,7 +92,7 @@ class ReferenceBridge(Translator):
         source_denoiser = None if config.bridge.source_denoiser is None else loader.source_denoiser()
         classifier = loader.classifier() if config.bridge.guidance == "classifier" else None
         if fabric is None:
-            fabric = single_process_fabric(config.model_copy(update={"train": config.bridge.denoiser.train}))
+            fabric = translation_fabric(config.model_copy(update={"train": config.bridge.denoiser.train}))
         return cls(
             config=config,
             preprocessing=loader.preprocessing(),
@@ -97,18 +102,25 @@ class ReferenceBridge(Translator):
             source_denoiser=source_denoiser,
             classifier=classifier,
             weights_hash=loader.weights_hash,
+            given=parse_overrides(overrides).get("translate"),
         )
 
-    def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
-        unheeded = sorted(options.keys() - set(_HEEDED))
-        if unheeded:
-            raise UserError(
-                f"translate.{unheeded[0]}: has no part in the reference bridge; it heeds {', '.join(_HEEDED)}, "
-                "and the keys of `bridge`"
-            )
+    def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
         settings = super()._settings(source, target, options)
         self._depths(settings)
         return settings
+
+    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+        for key in sorted(set(given) - set(_HEEDED)):
+            raise UserError(
+                f"translate.{key}: has no part in the reference bridge, which heeds {', '.join(_HEEDED)}, and the keys "
+                "of `bridge`; leave it out"
+            )
+        if "levels" in given and isinstance(self.config.bridge.depths, list):
+            raise UserError(
+                "translate.levels: has no part where bridge.depths lists the depths, one a level; leave it out, or set "
+                "bridge.depths=uniform"
+            )
 
     def _depths(self, settings: TranslateConfig) -> torch.Tensor | DepthRule:
         """Depths (K,), or the rule that finds them."""
@@ -139,7 +151,7 @@ class ReferenceBridge(Translator):
     def _digest(self, settings: TranslateConfig) -> str:
         """A short hash of all that the sequences are made with, the content of foreign weights included."""
         places = tuple(f"bridge.{name}.weights" for name in ("denoiser", "source_denoiser", "classifier"))
-        used = self.config.flat(without=(*PLACES_AND_PACE, *_NOT_THE_BRIDGE, *places))
+        used = self.config.flat(without=(*PLACES_AND_PACE, *_NO_PART_IN_SEQUENCES, *places))
         canonical = json.dumps([used, settings.split, self._weights_hash], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

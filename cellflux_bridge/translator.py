@@ -4,8 +4,9 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,12 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.files import replace_text
 from cellflux_bridge.progress import progress
 from cellflux_bridge.schema import explain, nearest
-from cellflux_bridge.training.loop import make_fabric, on_rank_zero
+from cellflux_bridge.training.loop import from_rank_zero, make_fabric, on_rank_zero
 from cellflux_bridge.training.run import require_held_out
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, read_header
 
 
-def single_process_fabric(config: Config) -> Fabric:
+def translation_fabric(config: Config) -> Fabric:
     """Fabric of one device, or of torchrun's processes where it started this one."""
     fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"}))
     fabric.launch()
@@ -37,11 +38,21 @@ class Translator(ABC):
     """Carries images of one class to another.
 
     `config` is the resolved configuration of the run; `preprocessing` how a file's pixels become the networks' input;
-    `step` the training step of its checkpoint.
+    `step` the training step of its checkpoint; `given` what was set in its `translate` section for this use:
+    the run's file holds every key, so that it does not tell which of them its user means.
     """
 
-    def __init__(self, *, config: Config, preprocessing: Preprocessing, step: int, fabric: Fabric):
+    def __init__(
+        self,
+        *,
+        config: Config,
+        preprocessing: Preprocessing,
+        step: int,
+        fabric: Fabric,
+        given: Mapping[str, Any] | None = None,
+    ):
         self.config, self.preprocessing, self.step, self.fabric = config, preprocessing, step, fabric
+        self._given = given or {}
 
     @abstractmethod
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
@@ -51,8 +62,12 @@ class Translator(ABC):
     def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
         """The sequences of sources (B, 3, S, S) uint8."""
 
+    @abstractmethod
+    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+        """UserError for a key of `translate` that was set for this use and is not read in making these sequences."""
+
     def _prepare(self, settings: TranslateConfig) -> None:
-        """What a translation computes once, before its sources; it does not count as their cost."""
+        """What a translation computes once, in all processes, before its sources; it does not count as their cost."""
         return  # nothing, unless a translator says otherwise
 
     def _name(self, settings: TranslateConfig) -> str:
@@ -63,11 +78,13 @@ class Translator(ABC):
     def classes(self) -> tuple[str, ...]:
         return tuple(self.config.data.classes)
 
-    def _settings(self, source: str | None, target: str | None, options: dict) -> TranslateConfig:
+    def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
+        """The settings of a translation: the run's, and over them what is set for it."""
         try:
-            settings = TranslateConfig(**merged(self.config.translate.model_dump(), options))
+            settings = TranslateConfig(**merged(self.config.translate.model_dump(), dict(options)))
         except ValidationError as error:
             raise UserError(explain(error, TranslateConfig, prefix="translate")) from error
+        self._require_read(settings, options)
         source, target = source or settings.source, target or settings.target
         if source is None and target is None and len(self.classes) == 2:
             source, target = self.classes
@@ -152,14 +169,14 @@ class Translator(ABC):
         Sources are `translate.num` of the split, drawn by the seed. A folder that holds a part of the same translation
         is completed; `overwrite` removes one that differs. With several processes each takes its share of the sources.
         """
-        settings, fabric = self._settings(source, target, {}), self.fabric
+        settings, fabric = self._settings(source, target, self._given), self.fabric
         on_rank_zero(fabric, self.patches)  # fills the cache for all
         patches = self.patches()
         chosen = patches.sample(settings.split, settings.source, num=settings.num, seed=self.config.seed)
         if len(chosen) == 0:
             raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
         folder = output or self.config.output / "trajectories" / self._name(settings)
-        header = self._header(settings)
+        header = from_rank_zero(fabric, lambda: self._header(settings))
 
         def open_folder() -> None:
             if overwrite and (folder / "trajectory.json").exists() and read_header(folder) != header:
@@ -171,7 +188,7 @@ class Translator(ABC):
         missing = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done]
         fabric.barrier()  # all have read what is done before anyone adds to it
         todo = missing[fabric.global_rank :: fabric.world_size]
-        if todo:
+        if missing:
             self._prepare(settings)
         began, cpu_began = time.monotonic(), time.process_time()
         bar = progress(

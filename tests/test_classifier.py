@@ -419,6 +419,11 @@ def test_a_resumed_classifier_repeats_an_uninterrupted_one_temperature_included(
     if overrides:
         scores = classifier_scores.state_scores(model, config, patches, device=CPU)
         assert 0 <= scores["test/accuracy_at_t0.9"] <= 1
+        test, levels = patches.indices("test"), np.eye(2, dtype=np.float32)[patches.labels]
+        scores = classifier_scores.state_scores(model, config, patches, device=CPU, levels=levels)
+        assert scores["test/n"] == len(test)
+        levels[test[0]] = np.nan
+        assert classifier_scores.state_scores(model, config, patches, device=CPU, levels=levels) == {"test/n": 0}
     else:  # on the validation split the temperature is the best one
         val = patches.indices("val")
         logits, targets = classifier.patch_logits(model, patches, val, device=CPU), np.eye(2)[patches.labels[val]]

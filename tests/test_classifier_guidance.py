@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.guidance.classifier import FORMS, ClassifierGuided, require_form
+from cellflux_bridge.guidance.classifier import FORMS, ClassifierGuided, pooled, require_form
 from cellflux_bridge.guidance.classifier_free import ClassifierFree
 from cellflux_bridge.path.brownian import Brownian
 from cellflux_bridge.path.gaussian_source import GaussianSource
@@ -303,6 +303,14 @@ def test_a_sample_that_has_arrived_is_left_alone():
     plain = simple_velocity(t, x, cond)
     q = guide(PATHS["noised_source"].endpoint(x, plain, t, x0)).exp().detach()
     torch.testing.assert_close(steered(guide, q)(t, x, cond), plain, rtol=0, atol=1e-12)
+
+
+def test_several_guides_are_one_classifier_whose_logits_are_the_mean_of_theirs():
+    logits = normal(3, 5, CLASSES, seed=8) * 3
+    found = pooled(list(logits.log_softmax(2)))
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(found, logits.mean(0).log_softmax(1))
+    torch.testing.assert_close(pooled([logits[0].log_softmax(1)]), logits[0].log_softmax(1))
 
 
 def test_a_guide_without_slope_and_a_velocity_of_zero_are_numbers():

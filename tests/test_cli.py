@@ -119,7 +119,7 @@ def test_config_show_fills_in_and_overrides(tmp_path, write_config, capsys):
     assert config.path == {"name": "brownian", "scale": 0.3, "margin": 0.02}
     cli.main(["config", "show", str(file), "--key", "train.batch_size"])
     assert capsys.readouterr().out == "8\n"
-    with pytest.raises(SystemExit, match=r"--key train\.bath_size: no such key"):
+    with pytest.raises(SystemExit, match=r"train\.bath_size: no such key"):
         cli.main(["config", "show", str(file), "--key", "train.bath_size"])
     with pytest.raises(SystemExit, match=r"train\.bath_size: unknown key; did you mean 'train\.batch_size'"):
         cli.main(["config", "show", str(file), "train.bath_size=3"])

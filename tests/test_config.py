@@ -259,6 +259,15 @@ def test_a_word_that_looks_like_a_value_stays_a_word_when_written(word):
     assert parse_yaml(dump_yaml({"key": [word]}), origin="text") == {"key": [word]}
 
 
+def test_a_value_is_found_by_its_key_and_a_section_is_a_mapping(load):
+    config = load("train: {steps: 7}")
+    assert config.value("train.steps") == 7
+    assert config.value("data.split") == {"val": 0.1, "test": 0.2}
+    for key in ("train.stepz", "train.steps.more", "trian"):
+        with pytest.raises(UserError, match=rf"^{key}: no such key"):
+            config.value(key)
+
+
 def test_the_digest_follows_what_sequences_are_made_with_and_nothing_else(load):
     digest = load().digest()
     same = ["name=other", "output=there", "video.fps=5", "translate.num=3", "translate.batch_size=2"]

@@ -14,7 +14,7 @@ FLOORS = (
     {"training"},
     {"metrics", "cellularity", "augmentation", "video"},
     {"study"},
-    {"report", "translator", "api", "reference", "cli", "__main__"},
+    {"report", "translator", "guides", "pilot", "api", "reference", "cli", "__main__"},
 )
 MODULES = sorted(path for path in (ROOT / PACKAGE).rglob("*.py") if path != ROOT / PACKAGE / "__init__.py")
 GROUND = {path.stem for path in (ROOT / PACKAGE).glob("*.py")} - set.union({"__init__"}, *FLOORS)

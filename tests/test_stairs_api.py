@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,13 @@ from torch import nn
 from cellflux_bridge import Bridge, cli
 from cellflux_bridge.config import load_config
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.training import checkpoint
+from cellflux_bridge.training import checkpoint, classifier
 from cellflux_bridge.trajectory import load_trajectory
 from cellflux_bridge.transport import stairs
 
 LEVEL = {"target": "level", "source_image": True, "source_class": False}
 TRAIN = ("train.steps=3", "train.validate_pairs=8", "train.lr=0.02")
+TWO_LEVELS = ("translate.method=progression", "translate.levels=2")
 STEPS = ("translate.steps=2", "translate.num=4", "translate.batch_size=3")
 QUICK = {"steps": 12, "batch_size": 16, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5, "validate_pairs": 8}
 GUIDE = {"train": {**QUICK, "accelerator": "cpu"}}
@@ -163,7 +164,7 @@ def test_guidance_moves_frames_and_its_gradients_are_counted(flow, form, name, w
 def test_a_guide_makes_frames_more_like_what_is_wanted(flow):
     bridge = load(flow, "translate.method=progression", "translate.levels=[1.0]", "translate.steps=8")
     x, ids = patches_of(bridge)
-    guide = bridge._guides(bridge.config.translate.guidance, sees="image")[0]
+    guide = bridge._guides.load(bridge.config.translate.guidance, sees="image")[0]
 
     def reached(weight: float) -> float:
         found = bridge.translate(x, ids=ids, guidance={"form": "endpoint", "weight": weight})
@@ -182,14 +183,14 @@ def digest(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("translate.method=progression", "translate.guidance.form=endpoint", "translate.calibrate=probability"),
-        ("translate.method=progression", "translate.guidance.form=bridge"),
+        (*TWO_LEVELS, "translate.guidance.form=endpoint", "translate.calibrate=probability"),
+        (*TWO_LEVELS, "translate.guidance.form=bridge"),
         ("translate.method=path", "translate.guidance.form=endpoint", "translate.frames=3"),
     ],
-    ids=lambda overrides: "-".join(text.split("=")[1] for text in overrides),
+    ids=lambda overrides: "-".join(text.split("=")[1] for text in overrides if "levels" not in text),
 )
 def test_a_translation_stopped_between_batches_is_completed_to_the_same(flow, tmp_path, monkeypatch, overrides):
-    options = (*overrides, "translate.levels=2", "translate.num=7")
+    options = (*overrides, "translate.num=7")
     whole, figures = load(flow, *options).translate_split(output=tmp_path / "whole", source="A", target="B")
     assert figures["made_now"] == 7
     part, bridge = tmp_path / "part", load(flow, *options)
@@ -211,8 +212,8 @@ def test_a_translation_stopped_between_batches_is_completed_to_the_same(flow, tm
 
 
 def test_a_stair_stands_in_a_folder_of_its_method(flow):
-    for method in ("path", "progression"):
-        folder, _ = load(flow, f"translate.method={method}", "translate.num=1", "translate.frames=3").translate_split()
+    for method, num in (("path", "frames=3"), ("progression", "levels=2")):
+        folder, _ = load(flow, f"translate.method={method}", "translate.num=1", f"translate.{num}").translate_split()
         assert folder == flow / "trajectories" / f"A_to_B_{method}"
 
 
@@ -238,6 +239,8 @@ def test_a_depth_stair_from_end_to_end(from_noise, asked):
         ({"depths": "full", "conditions": "rising"}, [1.0, 1.0], [0.5, 1.0]),
         ({"depths": [0.3, 0.6], "conditions": [0.2, 0.7]}, [0.3, 0.6], [0.2, 0.7]),
         ({"depths": "rising", "conditions": "rising"}, [0.5, 1.0], [0.5, 1.0]),
+        ({"depths": [0.3, 0.6], "conditions": [1, 1]}, [0.3, 0.6], [1.0, 1.0]),
+        ({"depths": [0.6, 0.6], "conditions": [0.2, 0.7]}, [0.6, 0.6], [0.2, 0.7]),
     ],
 )
 def test_the_two_dials_of_a_depth_stair(from_noise, asked, options, depths, told):
@@ -290,8 +293,9 @@ class Painter(nn.Module):
 @pytest.fixture
 def painter(flow, monkeypatch) -> Bridge:
     bridge = load(flow, "translate.method=progression", "translate.solver=euler", "translate.steps=4")
+    shutil.rmtree(flow / "calibration", ignore_errors=True)  # of another test's painter, whose weights are as these
     bridge._network = Painter()
-    monkeypatch.setattr(bridge, "_guides", lambda guidance, *, sees: [Dark()])
+    monkeypatch.setattr(bridge._guides, "load", lambda guidance, *, sees: [Dark()])
     return bridge
 
 
@@ -317,8 +321,10 @@ def test_calibrated_levels_are_what_the_guide_sees(painter):
 
 
 def test_what_calibration_needs_is_measured_once(painter, monkeypatch):
-    asked_for, ask = [], painter._ask
-    monkeypatch.setattr(painter, "_ask", lambda *arguments: asked_for.append(1) or ask(*arguments))
+    asked_for, predict = [], classifier.predict
+    monkeypatch.setattr(
+        classifier, "predict", lambda *args, **options: asked_for.append(1) or predict(*args, **options)
+    )
     reached(painter, levels=2, calibrate="probability", batch_size=1)
     assert len(asked_for) == 11
 
@@ -360,12 +366,36 @@ def test_the_pilot_is_held_out_and_unguided(painter, asked):
     assert not hasattr(painter._field(painter.config.translate, source=0).velocity(x), "gradients")
 
 
+def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, monkeypatch):
+    """One leans to A as much as the other to B: where what is wanted lies between, nothing is steered."""
+
+    class Leaning(nn.Module):
+        def __init__(self, *p):
+            super().__init__()
+            self.p = torch.tensor(p)
+
+        def log_probabilities(self, x):
+            return (self.p.log() + x.mean((1, 2, 3))[:, None] * torch.tensor([0.0, 1.0])).log_softmax(1)
+
+    x = torch.zeros(1, 3, 16, 16)
+    settings = painter._settings("A", "B", {"guidance": {"form": "endpoint"}})
+    field = painter._field(settings, source=0)
+    cond, t = field.condition(x, torch.tensor([[0.5, 0.5]])), torch.tensor([0.5])
+    plain = field.plain(t, x, cond)
+    p = painter.path.endpoint(x, plain, t, x).mean().sigmoid()  # what a guide without a leaning says of the endpoint
+    wanted, both = torch.tensor([[1 - p, p]]), [Leaning(0.1, 0.9), Leaning(0.9, 0.1)]
+    for guides, moves in ((both, False), (both[:1], True)):
+        monkeypatch.setattr(painter._guides, "load", lambda guidance, *, sees, guides=guides: guides)
+        step = field.velocity(wanted)(t, x, cond) - plain
+        assert (step.abs().max().item() > 1e-3) == moves
+
+
 def test_real_guides_calibrate_and_space(flow):
     bridge = load(flow, "translate.method=progression", "translate.levels=4", "translate.calibrate=probability")
     x, ids = patches_of(bridge)
     found = bridge.translate(x, ids=ids)
     assert found.levels == (0, 0.25, 0.5, 0.75, 1)
-    told = bridge._told(bridge._settings("A", "B", {}), torch.tensor(found.levels))
+    told = bridge._pilot.told(bridge._settings("A", "B", {}), torch.tensor(found.levels))
     assert (told.diff() >= 0).all()
     assert told[0] >= 0
     assert told[-1] == 1
@@ -381,9 +411,15 @@ def test_without_validation_patches_nothing_is_calibrated(painter, monkeypatch):
 # What is refused
 
 
-@pytest.mark.parametrize("key", ["levels", "depths", "conditions"])
 @pytest.mark.parametrize(
-    "values", [[0.0, 1.0], [0.5, 0.2], [0.5, 0.5, 1.0], [0.5, 1.2], [-0.1, 1.0], [], [float("nan")]]
+    ("key", "values"),
+    [
+        *product(
+            ["levels", "depths", "conditions"],
+            [[0.0, 1.0], [0.5, 0.2], [0.5, 1.2], [-0.1, 1.0], [], [float("nan")], [0.0, 0.0], [0.9, 0.9, 0.5]],
+        ),
+        ("levels", [0.5, 0.5, 1.0]),
+    ],
 )
 def test_levels_outside_their_range_or_order_are_named(flow, key, values):
     with pytest.raises(UserError, match=rf"translate\.{key}"):
@@ -420,15 +456,68 @@ def test_what_a_flow_cannot_do_is_refused(flow, options, message, tmp_path):
     [
         ({"method": "progression"}, "translate.method=progression: path GaussianSource starts from noise"),
         ({"method": "path"}, "starts from noise"),
-        ({"method": "depth", "spacing": "adaptive"}, "spacing=adaptive: is of method=progression"),
+        ({"method": "depth", "spacing": "adaptive"}, "translate.spacing: has no part in translate.method=depth"),
         ({"method": "depth", "levels": 3, "depths": [0.5, 1.0]}, "translate.depths: 2 values for 3 levels"),
         ({"method": "depth", "levels": 3, "conditions": [0.5, 1.0]}, "translate.conditions: 2 values for 3 levels"),
+        ({"method": "depth", "frames": 3}, "translate.frames: has no part in translate.method=depth"),
+        ({"method": "depth", "calibrate": "distance"}, "leave it out, or set method=progression"),
         ({"method": "depth", "guidance": {"form": "bridge"}}, "translate.guidance.form=bridge: needs a path with"),
     ],
 )
 def test_what_a_flow_from_noise_cannot_do_is_refused(from_noise, options, message):
     with pytest.raises(UserError, match=message):
         load(from_noise).translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), **options)
+
+
+UNREAD = [
+    ("path", "levels", 5, "reads frames; leave it out, or set method=progression or depth"),
+    ("path", "calibrate", "probability", "reads frames; leave it out, or set method=progression"),
+    ("path", "spacing", "adaptive", "reads frames"),
+    ("path", "depths", "full", "reads frames"),
+    ("progression", "frames", 5, "reads levels, spacing, calibrate; leave it out, or set method=path"),
+    ("progression", "depths", [0.5, 1.0], "reads levels"),
+    ("progression", "conditions", "rising", "reads levels"),
+]
+
+
+@pytest.mark.parametrize(("method", "key", "value", "message"), UNREAD)
+def test_a_setting_of_this_use_that_the_method_does_not_read_is_refused(flow, tmp_path, method, key, value, message):
+    named = rf"translate\.{key}: has no part in translate\.method={method}, which {message}"
+    patches = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(UserError, match=named):
+        load(flow).translate(patches, method=method, **{key: value})
+    bridge = load(flow, f"translate.method={method}", f"translate.{key}={json.dumps(value)}")
+    with pytest.raises(UserError, match=named):
+        bridge.translate_split(output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_run_or_of_other_uses_may_go_unread(flow, tmp_path):
+    """A run's file holds every key, and a loaded bridge has defaults for many calls: they say nothing of one call."""
+    run = shutil.copytree(flow, tmp_path / "run", ignore=shutil.ignore_patterns("trajectories"))
+    config = load_config(run / "config.yaml", ["translate.frames=3", "translate.calibrate=distance"])
+    (run / "config.yaml").write_text(config.to_yaml())
+    bridge = load(run, "translate.levels=2", "translate.depths=full")
+    x, ids = patches_of(bridge, num=1)
+    for method in ("path", "progression"):
+        assert bridge.translate(x, ids=ids, method=method).header.method == method
+    folder, _ = load(run, "translate.method=path", "translate.num=1", "translate.reverse=false").translate_split()
+    assert load_trajectory(folder).frames.shape[0] == 3
+
+
+def test_a_depth_stair_does_not_take_the_adaptive_spacing_of_the_run_for_its_own(from_noise):
+    with pytest.raises(UserError, match="spacing=adaptive: is of method=progression; give depth stairs their levels"):
+        load(from_noise, "translate.spacing=adaptive").translate(
+            torch.zeros(1, 3, 16, 16, dtype=torch.uint8), method="depth"
+        )
+
+
+def test_self_pairs_of_a_network_of_classes_are_refused(tmp_path, make_patches, write_config):
+    make_patches(tmp_path / "patches")
+    file = write_config(tmp_path, pairs={"self_pairs": 0.5}, data={"split": {"val": 0.2, "test": 0.2}})
+    with pytest.raises(SystemExit, match=r"pairs\.self_pairs=0\.5: is of levels .*set pairs\.self_pairs=0"):
+        cli.main(["train", str(file)])
+    assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
 
 
 def test_a_refused_method_leaves_no_folder(flow, tmp_path):
@@ -463,10 +552,10 @@ def test_a_way_back_that_was_never_learned_is_refused(runs):
 def test_other_guides_do_not_complete_a_translation(flow):
     bridge = load(flow, "translate.method=progression", "translate.guidance.form=endpoint")
     settings = bridge._settings("A", "B", {})
-    names = bridge._guide_names(settings)
+    names = bridge._guides.names(settings)
     assert names
     assert all(name in bridge._header(settings).config_hash for name in names)
-    assert bridge._guide_names(bridge._settings("A", "B", {"guidance": {"form": "none"}})) == []
+    assert bridge._guides.names(bridge._settings("A", "B", {"guidance": {"form": "none"}})) == []
 
 
 def test_options_of_guidance_are_added_to_those_of_the_run(flow):

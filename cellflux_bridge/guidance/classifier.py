@@ -15,7 +15,7 @@ endpoint  v + weight |v| d g / |g|,  g = grad of sum_y q_y log p(y | x1) at the 
           the classifier still is from q, so that a sample that has arrived is left alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -50,6 +50,17 @@ def require_form(form: str, path: Path, *, sees_source: bool) -> None:
             f"translate.guidance.form=endpoint: for path {name} it needs a network that sees the clean source; train "
             "with condition.source_image=true, or on a straight path"
         )
+
+
+def pooled(log_probabilities: Sequence[torch.Tensor]) -> torch.Tensor:
+    """log p (B, num_classes) of several guides, each (B, num_classes), as of one: their logarithmic opinion pool
+    (Genest & Zidek 1986).
+
+    It is the geometric mean of their probabilities, brought back to a sum of 1. Without that the mean of log p sums to
+    Z <= 1, less the more they disagree: its gradient is that of log p(y | .), which the exact forms need, and that of
+    log Z, a pull to where the guides agree; and |q - p| of the endpoint form would never become 0.
+    """
+    return torch.stack(list(log_probabilities)).mean(0).log_softmax(1)
 
 
 class ClassifierGuided:

@@ -36,6 +36,7 @@ import torch
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.figures import add_figures
 from cellflux_bridge.metrics.networks import Network, load_networks
+from cellflux_bridge.metrics.origin import require_same_data
 from cellflux_bridge.metrics.panel import Panel
 from cellflux_bridge.metrics.rivals import Difference, add_guidance, differences
 from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target
@@ -112,6 +113,7 @@ def evaluate(
             raise UserError(f"--unguided {folder}: its method {method} is none of {', '.join(methods)}; name its rival")
     runs = [*(("judge", run) for run in judges), ("features", features)]
     runs += [("scores", scores)] if scores is not None else []
+    require_same_data(folders, [*judges, features], overrides)
     networks = load_networks(runs, source=source, target=target, overrides=overrides, device=device)
     names = _names(folders, unguided)
     looked = [

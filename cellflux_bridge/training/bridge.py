@@ -191,19 +191,19 @@ class Stage(NamedTuple):
     unused: tuple[str, ...]
 
 
-_NOT_THE_BRIDGE = ("train", "coupling", "path", "velocity", "condition", "pairs", "classifier")
+_NO_PART_IN_TRAINING = ("train", "coupling", "path", "velocity", "condition", "pairs", "classifier")
 _OF_TRANSLATION = tuple(f"bridge.{key}" for key in ("timesteps", "depths", "scale", "weight", "source_denoiser"))
 # The folder of a run that a training writes to -> the training, in their order.
 STAGES = {
     "denoiser": Stage(
         lambda config: config.bridge.denoiser,
         DenoiserTask,
-        (*_NOT_THE_BRIDGE, *_OF_TRANSLATION, "bridge.classifier"),
+        (*_NO_PART_IN_TRAINING, *_OF_TRANSLATION, "bridge.classifier"),
     ),
     "noisy_classifier": Stage(
         lambda config: config.bridge.classifier,
         NoisyClassifierTask,
-        (*_NOT_THE_BRIDGE, *_OF_TRANSLATION, "bridge.denoiser", "bridge.learn_sigma", "bridge.class_dropout"),
+        (*_NO_PART_IN_TRAINING, *_OF_TRANSLATION, "bridge.denoiser", "bridge.learn_sigma", "bridge.class_dropout"),
     ),
 }
 _DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "precision")

@@ -60,8 +60,10 @@ def state_scores(
 ) -> dict[str, float]:
     """Figures of a classifier of states on pairs of the test split: at a few times, the fraction of states whose most
     probable class is the target's, and calibration errors over all of them (as `image_scores` has them). `levels` as
-    `States` has them."""
+    `States` has them; none but "test/n" = 0 where a test patch lacks its level, by which the flow would draw pairs."""
     test = patches.indices("test")
+    if levels is not None and np.isnan(levels[test]).any():
+        return {"test/n": 0}
     labels = soft_labels(patches, config.classifier.labels, needed=test, key="classifier.labels")
     train = config.classifier.train
     states = States(config, patches, labels, split="test", levels=levels)

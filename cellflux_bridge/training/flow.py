@@ -79,6 +79,11 @@ class FlowTask:
     """
 
     def __init__(self, config: Config, patches: Patches, *, levels: np.ndarray | None = None):
+        if config.pairs.self_pairs and config.condition.target == "class":
+            raise UserError(
+                f"pairs.self_pairs={config.pairs.self_pairs}: is of levels and has no part in condition.target=class; "
+                "set pairs.self_pairs=0 (pairs.identity=true makes a class its own target, too), or target=level"
+            )
         if levels is None and config.condition.target == "level":
             levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels]
         self._config, self._levels = config, levels

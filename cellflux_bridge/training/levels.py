@@ -4,7 +4,7 @@
 that were not trained on the patch's group (patient, slide, tile) say how probable each class is. The last writes
 
 <run>/crossfit/fold-<k>/      each a classifier's run, resumed like any other
-<run>/levels.csv              path, label, fold (empty for validation patches), p_<class> of every class
+<run>/levels.csv              path, label, fold (empty for patches that none trains on), p_<class> of every class
 <run>/levels.json             how the out-of-fold probabilities do, their histograms, and what they cost
 """
 
@@ -44,7 +44,8 @@ _UNUSED = ("train", "coupling", "path", "velocity", "condition", "pairs", "bridg
 
 
 def target_levels(config: Config, patches: Patches, *, folder: Path, fabric: Fabric) -> np.ndarray:
-    """The soft label (N, num_classes) float32 of every training and validation patch; rows of test patches may be NaN.
+    """The soft label (N, num_classes) float32 of every training and validation patch; test patches may have NaN (no
+    score, or a `levels.csv` of before they had levels).
 
     Levels from cross-fitting are those of `<folder>/levels.csv` where it is there, so that a resumed run has the levels
     that it began with. Raises UserError for a missing score, for too few groups, for a folder that holds the levels of
@@ -135,24 +136,20 @@ def _write(
     folder: Path, config: Config, patches: Patches, held_out: np.ndarray, newest: list[Path], *, device: torch.device
 ) -> None:
     """Score every patch by classifiers that never saw its group, write the tables, and print how well that went."""
-    train, val = patches.indices("train"), patches.indices("val")
+    train, others = patches.indices("train"), np.concatenate([patches.indices("val"), patches.indices("test")])
     logits = np.zeros((len(patches.labels), len(patches.classes)), np.float32)
-    of_val = []
+    of_others = []
     for fold, path in enumerate(newest):
         model = classifier.load(path, device)
-        for indices in (np.flatnonzero(held_out == fold), val):
-            found = _mean_logits(model, patches, indices, flips=config.data.flips, device=device)
-            if indices is val:
-                of_val.append(found)
-            else:
-                logits[indices] = found
-    needed = np.concatenate([train, val])
-    targets = soft_labels(patches, config.classifier.labels, needed=needed, key="classifier.labels")[train]
+        held = np.flatnonzero(held_out == fold)
+        logits[held] = _mean_logits(model, patches, held, flips=config.data.flips, device=device)
+        of_others.append(_mean_logits(model, patches, others, flips=config.data.flips, device=device))
+    targets = soft_labels(patches, config.classifier.labels, needed=train, key="classifier.labels")[train]
     weights = balanced_weights(patches.labels[train])
     temperature = fit_temperature(logits[train], targets, weights)
     levels = np.full_like(logits, np.nan)
     levels[train] = softmax(logits[train] / temperature, axis=1)
-    levels[val] = np.mean([softmax(found / temperature, axis=1) for found in of_val], axis=0)
+    levels[others] = np.mean([softmax(found / temperature, axis=1) for found in of_others], axis=0)
     truth = patches.labels[train]
     report = {
         "out_of_fold": {
@@ -169,7 +166,7 @@ def _write(
         "checkpoints": [str(path.relative_to(folder)) for path in newest],
     }
     replace_text(folder / "levels.json", json.dumps(report, indent=1) + "\n")
-    replace_text(folder / "levels.csv", _table(patches, needed, held_out, levels))
+    replace_text(folder / "levels.csv", _table(patches, np.concatenate([train, others]), held_out, levels))
     print(_summary(folder, report))
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from cellflux_bridge.randomness import derive_seed
 from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.ema import averaged
 from cellflux_bridge.training.run import Log
+
+_T = TypeVar("_T")
 
 
 class Task(Protocol):
@@ -87,6 +89,13 @@ def on_rank_zero(fabric: Fabric, work: Callable[[], None]) -> None:
     message = fabric.broadcast(message)
     if message is not None:
         raise UserError(message)
+
+
+def from_rank_zero(fabric: Fabric, work: Callable[[], _T]) -> _T:
+    """What `work` returns in one process, for all of them; its UserError is raised by all."""
+    found: list[_T] = []
+    on_rank_zero(fabric, lambda: found.append(work()))
+    return fabric.broadcast(found[0] if found else None)
 
 
 @contextmanager

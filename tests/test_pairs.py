@@ -1,0 +1,400 @@
+"""Patches as they are drawn, cut and coupled into batches."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2_contingency, chisquare
+
+from cellflux_bridge import images
+from cellflux_bridge.config import PairsConfig
+from cellflux_bridge.coupling.base import Coupling
+from cellflux_bridge.coupling.independent import Independent
+from cellflux_bridge.coupling.minibatch_ot import MinibatchOT
+from cellflux_bridge.data.pairs import PairBatch, Pairs
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.data.records import SPLITS
+from cellflux_bridge.errors import UserError
+
+# Drawing
+
+
+def hand_made(pixels: np.ndarray, *, labels=None, groups=None, splits=None, size: int = 16) -> Patches:
+    num = len(pixels)
+    return Patches(
+        pixels=pixels,
+        ids=tuple(str(n) for n in range(num)),
+        labels=np.zeros(num, np.int64) if labels is None else np.asarray(labels),
+        splits=np.zeros(num, np.int64) if splits is None else np.asarray(splits),
+        groups=np.arange(num) if groups is None else np.asarray(groups),
+        group_names=tuple(str(n) for n in range(num)),
+        scores=np.arange(num, dtype=np.float32) / max(1, num),
+        classes=("A", "B", "C"),
+        preprocessing=Preprocessing(size),
+    )
+
+
+def draw(patches: Patches, num: int, *, flips: bool, seed: int = 0) -> list[bytes]:
+    drawn = patches.random([0] * num, flips=flips, generator=torch.Generator().manual_seed(seed))
+    assert drawn.dtype == torch.uint8
+    return [patch.permute(1, 2, 0).numpy().tobytes() for patch in drawn]
+
+
+def test_flips_are_exactly_the_eight_symmetries_of_the_square_and_even():
+    image = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    symmetries = {
+        np.ascontiguousarray(np.rot90(side, turns)).tobytes()
+        for side in (image[0], image[0, :, ::-1])
+        for turns in range(4)
+    }
+    assert len(symmetries) == 8
+    counts = Counter(draw(hand_made(image), 800, flips=True))
+    assert set(counts) == symmetries
+    assert min(counts.values()) > 60
+    assert set(draw(hand_made(image), 50, flips=False)) == {image[0].tobytes()}
+
+
+def test_random_crops_are_every_window_of_the_image_and_even():
+    image = np.random.default_rng(0).integers(0, 256, (1, 18, 17, 3), dtype=np.uint8)
+    windows = {
+        np.ascontiguousarray(image[0, top : top + 16, left : left + 16]).tobytes()
+        for top in range(3)
+        for left in range(2)
+    }
+    counts = Counter(draw(hand_made(image), 600, flips=False))
+    assert set(counts) == windows
+    assert min(counts.values()) > 60
+
+
+def test_random_patches_follow_their_generator():
+    image = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), dtype=np.uint8)
+    assert draw(hand_made(image), 9, flips=True) == draw(hand_made(image), 9, flips=True)
+    assert draw(hand_made(image), 9, flips=True) != draw(hand_made(image), 9, flips=True, seed=1)
+
+
+# Pairs
+
+
+def numbered(num: int = 30, **keys) -> Patches:
+    """Patches whose every pixel is the patch's own number; labels 0, 1, 2 by turns unless given."""
+    pixels = np.arange(num, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
+    return hand_made(pixels, **{"labels": np.arange(num) % 3, **keys})
+
+
+def make_pairs(
+    patches: Patches, data, *, split="train", batch_size=12, seed=0, coupling=None, levels=None, level_bins=4, **pairs
+) -> Pairs:
+    return Pairs(
+        patches,
+        coupling or Independent(),
+        split=split,
+        batch_size=batch_size,
+        seed=seed,
+        pairs=PairsConfig(**pairs),
+        data=data,
+        levels=levels,
+        level_bins=level_bins,
+    )
+
+
+def numbers(x: torch.Tensor) -> torch.Tensor:
+    return images.decode(x)[:, 0, 0, 0].long()
+
+
+def soft_levels(num: int, seed: int = 0) -> np.ndarray:
+    """Mixtures (num, 3) of all classes."""
+    return np.random.default_rng(seed).dirichlet((0.6, 0.6, 0.6), num).astype(np.float32)
+
+
+def between_ends(c: np.ndarray) -> np.ndarray:
+    """Levels c (N,) between the first and the last of three classes."""
+    return np.stack([1 - c, np.zeros_like(c), c], axis=1).astype(np.float32)
+
+
+def equal(first: PairBatch, second: PairBatch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def data(tmp_path, data_config):
+    return data_config(tmp_path)
+
+
+@pytest.mark.parametrize("coupling", [Independent(), MinibatchOT(cost="pixels")], ids=["independent", "ot"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_labels_scores_and_images_agree_with_the_indices(data, coupling, split):
+    patches = numbered(splits=np.full(30, SPLITS.index(split)))
+    batch = make_pairs(patches, data, coupling=coupling, split=split, batch_size=17).batch(0)
+    assert batch.x0.shape == batch.x1.shape == (17, 3, 16, 16)
+    assert batch.x0.dtype == torch.float32
+    assert torch.equal(numbers(batch.x0), batch.source_index)
+    assert torch.equal(numbers(batch.x1), batch.target_index)
+    assert torch.equal(batch.source_class, batch.source_index % 3)
+    assert torch.equal(batch.target_class, batch.target_index % 3)
+    np.testing.assert_array_equal(batch.target_level, np.eye(3)[batch.target_class])
+    assert batch.target_level.dtype == torch.float32
+    assert (batch.source_class != batch.target_class).all()
+    levels = soft_levels(30)
+    batch = make_pairs(patches, data, coupling=coupling, split=split, batch_size=17, levels=levels).batch(0)
+    assert torch.equal(numbers(batch.x0), batch.source_index)
+    assert torch.equal(numbers(batch.x1), batch.target_index)
+    assert torch.equal(batch.source_class, batch.source_index % 3)
+    assert torch.equal(batch.target_class, batch.target_index % 3)
+    np.testing.assert_array_equal(batch.target_level, levels[batch.target_index])
+    assert batch.target_level.dtype == torch.float32
+
+
+def test_a_batch_is_a_function_of_seed_step_and_rank(data):
+    pairs = make_pairs(numbered(), data)
+    first = pairs.batch(3, rank=1)
+    pairs.batch(4)
+    assert equal(pairs.batch(3, rank=1), first)
+    assert equal(make_pairs(numbered(), data).batch(3, rank=1), first)
+    others = [pairs.batch(4, rank=1), pairs.batch(3, rank=0), make_pairs(numbered(), data, seed=1).batch(3, rank=1)]
+    assert not any(torch.equal(other.source_index, first.source_index) for other in others)
+
+
+def transitions_of(batch: PairBatch) -> Counter:
+    return Counter(zip(batch.source_class.tolist(), batch.target_class.tolist(), strict=True))
+
+
+def test_every_transition_is_evenly_present_in_every_batch(data):
+    pairs = make_pairs(numbered(), data, batch_size=20)
+    total = Counter()
+    for step in range(30):
+        counts = transitions_of(pairs.batch(step))
+        assert set(counts) == {(a, b) for a in range(3) for b in range(3) if a != b}
+        assert set(counts.values()) == {3, 4}
+        total += counts
+    # Which transitions get the rest of the division changes from batch to batch.
+    assert max(total.values()) - min(total.values()) <= 20
+
+
+@pytest.mark.parametrize("match_group", [False, True])
+def test_a_batch_smaller_than_the_number_of_transitions_takes_turns(data, match_group):
+    patches = numbered(groups=np.zeros(30, int))
+    pairs = make_pairs(patches, data, batch_size=4, match_group=match_group)
+    total = Counter()
+    for step in range(40):
+        batch = pairs.batch(step)
+        assert len(batch.x0) == 4
+        total += transitions_of(batch)
+    assert len(total) == 6
+
+
+def test_only_the_named_transitions_are_drawn(data):
+    batch = make_pairs(numbered(), data, transitions=[("A", "C"), ("B", "C")]).batch(0)
+    assert transitions_of(batch) == {(0, 2): 6, (1, 2): 6}
+
+
+def test_identity_adds_a_class_to_itself(data):
+    batch = make_pairs(numbered(), data, transitions=[("A", "C")], identity=True).batch(0)
+    assert transitions_of(batch) == {(0, 2): 4, (0, 0): 4, (2, 2): 4}
+    everything = make_pairs(numbered(), data, identity=True, batch_size=18).batch(0)
+    assert transitions_of(everything) == {(a, b): 2 for a in range(3) for b in range(3)}
+
+
+def test_no_patch_stands_twice_on_a_side_of_a_block_where_there_are_enough(data):
+    for step in range(5):
+        batch = make_pairs(numbered(), data, batch_size=60).batch(step)
+        rows = Counter(zip(batch.source_index.tolist(), batch.target_class.tolist(), strict=True))
+        assert set(rows.values()) == {1}
+
+
+def test_matched_groups_stay_together(data):
+    groups = np.repeat(np.arange(5), 12)
+    patches = numbered(60, groups=groups)
+    pairs = make_pairs(patches, data, batch_size=48, match_group=True, coupling=MinibatchOT(cost="pixels"))
+    seen = set()
+    for step in range(8):
+        batch = pairs.batch(step)
+        assert (groups[batch.source_index] == groups[batch.target_index]).all()
+        assert len(set(transitions_of(batch).values())) == 1
+        seen |= set(groups[batch.source_index].tolist())
+    assert seen == set(range(5))
+    unmatched = make_pairs(patches, data, batch_size=48).batch(0)
+    assert (groups[unmatched.source_index] != groups[unmatched.target_index]).any()
+
+
+class Turned(Coupling):
+    """Turns the targets of every block by one, and notes how the rows stood in blocks."""
+
+    def permutation(self, x0, x1, *, generator):
+        return torch.arange(len(x0)).roll(1)
+
+    def pair(self, x0, x1, *, blocks, generator):
+        self.blocks = blocks
+        return super().pair(x0, x1, blocks=blocks, generator=generator)
+
+
+def by_block(pairs: Pairs, coupling: Turned, steps: int):
+    """The (sources, targets) of every block of some batches, as numbers of patches."""
+    for step in range(steps):
+        batch = pairs.batch(step)
+        for block in coupling.blocks.unique():
+            rows = coupling.blocks == block
+            source, target = batch.source_index[rows].numpy(), batch.target_index[rows].numpy()
+            if (source != target).any():  # a patch that met itself stands alone
+                yield source, target
+
+
+def test_any_source_goes_to_any_level_evenly(data):
+    """Source class and level are drawn independently, whatever the levels of the classes are."""
+    c = np.repeat([0.0, 0.25, 0.5, 0.75, 1.0], [64, 4, 16, 36, 100])
+    labels = (c >= 0.5).astype(int) * 2
+    coupling = Turned()
+    pairs = make_pairs(
+        numbered(len(c), labels=labels), data, coupling=coupling, batch_size=64, levels=between_ends(c),
+        transitions=[("A", "C"), ("C", "A")],
+    )  # fmt: skip
+    table = np.zeros((2, 5))
+    for source, target in by_block(pairs, coupling, 150):
+        assert len(set(labels[source])) == len(set(c[target])) == 1
+        table[labels[source[0]] // 2, int(4 * c[target[0]])] += 1
+    assert chi2_contingency(table).pvalue > 0.01
+    assert table.min() > 20
+    # Rare levels are drawn more often than they are frequent: by the square root.
+    share = np.sqrt([64, 4, 16, 36, 100])
+    assert chisquare(table.sum(0), share / share.sum() * table.sum()).pvalue > 0.01
+
+
+def test_levels_of_a_block_are_nearly_the_same(data):
+    c = np.random.default_rng(0).random(90)
+    for num, width in ((4, 0.25), (10, 0.1)):
+        coupling = Turned()
+        pairs = make_pairs(numbered(90), data, coupling=coupling, batch_size=30, levels=between_ends(c), level_bins=num)
+        spreads = [np.ptp(c[target]) for _, target in by_block(pairs, coupling, 10)]
+        assert max(spreads) <= width + 1e-6
+        assert max(spreads) > width / 2
+    mixed = soft_levels(90)
+    pairs = make_pairs(numbered(90), data, coupling=coupling, batch_size=30, levels=mixed)
+    assert max(np.ptp(mixed[target], axis=0).max() for _, target in by_block(pairs, coupling, 10)) <= 0.25 + 1e-6
+
+
+def test_by_level_only_the_named_sources_are_drawn(data):
+    pairs = make_pairs(numbered(), data, levels=soft_levels(30), transitions=[("A", "C"), ("B", "C")])
+    batches = [pairs.batch(step) for step in range(10)]
+    assert set(torch.cat([batch.source_class for batch in batches]).tolist()) == {0, 1}
+    assert set(torch.cat([batch.target_class for batch in batches]).tolist()) == {0, 1, 2}
+    levels = np.eye(3, dtype=np.float32)[np.arange(30) % 3]
+    pairs = make_pairs(numbered(), data, batch_size=8, levels=levels, transitions=[("A", "C")])
+    total = sum((transitions_of(pairs.batch(step)) for step in range(20)), Counter())
+    assert set(total) == {(0, 0), (0, 2)}
+
+
+def test_groups_are_matched_at_every_level(data):
+    groups, coupling = np.arange(60) // 12, Turned()
+    c = np.tile(np.repeat([0.0, 0.5, 1.0], 4), 5)
+    c[:12] = 0.0  # the first group has no other level
+    pairs = make_pairs(
+        numbered(60, groups=groups), data, coupling=coupling, batch_size=48, match_group=True, levels=between_ends(c)
+    )
+    seen = set()
+    for source, target in by_block(pairs, coupling, 20):
+        assert len(set(groups[source]) | set(groups[target])) == 1
+        assert len(set(c[target])) == 1
+        seen.add((groups[source[0]], c[target[0]]))
+    assert seen == {(0, 0.0), *((group, level) for group in range(1, 5) for level in (0.0, 0.5, 1.0))}
+
+
+def test_groups_in_which_a_source_could_only_become_itself_are_refused(data):
+    patches, ends = numbered(groups=np.arange(30)), (np.arange(30) % 3) / 2
+    with pytest.raises(UserError, match=r"pairs\.match_group: no group of the train split holds a source and another"):
+        make_pairs(patches, data, batch_size=8, match_group=True, transitions=[("A", "C")], levels=between_ends(ends))
+
+
+def test_a_batch_by_level_is_a_function_of_seed_step_and_rank(data):
+    levels = soft_levels(30)
+    pairs = make_pairs(numbered(), data, levels=levels, self_pairs=0.3)
+    first = pairs.batch(3, rank=1)
+    pairs.batch(4)
+    again = make_pairs(numbered(), data, levels=levels, self_pairs=0.3)
+    assert equal(pairs.batch(3, rank=1), first)
+    assert equal(again.batch(3, rank=1), first)
+    assert not any(equal(other, first) for other in (again.batch(4, rank=1), again.batch(3)))
+
+
+def test_levels_of_other_splits_do_not_matter(data):
+    splits, levels = np.repeat([0, 1, 2], 20), soft_levels(60)
+    patches = numbered(60, splits=splits)
+    without = np.where((splits == 2)[:, None], np.nan, levels)
+    for number, split in enumerate(SPLITS[:2]):
+        batch = make_pairs(patches, data, split=split, levels=without).batch(0)
+        assert (splits[torch.cat([batch.source_index, batch.target_index])] == number).all()
+        assert equal(batch, make_pairs(patches, data, split=split, levels=levels).batch(0))
+
+
+def test_a_share_of_the_sources_at_a_targets_level_are_their_own_targets(data_config, tmp_path):
+    """The very crop and stain, at its own level; the others are coupled as ever."""
+    data = data_config(tmp_path, stain={"mode": "augment", "strength": 0.2})
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 24, 24, 3), dtype=np.uint8)
+    patches = hand_made(pixels, labels=np.arange(300) % 3)
+    levels = np.eye(3, dtype=np.float32)[patches.labels]
+    pairs = make_pairs(patches, data, coupling=MinibatchOT(), batch_size=64, levels=levels, self_pairs=0.4)
+    shares = []
+    for step in range(25):
+        batch = pairs.batch(step)
+        own, stays = (batch.x0 == batch.x1).flatten(1).all(1), batch.source_class == batch.target_class
+        assert torch.equal(batch.source_index[own], batch.target_index[own])
+        assert stays[own].all()
+        shares += own[stays].tolist()
+        np.testing.assert_array_equal(batch.target_level, levels[batch.target_index])
+    assert np.mean(shares) == pytest.approx(0.4, abs=0.06)
+    without = make_pairs(patches, data, batch_size=64, levels=levels).batch(0)
+    assert (without.source_index == without.target_index).float().mean() < 0.1
+
+
+def test_a_source_that_stays_is_told_any_level_of_its_bin(data):
+    score = np.random.default_rng(0).uniform(0, 0.4, 200)
+    levels = between_ends(score)
+    patches = numbered(200)
+    pairs = make_pairs(patches, data, batch_size=64, levels=levels, level_bins=2, self_pairs=1.0)
+    gaps = []
+    for step in range(10):
+        batch = pairs.batch(step)
+        stays, told = batch.source_index == batch.target_index, batch.target_level[:, 2].numpy()
+        own = score[batch.source_index]
+        assert (np.rint(2 * told[stays]) == np.rint(2 * own[stays])).all()
+        gaps += np.abs(told - own)[stays].tolist()
+    assert np.mean(gaps) > 0.05  # the mean distance of two draws is a third of the bin's width
+
+
+def test_splits_do_not_mix(data):
+    splits = np.repeat([0, 1, 2], 20)
+    patches = numbered(60, splits=splits)
+    for number, split in enumerate(SPLITS):
+        batch = make_pairs(patches, data, split=split).batch(0)
+        assert (splits[torch.cat([batch.source_index, batch.target_index])] == number).all()
+
+
+def test_evaluation_shows_the_middle_and_training_random_parts(data_config, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
+    for split, is_middle in (("val", True), ("train", False)):
+        patches = hand_made(pixels, labels=np.arange(12) % 3, splits=np.full(12, SPLITS.index(split)))
+        batch = make_pairs(patches, data_config(tmp_path), split=split).batch(0)
+        middle = images.encode(patches.centre(batch.source_index))
+        assert torch.equal(batch.x0, middle) == is_middle
+
+
+def test_stain_jitter_is_shared_by_a_pair_and_only_trains(data_config, tmp_path):
+    """All pixels are alike, so that only jitter can tell two rows apart."""
+    config = data_config(tmp_path, stain={"mode": "augment", "strength": 0.5})
+    pixels = np.full((24, 16, 16, 3), (170, 110, 180), np.uint8)
+    patches = hand_made(pixels, labels=np.arange(24) % 3, splits=np.repeat([0, 1], 12))
+    train = make_pairs(patches, config).batch(0)
+    before_coupling = train.x0[:, :, 0, 0]
+    assert len(torch.unique(before_coupling, dim=0)) == 12
+    assert {tuple(row.tolist()) for row in train.x1[:, :, 0, 0]} == {tuple(row.tolist()) for row in before_coupling}
+    val = make_pairs(patches, config, split="val").batch(0)
+    assert len(torch.unique(torch.cat([val.x0, val.x1]).flatten(1), dim=0)) == 1
+
+
+def test_stain_jitter_leaves_every_image_with_its_number(data_config, tmp_path):
+    config = data_config(tmp_path, stain={"mode": "augment", "strength": 0.001})
+    pixels = np.arange(30, dtype=np.uint8)[:, None, None, None] * np.full((1, 16, 16, 3), 8, np.uint8)
+    batch = make_pairs(hand_made(pixels, labels=np.arange(30) % 3), config).batch(0)
+    for x, index in ((batch.x0, batch.source_index), (batch.x1, batch.target_index)):
+        assert (numbers(x) - 8 * index).abs().max() <= 1
