@@ -15,6 +15,8 @@ kid_pooled (level)              KID to real source- and target-class patches tog
 kid_pooled_over_floor (level)   the same less the mean of the real-vs-real floor; without a level: the worst after 0
 kid_own, frechet_own (level)    distance, in the extractor's features, to real patches of the own score, or else class
 kid_target, frechet_target      the same of level 1 to real target patches
+precision_own, recall_own, density_own, coverage_own (level) and *_target: see `metrics.manifold`, in the extractor's
+                                features, to the same real patches; recall and coverage have intervals over these
 severity_error (level)          mean |severity estimate - s_k|; without a level over all levels
 nfe, gradients, cpu_seconds     means of a sequence
 haematoxylin_area, contrast, fine_detail (level)    see `metrics.tissue`
@@ -22,8 +24,9 @@ guidance_kid_ratio, guidance_frechet_ratio (level)  kid_own and frechet_own with
                                 sources; without a level the mean of the levels' ratios, and *_of_means the ratio of the
                                 levels' means, which a level near 0 does not rule
 
-Of real patches: kid_floor and frechet_floor (mean over random halves, `low` and `high` their 95 % range) and
-*_floor_spread (their standard deviation), probability, flip_rate, severity_error and the tissue figures.
+Of real patches: kid_floor, frechet_floor, precision_floor, recall_floor, density_floor and coverage_floor (mean over
+random halves, `low` and `high` their 95 % range), kid_floor_spread and frechet_floor_spread (standard deviations),
+probability, flip_rate, severity_error and the tissue figures.
 A value that does not exist (a ratio to a distance that is not above 0, an interval of a Frechet distance) is NaN.
 """
 
@@ -34,6 +37,7 @@ from pathlib import Path
 import torch
 
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.metrics.cautions import cautions
 from cellflux_bridge.metrics.figures import add_figures
 from cellflux_bridge.metrics.networks import Network, load_networks
 from cellflux_bridge.metrics.panel import Panel
@@ -47,7 +51,8 @@ from cellflux_bridge.trajectory import read_header
 class Evaluation:
     """All figures of some trajectories, and what they were made with; methods and baselines in the table's order.
 
-    `unguided` names, for a guided method, the one that it was compared to.
+    `unguided` names, for a guided method, the one that it was compared to; `warnings` say in plain words what not to
+    believe.
     """
 
     source: str
@@ -60,6 +65,7 @@ class Evaluation:
     unguided: dict[str, str]
     values: tuple[Value, ...]
     differences: tuple[Difference, ...]
+    warnings: tuple[str, ...]
 
 
 def _names(folders: Sequence[Path], unguided: Sequence[Path]) -> list[str]:
@@ -140,4 +146,5 @@ def evaluate(
         unguided=rivals,
         values=tuple(values.rows),
         differences=tuple(row for other in looked[1:] for row in differences(looked[0], other, panel)),
+        warnings=tuple(cautions(values.rows)),
     )

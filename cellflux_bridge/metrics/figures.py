@@ -4,6 +4,7 @@ import numpy as np
 
 from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level
+from cellflux_bridge.metrics.manifold import neighbourhoods
 from cellflux_bridge.metrics.networks import Network
 from cellflux_bridge.metrics.panel import NUM_SUBSAMPLES, Panel
 from cellflux_bridge.metrics.resampling import Estimate, Resamples, estimate
@@ -118,9 +119,14 @@ def own_distances(
 
 def _add_distances(values: Values, of: Sequences, to: str, number: int, reference, panel: Panel) -> None:
     distance, frechet = own_distances(of, number, reference, panel, num_subsamples=NUM_SUBSAMPLES)
-    for quantity, found in ((f"kid_{to}", distance), (f"frechet_{to}", frechet)):
+    found = {"kid": distance, "frechet": frechet}
+    frames, groups = of.seen[panel.extractor.name].features[:, number], panel.extractor.groups_of_sources(of.source_ids)
+    near = neighbourhoods(frames, reference[0], groups=groups, real_groups=reference[1])
+    for (figure, each), by in zip(near._asdict().items(), (groups, reference[1]) * 2, strict=True):
+        found[figure] = panel.mean(each, by)
+    for figure, estimated in found.items():
         level, num_real = of.levels[number - 1], len(reference[0])
-        values.add(subject(of), quantity, found, level=level, by=panel.extractor, n_real=num_real)
+        values.add(subject(of), f"{figure}_{to}", estimated, level=level, by=panel.extractor, n_real=num_real)
 
 
 def _add_severity(values: Values, of: Sequences, estimator: Network, resamples: Resamples) -> None:

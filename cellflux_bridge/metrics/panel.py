@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
+from cellflux_bridge.metrics.manifold import manifold_floors
 from cellflux_bridge.metrics.networks import Network, RealPatches, Seen
-from cellflux_bridge.metrics.resampling import Estimate, Resamples, bootstrap, estimate
+from cellflux_bridge.metrics.resampling import Estimate, Resamples, bootstrap, estimate, estimate_mean
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
 from cellflux_bridge.metrics.values import Subject, Values
 from cellflux_bridge.randomness import numpy_generator
@@ -57,6 +58,10 @@ class Panel:
     def resamples(self, groups: np.ndarray) -> Resamples:
         return bootstrap(groups, num=NUM_RESAMPLES, generator=self.generator("bootstrap"))
 
+    def mean(self, values: np.ndarray, groups: np.ndarray) -> Estimate:
+        """The mean of values (N,) with its interval over their groups."""
+        return estimate_mean(values, groups, num=NUM_RESAMPLES, generator=self.generator("bootstrap"))
+
     def groups(self, source_ids: Sequence[str]) -> np.ndarray:
         """The groups of sources, among which resamples are drawn."""
         return self.judges[0].groups_of_sources(source_ids)
@@ -103,6 +108,10 @@ class Panel:
         features, groups = self.target_reference()
         self._add_floor(REAL_TARGET, "kid", self.extractor, features, groups, kid_floor)
         self._add_floor(REAL_TARGET, "frechet", self.extractor, features, groups, frechet_floor)
+        floors = manifold_floors(features, groups, generator=self.generator("floor", REAL_TARGET, "manifold"))
+        for figure, floor in floors.items():
+            found = Estimate(floor.mean, floor.low, floor.high)
+            self._values.add(Subject(REAL_TARGET, len(features)), f"{figure}_floor", found, by=self.extractor)
         real = self.real[self.extractor.name].patches
         parts = [real.numbers[i : i + _CHUNK] for i in range(0, len(real.numbers), _CHUNK)]
         figures = np.concatenate([tissue_figures(self.extractor.patches.centre(part).numpy()) for part in parts])

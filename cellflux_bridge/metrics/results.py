@@ -11,6 +11,7 @@ metrics.json, format 1; a number that does not exist is null:
                   the quantities are listed in `metrics.evaluate`
     differences   [{first, second, quantity, extractor, n, difference, low, high, p, num_groups}], p of Wilcoxon's
                   signed-rank test on means of groups
+    warnings      [text]: what not to believe, in plain words
 """
 
 import csv
@@ -66,6 +67,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
                 {key: value for key, value in row._asdict().items() if key != "paired"} | row.paired._asdict()
                 for row in evaluation.differences
             ],
+            "warnings": evaluation.warnings,
         }
     )
 

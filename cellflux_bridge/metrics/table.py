@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from cellflux_bridge.metrics.evaluate import Evaluation
+from cellflux_bridge.metrics.manifold import FIGURES as MANIFOLD
 from cellflux_bridge.metrics.panel import REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET, SCORE_WINDOW
 from cellflux_bridge.metrics.tissue import FIGURES
 from cellflux_bridge.metrics.values import Value
@@ -101,6 +102,11 @@ def _rows(evaluation: Evaluation, look: _Lookup) -> Iterator[_Row]:
             f"{kind} to real of the own {like}, guided / unguided: mean over levels; ratio of means",
             partial(look.both, quantities=[f"guidance_{key}_ratio", f"guidance_{key}_ratio_of_means"], by=extractor),
         )
+    for figure in MANIFOLD:
+        own = f"{figure} against real of the own {like}, mean over levels, {extractor}"
+        yield own, partial(look.mean, quantity=f"{figure}_own", by=extractor)
+        at_target = partial(look.at_end, quantity=f"{figure}_target", by=extractor)
+        yield f"{figure} of level 1 against real {evaluation.target}, {extractor}", at_target
     yield "way in features / straight", partial(look.text, quantity="path_over_straight", by=extractor)
     yield "largest step / mean step", partial(look.text, quantity="largest_over_mean_step", by=extractor)
     for quantity, label in (
@@ -177,10 +183,13 @@ def _notes(evaluation: Evaluation, look: _Lookup) -> Iterator[str]:
     floors = [look.get(REAL_TARGET, f"{kind}_floor", None, by) for kind in ("kid", "frechet")]
     yield (
         f"- halves of the {floors[0].n} real {evaluation.target} patches, {by}: KID {_text(floors[0])}, "
-        f"Frechet distance {_text(floors[1])}"
+        f"Frechet distance {_text(floors[1])}, "
+        + ", ".join(f"{figure} {_text(look.get(REAL_TARGET, f'{figure}_floor', None, by))}" for figure in MANIFOLD)
     )
     for guided, unguided in evaluation.unguided.items():
         yield f"- {guided} is compared to {unguided}"
+    for warning in evaluation.warnings:
+        yield f"- **warning**: {warning}"
 
 
 def _differences(evaluation: Evaluation) -> Iterator[list[str]]:
