@@ -29,6 +29,19 @@ def cautions(values: Sequence[Value]) -> Iterator[str]:
             f"Frechet distances rest on as few as {min(counts)} images: under {ENOUGH_FOR_FRECHET:,} their bias rules. "
             "Read KID first, and compare only values of the same n."
         )
+    for value in values:
+        if value.quantity == "near_copy_share" and value.level is None and value.trajectory:
+            by_chance = 1 / (value.n_real + 1)
+            if value.value > 2 * by_chance:
+                yield (
+                    f"{value.value:.1%} of the frames of {value.method} lie nearer to a training patch than any "
+                    f"held-out real patch does, about {by_chance:.1%} would by chance: look at the near copies."
+                )
+        if value.quantity == "stain_share" and value.level == 1 and value.trajectory and value.value > 0.5:
+            yield (
+                f"{value.value:.0%} of what {value.extractor} sees change in {value.method} a mere stain transfer "
+                "explains."
+            )
     undefined: dict[tuple[str, str], list[Value]] = {}
     for value in values:
         if np.isnan(value.value) and value.quantity.split("_")[0] in {need.split("_")[0] for need in _NEEDS}:
