@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+_FORMAT = 1  # goes up whenever another answer would be given
+
 
 class FeatureCache:
     """A folder of .npz files, one a batch of images and network; None keeps nothing.
@@ -26,7 +28,7 @@ class FeatureCache:
         """The arrays of `answer()`, from the cache where they are in it; `network` is a digest of its weights."""
         if self._folder is None:
             return answer()
-        key = hashlib.blake2b(f"{network} {question} {images.dtype} {images.shape}".encode(), digest_size=20)
+        key = hashlib.blake2b(f"{_FORMAT} {network} {question} {images.dtype} {images.shape}".encode(), digest_size=20)
         key.update(np.ascontiguousarray(images).data)
         path = self._folder / f"{key.hexdigest()}.npz"
         try:
