@@ -281,18 +281,21 @@ def evaluate_command(args: argparse.Namespace) -> None:
     for flag, given in (("--judge", args.judge), ("--features", args.features)):
         if not given:
             raise UserError(f"{flag}: none given; name the run of a classifier (cellflux-bridge train-classifier)")
+    output = args.output or folders[0] / "metrics.json"
     fabric = make_fabric(_config(str(checkpoint.latest(args.judge[0])), overrides).classifier.train)
     evaluation = evaluate(
         folders,
         judges=args.judge,
         features=args.features,
         scores=args.scores,
+        cycle=None if args.cycle is None else _trajectory(args.cycle),
         unguided=[_trajectory(text) for text in args.unguided],
         num_levels=args.levels,
         overrides=overrides,
         device=fabric.device,
+        cache=output.with_suffix(".cache"),
     )
-    files, table = write_results(evaluation, args.output or folders[0] / "metrics.json")
+    files, table = write_results(evaluation, output)
     print(table)
     for path in files:
         print(f"wrote: {path}")
@@ -354,12 +357,16 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
                 "--judge",
                 {"action": "append", "type": Path, "metavar": "RUN", "help": "classifier that judges; may be repeated"},
             ),
-            ("--features", {"type": Path, "metavar": "RUN", "help": "classifier that neither guided nor judges"}),
+            (
+                "--features",
+                {"metavar": "RUN", "help": "classifier that neither guided nor judges, or timm:, hf-hub:, local-dir:"},
+            ),
             ("--scores", {"type": Path, "metavar": "RUN", "help": "classifier of severity (classifier.labels=score)"}),
             (
                 "--unguided",
                 {"action": "append", "default": [], "metavar": "TRAJECTORY", "help": "the same method unguided"},
             ),
+            ("--cycle", {"metavar": "TRAJECTORY", "help": "carries the last frames of one of these back again"}),
             ("--levels", {"type": int, "default": 10, "help": "levels at which methods are compared (10)"}),
             ("--output", {"type": Path, "help": "metrics.json to write, .csv and .md beside it"}),
         ],

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from scipy.stats import spearmanr
@@ -19,6 +22,7 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
 from cellflux_bridge.metrics import panel, progression
 from cellflux_bridge.metrics.evaluate import evaluate
+from cellflux_bridge.metrics.extractor import NamedExtractor
 from cellflux_bridge.metrics.fidelity import (
     frechet_distance,
     frechet_floor,
@@ -29,11 +33,20 @@ from cellflux_bridge.metrics.fidelity import (
 )
 from cellflux_bridge.metrics.networks import load_networks
 from cellflux_bridge.metrics.resampling import bootstrap, estimate, half_splits, paired_difference
+from cellflux_bridge.metrics.results import as_json, require_same_extractors
 from cellflux_bridge.metrics.sequences import choose_frames
+from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour
+from cellflux_bridge.metrics.table import markdown
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
-from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
+from cellflux_bridge.stain import RUIFROK_HE, fit_reference, from_optical_density
 from cellflux_bridge.training import checkpoint, classifier
-from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
+from cellflux_bridge.trajectory import (
+    Trajectory,
+    TrajectoryHeader,
+    TrajectoryWriter,
+    linear_soft_labels,
+    load_trajectory,
+)
 
 CPU = torch.device("cpu")
 
@@ -535,7 +548,9 @@ def test_the_command_writes_json_csv_and_a_table(tiny, judged, capsys):
     printed = capsys.readouterr().out
     content = json.loads(output.read_text())
     assert content["format"] == 1
-    assert [m["name"] for m in content["methods"]] == ["path", "depth", "copy the source", "nearest real target"]
+    baselines = ["copy the source", "stain transfer", "nearest real target"]
+    assert [m["name"] for m in content["methods"]] == ["path", "depth", *baselines]
+    assert len({n["digest"] for n in content["networks"]}) == 3
     assert [n["use"] for n in content["networks"]] == ["judge", "judge", "features"]
     assert {row["n"] for row in content["differences"]} == {6}
     with open(output.with_suffix(".csv"), newline="") as file:
@@ -550,8 +565,8 @@ def test_the_command_writes_json_csv_and_a_table(tiny, judged, capsys):
     assert table.startswith(printed.partition("wrote:")[0].strip())
     assert "| flip rate at 1, " in table
     assert (
-        "path (n = 8) | depth (n = 6) | copy the source (n = 8) | nearest real target (n = 8) | real A (n = 12)"
-        in table
+        "path (n = 8) | depth (n = 6) | copy the source (n = 8) | stain transfer (n = 8) | nearest real target (n = 8)"
+        " | real A (n = 12)" in table
     )
     assert not list(output.parent.glob("*.tmp"))
 
@@ -569,6 +584,205 @@ def test_levels_of_a_finer_trajectory_are_the_nearest_frames(tiny, judged):
     for level in (0.25, 0.5, 1.0):
         values = [found(evaluation, name, "probability", level, "rgb").value for name in ("path", "depth")]
         assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+# Memorisation, structure, stain
+
+
+def test_training_patches_among_the_frames_are_found(tiny, judged):
+    path = tiny.trajectory("path", noise=20)
+    trained = tiny.images("train", "B")
+    for place, sequence in enumerate(sorted((path / "frames").iterdir())[:3]):
+        write_png(sequence / "004.png", trained[1][place].transpose(1, 2, 0))
+    evaluation = evaluate([path], **judged)
+    extract = partial_features(evaluation.networks[-1])
+    training = np.concatenate([extract(tiny.images("train", label)[1]) for label in "AB"])
+    held_out = cdist(extract(tiny.images("test", "B")[1]), training).min(1)
+    frames = evaluation.methods[0].seen[evaluation.networks[-1].name].features[:, 4]
+    distances = cdist(frames, training).min(1)
+    value = found(evaluation, "path", "nearest_training_ratio", 1.0)
+    assert value.value == pytest.approx(np.median(distances) / np.median(held_out), rel=1e-2)
+    assert (value.n, value.n_real) == (8, 12)
+    expected = (distances[:, None] < held_out).mean()
+    assert found(evaluation, "path", "nearest_training_closer", 1.0).value == pytest.approx(expected, abs=1e-6)
+    copies = [copy for copy in evaluation.near_copies if copy.level == 1.0]
+    assert found(evaluation, "path", "near_copy_share", 1.0).value == len(copies) / 8 >= 3 / 8
+    exact = {copy.source_id: copy for copy in copies if copy.distance < 1e-3}
+    sources = tiny.images("test", "A")[0]
+    assert [exact[sources[n]].training_id for n in range(3)] == trained[0][:3]
+    assert exact[sources[0]].held_out == pytest.approx(held_out.min(), rel=1e-2)
+
+
+def test_a_mere_recolouring_is_explained_by_the_stain(tiny, judged):
+    path = tiny.trajectory("path")
+    evaluation = evaluate([path], **judged)
+    assert found(evaluation, "stain transfer", "stain_share", 1.0, "rgb").value == pytest.approx(1)
+    assert np.isnan(found(evaluation, "copy the source", "stain_share", 1.0, "rgb").value)
+    assert 0 < found(evaluation, "path", "stain_share", 1.0, "rgb").value < 1
+    targets = tiny.images("train", "B")[1]
+    sources = tiny.images("test", "A")[1][:8]
+    reference = fit_reference("reinhard", list(targets.transpose(0, 2, 3, 1)))
+    recoloured = recolour(sources, reference)
+    transferred = next(of for of in evaluation.baselines if of.name == "stain transfer")
+    np.testing.assert_array_equal(transferred.last, recoloured)
+    expected = haematoxylin_ms_ssim(np.stack([sources, recoloured], axis=1))[:, 1].mean()
+    assert found(evaluation, "stain transfer", "ms_ssim", 0.5).value == pytest.approx(expected, rel=1e-5)
+    assert found(evaluation, "copy the source", "ms_ssim", 1.0).value == pytest.approx(1, abs=1e-5)
+    assert found(evaluation, "copy the source", "layer_distance", 1.0).value == pytest.approx(0, abs=1e-9)
+    apart = found(evaluation, "real source", "layer_distance", None)
+    assert 0 < apart.n <= 12
+    assert apart.value > 0
+
+
+# The feature pass
+
+
+def test_a_stopped_evaluation_goes_on_from_its_cache(tiny, judged, monkeypatch):
+    path, cache = tiny.trajectory("path"), tiny.root / "cache_of_features"
+    looked = []
+    real = classifier.features
+
+    def counted(model, batch, **options):
+        looked.append(len(batch))
+        if len(looked) == 4 and not cache_done:
+            raise KeyboardInterrupt
+        return real(model, batch, **options)
+
+    monkeypatch.setattr(classifier, "features", counted)
+    cache_done = False
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([path], cache=cache, **judged)
+    cache_done, kept = True, len(list(cache.glob("*.npz")))
+    assert kept >= 3
+    looked.clear()
+    second = evaluate([path], cache=cache, **judged)
+    assert looked
+    (damaged := sorted(cache.glob("*.npz"))[0]).write_bytes(b"not an archive")
+    looked.clear()
+    third = evaluate([path], cache=cache, **judged)
+    assert len(looked) <= 1  # of the damaged file alone
+    assert zipfile.is_zipfile(damaged)
+    assert not list(cache.glob("*.tmp"))
+    assert repr(second.values) == repr(third.values) == repr(evaluate([path], **judged).values)
+    looked.clear()
+    other = {**judged, "features": tiny.classifier("another", seed=9)}
+    evaluate([path], cache=cache, **other)
+    assert looked  # other weights are asked anew
+
+
+def save_timm(folder: Path, *, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    model = timm.create_model("test_resnet", num_classes=5)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    settings = {"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7], "input_size": [3, 32, 32], "num_classes": 5}
+    settings |= {"first_conv": "conv1", "classifier": "fc"}
+    content = {"architecture": "test_resnet", "num_classes": 5, "pretrained_cfg": settings}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_an_extractor_by_name_prepares_images_itself(tiny, judged):
+    folder, path = save_timm(tiny.root / "extractor_weights"), tiny.trajectory("path")
+    name = f"local-dir:{folder}"
+    evaluation = evaluate([path], **{**judged, "features": name})
+    network = evaluation.networks[-1]
+    assert (network.name, network.view, str(network.checkpoint)) == (name, "ResNet at 32 px", name)
+    model = timm.create_model("test_resnet", num_classes=0)
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("fc.")})
+    b = torch.from_numpy(tiny.images("test", "B")[1]).float() / 255
+    larger = torch.nn.functional.interpolate(b, (32, 32), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.2, 0.3, 0.4], [0.5, 0.6, 0.7]))
+    with torch.no_grad():
+        expected = model.eval()((larger - mean) / std).numpy()
+    frames = evaluation.methods[0].seen[name].features[:, 4]
+    assert found(evaluation, "path", "frechet_target", 1.0).value == pytest.approx(
+        frechet_distance(frames, expected), rel=2e-2
+    )
+    assert not [v for v in evaluation.values if v.extractor == name and v.quantity in ("probability", "flip_rate")]
+    assert found(evaluation, "path", "layer_distance", 1.0, name).value > 0
+    markdown(evaluation)
+    content = as_json(evaluation)
+    assert content["memorisation"]["patches"].startswith(str(judged["judges"][0]))
+    require_same_extractors(content, content)
+    other = as_json(evaluate([path], **{**judged, "features": f"local-dir:{save_timm(tiny.root / 'other', seed=1)}"}))
+    with pytest.raises(UserError, match=r"values of different networks do not compare: .*local-dir"):
+        require_same_extractors(content, other)
+
+
+def test_an_extractor_that_cannot_be_loaded_is_told(tiny, judged):
+    file = save_timm(tiny.root / "weights") / "model.safetensors"
+    assert NamedExtractor(f"timm:test_resnet@{file}").size > 0
+    for name in ("timm:no_such_model", f"local-dir:{tiny.root}/none", f"timm:test_resnet@{tiny.root}/none.safetensors"):
+        with pytest.raises(UserError, match=r"--features .*: cannot be loaded .*expected timm:NAME"):
+            NamedExtractor(name)
+
+
+# There and back
+
+
+def test_the_way_back_is_matched_by_its_pixels(tiny, judged):
+    path = tiny.trajectory("path")
+    forward = load_trajectory(path)
+    header = replace(forward.header, source="B", target="A", levels=(0.0, 1.0))
+
+    def back(name: str, first: np.ndarray, last: np.ndarray) -> Path:
+        frames = np.stack([first, last])
+        writer = TrajectoryWriter(tiny.root / name, header)
+        made = Trajectory(header, frames, linear_soft_labels(header, 6), forward.source_ids[:6], (1,) * 6, (0,) * 6)
+        writer.append(made, numbers=range(6))
+        writer.finish()
+        return tiny.root / name
+
+    returned = back("returned", forward.frames[-1, 2:], forward.frames[0, 2:])
+    evaluation = evaluate([path], cycle=returned, **judged)
+    value = found(evaluation, "path", "cycle_preservation", None, "rgb")
+    assert (value.n, value.value) == (6, pytest.approx(0, abs=1e-5))
+    assert found(evaluation, "path", "cycle_ms_ssim").value == pytest.approx(1, abs=1e-5)
+    stayed = back("stayed", forward.frames[-1, 2:], forward.frames[-1, 2:])
+    evaluation = evaluate([path], cycle=stayed, **judged)
+    network, (of,) = evaluation.networks[0], evaluation.methods
+    sources, ends = (of.seen[network.name].features[2:, number] for number in (0, 4))
+    patches = tiny.images("test", "A")[1]
+    real, groups = partial_features(network)(patches), np.arange(12) // 2
+    others = progression.distance_to_others(sources[:, None], real, groups=groups[2:8], other_groups=groups)
+    expected = np.linalg.norm(ends - sources, axis=1).mean() / others.mean()
+    value = found(evaluation, "path", "cycle_preservation", None, "rgb").value
+    assert value == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(UserError, match=r"--cycle .*none of its first frames is a last frame of path"):
+        evaluate([path], cycle=back("elsewhere", forward.frames[1, 2:], forward.frames[0, 2:]), **judged)
+    with pytest.raises(UserError, match=r"--cycle .*A -> B; expected the way back of A -> B"):
+        evaluate([path], cycle=path, **judged)
+
+
+# A user's own frames
+
+
+def test_frames_of_ones_own_with_few_sources_have_what_can_be_computed(tiny, judged):
+    evaluation = evaluate([tiny.trajectory("path", num=3)], **judged)
+    assert np.isfinite(found(evaluation, "path", "precision_own", 1.0).value)
+    assert np.isfinite(found(evaluation, "path", "kid_own", 1.0).value)
+    assert np.isnan(found(evaluation, "path", "recall_own", 1.0).value)
+    assert any(
+        w.startswith("recall_own of path at level 0.25, 0.5, 0.75, 1 is undefined: 3") for w in evaluation.warnings
+    )
+
+
+def test_damaged_frames_of_ones_own_are_told(tiny, judged):
+    path = tiny.trajectory("path")
+    frame = sorted(path.rglob("002.png"))[1]
+    frame.unlink()
+    with pytest.raises(UserError, match=r"002\.png: no such file"):
+        evaluate([path], **judged)
+    write_png(frame, np.zeros((8, 20, 3), np.uint8))
+    with pytest.raises(UserError, match=r"002\.png: 20 x 8 pixels, unlike the others"):
+        evaluate([path], **judged)
+    manifest = path / "manifest.csv"
+    text = manifest.read_text()
+    manifest.write_text(text.replace("source_id", "source", 1))
+    with pytest.raises(UserError, match=r"manifest\.csv: "):
+        evaluate([path], **judged)
 
 
 # What is refused

@@ -38,6 +38,15 @@ class SmallCNN(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(self.stem(x))
 
+    def forward_intermediates(self, x: torch.Tensor, *, intermediates_only: bool = True) -> list[torch.Tensor]:
+        """The outputs of its three widths, in the manner of timm's models."""
+        assert intermediates_only, "logits come from forward"
+        x, maps = self.stem(x), []
+        for first, second in zip(self.body[:-2:2], self.body[1:-2:2], strict=True):
+            x = second(first(x))
+            maps.append(x)
+        return maps
+
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         pooled = x.mean(dim=(2, 3))
         return pooled if pre_logits else self.head(pooled)
@@ -143,6 +152,10 @@ class PatchClassifier(nn.Module):
     def features(self, x: torch.Tensor, t: torch.Tensor | None = None, x0: torch.Tensor | None = None) -> torch.Tensor:
         """What the last layer sees, pooled over space: (B, D)."""
         return self.net.forward_head(self.net.forward_features(self._input(x, t, x0)), pre_logits=True)
+
+    def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs (B, C, h, w) of the backbone's stages, finest first, of images (B, 3, H, W)."""
+        return self.net.forward_intermediates(self._input(x, None, None), intermediates_only=True)
 
     def log_probabilities(
         self, x: torch.Tensor, t: torch.Tensor | None = None, x0: torch.Tensor | None = None

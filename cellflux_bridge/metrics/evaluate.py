@@ -14,7 +14,19 @@ largest_over_mean_step          mean over sequences of the largest step over the
 kid_pooled (level)              KID to real source- and target-class patches together
 kid_pooled_over_floor (level)   the same less the mean of the real-vs-real floor; without a level: the worst after 0
 kid_own, frechet_own (level)    distance, in the extractor's features, to real patches of the own score, or else class
+stain_share (level)             share of the squared feature change from the source that lies along the way on which a
+                                mere stain transfer (Reinhard, to real targets) moves the same source
+ms_ssim (level)                 MS-SSIM of the haematoxylin to the own source; of real source: between different groups
+layer_distance (level)          LPIPS-like distance to the own source in the extractor's layers (`metrics.structure`)
+nearest_training_ratio (level)  median distance to the nearest training patch over that of real held-out patches
+nearest_training_closer (level) chance that a frame lies nearer to training than a held-out patch; 0.5 is none
+near_copy_share (level)         share of frames nearer to training than all M held-out patches; 1 / (M + 1) by chance;
+                                without a level of all frames after the source
+cycle_preservation, cycle_ms_ssim, cycle_layer_distance    distances of sources to themselves, carried to the target
+                                and back (the first over the source's own to random others)
 kid_target, frechet_target      the same of level 1 to real target patches
+precision_own, recall_own, density_own, coverage_own (level) and *_target: see `metrics.manifold`, in the extractor's
+                                features, to the same real patches; recall and coverage have intervals over these
 severity_error (level)          mean |severity estimate - s_k|; without a level over all levels
 nfe, gradients, cpu_seconds     means of a sequence
 haematoxylin_area, contrast, fine_detail (level)    see `metrics.tissue`
@@ -22,8 +34,9 @@ guidance_kid_ratio, guidance_frechet_ratio (level)  kid_own and frechet_own with
                                 sources; without a level the mean of the levels' ratios, and *_of_means the ratio of the
                                 levels' means, which a level near 0 does not rule
 
-Of real patches: kid_floor and frechet_floor (mean over random halves, `low` and `high` their 95 % range) and
-*_floor_spread (their standard deviation), probability, flip_rate, severity_error and the tissue figures.
+Of real patches: kid_floor, frechet_floor, precision_floor, recall_floor, density_floor and coverage_floor (mean over
+random halves, `low` and `high` their 95 % range), kid_floor_spread and frechet_floor_spread (standard deviations),
+probability, flip_rate, severity_error and the tissue figures.
 A value that does not exist (a ratio to a distance that is not above 0, an interval of a Frechet distance) is NaN.
 """
 
@@ -34,12 +47,17 @@ from pathlib import Path
 import torch
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.metrics.figures import add_figures
+from cellflux_bridge.metrics.cautions import cautions
+from cellflux_bridge.metrics.cycle import add_cycle
+from cellflux_bridge.metrics.extractor import is_name
+from cellflux_bridge.metrics.feature_cache import FeatureCache
+from cellflux_bridge.metrics.figures import add_figures, near_copies
+from cellflux_bridge.metrics.memorisation import NearCopy
 from cellflux_bridge.metrics.networks import Network, load_networks
 from cellflux_bridge.metrics.origin import require_same_data
 from cellflux_bridge.metrics.panel import Panel
 from cellflux_bridge.metrics.rivals import Difference, add_guidance, differences
-from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target
+from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target, stain_transfer
 from cellflux_bridge.metrics.values import Value, Values
 from cellflux_bridge.trajectory import read_header
 
@@ -48,7 +66,8 @@ from cellflux_bridge.trajectory import read_header
 class Evaluation:
     """All figures of some trajectories, and what they were made with; methods and baselines in the table's order.
 
-    `unguided` names, for a guided method, the one that it was compared to.
+    `unguided` names, for a guided method, the one that it was compared to; `warnings` say in plain words what not to
+    believe.
     """
 
     source: str
@@ -61,6 +80,10 @@ class Evaluation:
     unguided: dict[str, str]
     values: tuple[Value, ...]
     differences: tuple[Difference, ...]
+    near_copies: tuple[NearCopy, ...]
+    num_training: int
+    num_held_out: int
+    warnings: tuple[str, ...]
 
 
 def _names(folders: Sequence[Path], unguided: Sequence[Path]) -> list[str]:
@@ -86,20 +109,24 @@ def evaluate(
     trajectories: Sequence[Path],
     *,
     judges: Sequence[Path],
-    features: Path,
+    features: Path | str,
     scores: Path | None = None,
     unguided: Sequence[Path] = (),
+    cycle: Path | None = None,
     num_levels: int = 10,
     overrides: Sequence[str] = (),
     seed: int = 0,
     device: torch.device,
+    cache: Path | None = None,
 ) -> Evaluation:
     """All figures of trajectory folders of one transition; the first is compared with each other one by source.
 
-    `judges` are runs of classifiers, `features` of one that neither guided nor judges; `scores` of one trained with
-    classifier.labels=score on patches of the whole range, whose p is the severity of a frame. `unguided` are
-    trajectories of the same method as one of the others, made without guidance; they are evaluated, too. Raises
-    UserError for a guide among the networks, and for trajectories and networks that do not fit each other.
+    `judges` are runs of classifiers, `features` of one that neither guided nor judges or an extractor's name
+    (`metrics.extractor`); `scores` of one trained with classifier.labels=score on patches of the whole range, whose p
+    is the severity of a frame. `unguided` are trajectories of the same method as one of the others, made unguided;
+    they are evaluated, too. `cycle` is a trajectory that carries a method's last frames back. What networks make of
+    images is kept in the folder `cache` (`metrics.feature_cache`). Raises UserError for a guide among the networks, and
+    for trajectories and networks that do not fit each other.
     """
     if num_levels < 1:
         raise UserError(f"--levels {num_levels}: expected at least one level after the source")
@@ -113,18 +140,31 @@ def evaluate(
             raise UserError(f"--unguided {folder}: its method {method} is none of {', '.join(methods)}; name its rival")
     runs = [*(("judge", run) for run in judges), ("features", features)]
     runs += [("scores", scores)] if scores is not None else []
-    require_same_data(folders, [*judges, features], overrides)
-    networks = load_networks(runs, source=source, target=target, overrides=overrides, device=device)
+    own_runs = [*judges, *([] if is_name(str(features)) else [features])]
+    require_same_data(folders, own_runs, overrides)
+    networks = load_networks(
+        runs, source=source, target=target, overrides=overrides, device=device, cache=FeatureCache(cache)
+    )
     names = _names(folders, unguided)
     looked = [
         collect(folder, networks, name=name, num_levels=num_levels) for folder, name in zip(folders, names, strict=True)
     ]
     values = Values()
     panel = Panel(networks, seed=seed, values=values)
-    baselines = [copied_source(looked[0]), nearest_target(looked[0], networks, panel.extractor)]
+    reference = panel.stain_reference()
+    recoloured = [stain_transfer(sequences, networks, reference) for sequences in looked]
+    baselines = [
+        copied_source(looked[0], panel.extractor),
+        recoloured[0],
+        nearest_target(looked[0], networks, panel.extractor),
+    ]
     baselines = [sequences for sequences in baselines if sequences is not None]
-    for sequences in (*looked, *baselines):
-        add_figures(values, sequences, panel)
+    transfers = [*recoloured, *recoloured[:1] * len(baselines)]
+    for sequences, transfer in zip((*looked, *baselines), transfers, strict=True):
+        add_figures(values, sequences, panel, recoloured=transfer)
+    if cycle is not None:
+        add_cycle(values, looked, cycle, panel)
+    copies = tuple(copy for sequences in looked for copy in near_copies(sequences, panel))
     rivals = {}
     for without in looked[len(trajectories) :]:
         for guided in looked[: len(trajectories)]:
@@ -142,4 +182,8 @@ def evaluate(
         unguided=rivals,
         values=tuple(values.rows),
         differences=tuple(row for other in looked[1:] for row in differences(looked[0], other, panel)),
+        near_copies=copies,
+        num_training=len(panel.training.ids),
+        num_held_out=len(panel.training.held_out),
+        warnings=tuple(cautions(values.rows)),
     )

@@ -36,7 +36,7 @@ def require_finite(features: np.ndarray, *, name: str) -> np.ndarray:
     return features
 
 
-def _codes(groups_a, groups_b, num_a: int, num_b: int) -> tuple[np.ndarray, np.ndarray]:
+def group_codes(groups_a, groups_b, num_a: int, num_b: int) -> tuple[np.ndarray, np.ndarray]:
     """Both sets' group names as numbers; where none are given every item of either set is a group of its own."""
     if groups_a is None:
         return np.arange(num_a), num_a + np.arange(num_b)
@@ -96,7 +96,7 @@ def kid_by_level(
     without subsamples and for fewer than four groups, the value is NaN for fewer than two.
     """
     frames, real = np.asarray(frames, np.float64), np.asarray(real, np.float64)
-    own, of_real = _codes(groups, real_groups, len(frames), len(real))
+    own, of_real = group_codes(groups, real_groups, len(frames), len(real))
     fewest = min(len(np.unique(own)), len(np.unique(of_real)))
     num = num_subsamples if fewest >= 4 else 0
     chosen, chosen_real = (_subsets(codes, num=num, generator=generator) for codes in (own, of_real))
@@ -143,16 +143,16 @@ def kid_floor(
     Its mean is 0 in expectation and may come out negative, and single splits are skewed upward, all the more so where
     the patches are of two kinds: what a difference to the mean is worth is told by `spread`.
     """
-    x, (codes, _) = np.asarray(features, np.float64), _codes(groups, [], len(features), 0)
+    x, (codes, _) = np.asarray(features, np.float64), group_codes(groups, [], len(features), 0)
     splits = half_splits(groups, num=num_splits, generator=generator)
     if len(splits) == 0 or len(np.unique(codes)) < 4:
-        return _floor(np.empty(0))
+        return floor_of(np.empty(0))
     first = np.stack([np.isin(np.arange(len(x)), half) for half, _ in splits], axis=1).astype(np.float64)
     second = 1 - first
     within = _mean_kernel(x, x, codes, codes, first, first, block) + _mean_kernel(
         x, x, codes, codes, second, second, block
     )
-    return _floor(within - 2 * _mean_kernel(x, x, codes, codes, first, second, block))
+    return floor_of(within - 2 * _mean_kernel(x, x, codes, codes, first, second, block))
 
 
 def frechet_floor(
@@ -164,10 +164,11 @@ def frechet_floor(
 ) -> Floor:
     """`frechet_distance` between random halves, by group: of half as many images, so larger than of all."""
     splits = half_splits(groups, num=num_splits, generator=generator)
-    return _floor(np.array([frechet_distance(features[first], features[second]) for first, second in splits]))
+    return floor_of(np.array([frechet_distance(features[first], features[second]) for first, second in splits]))
 
 
-def _floor(values: np.ndarray) -> Floor:
+def floor_of(values: np.ndarray) -> Floor:
+    """The floor that a distance's values over random splits tell; NaN where one of them does not exist."""
     if len(values) == 0 or not np.isfinite(values).all():
         return Floor(*(float("nan"),) * 4, len(values))
     low, high = np.percentile(values, COVERAGE)

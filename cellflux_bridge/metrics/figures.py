@@ -4,10 +4,14 @@ import numpy as np
 
 from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level
+from cellflux_bridge.metrics.manifold import neighbourhoods
+from cellflux_bridge.metrics.memorisation import Memory, NearCopy
 from cellflux_bridge.metrics.networks import Network
 from cellflux_bridge.metrics.panel import NUM_SUBSAMPLES, Panel
 from cellflux_bridge.metrics.resampling import Estimate, Resamples, estimate
 from cellflux_bridge.metrics.sequences import Sequences
+from cellflux_bridge.metrics.structure import FIGURES as STRUCTURE
+from cellflux_bridge.metrics.structure import stain_share
 from cellflux_bridge.metrics.tissue import FIGURES
 from cellflux_bridge.metrics.values import Subject, Values
 
@@ -18,22 +22,28 @@ def subject(of: Sequences) -> Subject:
     return Subject(of.name, len(of.source_ids), of.folder, of.levels)
 
 
-def add_figures(values: Values, of: Sequences, panel: Panel) -> None:
-    """All quantities of `metrics.evaluate` that a method has by itself."""
+def add_figures(values: Values, of: Sequences, panel: Panel, *, recoloured: Sequences) -> None:
+    """All quantities of `metrics.evaluate` that a method has by itself; `recoloured` is the stain transfer of its own
+    sources."""
     resamples = panel.resamples(panel.groups(of.source_ids))
     for judge in panel.judges:
         _add_judged(values, of, judge, resamples)
     for network in (*panel.judges, panel.extractor):
         _add_way(values, of, network, panel, resamples)
         _add_pooled(values, of, network, panel)
+        _add_stain_share(values, of, network, recoloured, resamples)
     for number, level in enumerate(of.frame_levels, start=1):
         _add_distances(values, of, "own", number, panel.own_reference(level), panel)
     _add_distances(values, of, "target", len(of.levels), panel.target_reference(), panel)
     if panel.estimator is not None:
         _add_severity(values, of, panel.estimator, resamples)
+    _add_memory(values, of, panel, resamples)
     for number, figure in enumerate(FIGURES):
         column = of.tissue[:, :, number]
         values.add_levels(subject(of), figure, estimate(lambda i, column=column: column[i].mean(0), resamples))
+    for number, figure in enumerate(STRUCTURE):
+        column, by = of.structure[:, 1:, number], panel.extractor if figure == "layer_distance" else None
+        values.add_levels(subject(of), figure, estimate(lambda i, column=column: column[i].mean(0), resamples), by=by)
     for quantity, counts in (("nfe", of.nfe), ("gradients", of.gradients)):
         if counts is not None:
             values.add(subject(of), quantity, counts.mean())
@@ -66,6 +76,55 @@ def _add_way(values: Values, of: Sequences, network: Network, panel: Panel, resa
         # A sequence that stands still has neither figure, and a mean over the others alone would hide it.
         found = estimate(lambda i, each=each: each[i].mean(), resamples)
         values.add(subject(of), measure.__name__, found, by=network)
+
+
+def _add_stain_share(
+    values: Values, of: Sequences, network: Network, recoloured: Sequences, resamples: Resamples
+) -> None:
+    transferred = recoloured.seen[network.name].features[:, -1]
+    whole, explained = stain_share(of.seen[network.name].features, transferred)
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN where nothing changes
+        found = estimate(lambda i: explained[i].sum(0) / whole[i].sum(0), resamples)
+    values.add_levels(subject(of), "stain_share", found, by=network)
+
+
+def memory_of(of: Sequences, panel: Panel) -> Memory:
+    """The frames after the source beside the training patches."""
+    frames = of.seen[panel.extractor.name].features[:, 1:]
+    return panel.training.memory(frames, [panel.like(level) for level in of.frame_levels])
+
+
+def _add_memory(values: Values, of: Sequences, panel: Panel, resamples: Resamples) -> None:
+    memory = memory_of(of, panel)
+    copied, closer = memory.is_near_copy().T, memory.closer().T
+    for quantity, found in (
+        ("nearest_training_ratio", estimate(memory.ratio, resamples)),
+        ("nearest_training_closer", estimate(lambda i: closer[i].mean(0), resamples)),
+        ("near_copy_share", estimate(lambda i: copied[i].mean(0), resamples)),
+    ):
+        for level, held_out, *one in zip(of.levels, memory.held_out, *found, strict=True):
+            by, num = panel.extractor, len(held_out)
+            values.add(subject(of), quantity, Estimate(*one), level=level, by=by, n_real=num)
+    found, least = estimate(lambda i: copied[i].mean(), resamples), min(map(len, memory.held_out))
+    values.add(subject(of), "near_copy_share", found, by=panel.extractor, n_real=least)
+
+
+def near_copies(of: Sequences, panel: Panel) -> list[NearCopy]:
+    """The near copies of a method, those that lie the farthest below held-out patches first."""
+    memory = memory_of(of, panel)
+    found = [
+        NearCopy(
+            of.name,
+            str(of.folder or ""),
+            of.source_ids[n],
+            of.levels[number],
+            panel.training.ids[memory.numbers[number, n]],
+            float(memory.distances[number, n]),
+            float(memory.held_out[number][0]),
+        )
+        for number, n in np.argwhere(memory.is_near_copy())
+    ]
+    return sorted(found, key=lambda copy: copy.distance / copy.held_out)
 
 
 def source_distances(of: Sequences, network: Network, panel: Panel) -> tuple[np.ndarray, np.ndarray, int]:
@@ -118,9 +177,14 @@ def own_distances(
 
 def _add_distances(values: Values, of: Sequences, to: str, number: int, reference, panel: Panel) -> None:
     distance, frechet = own_distances(of, number, reference, panel, num_subsamples=NUM_SUBSAMPLES)
-    for quantity, found in ((f"kid_{to}", distance), (f"frechet_{to}", frechet)):
+    found = {"kid": distance, "frechet": frechet}
+    frames, groups = of.seen[panel.extractor.name].features[:, number], panel.extractor.groups_of_sources(of.source_ids)
+    near = neighbourhoods(frames, reference[0], groups=groups, real_groups=reference[1])
+    for (figure, each), by in zip(near._asdict().items(), (groups, reference[1]) * 2, strict=True):
+        found[figure] = panel.mean(each, by)
+    for figure, estimated in found.items():
         level, num_real = of.levels[number - 1], len(reference[0])
-        values.add(subject(of), quantity, found, level=level, by=panel.extractor, n_real=num_real)
+        values.add(subject(of), f"{figure}_{to}", estimated, level=level, by=panel.extractor, n_real=num_real)
 
 
 def _add_severity(values: Values, of: Sequences, estimator: Network, resamples: Resamples) -> None:

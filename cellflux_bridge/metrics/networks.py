@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +13,17 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.records import SPLITS, some
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.images import encode
+from cellflux_bridge.metrics.extractor import NamedExtractor, is_name
+from cellflux_bridge.metrics.feature_cache import FeatureCache
 from cellflux_bridge.metrics.fidelity import require_finite
+from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distance
 from cellflux_bridge.progress import progress
 from cellflux_bridge.training import checkpoint, classifier
 
 _CHUNK = 256
+# Images a network is given at once: on a CPU more are slower, for the memory that their maps take.
+FORWARD = 64
 # Mean absolute difference, in grey levels, above which a source is not the patch that the network's data has.
 _SAME_PATCH = 8.0
 
@@ -27,7 +33,8 @@ class Seen:
     """What a network makes of images.
 
     `value` (...) is p(target class), or of a severity estimator the severity in the direction of the target;
-    `is_target` (...) whether the target is the most probable class; `features` (..., D) what its last layer sees.
+    `is_target` (...) whether the target is the most probable class; `features` (..., D) what its last layer sees. Of an
+    extractor that is no classifier, `value` is NaN and `is_target` False.
     """
 
     value: np.ndarray
@@ -57,19 +64,23 @@ class RealPatches(NamedTuple):
 class Network:
     """A trained classifier in one `use` ("judge", "features" or "scores"), and the patches of its own configuration.
 
-    `name` tells it apart from the others; `weights` (C,) turn class probabilities into `Seen.value`.
+    `name` tells it apart from the others; `weights` (C,) turn class probabilities into `Seen.value`, and are None for
+    an extractor that is no classifier, whose patches are those of the first judge. `checkpoint` is the folder of its
+    weights, or the extractor's name; `digest` that of the weights.
     """
 
     name: str
     use: str
     view: str
-    checkpoint: Path
+    checkpoint: Path | str
     patches: Patches
     source: str
     target: str
-    weights: np.ndarray
+    weights: np.ndarray | None
     model: torch.nn.Module
+    digest: str
     device: torch.device
+    cache: FeatureCache = field(default_factory=FeatureCache)
 
     @property
     def image_size(self) -> int:
@@ -78,14 +89,36 @@ class Network:
     def look(self, batch: np.ndarray | torch.Tensor, *, origin: str) -> Seen:
         """What it makes of uint8 patches (N, 3, S, S); UserError, naming `origin`, where that is not finite."""
         batch = torch.as_tensor(batch)
-        p = classifier.predict(self.model, batch, device=self.device, chunk=_CHUNK)
-        features = classifier.features(self.model, batch, device=self.device, chunk=_CHUNK)
-        require_finite(np.column_stack([p, features]), name=f"{self.name}, looking at {origin}")
+
+        def answer() -> dict[str, np.ndarray]:
+            features = classifier.features(self.model, batch, device=self.device, chunk=FORWARD)
+            p = np.empty((len(batch), 0), np.float32)
+            if self.weights is not None:
+                p = classifier.predict(self.model, batch, device=self.device, chunk=FORWARD)
+            require_finite(np.column_stack([p, features]), name=f"{self.name}, looking at {origin}")
+            return {"p": p, "features": features}
+
+        found = self.cache.remember(self.digest, "features", batch.numpy(), answer)
+        p, features = found["p"], found["features"]
+        if self.weights is None:
+            return Seen(np.full(len(p), np.nan), np.zeros(len(p), bool), features)
         return Seen(p @ self.weights, p.argmax(1) == self.patches.class_index(self.target), features)
 
-    def look_at_patches(self, patches: Patches, numbers: np.ndarray) -> Seen:
+    def structure(self, frames: np.ndarray) -> np.ndarray:
+        """Figures of `metrics.structure`, (N, L, 2), of uint8 sequences (N, L, 3, S, S) to their own first frames."""
+
+        @torch.no_grad()
+        def maps(batch: torch.Tensor) -> list[torch.Tensor]:
+            return [one.float().cpu() for one in self.model.eval().feature_maps(encode(batch).to(self.device))]
+
+        def answer() -> dict[str, np.ndarray]:
+            return {"structure": np.stack([haematoxylin_ms_ssim(frames), layer_distance(frames, maps)], axis=2)}
+
+        return self.cache.remember(self.digest, "structure", frames, answer)["structure"]
+
+    def look_at_patches(self, patches: Patches, numbers: np.ndarray, *, desc: str = "real patches") -> Seen:
         """What it makes of the middle patches of a data set, never more than a chunk of them in memory."""
-        starts = progress(range(0, len(numbers), _CHUNK), desc=f"{self.name}: real patches", unit="batch", leave=False)
+        starts = progress(range(0, len(numbers), _CHUNK), desc=f"{self.name}: {desc}", unit="batch", leave=False)
         return Seen.cat([self.look(patches.centre(numbers[i : i + _CHUNK]), origin="real patches") for i in starts])
 
     def groups_of(self, numbers: np.ndarray) -> np.ndarray:
@@ -155,24 +188,53 @@ class Network:
 
 
 def load_networks(
-    runs: Sequence[tuple[str, Path]],
+    runs: Sequence[tuple[str, Path | str]],
     *,
     source: str,
     target: str,
     overrides: Sequence[str] = (),
     device: torch.device,
+    cache: FeatureCache | None = None,
 ) -> list[Network]:
-    """The newest checkpoints of (use, run folder); `overrides` apply to all but a severity estimator's data.
+    """The newest checkpoints of (use, run folder), a judge first; `overrides` apply to all but a severity estimator's
+    data. An extractor may be a name (`metrics.extractor`) instead of a folder; its patches are then the judge's.
 
     Raises UserError for a guide, for a run that is named twice, and for one that does not know the classes.
     """
-    folders = [checkpoint.latest(run) for _, run in runs]
-    _require_different([run for _, run in runs], folders)
+    cache = FeatureCache() if cache is None else cache
+    trained = [(use, Path(run)) for use, run in runs if not (use == "features" and is_name(str(run)))]
+    folders = [checkpoint.latest(run) for _, run in trained]
+    _require_different([run for _, run in trained], folders)
     names = _names([folder.parent.parent if folder.parent.name == "checkpoints" else folder for folder in folders])
-    return [
-        _load(use, name, folder, source, target, () if use == "scores" else overrides, device)
-        for (use, _), name, folder in zip(runs, names, folders, strict=True)
-    ]
+    found = iter(
+        [
+            _load(use, name, folder, source, target, () if use == "scores" else overrides, device, cache)
+            for (use, _), name, folder in zip(trained, names, folders, strict=True)
+        ]
+    )
+    networks: list[Network] = []
+    for use, run in runs:
+        named = use == "features" and is_name(str(run))
+        networks.append(_load_named(str(run), networks[0]) if named else next(found))
+    return networks
+
+
+def _load_named(name: str, judge: Network) -> Network:
+    model = NamedExtractor(name).to(judge.device).eval()
+    view = f"{type(model.net).__name__} at {model.size} px"
+    digest = _digest(model, view)
+    return replace(
+        judge, name=name, use="features", view=view, checkpoint=name, weights=None, model=model, digest=digest
+    )
+
+
+def _digest(model: torch.nn.Module, view: str) -> str:
+    """Of a network's weights and of what it looks at."""
+    digest = hashlib.blake2b(view.encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _require_different(runs: list[Path], folders: list[Path]) -> None:
@@ -195,7 +257,7 @@ def _names(runs: list[Path]) -> list[str]:
     return [name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)]
 
 
-def _load(use: str, name: str, folder: Path, source: str, target: str, overrides, device) -> Network:
+def _load(use: str, name: str, folder: Path, source: str, target: str, overrides, device, cache) -> Network:
     config = load_config(folder / checkpoint.CONFIG, overrides)
     if config.classifier.role == "guide":
         raise UserError(
@@ -217,6 +279,7 @@ def _load(use: str, name: str, folder: Path, source: str, target: str, overrides
             )
         weights = np.linspace(0, 1, len(classes), dtype=np.float32)
         weights = weights if target == classes[-1] else 1 - weights
+    model = classifier.load(folder, device)
     return Network(
         name=name,
         use=use,
@@ -226,6 +289,8 @@ def _load(use: str, name: str, folder: Path, source: str, target: str, overrides
         source=source,
         target=target,
         weights=weights,
-        model=classifier.load(folder, device),
+        model=model,
+        digest=_digest(model, config.classifier.view),
         device=device,
+        cache=cache,
     )

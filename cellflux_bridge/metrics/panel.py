@@ -6,17 +6,22 @@ from typing import NamedTuple
 import numpy as np
 
 from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
+from cellflux_bridge.metrics.manifold import manifold_floors
+from cellflux_bridge.metrics.memorisation import Training
 from cellflux_bridge.metrics.networks import Network, RealPatches, Seen
-from cellflux_bridge.metrics.resampling import Estimate, Resamples, bootstrap, estimate
+from cellflux_bridge.metrics.resampling import Estimate, Resamples, bootstrap, estimate, estimate_mean
+from cellflux_bridge.metrics.structure import FIGURES as STRUCTURE
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
 from cellflux_bridge.metrics.values import Subject, Values
 from cellflux_bridge.randomness import numpy_generator
+from cellflux_bridge.stain import StainReference, fit_reference
 
 NUM_RESAMPLES, NUM_SUBSAMPLES = 1000, 100
 # A real patch is of a level where its score lies this near.
 SCORE_WINDOW = 0.075
 REAL_SOURCE, REAL_TARGET, REAL_POOLED, REAL_SCORED = "real source", "real target", "real pooled", "real scored"
 _CHUNK = 256
+_NUM_PAIRS, _NUM_FOR_STAIN = 256, 2000
 
 
 class Real(NamedTuple):
@@ -48,7 +53,10 @@ class Panel:
         self.extractor = next(network for network in networks if network.use == "features")
         self.estimator = next((network for network in networks if network.use == "scores"), None)
         self.real = {network.name: self._look(network) for network in (*self.judges, self.extractor)}
+        real = self.real[self.extractor.name]
+        self.training = Training.look(self.extractor, real.patches, real.seen.features)
         self._add_extractors_own()
+        self._add_structure()
         self.scored = None if self.estimator is None else self._look_at_scored(self.estimator)
 
     def generator(self, *purpose: str) -> np.random.Generator:
@@ -57,6 +65,10 @@ class Panel:
     def resamples(self, groups: np.ndarray) -> Resamples:
         return bootstrap(groups, num=NUM_RESAMPLES, generator=self.generator("bootstrap"))
 
+    def mean(self, values: np.ndarray, groups: np.ndarray) -> Estimate:
+        """The mean of values (N,) with its interval over their groups."""
+        return estimate_mean(values, groups, num=NUM_RESAMPLES, generator=self.generator("bootstrap"))
+
     def groups(self, source_ids: Sequence[str]) -> np.ndarray:
         """The groups of sources, among which resamples are drawn."""
         return self.judges[0].groups_of_sources(source_ids)
@@ -64,16 +76,25 @@ class Panel:
     def own_reference(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         """The extractor's features, and groups, of the real patches that frames of a level are compared to.
 
-        With scores: patches whose score lies within `SCORE_WINDOW`. Else the source class below 0.5, the target class
-        above, both at 0.5.
+        With scores: patches whose score lies within `SCORE_WINDOW`. Else those of `like`.
         """
         if self.scored is not None:
             chosen = np.abs(self.scored.scores - level) <= SCORE_WINDOW + 1e-6
             return self.scored.features[chosen], self.scored.patches.groups[chosen]
-        real = self.real[self.extractor.name]
-        is_target = real.patches.is_target
-        chosen = np.ones_like(is_target) if abs(level - 0.5) < 1e-6 else is_target == (level > 0.5)
+        real, chosen = self.real[self.extractor.name], self.like(level)
         return real.seen.features[chosen], real.patches.groups[chosen]
+
+    def like(self, level: float) -> np.ndarray:
+        """Which of the extractor's real patches are of a level's class, (M,) bool: source below 0.5, target above, both
+        at 0.5."""
+        is_target = self.real[self.extractor.name].patches.is_target
+        return np.ones_like(is_target) if abs(level - 0.5) < 1e-6 else is_target == (level > 0.5)
+
+    def stain_reference(self) -> StainReference:
+        """The mean colours of real target patches of the training split (Reinhard)."""
+        patches = self.extractor.patches
+        chosen = patches.sample("train", self.extractor.target, num=_NUM_FOR_STAIN, seed=self.seed)
+        return fit_reference("reinhard", list(patches.centre(chosen).permute(0, 2, 3, 1).numpy()))
 
     def target_reference(self) -> tuple[np.ndarray, np.ndarray]:
         """The extractor's features, and groups, of real target patches."""
@@ -87,7 +108,8 @@ class Panel:
         for name, chosen in _by_class(patches):
             of = Subject(name, int(chosen.sum()))
             resamples = self.resamples(patches.groups[chosen])
-            for quantity, each in (("probability", seen.value[chosen]), ("flip_rate", seen.is_target[chosen])):
+            known = {} if network.weights is None else {"probability": seen.value, "flip_rate": seen.is_target}
+            for quantity, each in ((quantity, values[chosen]) for quantity, values in known.items()):
                 self._values.add(of, quantity, estimate(lambda i, each=each: each[i].mean(), resamples), by=network)
         return Real(patches, seen, floor)
 
@@ -103,6 +125,10 @@ class Panel:
         features, groups = self.target_reference()
         self._add_floor(REAL_TARGET, "kid", self.extractor, features, groups, kid_floor)
         self._add_floor(REAL_TARGET, "frechet", self.extractor, features, groups, frechet_floor)
+        floors = manifold_floors(features, groups, generator=self.generator("floor", REAL_TARGET, "manifold"))
+        for figure, floor in floors.items():
+            found = Estimate(floor.mean, floor.low, floor.high)
+            self._values.add(Subject(REAL_TARGET, len(features)), f"{figure}_floor", found, by=self.extractor)
         real = self.real[self.extractor.name].patches
         parts = [real.numbers[i : i + _CHUNK] for i in range(0, len(real.numbers), _CHUNK)]
         figures = np.concatenate([tissue_figures(self.extractor.patches.centre(part).numpy()) for part in parts])
@@ -110,6 +136,23 @@ class Panel:
             found = estimate(lambda i, own=figures[chosen]: own[i].mean(0), self.resamples(real.groups[chosen]))
             for figure, *one in zip(FIGURES, *found, strict=True):
                 self._values.add(Subject(name, int(chosen.sum())), figure, Estimate(*one))
+
+    def _add_structure(self) -> None:
+        """How far real source patches of different groups are apart, which is what a frame keeps that keeps nothing."""
+        real, generator = self.real[self.extractor.name].patches, self.generator("structure")
+        of_source = generator.permutation(np.flatnonzero(~real.is_target))
+        pairs = [
+            (i, j) for i, j in zip(of_source, np.roll(of_source, 1), strict=True) if real.groups[i] != real.groups[j]
+        ]
+        if not pairs:
+            return
+        chosen = np.array(pairs[:_NUM_PAIRS])
+        both = np.stack([self.extractor.patches.centre(real.numbers[column]).numpy() for column in chosen.T], axis=1)
+        for figure, each in zip(STRUCTURE, self.extractor.structure(both)[:, 1].T, strict=True):
+            by = self.extractor if figure == "layer_distance" else None
+            self._values.add(
+                Subject(REAL_SOURCE, len(chosen)), figure, self.mean(each, real.groups[chosen[:, 0]]), by=by
+            )
 
     def _look_at_scored(self, estimator: Network) -> Scored:
         real, patches = estimator.real_patches(), estimator.patches

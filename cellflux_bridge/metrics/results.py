@@ -3,7 +3,8 @@
 metrics.json, format 1; a number that does not exist is null:
 
     format, source, target, num_levels, seed
-    networks      [{name, use: judge | features | scores, view, checkpoint, image_size}]
+    networks      [{name, use: judge | features | scores, view, checkpoint, image_size, digest}], a folder and a digest
+                  of its weights
     methods       [{name, trajectory, method, config_hash, n, levels, frame_levels, unguided}], baselines after them,
                   with a null trajectory; `frame_levels` are the soft labels of the frames that stand for `levels`;
                   `unguided` names the method that a guided one is compared to
@@ -11,6 +12,10 @@ metrics.json, format 1; a number that does not exist is null:
                   the quantities are listed in `metrics.evaluate`
     differences   [{first, second, quantity, extractor, n, difference, low, high, p, num_groups}], p of Wilcoxon's
                   signed-rank test on means of groups
+    memorisation  {extractor, patches, num_training, num_held_out, num_near_copies, near_copies: [{method, trajectory,
+                  source_id, level, training_id, distance, held_out}]}: the worst near copies (`metrics.memorisation`),
+                  a hundred at most; `patches` is the checkpoint in whose data `training_id` is
+    warnings      [text]: what not to believe, in plain words
 """
 
 import csv
@@ -27,6 +32,7 @@ from cellflux_bridge.metrics.table import by_level, markdown
 from cellflux_bridge.metrics.values import Value
 
 FORMAT = 1
+_MOST_COPIES = 100
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -45,6 +51,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
                     "view": network.view,
                     "checkpoint": str(network.checkpoint),
                     "image_size": network.image_size,
+                    "digest": network.digest,
                 }
                 for network in evaluation.networks
             ],
@@ -66,8 +73,38 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
                 {key: value for key, value in row._asdict().items() if key != "paired"} | row.paired._asdict()
                 for row in evaluation.differences
             ],
+            "memorisation": _memorisation(evaluation),
+            "warnings": evaluation.warnings,
         }
     )
+
+
+def _memorisation(evaluation: Evaluation) -> dict[str, Any]:
+    extractor = next(network for network in evaluation.networks if network.use == "features")
+    of_data = extractor if extractor.weights is not None else evaluation.networks[0]
+    return {
+        "extractor": extractor.name,
+        "patches": str(of_data.checkpoint),
+        "num_training": evaluation.num_training,
+        "num_held_out": evaluation.num_held_out,
+        "num_near_copies": len(evaluation.near_copies),
+        "near_copies": [
+            copy._asdict()
+            for copy in sorted(evaluation.near_copies, key=lambda c: c.distance / c.held_out)[:_MOST_COPIES]
+        ],
+    }
+
+
+def require_same_extractors(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """UserError where two contents of metrics.json have values that do not compare: networks of one use and place that
+    are not the same, which a report of several evaluations must not lay side by side."""
+    networks = [[(n["use"], n["name"], n.get("digest")) for n in content["networks"]] for content in (first, second)]
+    if networks[0] != networks[1]:
+        names = [", ".join(f"{use} {name}" for use, name, _ in each) for each in networks]
+        raise UserError(
+            f"values of different networks do not compare: {names[0]} there, {names[1]} here (of one name, other "
+            "weights); evaluate all trajectories with the same --judge, --features and --scores"
+        )
 
 
 def _without_nan(value: Any) -> Any:

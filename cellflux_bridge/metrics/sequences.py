@@ -10,8 +10,10 @@ from scipy.spatial.distance import cdist
 
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.networks import Network, Seen
+from cellflux_bridge.metrics.structure import recolour
 from cellflux_bridge.metrics.tissue import tissue_figures
 from cellflux_bridge.progress import progress
+from cellflux_bridge.stain import StainReference
 from cellflux_bridge.trajectory import TrajectoryHeader, iter_trajectory, read_header
 
 COST = "cost.json"
@@ -24,8 +26,9 @@ class Sequences:
 
     `levels` (K,) are the names k/K of the levels after the source, `frame_levels` (K,) the soft labels of the frames
     that stand for them. `seen[network]` holds (N, K+1) values and (N, K+1, D) features; `tissue` (N, K+1, 3) the
-    figures of `metrics.tissue`. `nfe`, `gradients` (N,) and `cpu_seconds` a sequence are None where nothing was
-    translated or it is not known.
+    figures of `metrics.tissue`, `structure` (N, K+1, 2) those of `metrics.structure`, to the source. `sources` and
+    `last` (N, 3, S, S) uint8 are the frames 0 and K. `nfe`, `gradients` (N,) and `cpu_seconds` a sequence are None
+    where nothing was translated or it is not known.
     """
 
     name: str
@@ -36,6 +39,9 @@ class Sequences:
     source_ids: tuple[str, ...]
     seen: dict[str, Seen]
     tissue: np.ndarray
+    structure: np.ndarray
+    sources: np.ndarray
+    last: np.ndarray
     nfe: np.ndarray | None = None
     gradients: np.ndarray | None = None
     cpu_seconds: float | None = None
@@ -47,6 +53,9 @@ class Sequences:
             source_ids=tuple(self.source_ids[i] for i in chosen),
             seen={name: seen.at(chosen) for name, seen in self.seen.items()},
             tissue=self.tissue[chosen],
+            structure=self.structure[chosen],
+            sources=self.sources[chosen],
+            last=self.last[chosen],
             nfe=None if self.nfe is None else self.nfe[chosen],
             gradients=None if self.gradients is None else self.gradients[chosen],
         )
@@ -82,25 +91,30 @@ def _cpu_seconds(folder: Path) -> float | None:
         raise UserError(f"{path}: expected sequences, seconds and cpu_seconds ({error!r}); remove it") from error
 
 
-def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels: int) -> Sequences:
-    """The sequences of a trajectory folder as all networks see them; of the frames only what they see stays in memory.
+def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels: int, fair: bool = True) -> Sequences:
+    """The sequences of a trajectory folder as all networks see them; of the inner frames only that stays in memory.
 
-    Raises UserError for an empty or damaged trajectory, frames of another size than a network's, and a network that
+    The extractor tells their structure. `fair`: whether sources are real patches, which no network may have trained
+    on. Raises UserError for an empty or damaged trajectory, frames of another size than a network's, and a network that
     trained on a source or sees it otherwise.
     """
     header = read_header(folder)
     chosen = choose_frames(header.levels, num_levels, folder=folder)
-    ids, tissue, nfe, gradients = [], [], [], []
+    extractor = next(network for network in networks if network.use == "features")
+    ids, tissue, structure, ends, nfe, gradients = [], [], [], [], [], []
     seen = {network.name: [] for network in networks}
     bar = progress(iter_trajectory(folder, batch_size=_BATCH), desc=f"looking at {name}", unit="batch")
     for batch in bar:
         frames = np.ascontiguousarray(batch.frames[chosen].swapaxes(0, 1))
         flat, shape = frames.reshape(-1, *frames.shape[2:]), frames.shape[:2]
         for network in networks:
-            network.require_fair(batch.source_ids, batch.frames[0], origin=str(folder))
+            if fair:
+                network.require_fair(batch.source_ids, batch.frames[0], origin=str(folder))
             looked = network.look(flat, origin=str(folder))
             seen[network.name].append(looked.map(lambda array, shape=shape: array.reshape(*shape, *array.shape[1:])))
         tissue.append(tissue_figures(flat).reshape(*shape, -1))
+        structure.append(extractor.structure(frames))
+        ends.append(frames[:, [0, -1]])
         ids += batch.source_ids
         nfe += batch.nfe
         gradients += batch.gradients
@@ -115,16 +129,19 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
         source_ids=tuple(ids),
         seen={key: Seen.cat(parts) for key, parts in seen.items()},
         tissue=np.concatenate(tissue),
+        structure=np.concatenate(structure),
+        sources=np.concatenate([both[:, 0] for both in ends]),
+        last=np.concatenate([both[:, 1] for both in ends]),
         nfe=np.array(nfe),
         gradients=np.array(gradients),
         cpu_seconds=_cpu_seconds(folder),
     )
 
 
-def copied_source(sequences: Sequences) -> Sequences:
+def copied_source(sequences: Sequences, extractor: Network) -> Sequences:
     """The baseline that changes nothing: the source at every level."""
     sources = {name: seen.at(np.s_[:, 0]) for name, seen in sequences.seen.items()}
-    return _still(sequences, "copy the source", sources, sequences.tissue[:, 0])
+    return _still(sequences, "copy the source", sources, sequences.tissue[:, 0], sequences.sources, extractor)
 
 
 def nearest_target(sequences: Sequences, networks: Sequence[Network], extractor: Network) -> Sequences | None:
@@ -136,12 +153,32 @@ def nearest_target(sequences: Sequences, networks: Sequence[Network], extractor:
     seen = {network.name: network.look_at_patches(extractor.patches, candidates) for network in networks}
     own = sequences.seen[extractor.name].features[:, 0]
     nearest = cdist(own, seen[extractor.name].features).argmin(1)
-    tissue = tissue_figures(extractor.patches.centre(candidates[nearest]).numpy())
-    return _still(sequences, "nearest real target", {name: s.at(nearest) for name, s in seen.items()}, tissue)
+    patches = extractor.patches.centre(candidates[nearest]).numpy()
+    images = {name: s.at(nearest) for name, s in seen.items()}
+    return _still(sequences, "nearest real target", images, tissue_figures(patches), patches, extractor)
 
 
-def _still(sequences: Sequences, name: str, images: dict[str, Seen], tissue: np.ndarray) -> Sequences:
-    """Sequences whose frames after the source are all the same image, given as (N, ...)."""
+def stain_transfer(sequences: Sequences, networks: Sequence[Network], reference: StainReference) -> Sequences:
+    """The baseline that changes nothing but colour: at every level the source in the stain of real targets."""
+    extractor = next(network for network in networks if network.use == "features")
+    parts = [sequences.sources[i : i + _BATCH] for i in range(0, len(sequences.sources), _BATCH)]
+    patches = np.concatenate(
+        [recolour(part, reference) for part in progress(parts, desc="stain transfer", leave=False)]
+    )
+    images = {network.name: network.look(patches, origin="recoloured sources") for network in networks}
+    return _still(sequences, "stain transfer", images, tissue_figures(patches), patches, extractor)
+
+
+def _still(
+    sequences: Sequences,
+    name: str,
+    images: dict[str, Seen],
+    tissue: np.ndarray,
+    patches: np.ndarray,
+    extractor: Network,
+) -> Sequences:
+    """Sequences whose frames after the source are all the same image: `patches` (N, 3, S, S) and what is known of
+    them, (N, ...)."""
     num = len(sequences.levels)
 
     def follow(first: np.ndarray, rest: np.ndarray) -> np.ndarray:
@@ -162,6 +199,10 @@ def _still(sequences: Sequences, name: str, images: dict[str, Seen], tissue: np.
         frame_levels=sequences.levels,
         seen=seen,
         tissue=follow(sequences.tissue, tissue),
+        structure=follow(
+            sequences.structure, extractor.structure(np.stack([sequences.sources, patches], axis=1))[:, 1]
+        ),
+        last=patches,
         nfe=None,
         gradients=None,
         cpu_seconds=None,

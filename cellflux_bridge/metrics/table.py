@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from cellflux_bridge.metrics.evaluate import Evaluation
+from cellflux_bridge.metrics.manifold import FIGURES as MANIFOLD
 from cellflux_bridge.metrics.panel import REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET, SCORE_WINDOW
 from cellflux_bridge.metrics.tissue import FIGURES
 from cellflux_bridge.metrics.values import Value
@@ -101,8 +102,30 @@ def _rows(evaluation: Evaluation, look: _Lookup) -> Iterator[_Row]:
             f"{kind} to real of the own {like}, guided / unguided: mean over levels; ratio of means",
             partial(look.both, quantities=[f"guidance_{key}_ratio", f"guidance_{key}_ratio_of_means"], by=extractor),
         )
+    for figure in MANIFOLD:
+        own = f"{figure} against real of the own {like}, mean over levels, {extractor}"
+        yield own, partial(look.mean, quantity=f"{figure}_own", by=extractor)
+        at_target = partial(look.at_end, quantity=f"{figure}_target", by=extractor)
+        yield f"{figure} of level 1 against real {evaluation.target}, {extractor}", at_target
     yield "way in features / straight", partial(look.text, quantity="path_over_straight", by=extractor)
     yield "largest step / mean step", partial(look.text, quantity="largest_over_mean_step", by=extractor)
+    for by in (*of["judge"], *of["features"]):
+        share = partial(look.at_end, quantity="stain_share", by=by)
+        yield f"share of the change at 1 that a stain transfer explains, {by}", share
+    yield "MS-SSIM of haematoxylin to own source at 1", partial(look.at_end, quantity="ms_ssim")
+    layers = partial(look.at_end, quantity="layer_distance", by=extractor)
+    yield f"distance to own source at 1, over layers, {extractor}", layers
+    for quantity, label in (
+        ("nearest_training_ratio", "nearest training patch at 1, distance over that of held-out real patches"),
+        ("nearest_training_closer", "chance to lie nearer to training than a held-out real patch, at 1"),
+    ):
+        yield f"{label}, {extractor}", partial(look.at_end, quantity=quantity, by=extractor)
+    copies = partial(look.text, quantity="near_copy_share", by=extractor)
+    yield f"share of frames nearer to training than all held-out real patches, {extractor}", copies
+    for by in (*of["judge"], *of["features"]):
+        cycle = partial(look.text, quantity="cycle_preservation", by=by)
+        yield f"there and back: distance to own source / to a random one, {by}", cycle
+    yield "there and back: MS-SSIM of haematoxylin", partial(look.text, quantity="cycle_ms_ssim")
     for quantity, label in (
         ("nfe", "network forwards a sequence"),
         ("gradients", "classifier gradients a sequence"),
@@ -126,9 +149,8 @@ def markdown(evaluation: Evaluation) -> str:
     look = _Lookup(evaluation)
     sequences = (*evaluation.methods, *evaluation.baselines)
     columns = {s.name: f"{s.name} (n = {len(s.source_ids)})" for s in sequences}
-    by = next(network.name for network in evaluation.networks if network.use == "features")
     for name, label in ((REAL_SOURCE, evaluation.source), (REAL_TARGET, evaluation.target)):
-        columns[name] = f"real {label} (n = {look.get(name, 'probability', None, by).n})"
+        columns[name] = f"real {label} (n = {look.get(name, FIGURES[0]).n})"
     rows = [[label, *(cell(name) for name in columns)] for label, cell in _rows(evaluation, look)]
     rows = [row for row in rows if any(row[1:])]
     lines = [f"# {evaluation.source} to {evaluation.target}, {evaluation.num_levels} levels", ""]
@@ -177,10 +199,13 @@ def _notes(evaluation: Evaluation, look: _Lookup) -> Iterator[str]:
     floors = [look.get(REAL_TARGET, f"{kind}_floor", None, by) for kind in ("kid", "frechet")]
     yield (
         f"- halves of the {floors[0].n} real {evaluation.target} patches, {by}: KID {_text(floors[0])}, "
-        f"Frechet distance {_text(floors[1])}"
+        f"Frechet distance {_text(floors[1])}, "
+        + ", ".join(f"{figure} {_text(look.get(REAL_TARGET, f'{figure}_floor', None, by))}" for figure in MANIFOLD)
     )
     for guided, unguided in evaluation.unguided.items():
         yield f"- {guided} is compared to {unguided}"
+    for warning in evaluation.warnings:
+        yield f"- **warning**: {warning}"
 
 
 def _differences(evaluation: Evaluation) -> Iterator[list[str]]:

@@ -1,0 +1,63 @@
+"""How long features and metrics of many images take, and the memory that they need at most."""
+
+import argparse
+import resource
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cellflux_bridge.classifier.model import PatchClassifier
+from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_floor
+from cellflux_bridge.metrics.manifold import manifold_floors, neighbourhoods
+from cellflux_bridge.metrics.memorisation import nearest
+from cellflux_bridge.metrics.networks import FORWARD
+from cellflux_bridge.metrics.panel import NUM_RESAMPLES, NUM_SUBSAMPLES
+from cellflux_bridge.metrics.resampling import estimate_mean
+from cellflux_bridge.training import classifier
+
+_CHUNK = 256
+
+
+def main(argv: Sequence[str]) -> None:
+    """Half of the images stand for frames, half for real patches."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model, rng = PatchClassifier(2).eval(), np.random.default_rng(0)
+    began, parts = time.perf_counter(), []
+    for start in range(0, args.images, _CHUNK):
+        shape = (min(_CHUNK, args.images - start), 3, args.size, args.size)
+        batch = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+        parts.append(classifier.features(model, batch, device=torch.device("cpu"), chunk=FORWARD))
+    features = np.concatenate(parts)
+    _tell("features", began)
+    frames, real = np.array_split(features, 2)
+    groups = np.arange(len(real))
+
+    def manifold() -> None:
+        for each in neighbourhoods(frames, real):
+            estimate_mean(each, np.arange(len(each)), num=NUM_RESAMPLES, generator=rng)
+
+    for name, work in (
+        ("KID with its interval", lambda: kid(frames, real, num_subsamples=NUM_SUBSAMPLES, generator=rng)),
+        ("KID's floor", lambda: kid_floor(real, groups, generator=rng)),
+        ("Frechet distance", lambda: frechet_distance(frames, real)),
+        ("precision, recall, density, coverage", manifold),
+        ("their floors", lambda: manifold_floors(real, groups, generator=rng)),
+        ("nearest training image", lambda: nearest(frames, real)),
+    ):
+        start = time.perf_counter()
+        work()
+        _tell(name, start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    _tell(f"all of {args.images} images of {args.size} px, peak {peak:.2f} GiB", began)
+
+
+def _tell(what: str, since: float) -> None:
+    print(f"{time.perf_counter() - since:8.1f} s  {what}", flush=True)

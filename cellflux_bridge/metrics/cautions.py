@@ -1,0 +1,56 @@
+"""What a reader must know before believing the figures, in plain words."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cellflux_bridge.metrics.values import Value
+
+# Under this many images the bias of a Frechet distance in 2,048 features is what its authors warn of.
+ENOUGH_FOR_FRECHET = 2048
+# The quantity's beginning -> what its value, and its interval, need.
+_NEEDS = {
+    "kid": "2 groups on either side, and 4 for an interval",
+    "frechet": "2 images on either side",
+    "precision": "4 real patches of different groups",
+    "recall": "4 frames and 4 real patches of different groups",
+    "density": "6 real patches of different groups",
+    "coverage": "6 real patches of different groups",
+    "ms_ssim": "frames of 11 px",
+}
+
+
+def cautions(values: Sequence[Value]) -> Iterator[str]:
+    """Warnings about figures: too few images, and none at all."""
+    frechet = [value for value in values if value.quantity.startswith("frechet_")]
+    counts = [min(value.n, value.n if value.n_real is None else value.n_real) for value in frechet]
+    if counts and min(counts) < ENOUGH_FOR_FRECHET:
+        yield (
+            f"Frechet distances rest on as few as {min(counts)} images: under {ENOUGH_FOR_FRECHET:,} their bias rules. "
+            "Read KID first, and compare only values of the same n."
+        )
+    for value in values:
+        if value.quantity == "near_copy_share" and value.level is None and value.trajectory:
+            by_chance = 1 / (value.n_real + 1)
+            if value.value > 2 * by_chance:
+                yield (
+                    f"{value.value:.1%} of the frames of {value.method} lie nearer to a training patch than any "
+                    f"held-out real patch does, about {by_chance:.1%} would by chance: look at the near copies."
+                )
+        if value.quantity == "stain_share" and value.level == 1 and value.trajectory and value.value > 0.5:
+            yield (
+                f"{value.value:.0%} of what {value.extractor} sees change in {value.method} a mere stain transfer "
+                "explains."
+            )
+    undefined: dict[tuple[str, str], list[Value]] = {}
+    for value in values:
+        if np.isnan(value.value) and value.quantity.split("_")[0] in {need.split("_")[0] for need in _NEEDS}:
+            undefined.setdefault((value.quantity, value.method), []).append(value)
+    for (quantity, method), found in undefined.items():
+        need = next(need for start, need in _NEEDS.items() if quantity.startswith(start))
+        levels = ", ".join(f"{value.level:g}" for value in found if value.level is not None)
+        against = "" if found[0].n_real is None else f" against {min(value.n_real for value in found)}"
+        yield (
+            f"{quantity} of {method}{f' at level {levels}' if levels else ''} is undefined: {found[0].n} images"
+            f"{against}; it needs {need}."
+        )

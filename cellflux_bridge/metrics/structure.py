@@ -1,0 +1,86 @@
+"""What of a source's structure a frame keeps: MS-SSIM of its haematoxylin, and a distance over a network's layers.
+
+Images are uint8 RGB; sequences (N, L, 3, H, W) are compared to their first frame.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as multiscale_ssim
+
+from cellflux_bridge.stain import StainReference, concentrations, normalise
+
+FIGURES = ("ms_ssim", "layer_distance")
+# Weights of the scales, finest first (Wang, Simoncelli & Bovik 2003), and the side of the window.
+_SCALE_WEIGHTS, _WINDOW = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 11
+# Concentration, in natural units of optical density, that counts as black.
+_DARKEST = 2.0
+_CHUNK = 64
+
+
+def num_scales(size: int) -> int:
+    """How many of the five scales images of a side have room for; 0 below the window's 11 pixels."""
+    # The second bound is torchmetrics' own.
+    fits = [min(size // 2**scale, size // max(1, scale) ** 2) >= _WINDOW for scale in range(len(_SCALE_WEIGHTS))]
+    return sum(fits)
+
+
+def haematoxylin_ms_ssim(frames: np.ndarray) -> np.ndarray:
+    """MS-SSIM of every frame's haematoxylin to the first one's, (N, L) in [0, 1]; NaN under 11 px.
+
+    Concentrations are those of fixed stain vectors, clipped at 2. Small images have fewer than five scales (32 px two,
+    64 px three), whose weights are made to sum to 1: values of different sizes do not compare.
+    """
+    num, length, _, *size = frames.shape
+    scales = num_scales(min(size))
+    if scales == 0:
+        return np.full((num, length), np.nan)
+    weights = np.array(_SCALE_WEIGHTS[:scales]) / sum(_SCALE_WEIGHTS[:scales])
+    result = np.empty((num, length), np.float32)
+    for n, sequence in enumerate(frames):
+        stained = concentrations(sequence.transpose(0, 2, 3, 1))[..., 0]
+        x = torch.from_numpy(np.clip(stained / _DARKEST, 0, 1))[:, None].float()
+        first = x[:1].expand_as(x)
+        # A negative contrast term has no root: it counts as no similarity.
+        options = {"data_range": 1.0, "betas": tuple(weights.tolist()), "normalize": "relu", "reduction": "none"}
+        result[n] = multiscale_ssim(x, first, **options).numpy()
+    return result
+
+
+def layer_distance(frames: np.ndarray, maps: Callable[[torch.Tensor], list[torch.Tensor]]) -> np.ndarray:
+    """Distance of every frame to the first one over the layers of a network, (N, L) >= 0.
+
+    `maps` gives, of a batch (B, 3, H, W), feature maps (B, C, h, w) of every layer. As LPIPS without its learned
+    weights (Zhang et al. 2018, eq. 1): features of unit length at every place, squared distances averaged over places
+    and over layers.
+    """
+    num, length = frames.shape[:2]
+    step, parts = max(1, _CHUNK // length), []
+    for start in range(0, num, step):
+        chunk = torch.from_numpy(np.ascontiguousarray(frames[start : start + step]))
+        total, layers = 0.0, maps(chunk.flatten(0, 1))
+        for layer in layers:
+            unit = F.normalize(layer, dim=1, eps=1e-8).unflatten(0, (len(chunk), length))
+            total = total + (unit - unit[:, :1]).square().sum(2).mean((2, 3))
+        parts.append((total / len(layers)).numpy())
+    return np.concatenate(parts)
+
+
+def recolour(patches: np.ndarray, reference: StainReference) -> np.ndarray:
+    """Patches (N, 3, H, W) with the stain of `reference`: what a change of colour alone can do."""
+    return np.stack([normalise(patch, reference) for patch in patches.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2)
+
+
+def stain_share(features: np.ndarray, recoloured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squared feature change from the first frame on (N, K), and the part of it (N, K) that a stain transfer explains.
+
+    `features` (N, K+1, D) of sequences, `recoloured` (N, D) of their first frames after the transfer. That part lies
+    along the way that the transfer moves the same source, however far: the best multiple >= 0 of it.
+    """
+    change = (features[:, 1:] - features[:, :1]).astype(np.float64)
+    stain = recoloured.astype(np.float64) - features[:, 0]
+    stain /= np.maximum(np.linalg.norm(stain, axis=1, keepdims=True), 1e-12)
+    along = np.maximum(np.einsum("nkd,nd->nk", change, stain), 0)
+    return (change**2).sum(2), along**2
