@@ -91,7 +91,7 @@ class Pilot:
             self._known[self._key(settings)] = from_rank_zero(self._fabric, lambda: self._measured(settings))
 
     def _key(self, settings: TranslateConfig) -> tuple:
-        guides = self._guides.named(settings.guidance, sees="image")
+        guides = (*settings.guidance.guides, *self._guides.named(settings.guidance, sees="image"))
         return (settings.source, settings.target, settings.solver, settings.steps, settings.guidance_scale, *guides)
 
     def _measured(self, settings: TranslateConfig) -> Measured:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from cellflux_bridge.config import Config, TranslateConfig, load_config
+from cellflux_bridge.config import Config, GuidanceConfig, TranslateConfig, load_config
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.pilot import Pilot
 from cellflux_bridge.training.loop import from_rank_zero
@@ -152,6 +152,13 @@ def test_another_network_guide_or_setting_is_measured_anew(pilot, config, other,
     again.told(SETTINGS.model_copy(update=change), LEVELS)
     assert len(again.progressions) == 1
     assert len(kept(config)) == 2
+
+
+def test_guides_of_one_name_in_two_folders_are_two(pilot):
+    one, powers = pilot(), {Path("a/guide_rgb"): 2.0, Path("b/guide_rgb"): 4.0}
+    one._guides.load = lambda guidance, *, sees: [Guide(powers[guidance.guides[0]])]
+    both = [SETTINGS.model_copy(update={"guidance": GuidanceConfig(guides=[path])}) for path in powers]
+    assert not torch.equal(*(one.told(settings, LEVELS) for settings in both))
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
