@@ -28,9 +28,9 @@ from cellflux_bridge.metrics.fidelity import (
     require_finite,
 )
 from cellflux_bridge.metrics.networks import load_networks
-from cellflux_bridge.metrics.resampling import bootstrap, estimate, half_splits, paired_difference
 from cellflux_bridge.metrics.sequences import choose_frames
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
+from cellflux_bridge.resampling import bootstrap, estimate, half_splits, paired_difference
 from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
 from cellflux_bridge.training import checkpoint, classifier
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels

@@ -6,10 +6,10 @@ from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level
 from cellflux_bridge.metrics.networks import Network
 from cellflux_bridge.metrics.panel import NUM_SUBSAMPLES, Panel
-from cellflux_bridge.metrics.resampling import Estimate, Resamples, estimate
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.tissue import FIGURES
 from cellflux_bridge.metrics.values import Subject, Values
+from cellflux_bridge.resampling import Estimate, Resamples, estimate
 
 _NUM_OTHERS = 256
 

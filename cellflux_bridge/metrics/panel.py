@@ -7,10 +7,10 @@ import numpy as np
 
 from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
 from cellflux_bridge.metrics.networks import Network, RealPatches, Seen
-from cellflux_bridge.metrics.resampling import Estimate, Resamples, bootstrap, estimate
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
 from cellflux_bridge.metrics.values import Subject, Values
 from cellflux_bridge.randomness import numpy_generator
+from cellflux_bridge.resampling import Estimate, Resamples, bootstrap, estimate
 
 NUM_RESAMPLES, NUM_SUBSAMPLES = 1000, 100
 # A real patch is of a level where its score lies this near.
