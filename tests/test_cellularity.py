@@ -247,13 +247,9 @@ def test_annotated_cellularity(tmp_path, capsys):
 
 
 def test_a_folder_becomes_a_table_whatever_the_number_of_processes(tmp_path):
+    (tmp_path / "in").mkdir()
     for number, step in enumerate((24, 32, 48)):
-        write_png(
-            tmp_path / "in" / f"{number}.png"
-            if (tmp_path / "in").mkdir(exist_ok=True)
-            else tmp_path / "in" / f"{number}.png",
-            discs(lattice(step))[0],
-        )
+        write_png(tmp_path / "in" / f"{number}.png", discs(lattice(step))[0])
     write_png(tmp_path / "in" / "tiny.png", discs(lattice(8), radius=2)[0])
     tables = []
     for workers in ("1", "2"):
@@ -273,8 +269,8 @@ def test_a_grey_file_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"grey\.png: a grey image"):
         main(["cellularity", "--images", str(tmp_path), "--output", str(tmp_path / "o.csv"), "--workers", "1"])
     assert not (tmp_path / "o.csv").exists()
+    (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit, match="holds no images"):
-        (tmp_path / "none").mkdir()
         main(["cellularity", "--images", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="expected trajectories or one of"):
         main(["cellularity", str(tmp_path), "--images", str(tmp_path)])

@@ -14,7 +14,7 @@ from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import read_rgb
 from cellflux_bridge.progress import progress
-from cellflux_bridge.trajectory import load_trajectory, read_header
+from cellflux_bridge.trajectory import read_header
 
 _CHUNK = 64
 _Real = tuple[Iterator[np.ndarray], list[str]]

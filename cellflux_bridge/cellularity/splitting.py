@@ -42,7 +42,9 @@ def split(
     markers, num = ndimage.label(peaks, structure=np.ones((3, 3)))
     if num == 0:
         return np.zeros(mask.shape, np.int32)
-    return _merge(watershed(-height, markers, mask=mask), height, num, split_depth=split_depth, neck_power=neck_power)
+    top = np.zeros(num + 1)
+    top[markers[peaks]] = height[peaks]
+    return _merge(watershed(-height, markers, mask=mask), height, top, split_depth=split_depth, neck_power=neck_power)
 
 
 def _borders(basins: np.ndarray, height: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -64,15 +66,14 @@ def _borders(basins: np.ndarray, height: np.ndarray, num: int) -> tuple[np.ndarr
     return key[starts] // (num + 1), key[starts] % (num + 1), over[starts], length
 
 
-def _merge(basins: np.ndarray, height: np.ndarray, num: int, *, split_depth: float, neck_power: float) -> np.ndarray:
-    """Join basins, the highest pass first; a joined basin has the higher peak of the two."""
+def _merge(basins: np.ndarray, height: np.ndarray, top: np.ndarray, *, split_depth: float, neck_power: float) -> np.ndarray:
+    """Join basins with peaks of height `top` (num + 1,), the highest pass first; the higher peak is the joined one's."""
+    num = len(top) - 1
     first, second, over, length = _borders(basins, height, num)
     area = np.bincount(basins.ravel(), minlength=num + 1)
-    peak = np.full(num + 1, -np.inf)
-    np.maximum.at(peak, basins.ravel(), height.ravel())
     diameter = 2 * np.sqrt(np.maximum(np.minimum(area[first], area[second]), 1) / np.pi)
     tolerance = split_depth * (length / diameter) ** neck_power
-    root, peak = list(range(num + 1)), peak.tolist()
+    root, peak = list(range(num + 1)), top.tolist()
 
     def find(label: int) -> int:
         while root[label] != label:
