@@ -27,7 +27,6 @@ _LEAST_ANGLE = 10.0
 _GREY, _DARK, _GREENER = 3.0, 50.0, 8.0
 # Absorption below which nothing is stained: glass, whose noise must not be thresholded.
 _LEAST_CONTRAST = 0.06
-_LEAST_HALVED = 4.0  # px, radius from which the first splitting sees every other pixel
 _RADII = (2.0, 40.0)  # px, between which a nuclear radius is sought
 _RADII_UM = (1.5, 12.0)  # microns, where microns per pixel are known
 
@@ -120,11 +119,6 @@ class _Ground:
     background: float
     contrast: float
 
-    def every(self, step: int) -> "_Ground":
-        """The same at every `step`th pixel."""
-        maps = (each[::step, ::step] for each in (self.absorption, self.mask, self.distance / np.float32(step)))
-        return _Ground(*maps, self.background, self.contrast)
-
 
 def _threshold(absorption: np.ndarray, sigma: float, share: float) -> _Ground | None:
     """None where nothing stands out."""
@@ -160,10 +154,8 @@ def segment(rgb: np.ndarray, *, mpp: float | None = None, parameters: Parameters
     density = density / max(float(stained.mean() - density[~ground.mask].mean()), 0.05)
     # The mean distance to the edge is a third of a disc's radius.
     radius = float(np.clip(parameters.first_scale * 3 * ground.distance[ground.mask].mean(), *radii))
-    # Half the resolution tells the scale of larger nuclei as well, in a quarter of the time.
-    step = 2 if radius >= _LEAST_HALVED else 1
-    labels = _split(ground.every(step), density[::step, ::step], radius / step, parameters)
-    areas = np.sort(np.bincount(labels.ravel())[1:]) * step**2
+    labels = _split(ground, density, radius, parameters)
+    areas = np.sort(np.bincount(labels.ravel())[1:])
     if not areas.any():
         return nothing
     middle = areas[np.searchsorted(np.cumsum(areas), parameters.scale_quantile * areas.sum())]

@@ -66,7 +66,9 @@ def _borders(basins: np.ndarray, height: np.ndarray, num: int) -> tuple[np.ndarr
     return key[starts] // (num + 1), key[starts] % (num + 1), over[starts], length
 
 
-def _merge(basins: np.ndarray, height: np.ndarray, top: np.ndarray, *, split_depth: float, neck_power: float) -> np.ndarray:
+def _merge(
+    basins: np.ndarray, height: np.ndarray, top: np.ndarray, *, split_depth: float, neck_power: float
+) -> np.ndarray:
     """Join basins with peaks of height `top` (num + 1,), the highest pass first; the higher peak is the joined one's."""
     num = len(top) - 1
     first, second, over, length = _borders(basins, height, num)
