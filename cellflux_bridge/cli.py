@@ -319,6 +319,11 @@ def cellularity_command(args: argparse.Namespace) -> None:
         raise UserError(f"expected trajectories or one of {', '.join(other)}; given: {', '.join(asked) or 'nothing'}")
     parameters = Parameters(stains=args.stains)
     if args.config is None:
+        for flag, given in (("--real-source", args.real_source), ("--real-target", args.real_target)):
+            if given is not None:
+                raise UserError(f"{flag}: goes with trajectories, not with {asked[0]}")
+        if args.output is not None and args.images is None:
+            raise UserError(f"--output: {asked[0]} prints its figures and writes nothing")
         _cellularity_of_images(args, parameters)
         return
     from cellflux_bridge.cellularity.along import along_trajectories
@@ -362,12 +367,14 @@ def _cellularity_of_images(args: argparse.Namespace, parameters) -> None:
             print(f"{too_small} images: nuclei under {counting.MIN_PIXELS:g} px, counts are left out")
         print(f"wrote: {output}")
     elif args.annotated is not None:
-        found = validation.agree(args.annotated, parameters=parameters, workers=args.workers)
+        found = validation.agree(args.annotated, mpp=args.mpp, parameters=parameters, workers=args.workers)
         print(f"{args.annotated}: {found.n} images")
         for name, one in zip(found._fields[1:], found[1:], strict=True):
             print(f"  {name:<20} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]")
     else:
-        _, groups, compared = validation.score_label_maps(args.label_maps, parameters=parameters, workers=args.workers)
+        _, groups, compared = validation.score_label_maps(
+            args.label_maps, mpp=args.mpp, parameters=parameters, workers=args.workers
+        )
         for group in ["all", *(sorted(set(groups)) if len(set(groups)) > 1 else [])]:
             chosen = [one for one, of in zip(compared, groups, strict=True) if group in ("all", of)]
             values = validation.score(chosen)._asdict().items()

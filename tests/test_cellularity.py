@@ -70,7 +70,7 @@ def test_touching_discs_are_split_at_every_magnification(radius):
 def test_a_long_nucleus_stays_whole():
     density = np.full((96, 96), 0.05)
     for row in (24, 72):
-        density[ellipse(row, 48, 7, 26)] = 1.2
+        density[ellipse(row, 48, 7, 18)] = 1.2
     assert segment(stained(density)).max() == 2
 
 
@@ -274,6 +274,10 @@ def test_a_grey_file_is_named(tmp_path):
         main(["cellularity", "--images", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="expected trajectories or one of"):
         main(["cellularity", str(tmp_path), "--images", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--output: --annotated prints"):
+        main(["cellularity", "--annotated", "t.csv", "--output", "x.csv"])
+    with pytest.raises(SystemExit, match="--real-source: goes with trajectories"):
+        main(["cellularity", "--images", str(tmp_path), "--real-source", str(tmp_path)])
 
 
 # Along trajectories

@@ -69,7 +69,7 @@ def _borders(basins: np.ndarray, height: np.ndarray, num: int) -> tuple[np.ndarr
 def _merge(
     basins: np.ndarray, height: np.ndarray, top: np.ndarray, *, split_depth: float, neck_power: float
 ) -> np.ndarray:
-    """Join basins with peaks of height `top` (num + 1,), the highest pass first; the higher peak is the joined one's."""
+    """Join basins with peaks of height `top` (num + 1,), highest pass first; the higher peak is the joined one's."""
     num = len(top) - 1
     first, second, over, length = _borders(basins, height, num)
     area = np.bincount(basins.ravel(), minlength=num + 1)

@@ -73,16 +73,16 @@ def score(compared: Sequence[Compared]) -> Scores:
     )
 
 
-def _compare_file(pair: tuple[Path, Path], *, parameters: Parameters) -> Compared:
+def _compare_file(pair: tuple[Path, Path], *, mpp: float | None, parameters: Parameters) -> Compared:
     image, labels = pair
     rgb, truth = read_rgb(image), np.asarray(Image.open(labels))
     if truth.shape != rgb.shape[:2]:
         raise UserError(f"{labels}: a label map of {truth.shape}, its image has {rgb.shape[:2]}")
-    return compare(truth, segment(rgb, parameters=parameters))
+    return compare(truth, segment(rgb, mpp=mpp, parameters=parameters))
 
 
 def score_label_maps(
-    folder: Path, *, parameters: Parameters, workers: int = 0
+    folder: Path, *, mpp: float | None = None, parameters: Parameters, workers: int = 0
 ) -> tuple[list[str], list[str], list[Compared]]:
     """Compare every image of `folder`/images with the label map of its name in `folder`/labels (PNG, 0 background).
 
@@ -94,7 +94,7 @@ def score_label_maps(
     missing = [labels for _, labels in pairs if not labels.exists()]
     if missing:
         raise UserError(f"{missing[0]}: no such label map ({len(missing)} of {len(pairs)} images have none)")
-    work = in_processes(partial(_compare_file, parameters=parameters), pairs, workers=workers)
+    work = in_processes(partial(_compare_file, mpp=mpp, parameters=parameters), pairs, workers=workers)
     compared = list(progress(work, total=len(pairs), desc="label maps", unit="image"))
     names = [image.stem for image in images]
     groups = _groups(folder / "index.csv")
@@ -138,7 +138,9 @@ def read_annotated(table: Path) -> Iterator[tuple[Path, float]]:
         yield table.parent / row["path"], value
 
 
-def agree(table: Path, *, parameters: Parameters, seed: int = 0, workers: int = 0) -> Agreement:
+def agree(
+    table: Path, *, mpp: float | None = None, parameters: Parameters, seed: int = 0, workers: int = 0
+) -> Agreement:
     """Nuclear area fraction against annotated cellularity, as BreastPathQ is validated.
 
     Correlations are the figure to read: annotators estimate the share of tumour, which no count of all nuclei can
@@ -147,7 +149,7 @@ def agree(table: Path, *, parameters: Parameters, seed: int = 0, workers: int = 
     rows = list(read_annotated(table))
     if len(rows) < 3:
         raise UserError(f"{table}: {len(rows)} images; a correlation needs at least 3")
-    counted = count_images([path for path, _ in rows], mpp=None, parameters=parameters, workers=workers)
+    counted = count_images([path for path, _ in rows], mpp=mpp, parameters=parameters, workers=workers)
     found = np.array([row["area_fraction"] for row in progress(counted, total=len(rows), desc="nuclei", unit="image")])
     truth = np.array([value for _, value in rows])
     resamples = bootstrap(np.arange(len(rows)), num=1000, generator=numpy_generator(seed, "annotated"))
