@@ -301,6 +301,83 @@ def evaluate_command(args: argparse.Namespace) -> None:
         print(f"wrote: {path}")
 
 
+def cellularity_command(args: argparse.Namespace) -> None:
+    """cellularity TRAJECTORY_OR_RUN ...: count nuclei along the levels, beside real patches of both classes.
+
+    With --images, --annotated or --label-maps: of a folder's images, against annotated cellularity, or label maps.
+    """
+    from cellflux_bridge.cellularity.nuclei import Parameters
+
+    if args.mpp is not None and not args.mpp > 0:
+        raise UserError(f"--mpp {args.mpp}: expected microns per pixel, above 0")
+    other = {"--images": args.images, "--annotated": args.annotated, "--label-maps": args.label_maps}
+    asked = [flag for flag, given in other.items() if given is not None]
+    if len(asked) + (args.config is not None) != 1:
+        raise UserError(f"expected trajectories or one of {', '.join(other)}; given: {', '.join(asked) or 'nothing'}")
+    parameters = Parameters(stains=args.stains)
+    if args.config is None:
+        for flag, given in (("--real-source", args.real_source), ("--real-target", args.real_target)):
+            if given is not None:
+                raise UserError(f"{flag}: goes with trajectories, not with {asked[0]}")
+        if args.output is not None and args.images is None:
+            raise UserError(f"--output: {asked[0]} prints its figures and writes nothing")
+        _cellularity_of_images(args, parameters)
+        return
+    from cellflux_bridge.cellularity.along import along_trajectories
+    from cellflux_bridge.cellularity.results import summary, write_results
+
+    overrides = [text for text in args.overrides if "=" in text]
+    folders = [_trajectory(text) for text in (args.config, *args.overrides) if text not in overrides]
+    if (args.real_source is None) != (args.real_target is None):
+        raise UserError("--real-source and --real-target: give both folders, or neither")
+    patches = None
+    if args.real_source is None and (folders[0] / "config.yaml").exists():
+        from cellflux_bridge.data.patches import load_patches
+
+        config = _config(str(folders[0]), overrides)
+        patches = load_patches(config.data, seed=config.seed)
+    elif overrides:
+        raise UserError(f"{overrides[0]}: the trajectory has no configuration to override, or real folders are given")
+    content = along_trajectories(
+        folders,
+        patches=patches,
+        real_folders=None if args.real_source is None else (args.real_source, args.real_target),
+        mpp=args.mpp,
+        parameters=parameters,
+        workers=args.workers,
+    )
+    files = write_results(content, args.output or folders[0] / "cellularity.json")
+    print(summary(content))
+    for path in files:
+        print(f"wrote: {path}")
+
+
+def _cellularity_of_images(args: argparse.Namespace, parameters) -> None:
+    from cellflux_bridge.cellularity import counting, validation
+
+    if args.images is not None:
+        output = args.output or args.images.with_name(f"{args.images.name}_nuclei.csv")
+        too_small = counting.write_counts(
+            args.images, output, mpp=args.mpp, parameters=parameters, workers=args.workers
+        )
+        if too_small:
+            print(f"{too_small} images: nuclei under {counting.MIN_PIXELS:g} px, counts are left out")
+        print(f"wrote: {output}")
+    elif args.annotated is not None:
+        found = validation.agree(args.annotated, mpp=args.mpp, parameters=parameters, workers=args.workers)
+        print(f"{args.annotated}: {found.n} images")
+        for name, one in zip(found._fields[1:], found[1:], strict=True):
+            print(f"  {name:<20} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]")
+    else:
+        _, groups, compared = validation.score_label_maps(
+            args.label_maps, mpp=args.mpp, parameters=parameters, workers=args.workers
+        )
+        for group in ["all", *(sorted(set(groups)) if len(set(groups)) > 1 else [])]:
+            chosen = [one for one, of in zip(compared, groups, strict=True) if group in ("all", of)]
+            values = validation.score(chosen)._asdict().items()
+            print(f"{group}: " + "  ".join(f"{name} {value:.4g}" for name, value in values))
+
+
 def video_command(args: argparse.Namespace) -> None:
     """video TRAJECTORY_OR_RUN: write mp4, WebP, GIF or strip of the sequences."""
     from pydantic import ValidationError
@@ -372,6 +449,22 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
         ],
         None,
     ),
+    "cellularity": (
+        cellularity_command,
+        "TRAJECTORY_OR_RUN",
+        [
+            ("--output", {"type": Path, "help": "cellularity.json to write, .csv beside it; a CSV with --images"}),
+            ("--real-source", {"type": Path, "metavar": "FOLDER", "help": "real source patches, of the frames' scale"}),
+            ("--real-target", {"type": Path, "metavar": "FOLDER", "help": "real target patches, of the frames' scale"}),
+            ("--images", {"type": Path, "metavar": "FOLDER", "help": "count in a folder's images instead"}),
+            ("--annotated", {"type": Path, "metavar": "CSV", "help": "columns path, cellularity: how well they agree"}),
+            ("--label-maps", {"type": Path, "metavar": "FOLDER", "help": "images/ and labels/: how well nuclei match"}),
+            ("--mpp", {"type": float, "help": "microns per pixel of the images that are counted"}),
+            ("--stains", {"default": "red", "help": "red (the red channel's absorption), ruifrok or macenko"}),
+            ("--workers", {"type": int, "default": 0, "help": "processes (0: one a core)"}),
+        ],
+        None,
+    ),
     "video": (video_command, "TRAJECTORY_OR_RUN", [_OUTPUT], None),
 }
 
@@ -411,7 +504,8 @@ def _parse(argv: Sequence[str]) -> tuple[Callable, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog=f"cellflux-bridge {argv[0]}", description=function.__doc__)
     if second is not None:
         parser.add_argument("action", choices=[second])
-    parser.add_argument("config", metavar=positional)
+    optional = {"nargs": "?"} if function is cellularity_command else {}
+    parser.add_argument("config", metavar=positional, **optional)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
     for flag, options in flags:
         parser.add_argument(flag, **options)

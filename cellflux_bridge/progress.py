@@ -1,9 +1,11 @@
 """Work over many images, under bars that stay readable in a terminal and in a log file alike."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
@@ -25,3 +27,24 @@ def threaded(work: Callable[[Any], Any], items: Sequence, *, workers: int = 0, d
         slabs = (items[start : start + _SLAB] for start in range(0, len(items), _SLAB))
         results = (result for slab in slabs for result in pool.map(work, slab))
         return list(progress(results, total=len(items), desc=desc, unit="image"))
+
+
+def in_processes(work: Callable[[Any], Any], items: Iterable, *, workers: int = 0, slab: int = _SLAB) -> Iterator:
+    """`work` of every item, in order, by `workers` processes (0: one a core; with 1 it happens in this one).
+
+    `items` may be a generator: at most `slab` of them are held at a time. Workers leave Ctrl-C to this process, which
+    then takes back what they have not begun.
+    """
+    workers = workers or os.cpu_count() or 1
+    if workers == 1:
+        yield from map(work, items)
+        return
+    items = iter(items)
+    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with pool:
+        try:
+            while part := list(islice(items, slab)):
+                yield from pool.map(work, part, chunksize=max(1, min(16, len(part) // (4 * workers))))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

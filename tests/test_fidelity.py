@@ -10,8 +10,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from cellflux_bridge.metrics.cautions import cautions
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.manifold import FIGURES, manifold_floors, neighbourhoods
-from cellflux_bridge.metrics.resampling import bootstrap, estimate, estimate_mean, half_splits
 from cellflux_bridge.metrics.values import Value
+from cellflux_bridge.resampling import bootstrap, estimate, estimate_mean, half_splits
 
 
 class Features(torch.nn.Module):

@@ -32,12 +32,12 @@ from cellflux_bridge.metrics.fidelity import (
     require_finite,
 )
 from cellflux_bridge.metrics.networks import load_networks
-from cellflux_bridge.metrics.resampling import bootstrap, estimate, half_splits, paired_difference
 from cellflux_bridge.metrics.results import as_json, require_same_extractors
 from cellflux_bridge.metrics.sequences import choose_frames
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour
 from cellflux_bridge.metrics.table import markdown
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
+from cellflux_bridge.resampling import bootstrap, estimate, half_splits, paired_difference
 from cellflux_bridge.stain import RUIFROK_HE, fit_reference, from_optical_density
 from cellflux_bridge.training import checkpoint, classifier
 from cellflux_bridge.trajectory import (

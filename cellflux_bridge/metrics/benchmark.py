@@ -14,7 +14,7 @@ from cellflux_bridge.metrics.manifold import manifold_floors, neighbourhoods
 from cellflux_bridge.metrics.memorisation import nearest
 from cellflux_bridge.metrics.networks import FORWARD
 from cellflux_bridge.metrics.panel import NUM_RESAMPLES, NUM_SUBSAMPLES
-from cellflux_bridge.metrics.resampling import estimate_mean
+from cellflux_bridge.resampling import estimate_mean
 from cellflux_bridge.training import classifier
 
 _CHUNK = 256

@@ -8,10 +8,10 @@ import numpy as np
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.figures import source_distances, subject
 from cellflux_bridge.metrics.panel import Panel
-from cellflux_bridge.metrics.resampling import estimate
 from cellflux_bridge.metrics.sequences import Sequences, collect
 from cellflux_bridge.metrics.structure import FIGURES
 from cellflux_bridge.metrics.values import Values
+from cellflux_bridge.resampling import estimate
 from cellflux_bridge.trajectory import read_header
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.metrics.resampling import COVERAGE, Estimate, half_splits
+from cellflux_bridge.resampling import COVERAGE, Estimate, half_splits
 
 _BLOCK = 1024
 

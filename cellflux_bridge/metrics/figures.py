@@ -8,12 +8,12 @@ from cellflux_bridge.metrics.manifold import neighbourhoods
 from cellflux_bridge.metrics.memorisation import Memory, NearCopy
 from cellflux_bridge.metrics.networks import Network
 from cellflux_bridge.metrics.panel import NUM_SUBSAMPLES, Panel
-from cellflux_bridge.metrics.resampling import Estimate, Resamples, estimate
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.structure import FIGURES as STRUCTURE
 from cellflux_bridge.metrics.structure import stain_share
 from cellflux_bridge.metrics.tissue import FIGURES
 from cellflux_bridge.metrics.values import Subject, Values
+from cellflux_bridge.resampling import Estimate, Resamples, estimate
 
 _NUM_OTHERS = 256
 

@@ -9,11 +9,11 @@ from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
 from cellflux_bridge.metrics.manifold import manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
 from cellflux_bridge.metrics.networks import Network, RealPatches, Seen
-from cellflux_bridge.metrics.resampling import Estimate, Resamples, bootstrap, estimate, estimate_mean
 from cellflux_bridge.metrics.structure import FIGURES as STRUCTURE
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
 from cellflux_bridge.metrics.values import Subject, Values
 from cellflux_bridge.randomness import numpy_generator
+from cellflux_bridge.resampling import Estimate, Resamples, bootstrap, estimate, estimate_mean
 from cellflux_bridge.stain import StainReference, fit_reference
 
 NUM_RESAMPLES, NUM_SUBSAMPLES = 1000, 100

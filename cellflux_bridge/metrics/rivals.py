@@ -8,9 +8,9 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.figures import own_distances, source_distances, subject
 from cellflux_bridge.metrics.panel import Panel
-from cellflux_bridge.metrics.resampling import Estimate, Paired, paired_difference
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.values import Values
+from cellflux_bridge.resampling import Estimate, Paired, paired_difference
 
 
 class Difference(NamedTuple):

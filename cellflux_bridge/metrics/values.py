@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cellflux_bridge.metrics.networks import Network
-from cellflux_bridge.metrics.resampling import Estimate
+from cellflux_bridge.resampling import Estimate
 
 
 class Value(NamedTuple):

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import signal
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +15,7 @@ from cellflux_bridge.data.phantom import MIN_SIZE, make_phantom
 from cellflux_bridge.data.records import PatchRecord
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
-from cellflux_bridge.progress import progress
+from cellflux_bridge.progress import in_processes, progress
 from cellflux_bridge.randomness import derive_seed, numpy_generator
 
 _Count = Annotated[int, Field(ge=0)]
@@ -82,14 +80,8 @@ class Phantom(Folder):
         jobs = self._jobs(building)
         for folder in {job[0].parent for job in jobs}:
             folder.mkdir(parents=True)
-        # Workers leave Ctrl-C to this process, which then takes back what they have not begun.
-        with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-            try:
-                made = pool.map(_make_one, jobs, chunksize=16)
-                rows = list(progress(made, total=len(jobs), desc="making phantom tissue", unit="image"))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        made = in_processes(_make_one, jobs)
+        rows = list(progress(made, total=len(jobs), desc="making phantom tissue", unit="image"))
         _write_table(building / "manifest.csv", [row for row in rows if row["label"] != "range"], building)
         _write_table(building / "range" / "range.csv", [row for row in rows if row["label"] == "range"], building)
         (building / "phantom.json").write_text(json.dumps(self._settings) + "\n")

@@ -1,0 +1,84 @@
+"""Nuclei along trajectories and in the real patches that they are held against: the content of cellularity.json."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellflux_bridge.cellularity.counting import count_arrays, list_images
+from cellflux_bridge.cellularity.curves import Counted, curves_of, points
+from cellflux_bridge.cellularity.nuclei import Parameters
+from cellflux_bridge.cellularity.results import as_json
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.images import read_rgb
+from cellflux_bridge.progress import progress
+from cellflux_bridge.trajectory import read_header
+
+_CHUNK = 64
+_Real = tuple[Iterator[np.ndarray], list[str]]
+
+
+def _of_patches(patches: Patches, label: str) -> _Real:
+    """The middle test patches of a class, each a stack of one, and their groups."""
+    numbers = patches.indices("test", label)
+    if len(numbers) == 0:
+        raise UserError(
+            f"no real test patch of class {label!r}; set data.split.test, or give --real-source/--real-target"
+        )
+    chunks = (numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK))
+    images = (rgb[None] for part in chunks for rgb in patches.centre(part).permute(0, 2, 3, 1).numpy())
+    return images, [_group(patches, number) for number in numbers]
+
+
+def _group(patches: Patches, number: int) -> str:
+    return patches.group_names[patches.groups[number]]
+
+
+def _of_folder(folder: Path) -> _Real:
+    """The images of a folder, each a stack of one and a group of its own."""
+    files = list_images(folder)
+    return (read_rgb(file)[None] for file in files), [str(file) for file in files]
+
+
+def along_trajectories(
+    folders: Sequence[Path],
+    *,
+    patches: Patches | None = None,
+    real_folders: tuple[Path, Path] | None = None,
+    mpp: float | None = None,
+    parameters: Parameters | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """The content of cellularity.json of trajectory folders of one transition.
+
+    Real patches come from the test split of `patches`, which also tell the sources' groups, or from `real_folders`
+    (source, target), or are left out. Raises UserError for trajectories of two transitions, and for sources that are
+    grey or inverted: of frames that a network made, such ones are left out and told.
+    """
+    parameters = Parameters() if parameters is None else parameters
+    headers = [read_header(folder) for folder in folders]
+    source, target = headers[0].source, headers[0].target
+    for folder, header in zip(folders, headers, strict=True):
+        if (header.source, header.target) != (source, target):
+            raise UserError(f"{folder}: {header.source} -> {header.target}, but {folders[0]} is {source} -> {target}")
+    find: Callable[[str], _Real] | None = None
+    if real_folders is not None:
+        by_class = dict(zip((source, target), real_folders, strict=True))
+        find = lambda label: _of_folder(by_class[label])  # noqa: E731
+    elif patches is not None:
+        find = lambda label: _of_patches(patches, label)  # noqa: E731
+    groups = {} if patches is None else {id_: _group(patches, i) for i, id_ in enumerate(patches.ids)}
+    real = {}
+    for label in (source, target) if find is not None else ():
+        images, own = find(label)
+        counted = count_arrays(images, mpp=mpp, parameters=parameters, workers=workers)
+        rows = list(progress(counted, total=len(own), desc=f"nuclei of real {label}", unit="image"))
+        real[label] = Counted.of(rows, own)
+    pair = (real[source], real[target]) if real else None
+    options = {"mpp": mpp, "parameters": parameters, "seed": seed, "workers": workers}
+    curves = [curves_of(folder, groups, pair, **options) for folder in folders]
+    real_points = {label: points(counted, [None], seed=seed) for label, counted in real.items()}
+    return as_json(curves, real_points, mpp=mpp, parameters=parameters, seed=seed)

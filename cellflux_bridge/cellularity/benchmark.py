@@ -1,0 +1,42 @@
+"""How long nuclei take: one process, phantom tissue, so that the figure needs no data."""
+
+import time
+
+import numpy as np
+
+from cellflux_bridge.cellularity.measurement import measure
+from cellflux_bridge.cellularity.nuclei import segment
+from cellflux_bridge.data.phantom import make_phantom
+from cellflux_bridge.progress import progress
+
+# Height, width and how many images of that size.
+SIZES = ((32, 32, 200), (64, 64, 100), (256, 320, 20), (1024, 1024, 3), (4096, 4096, 1))
+
+
+def nuclei_times() -> list[dict[str, float]]:
+    """CPU milliseconds to find and to measure the nuclei of an image of each size, and how many nuclei it shows.
+
+    Larger images than 320 px are one phantom, laid side by side and mirrored.
+    """
+    rows = []
+    for height, width, num in progress(SIZES, desc="nuclei", unit="size"):
+        found, seconds = 0, 0.0
+        for number in range(num):
+            phantom = make_phantom((number + 0.5) / num, size=min(max(height, width), 320), seed=number).image
+            rows_over, columns_over = max(0, height - len(phantom)), max(0, width - len(phantom))
+            rgb = np.pad(phantom, ((0, rows_over), (0, columns_over), (0, 0)), mode="symmetric")[:height, :width]
+            start = time.process_time()
+            labels = segment(rgb)
+            measure(rgb, labels)
+            seconds += time.process_time() - start
+            found += int(labels.max())
+        milliseconds = 1000 * seconds / num
+        rows.append({"height": height, "width": width, "nuclei": found / num, "milliseconds": milliseconds})
+    return rows
+
+
+def main() -> None:
+    """Print the times as a Markdown table."""
+    print("| image | nuclei | CPU ms an image |\n| --- | --- | --- |")
+    for row in nuclei_times():
+        print(f"| {row['width']:.0f} x {row['height']:.0f} | {row['nuclei']:.0f} | {row['milliseconds']:.1f} |")

@@ -1,0 +1,166 @@
+"""How well the nuclei are found: against label maps, and against cellularity that people annotated."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy.stats import pearsonr, spearmanr
+
+from cellflux_bridge.cellularity.counting import count_images, list_images
+from cellflux_bridge.cellularity.nuclei import Parameters, segment
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.images import read_rgb
+from cellflux_bridge.progress import in_processes, progress
+from cellflux_bridge.randomness import numpy_generator
+from cellflux_bridge.resampling import Estimate, bootstrap, estimate
+
+
+class Compared(NamedTuple):
+    """One image's found label map against the true one; two nuclei match at an intersection over union above 0.5."""
+
+    num_true: int
+    num_found: int
+    num_matched: int
+    area_true: float
+    area_found: float
+
+
+class Scores(NamedTuple):
+    """Over n images: F1 of all nuclei together and the mean of the images' own; relative errors of the images' counts;
+    Pearson's correlation and mean absolute error of the area fractions."""
+
+    n: int
+    num_nuclei: int
+    f1: float
+    f1_of_images: float
+    count_error_median: float
+    count_error_mean: float
+    area_correlation: float
+    area_error_mean: float
+
+
+def compare(truth: np.ndarray, found: np.ndarray) -> Compared:
+    """Match the nuclei of two label maps (H, W), 0 background. Above a half, a nucleus has one match at most."""
+    true_ids, true = np.unique(truth, return_inverse=True)
+    found_ids, own = np.unique(found, return_inverse=True)
+    table = np.zeros((len(true_ids), len(found_ids)), np.int64)
+    np.add.at(table, (true.ravel(), own.ravel()), 1)
+    union = table.sum(1, keepdims=True) + table.sum(0) - table
+    matched = table / union > 0.5
+    matched = matched[np.ix_(true_ids > 0, found_ids > 0)]
+    return Compared(*matched.shape, int(matched.sum()), float((truth > 0).mean()), float((found > 0).mean()))
+
+
+def score(compared: Sequence[Compared]) -> Scores:
+    """The scores of some images, of which at least one shows nuclei; correlations of under three images are NaN."""
+    true, found, matched, area_true, area_found = np.array(compared, np.float64).T
+    shows = true > 0
+    errors = np.abs(found - true)[shows] / true[shows]
+    constant = len(compared) < 3 or min(np.ptp(area_true), np.ptp(area_found)) == 0
+    return Scores(
+        n=len(compared),
+        num_nuclei=int(true.sum()),
+        f1=float(2 * matched.sum() / (true.sum() + found.sum())),
+        f1_of_images=float(np.mean(2 * matched / np.maximum(true + found, 1))),
+        count_error_median=float(np.median(errors)),
+        count_error_mean=float(np.mean(errors)),
+        area_correlation=np.nan if constant else float(pearsonr(area_true, area_found).statistic),
+        area_error_mean=float(np.abs(area_found - area_true).mean()),
+    )
+
+
+def _compare_file(pair: tuple[Path, Path], *, mpp: float | None, parameters: Parameters) -> Compared:
+    image, labels = pair
+    rgb, truth = read_rgb(image), np.asarray(Image.open(labels))
+    if truth.shape != rgb.shape[:2]:
+        raise UserError(f"{labels}: a label map of {truth.shape}, its image has {rgb.shape[:2]}")
+    return compare(truth, segment(rgb, mpp=mpp, parameters=parameters))
+
+
+def score_label_maps(
+    folder: Path, *, mpp: float | None = None, parameters: Parameters, workers: int = 0
+) -> tuple[list[str], list[str], list[Compared]]:
+    """Compare every image of `folder`/images with the label map of its name in `folder`/labels (PNG, 0 background).
+
+    Returns the names, each one's group (column `group`, or one that ends in `_group`, of `folder`/index.csv by its
+    column `id`; "" without), and what was found.
+    """
+    images = list_images(folder / "images")
+    pairs = [(image, folder / "labels" / f"{image.stem}.png") for image in images]
+    missing = [labels for _, labels in pairs if not labels.exists()]
+    if missing:
+        raise UserError(f"{missing[0]}: no such label map ({len(missing)} of {len(pairs)} images have none)")
+    work = in_processes(partial(_compare_file, mpp=mpp, parameters=parameters), pairs, workers=workers)
+    compared = list(progress(work, total=len(pairs), desc="label maps", unit="image"))
+    names = [image.stem for image in images]
+    groups = _groups(folder / "index.csv")
+    return names, [groups.get(name, "") for name in names], compared
+
+
+def _groups(index: Path) -> dict[str, str]:
+    if not index.exists():
+        return {}
+    with open(index, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    column = next((name for name in (rows[0] if rows else {}) if name == "group" or name.endswith("_group")), None)
+    return {} if column is None else {row["id"]: row[column] for row in rows}
+
+
+class Agreement(NamedTuple):
+    """Of estimated with annotated cellularity over n images, with 95 % intervals over images."""
+
+    n: int
+    pearson: Estimate
+    spearman: Estimate
+    mean_absolute_error: Estimate
+
+
+def read_annotated(table: Path) -> Iterator[tuple[Path, float]]:
+    """The rows of a CSV with the columns path (relative to it) and cellularity in [0, 1]."""
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{table}: cannot be read ({error})") from error
+    if not rows or not {"path", "cellularity"} <= set(rows[0]):
+        raise UserError(f"{table}: expected the columns path and cellularity, and at least one row")
+    for number, row in enumerate(rows, start=2):
+        try:
+            value = float(row["cellularity"])
+        except (TypeError, ValueError):
+            value = np.nan
+        if not 0 <= value <= 1:
+            raise UserError(f"{table}, line {number}: cellularity {row['cellularity']!r}: expected 0 to 1")
+        yield table.parent / row["path"], value
+
+
+def agree(
+    table: Path, *, mpp: float | None = None, parameters: Parameters, seed: int = 0, workers: int = 0
+) -> Agreement:
+    """Nuclear area fraction against annotated cellularity, as BreastPathQ is validated.
+
+    Correlations are the figure to read: annotators estimate the share of tumour, which no count of all nuclei can
+    equal, so the mean absolute error also holds that difference of definition. UserError for fewer than three images.
+    """
+    rows = list(read_annotated(table))
+    if len(rows) < 3:
+        raise UserError(f"{table}: {len(rows)} images; a correlation needs at least 3")
+    counted = count_images([path for path, _ in rows], mpp=mpp, parameters=parameters, workers=workers)
+    found = np.array([row["area_fraction"] for row in progress(counted, total=len(rows), desc="nuclei", unit="image")])
+    truth = np.array([value for _, value in rows])
+    resamples = bootstrap(np.arange(len(rows)), num=1000, generator=numpy_generator(seed, "annotated"))
+    varied = resamples._replace(draws=[d for d in resamples.draws if min(np.ptp(truth[d]), np.ptp(found[d])) > 0])
+    if not varied.draws:
+        raise UserError(
+            f"{table}: all cellularities, or all that was found, are equal; a correlation needs them to vary"
+        )
+    return Agreement(
+        len(rows),
+        estimate(lambda i: pearsonr(truth[i], found[i]).statistic, varied),
+        estimate(lambda i: spearmanr(truth[i], found[i]).statistic, varied),
+        estimate(lambda i: np.abs(truth[i] - found[i]).mean(), resamples),
+    )

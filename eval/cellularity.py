@@ -1,0 +1,15 @@
+"""Count nuclei along trajectories, beside real patches; in a folder of images; or against annotations.
+
+python eval/cellularity.py runs/lung/trajectories/progression runs/lung/trajectories/path --output cellularity.json
+python eval/cellularity.py my/trajectory --real-source patches/benign --real-target patches/tumour --mpp 0.5
+python eval/cellularity.py --images patches/tumour --mpp 0.5 --output nuclei.csv
+python eval/cellularity.py --annotated breastpathq.csv
+python eval/cellularity.py --label-maps dsb2018_nuclei
+"""
+
+import sys
+
+from cellflux_bridge.cli import main
+
+if __name__ == "__main__":
+    main(["cellularity", *sys.argv[1:]])

@@ -1,0 +1,420 @@
+"""Nuclei: found where they are known, measured by definition, refused where nothing can be said; curves by hand."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.draw import ellipse
+from skimage.measure import regionprops
+
+from cellflux_bridge.cellularity import counting, curves, splitting, validation
+from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure, measure_all
+from cellflux_bridge.cellularity.nuclei import Parameters, haematoxylin, require_bright_field, segment
+from cellflux_bridge.cli import main
+from cellflux_bridge.data.phantom import make_phantom
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.images import write_png
+from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
+
+HEADER = TrajectoryHeader("progression", "A", "B", ("A", "B"), (0.0, 0.5, 1.0), "none")
+
+
+def stained(haematoxylin: np.ndarray, *, eosin: float = 0.3) -> np.ndarray:
+    """H&E of a haematoxylin map (H, W) on even eosin, RGB uint8."""
+    amounts = np.stack([haematoxylin, np.full(haematoxylin.shape, eosin)], axis=-1)
+    return from_optical_density(amounts @ RUIFROK_HE)
+
+
+def discs(centres, *, radius: int = 8, size: int = 96, darkness: float = 1.2) -> tuple[np.ndarray, np.ndarray]:
+    """An image of round nuclei, and its label map."""
+    labels = np.zeros((size, size), np.int32)
+    row, column = np.mgrid[:size, :size]
+    for number, (y, x) in enumerate(centres, start=1):
+        labels[(row - y) ** 2 + (column - x) ** 2 <= radius**2] = number
+    return stained(np.where(labels > 0, darkness, 0.05)), labels
+
+
+def lattice(step: int, *, size: int = 96) -> list[tuple[int, int]]:
+    return [(y, x) for y in range(step // 2, size, step) for x in range(step // 2, size, step)]
+
+
+# Finding
+
+
+@pytest.mark.parametrize("darkness", [0.35, 1.0, 2.5])
+def test_separate_discs_are_found_with_their_outlines_however_dark(darkness):
+    rgb, truth = discs(lattice(24), darkness=darkness)
+    found = segment(rgb)
+    assert found.dtype == np.int32
+    assert sorted(np.unique(found)) == list(range(len(lattice(24)) + 1))
+    compared = validation.compare(truth, found)
+    assert compared.num_matched == compared.num_true
+    assert compared.area_found == pytest.approx(compared.area_true, rel=0.1)
+
+
+@pytest.mark.parametrize("radius", [4, 8, 16])
+def test_touching_discs_are_split_at_every_magnification(radius):
+    size = 12 * radius
+    pairs = [(y + d, x) for y in (3 * radius, 9 * radius) for x in (3 * radius, 9 * radius) for d in (-0.9, 0.9)]
+    pairs = [(y + (radius - 1) * np.sign(y % 1 - 0.5), x) for y, x in pairs]  # 0.1 or 0.9 after the point: up or down
+    rgb, truth = discs(pairs, radius=radius, size=size)
+    compared = validation.compare(truth, segment(rgb))
+    assert compared.num_found == compared.num_true == 8
+    assert compared.num_matched == 8
+
+
+def test_a_long_nucleus_stays_whole():
+    density = np.full((96, 96), 0.05)
+    for row in (24, 72):
+        density[ellipse(row, 48, 7, 18)] = 1.2
+    assert segment(stained(density)).max() == 2
+
+
+def test_pale_nuclei_count_beside_dark_ones():
+    dark, pale = lattice(24)[::2], lattice(24)[1::2]
+    density = np.full((96, 96), 0.05)
+    for centres, amount in ((dark, 2.2), (pale, 0.9)):
+        density[discs(centres)[1] > 0] = amount
+    assert segment(stained(density)).max() == len(lattice(24))
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_nuclei_of_phantoms_of_every_severity_and_stain(size):
+    phantoms = [make_phantom(s, size=size, seed=n, stain_seed=50 + n) for n, s in enumerate(np.linspace(0, 1, 8))]
+    score = validation.score([validation.compare(p.labels, segment(p.image)) for p in phantoms])
+    assert score.count_error_median <= 0.08
+    assert score.f1 > 0.9
+    assert score.area_correlation > 0.98
+
+
+@pytest.mark.parametrize("stains", ["red", "ruifrok", "macenko"])
+def test_every_separation_finds_the_nuclei_and_not_the_eosin(stains):
+    rgb, truth = discs(lattice(24))
+    rgb[:, :8] = from_optical_density(2.5 * RUIFROK_HE[1])  # a band of eosin as dark as nuclei
+    inside = truth > 0
+    inside[:, :8] = False
+    absorption, density = haematoxylin(rgb, stains)
+    assert absorption[inside].min() > absorption[~inside].max() + 0.1
+    assert np.allclose(absorption, 1 - np.exp(-density), atol=0.01)
+    assert abs(int(segment(rgb, parameters=Parameters(stains=stains)).max()) - len(lattice(24))) <= 4
+
+
+def test_one_stain_only_is_unmixed_by_fixed_vectors():
+    rgb = from_optical_density(np.linspace(0.1, 2, 64 * 64).reshape(64, 64, 1) * RUIFROK_HE[0])
+    assert np.allclose(haematoxylin(rgb, "macenko")[1], haematoxylin(rgb, "ruifrok")[1])
+
+
+def test_microns_bound_the_size():
+    rgb, _ = discs(lattice(24), radius=4)
+    assert segment(rgb).max() == len(lattice(24))
+    # At 0.05 um a pixel a disc of 4 px is 0.4 um across its radius: a granule, no nucleus.
+    assert segment(rgb, mpp=0.05).max() == 0
+
+
+def test_nothing_is_found_on_glass_and_in_even_tissue():
+    noise = np.random.default_rng(0).normal(0, 1.5, (64, 64, 3))
+    for colour in ((246, 244, 247), (225, 165, 205)):
+        rgb = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+        assert segment(rgb).max() == 0
+
+
+def test_grey_dark_and_inverted_images_are_refused():
+    rgb = discs(lattice(24))[0]
+    grey = np.repeat(rgb.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
+    dark = np.zeros_like(rgb)
+    dark[20:40, 20:40, 2] = 200
+    for image, word in ((grey, "grey"), (dark, "dark"), (255 - rgb, "inverted"), (rgb[..., 0], "shape")):
+        with pytest.raises(UserError, match=word):
+            segment(image)
+    require_bright_field(np.full((8, 8, 3), 250, np.uint8))
+    with pytest.raises(UserError, match="macenko"):
+        Parameters(stains="blue")
+
+
+def test_basins_with_no_neck_between_them_are_one():
+    mask = np.zeros((20, 40), bool)
+    mask[4:16, 4:36] = True
+    density = np.zeros(mask.shape, np.float32)
+    options = {"smoothing": 0.2, "density_smoothing": 0.2, "density_reach": 1.0, "density_weight": 0.0, "neck_power": 1}
+    distance = np.minimum(np.minimum.reduce([*(np.indices(mask.shape)[0] - 3, 16 - np.indices(mask.shape)[0])]), 6)
+    distance = (distance * mask).astype(np.float32)
+    distance[:, 19:21] -= 1.5  # a shallow pass between two hills
+    distance *= mask
+    whole, parted = (
+        len(np.unique(splitting.split(mask, distance, density, 6.0, split_depth=depth, **options))) - 1
+        for depth in (0.6, 0.01)
+    )
+    assert whole == 1
+    assert parted == 2
+
+
+# Measuring
+
+
+def test_measures_are_their_definitions():
+    labels = np.zeros((40, 60), np.int32)
+    labels[ellipse(12, 15, 6, 12)] = 2
+    labels[ellipse(28, 45, 8, 8)] = 7
+    rgb = stained(np.where(labels > 0, 1.1, 0.0), eosin=0.2)
+    found, median = measure_all(rgb, labels, mpp=0.5)
+    areas = [int((labels == number).sum()) for number in (2, 7)]
+    assert found.count == 2
+    assert found.area_fraction == sum(areas) / labels.size
+    assert found.mean_area == median == np.mean(areas)
+    assert found.mean_area_um2 == np.mean(areas) / 4
+    assert found.density_mm2 == pytest.approx(2 / (40 * 60 * 0.25e-6))
+    assert found.darkness == pytest.approx(1.1, abs=0.02)
+    assert found.eccentricity == pytest.approx(
+        np.mean([region.eccentricity for region in regionprops(labels)]), abs=2e-3
+    )
+
+
+def test_density_needs_microns_and_counts_need_pixels():
+    rgb, labels = discs(lattice(24))
+    plain = measure(rgb, labels)
+    assert np.isnan(plain.density_mm2)
+    assert np.isnan(plain.mean_area_um2)
+    small, tiny = discs(lattice(6), radius=1)
+    assert measure_all(small, tiny)[1] < MIN_PIXELS
+    refused = measure(small, tiny, mpp=0.5)
+    assert np.isnan([refused.count, refused.mean_area, refused.eccentricity, refused.density_mm2]).all()
+    assert refused.area_fraction == (tiny > 0).mean()
+    assert np.isfinite(refused.darkness)
+    empty = measure(rgb, np.zeros_like(labels), mpp=0.5)
+    assert (empty.count, empty.area_fraction, empty.density_mm2) == (0, 0, 0)
+    assert np.isnan(empty.mean_area)
+
+
+# Validating
+
+
+def test_matches_are_one_to_one_above_a_half():
+    truth = np.zeros((10, 40), int)
+    truth[:, :10], truth[:, 20:30] = 1, 5
+    found = np.zeros_like(truth)
+    found[:, :6], found[:, 6:10], found[:, 25:35] = 3, 4, 9  # 0.6 of the first; half of the second, over its border
+    compared = validation.compare(truth, found)
+    assert compared == (2, 3, 1, 0.5, 0.5)
+    scores = validation.score([compared, compared._replace(num_found=2, num_matched=2)])
+    assert scores.f1 == 2 * 3 / (4 + 5)
+    assert scores.count_error_median == 0.25
+
+
+def test_label_maps_of_a_folder_by_group(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    rows = ["id,stain_group"]
+    for number, step in enumerate((24, 32, 48)):
+        rgb, labels = discs(lattice(step))
+        write_png(tmp_path / "images" / f"i{number}.png", rgb)
+        Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "labels" / f"i{number}.png")
+        rows.append(f"i{number},{'odd' if number % 2 else 'even'}")
+    (tmp_path / "index.csv").write_text("\n".join(rows) + "\n")
+    main(["cellularity", "--label-maps", str(tmp_path), "--workers", "1"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("all: n 3  num_nuclei 29  f1 1  f1_of_images 1  count_error_median 0")
+    assert "\neven: n 2" in shown
+    assert "\nodd: n 1" in shown
+    (tmp_path / "labels" / "i1.png").unlink()
+    with pytest.raises(SystemExit, match=r"i1.png: no such label map \(1 of 3"):
+        main(["cellularity", "--label-maps", str(tmp_path)])
+
+
+def test_annotated_cellularity(tmp_path, capsys):
+    table = [("path", "cellularity")]
+    for number, step in enumerate((48, 32, 24, 20)):
+        rgb, labels = discs(lattice(step))
+        write_png(tmp_path / f"{number}.png", rgb)
+        table.append((f"{number}.png", (labels > 0).mean() + 0.1))
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        csv.writer(file).writerows(table)
+    found = validation.agree(tmp_path / "t.csv", parameters=Parameters(), workers=1)
+    assert found.pearson.value > 0.99
+    assert found.spearman.value == pytest.approx(1)
+    assert found.mean_absolute_error.value == pytest.approx(0.1, abs=0.02)
+    main(["cellularity", "--annotated", str(tmp_path / "t.csv"), "--workers", "1"])
+    assert "4 images" in capsys.readouterr().out
+    (tmp_path / "t.csv").write_text("path,cellularity\n0.png,70\n")
+    with pytest.raises(SystemExit, match="line 2: cellularity '70': expected 0 to 1"):
+        main(["cellularity", "--annotated", str(tmp_path / "t.csv")])
+
+
+# Folders of images
+
+
+def test_a_folder_becomes_a_table_whatever_the_number_of_processes(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number, step in enumerate((24, 32, 48)):
+        write_png(tmp_path / "in" / f"{number}.png", discs(lattice(step))[0])
+    write_png(tmp_path / "in" / "tiny.png", discs(lattice(8), radius=2)[0])
+    tables = []
+    for workers in ("1", "2"):
+        output = tmp_path / f"{workers}.csv"
+        main(["cellularity", "--images", str(tmp_path / "in"), "--output", str(output), "--workers", workers])
+        tables.append(output.read_text())
+    assert tables[0] == tables[1]
+    rows = list(csv.DictReader(tables[0].splitlines()))
+    assert [row["path"] for row in rows] == ["0.png", "1.png", "2.png", "tiny.png"]
+    assert [row["count"] for row in rows] == ["16", "9", "4", ""]
+    assert float(rows[3]["area_fraction"]) > 0.05
+    assert rows[0]["density_mm2"] == ""
+
+
+def test_a_grey_file_is_named(tmp_path):
+    write_png(tmp_path / "grey.png", np.full((32, 32, 3), 128, np.uint8))
+    with pytest.raises(SystemExit, match=r"grey\.png: a grey image"):
+        main(["cellularity", "--images", str(tmp_path), "--output", str(tmp_path / "o.csv"), "--workers", "1"])
+    assert not (tmp_path / "o.csv").exists()
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="holds no images"):
+        main(["cellularity", "--images", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="expected trajectories or one of"):
+        main(["cellularity", str(tmp_path), "--images", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--output: --annotated prints"):
+        main(["cellularity", "--annotated", "t.csv", "--output", "x.csv"])
+    with pytest.raises(SystemExit, match="--real-source: goes with trajectories"):
+        main(["cellularity", "--images", str(tmp_path), "--real-source", str(tmp_path)])
+
+
+# Along trajectories
+
+
+def write_trajectory(folder, *, steps=(48, 32, 24), num: int = 3, grey_at: int | None = None):
+    """Sequences whose frames show 4, 9 and 16 discs by default."""
+    frames = np.stack([np.stack([discs(lattice(step))[0].transpose(2, 0, 1)] * num) for step in steps])
+    if grey_at is not None:
+        frames[grey_at] = 128
+    header = replace(HEADER, levels=tuple(np.linspace(0, 1, len(steps)).tolist()))
+    ids = tuple(f"test/A/{n}.png" for n in range(num))
+    trajectory = Trajectory(header, frames, linear_soft_labels(header, num), ids, (1,) * num, (0,) * num)
+    writer = TrajectoryWriter(folder, header)
+    writer.append(trajectory, numbers=range(num))
+    writer.finish()
+    return folder
+
+
+def real_folder(folder, steps):
+    folder.mkdir()
+    for number, step in enumerate(steps):
+        write_png(folder / f"{number}.png", discs(lattice(step))[0])
+    return str(folder)
+
+
+def test_curves_of_a_trajectory_beside_real_patches(tmp_path, capsys):
+    folder = write_trajectory(tmp_path / "t")
+    source, target = real_folder(tmp_path / "A", (48, 48)), real_folder(tmp_path / "B", (24, 24, 24))
+    main(
+        ["cellularity", str(folder), "--real-source", source, "--real-target", target, "--workers", "1", "--mpp", "0.5"]
+    )
+    content = json.loads((folder / "cellularity.json").read_text())
+    assert (content["format"], content["mpp"]) == (1, 0.5)
+    (of,) = content["trajectories"]
+    assert (of["method"], of["source"], of["target"], of["n"], of["levels"]) == (
+        "progression",
+        "A",
+        "B",
+        3,
+        [0, 0.5, 1],
+    )
+    assert [(p["level"], p["n"], p["mean"], p["low"], p["high"]) for p in of["curves"] if p["quantity"] == "count"] == [
+        (0.0, 3, 4, 4, 4),
+        (0.5, 3, 9, 9, 9),
+        (1.0, 3, 16, 16, 16),
+    ]
+    assert {p["quantity"] for p in of["curves"]} == set(QUANTITIES)
+    rho = {row["quantity"]: row["value"] for row in of["spearman"]}
+    assert rho["count"] == rho["area_fraction"] == pytest.approx(1)
+    (check,) = [row for row in of["checks"] if row["quantity"] == "count"]
+    assert check == {
+        "quantity": "count",
+        "end_minus_target": 0,
+        "low": 0,
+        "high": 0,
+        "reaches_target": True,
+        "n_inner": 1,
+        "inner_between": 1,
+    }
+    assert [row["count"] for row in of["per_source"]] == [[4, 9, 16]] * 3
+    real = {(row["class"], row["quantity"]): (row["n"], row["mean"]) for row in content["real"]}
+    assert real["A", "count"] == (2, 4)
+    assert real["B", "count"] == (3, 16)
+    rows = list(csv.DictReader((folder / "cellularity.csv").read_text().splitlines()))
+    assert {row["what"] for row in rows} == {"curve", "spearman", "end_minus_target", "inner_between", "real"}
+    assert [float(r["value"]) for r in rows if r["what"] == "curve" and r["quantity"] == "count"] == [4, 9, 16]
+    assert "reached" in capsys.readouterr().out
+
+
+def test_an_end_short_of_the_target_and_levels_outside_are_told(tmp_path):
+    folder = write_trajectory(tmp_path / "t", steps=(48, 24, 32))
+    source, target = real_folder(tmp_path / "A", (48, 48)), real_folder(tmp_path / "B", (32, 24, 24))
+    output = tmp_path / "out" / "c.json"
+    real = ["--real-source", source, "--real-target", target]
+    main(["cellularity", str(folder), *real, "--workers", "1", "--output", str(output)])
+    of = json.loads(output.read_text())["trajectories"][0]
+    (check,) = [row for row in of["checks"] if row["quantity"] == "count"]
+    assert check["end_minus_target"] == pytest.approx(9 - 41 / 3)
+    assert check["inner_between"] == 0  # 16 lies above 13.7
+    (rho,) = [row["value"] for row in of["spearman"] if row["quantity"] == "count"]
+    assert rho == pytest.approx(0.5)
+
+
+def test_grey_frames_are_left_out_and_counted(tmp_path):
+    folder = write_trajectory(tmp_path / "t", grey_at=1)
+    main(["cellularity", str(folder), "--workers", "1"])
+    of = json.loads((folder / "cellularity.json").read_text())["trajectories"][0]
+    assert of["unmeasured"] == 3
+    assert of["checks"] == []
+    (middle,) = [p for p in of["curves"] if p["quantity"] == "count" and p["level"] == 0.5]
+    assert (middle["n"], middle["mean"]) == (0, None)
+
+
+def test_counts_of_small_nuclei_are_refused_for_all_levels():
+    rows = [np.full((3, 1 + len(QUANTITIES)), 1.0) for _ in range(4)]
+    for row in rows:
+        row[:, 0] = (MIN_PIXELS + 5, MIN_PIXELS - 1, MIN_PIXELS - 1)
+    counted = curves.Counted.of(rows, list("abcd"))
+    shown = {point.quantity for point in curves.points(counted, (0.0, 0.5, 1.0), seed=0)}
+    assert shown == {"area_fraction", "darkness"}
+
+
+def test_intervals_are_drawn_over_groups():
+    values = np.repeat([1.0, 2.0, 3.0, 4.0], 25)
+    alone = curves._mean_of(values, np.arange(100), seed=0, purpose="x")[1]
+    grouped = curves._mean_of(values, np.repeat(np.arange(4), 25), seed=0, purpose="x")[1]
+    assert alone.value == grouped.value == 2.5
+    assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
+
+
+def test_spearman_of_one_source():
+    values = np.array([[1, 2, 4, 3], [5, 5, 5, 5], [1, np.nan, 2, 3], [1, np.nan, np.nan, 2]])
+    found = curves.spearman_by_source(values, (0, 0.3, 0.6, 1))
+    assert found[:3] == pytest.approx([0.8, 0, 1])
+    assert np.isnan(found[3])
+
+
+def test_two_transitions_are_refused(tmp_path):
+    first = write_trajectory(tmp_path / "a")
+    second = write_trajectory(tmp_path / "b")
+    header = json.loads((second / "trajectory.json").read_text())
+    (second / "trajectory.json").write_text(json.dumps({**header, "source": "B", "target": "A"}))
+    with pytest.raises(SystemExit, match="B -> A, but"):
+        main(["cellularity", str(first), str(second), "--workers", "1"])
+
+
+def test_images_are_read_as_they_are_counted():
+    """Memory stays flat: no more than a slab of images is held at a time."""
+    given = []
+
+    def stacks():
+        for number in range(3 * counting._SLAB):
+            given.append(number)
+            yield np.full((1, 8, 8, 3), 250, np.uint8)
+
+    counted = counting.count_arrays(stacks(), mpp=None, parameters=Parameters(), workers=2)
+    next(counted)
+    assert len(given) == counting._SLAB
+    assert len(list(counted)) == 3 * counting._SLAB - 1
