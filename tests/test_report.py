@@ -542,3 +542,20 @@ def test_real_patches_and_near_copies_are_pictured_from_the_cache(tmp_path, make
     np.testing.assert_array_equal(pixels[:, :16], made.sequence(2)[3])
     copied = patches.centre([patches.ids.index(training)])[0].permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(pixels[:, 16:], copied)
+
+
+def test_methods_with_other_levels_keep_their_place_on_the_way(browser, tmp_path):
+    run = write_run(tmp_path / "run", names=("one", "two"))
+    shutil.rmtree(run / "trajectories" / "two")
+    write_trajectory(run / "trajectories" / "two", levels=np.linspace(0, 1, 9).tolist())
+    report(run, output=tmp_path / "report.html")
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
+    tab.goto((tmp_path / "report.html").as_uri())
+    tab.locator(".level").fill("3")
+    tab.keyboard.press("m")
+    assert shown_frame(tab) == 6  # level 0.75 of nine
+    tab.locator(".level").fill("7")
+    tab.keyboard.press("m")
+    assert shown_frame(tab) == 3  # the nearest of five, of two the earlier
+    context.close()

@@ -81,6 +81,12 @@ function viewer(root) {
 
   const mark = (style) => data.marks[Number(style.slice(1))];
 
+  function realAt(at) {
+    const levels = data.methods[0].levels;  // by whose numbers real patches are kept
+    const k = nearest(levels, at);
+    return Math.abs(levels[k] - at) < 0.03 ? data.real[k] : undefined;
+  }
+
   function picture(one, k) {
     const of = shown(one);
     const label = `${one.name}, level ${one.levels[k]}, source ${data.sources[state.source].label}`;
@@ -102,8 +108,8 @@ function viewer(root) {
     base().forEach((at) => head.append(Object.assign(html("th", { textContent: at.toFixed(2) }), { scope: "col" })));
     const rows = shownMethods().map((one) => cells(one.name, one === method(), (at) => picture(one, nearest(one.levels, at))));
     if (Object.keys(data.real).length) {
-      rows.push(cells("real, of that level", false, (at, k) => {
-        const real = data.real[k];
+      rows.push(cells("real, of that level", false, (at) => {
+        const real = realAt(at);
         return real && tile(data, real.sprite, 0, real.num, `a real patch of level ${at}`, null);
       }));
     }
@@ -176,7 +182,7 @@ function viewer(root) {
   function showReal() {
     const place = find(".gallery");
     if (!place) return;
-    const real = data.real[state.level];
+    const real = realAt(level());
     place.hidden = !real;
     if (!real) return;
     find(".gallery-title").textContent = `Real patches of level ${level().toFixed(2)}`;
@@ -185,8 +191,9 @@ function viewer(root) {
   }
 
   function set(change) {
-    const before = { ...state };
+    const [before, at] = [{ ...state }, level()];
     Object.assign(state, change);
+    if (change.level === undefined) state.level = nearest(base(), at);  // methods may have levels of their own
     const last = data.sources.length - 1;
     state.source = Math.max(0, Math.min(last, state.source));
     state.level = Math.max(0, Math.min(base().length - 1, state.level));
