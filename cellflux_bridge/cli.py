@@ -400,6 +400,17 @@ def video_command(args: argparse.Namespace) -> None:
         print(f"wrote: {path}")
 
 
+def report_command(args: argparse.Namespace) -> None:
+    """report RUN ...: one HTML file about runs that were evaluated, and figures for a paper beside it."""
+    from cellflux_bridge.report.page import write_report
+
+    runs = [Path(text) for text in (args.config, *args.overrides)]
+    page, figures = write_report(runs, args.output or runs[0] / "report.html", num_sequences=args.sequences)
+    for path in figures:
+        print(f"wrote: {path}")
+    print(f"open in a browser: {page.resolve()}")
+
+
 _OUTPUT = ("--output", {"type": Path, "help": "folder to write to instead of the default"})
 _SHEET = ("--output", {"type": Path, "help": "PNG file for the contact sheet instead of the default"})
 # command -> (function, what its positional argument is, flags, fixed second word)
@@ -466,6 +477,18 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
         None,
     ),
     "video": (video_command, "TRAJECTORY_OR_RUN", [_OUTPUT], None),
+    "report": (
+        report_command,
+        "RUN",
+        [
+            (
+                "--output",
+                {"type": Path, "help": "HTML file (default: report.html in the first run), figures/ beside it"},
+            ),
+            ("--sequences", {"type": int, "default": 50, "help": "sources to show of each transition, at most (50)"}),
+        ],
+        None,
+    ),
 }
 
 

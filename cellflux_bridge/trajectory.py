@@ -14,7 +14,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
@@ -220,13 +220,24 @@ def _whole_sequences(folder: Path, header: TrajectoryHeader) -> list[list[dict[s
     return sorted(whole.values(), key=lambda rows: rows[0]["file"])
 
 
-def load_trajectory(folder: Path, *, start: int = 0, num: int | None = None) -> Trajectory:
-    """The sequences `start` to `start + num` (all by default) of a trajectory folder, in the run's order.
+def read_source_ids(folder: Path) -> tuple[str, ...]:
+    """The sources of a folder's whole sequences, in the run's order, without a look at their frames."""
+    return tuple(rows[0]["source_id"] for rows in _whole_sequences(folder, read_header(folder)))
+
+
+def load_trajectory(
+    folder: Path, *, start: int = 0, num: int | None = None, source_ids: Collection[str] | None = None
+) -> Trajectory:
+    """The sequences `start` to `start + num` (all by default) of a trajectory folder, in the run's order; of those of
+    `source_ids` alone, where they are given.
 
     Raises UserError for a folder without sequences and for frames that are missing, unreadable or of another size.
     """
     header = read_header(folder)
-    chosen = _whole_sequences(folder, header)[start : None if num is None else start + num]
+    chosen = _whole_sequences(folder, header)
+    if source_ids is not None:
+        chosen = [rows for rows in chosen if rows[0]["source_id"] in source_ids]
+    chosen = chosen[start : None if num is None else start + num]
     if not chosen:
         raise UserError(f"{folder}: holds no whole sequence from number {start} on")
     return _load(folder, header, chosen)

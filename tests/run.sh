@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Sets up what is missing and runs the tests; arguments go to pytest, as in: bash tests/run.sh -k path
 # Tests on real patches run where CELLFLUX_BRIDGE_DATA names the folder that holds lc25000_lung; else they skip.
+# Tests of the report in a browser need Chromium (apt-get install chromium; Playwright, which drives it, comes with the
+# dev extra); else they skip and say so.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 extra=dev source "$here/setup.sh"

@@ -561,6 +561,14 @@ def test_the_command_writes_json_csv_and_a_table(tiny, judged, capsys):
     for row, value in zip(rows, content["values"], strict=True):
         assert row["n"] == str(value["n"])
         assert row["value"] == ("" if value["value"] is None else str(value["value"]))
+    with open(output.with_suffix(".frames.csv"), newline="") as file:
+        frames = list(csv.DictReader(file))
+    judge = content["networks"][0]["name"]
+    middle = [f for f in frames if (f["trajectory"], f["judge"], f["level"]) == (str(first), judge, "0.5")]
+    assert len({frame["source_id"] for frame in middle}) == 8
+    told = [v for v in content["values"] if (v["quantity"], v["level"]) == ("probability", 0.5)]
+    (mean,) = (v["value"] for v in told if (v["method"], v["extractor"]) == ("path", judge))
+    assert np.mean([float(frame["probability"]) for frame in middle]) == pytest.approx(mean, abs=1e-4)
     table = output.with_suffix(".md").read_text()
     assert table.startswith(printed.partition("wrote:")[0].strip())
     assert "| flip rate at 1, " in table

@@ -112,17 +112,20 @@ def list_records(config: DataConfig, *, seed: int) -> tuple[list[PatchRecord], t
     return assign_splits(records, val=config.split.val, test=config.split.test, seed=seed), classes
 
 
-def load_patches(config: DataConfig, *, seed: int, reference: stain.StainReference | None = None) -> Patches:
+def load_patches(
+    config: DataConfig, *, seed: int, reference: stain.StainReference | None = None, build: bool = True
+) -> Patches:
     """The patches of a configuration, from the cache, which is made first where it is missing or stale.
 
     The cache key covers every file's path, size and time of change and all settings that touch pixels, so a changed,
     added or removed file makes a new cache. Where stain is normalised, `reference` replaces that of the training
-    split. Raises UserError that lists unreadable files, and for a data.cache_dir that cannot be written to.
+    split. Raises UserError that lists unreadable files, for a data.cache_dir that cannot be written to, and where the
+    cache is missing and not to be built.
     """
     records, classes = list_records(config, seed=seed)
     groups = [record.group if record.group is not None else f"\0{record.id}" for record in records]
     group_names, group_numbers = np.unique(groups, return_inverse=True)
-    pixels, preprocessing = _cached_pixels(config, records, seed=seed, reference=reference)
+    pixels, preprocessing = _cached_pixels(config, records, seed=seed, reference=reference, build=build)
     return Patches(
         pixels=pixels,
         ids=tuple(record.id for record in records),
@@ -163,9 +166,16 @@ def cache_folder(
 
 
 def _cached_pixels(
-    config: DataConfig, records: Sequence[PatchRecord], *, seed: int, reference: stain.StainReference | None
+    config: DataConfig,
+    records: Sequence[PatchRecord],
+    *,
+    seed: int,
+    reference: stain.StainReference | None,
+    build: bool,
 ) -> tuple[np.ndarray, Preprocessing]:
     folder = cache_folder(config, records, seed=seed, reference=reference)
+    if not build and not folder.exists():
+        raise UserError(f"{folder}: no cache here; fill it with: cellflux-bridge data check CONFIG")
     if not folder.exists():
         building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         try:

@@ -1,4 +1,5 @@
-"""An evaluation as files: metrics.json, metrics.csv in long form and tables in metrics.md, each whole or not at all.
+"""An evaluation as files: metrics.json, metrics.csv in long form, tables in metrics.md and what the judges say of every
+single frame in metrics.frames.csv (trajectory, source_id, judge, level, probability), each whole or not at all.
 
 metrics.json, format 1; a number that does not exist is null:
 
@@ -33,6 +34,7 @@ from cellflux_bridge.metrics.values import Value
 
 FORMAT = 1
 _MOST_COPIES = 100
+FRAMES_SUFFIX = ".frames.csv"
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -123,8 +125,20 @@ def _as_csv(evaluation: Evaluation) -> str:
     return text.getvalue()
 
 
+def _frames_csv(evaluation: Evaluation) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["trajectory", "source_id", "judge", "level", "probability"])
+    for of in evaluation.methods:
+        for judge in (network.name for network in evaluation.networks if network.use == "judge"):
+            for source_id, row in zip(of.source_ids, of.seen[judge].value, strict=True):
+                for level, p in zip((0.0, *of.frame_levels), row, strict=True):
+                    writer.writerow([of.folder, source_id, judge, level, f"{p:.4f}"])
+    return text.getvalue()
+
+
 def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str]:
-    """Write `output` (a .json) and beside it the .csv and .md of its name; returns the files and the main table."""
+    """Write `output` (a .json) and beside it .csv, .frames.csv and .md of its name; returns them and the main table."""
     if output.suffix != ".json":
         raise UserError(f"--output {output}: expected a name that ends in .json; .csv and .md are written beside it")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +146,7 @@ def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str
     texts = {
         output: json.dumps(as_json(evaluation), indent=1, allow_nan=False) + "\n",
         output.with_suffix(".csv"): _as_csv(evaluation),
+        output.with_suffix(FRAMES_SUFFIX): _frames_csv(evaluation),
         output.with_suffix(".md"): f"{table}\n{by_level(evaluation)}",
     }
     for path, text in texts.items():

@@ -1,0 +1,561 @@
+"""The report: one file that asks for nothing outside itself, says what not to believe, and moves under the hand."""
+
+import base64
+import csv
+import importlib.util
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cellflux_bridge.cli import main
+from cellflux_bridge.config import load_config
+from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.errors import UserError
+from cellflux_bridge.report import sequences
+from cellflux_bridge.report.cautions import cautions
+from cellflux_bridge.report.charts import Band, Chart, Point, Series, draw, scale_of
+from cellflux_bridge.report.page import write_report
+from cellflux_bridge.report.runs import load_chapters
+from cellflux_bridge.report.tables import main_table
+from cellflux_bridge.report.words import interval, number
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
+
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
+JUDGES = ("judges/rgb", "judges/grey")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def write_trajectory(folder, *, method="progression", num=6, size=16, levels=LEVELS, source="A", target="B", ids=None):
+    """Frames of one grey each, darker by the level; sources differ by their first pixel. A square is the nucleus."""
+    header = TrajectoryHeader(method, source, target, (source, target), tuple(levels), f"hash-{method}")
+    grey = np.linspace(220, 100, len(levels)).astype(np.uint8)
+    frames = np.broadcast_to(grey[:, None, None, None, None], (len(levels), num, 3, size, size)).copy()
+    side = 2 + np.arange(len(levels))
+    for k in range(len(levels)):
+        frames[k, :, :, 3 : 3 + side[k], 4 : 4 + side[k]] = 30
+    frames[:, :, :, 0, 0] = np.arange(num)[None, :, None]
+    ids = tuple(ids or (f"test/{source}/{i:03d}.png" for i in range(num)))
+    labels = linear_soft_labels(header, num)
+    made = Trajectory(header, frames, labels, ids, (12,) * num, (3,) * num)
+    TrajectoryWriter(folder, header).append(made, numbers=range(num))
+    return made
+
+
+def segment(rgb):
+    """The dark square of a made frame."""
+    return (rgb[..., 0] == 30).astype(np.int32)
+
+
+def value(method, quantity, level, extractor, number, *, n=6, n_real=None, spread=0.05):
+    low, high = (None, None) if spread is None else (number - spread, number + spread)
+    row = {"trajectory": "", "method": method, "quantity": quantity, "level": level, "extractor": extractor}
+    return {**row, "n": n, "n_real": n_real, "value": number, "low": low, "high": high}
+
+
+def metrics_of(folders, *, source="A", target="B", flips=(0.9, 0.9), checkpoint="runs/judges"):
+    """What evaluate would write about trajectories: {name: folder}."""
+    inner = LEVELS[1:]
+    values = [value("real pooled", "kid_floor", None, "features/rgb", 0.001)]
+    values += [value("real target", f"{kind}_floor", None, "features/rgb", 0.002) for kind in ("kid", "frechet")]
+    for judge in JUDGES:
+        values += [
+            value("real target", "probability", None, judge, 0.95),
+            value("real target", "flip_rate", None, judge, 1),
+        ]
+        values += [
+            value("real source", "probability", None, judge, 0.05),
+            value("real source", "flip_rate", None, judge, 0),
+        ]
+    for name in (*folders, "copy the source"):
+        for judge, flip in zip(JUDGES, flips, strict=True):
+            values += [value(name, "probability", level, judge, level) for level in LEVELS]
+            values += [value(name, "flip_rate", level, judge, flip * level) for level in inner]
+            values.append(value(name, "calibration_mean", None, judge, 0.0123))
+        values += [value(name, "kid_own", level, "features/rgb", 0.1 * level, n_real=40) for level in inner]
+        values.append(value(name, "frechet_target", 1.0, "features/rgb", 3.21, n_real=40, spread=None))
+    networks = [
+        {"name": j, "use": "judge", "view": j[7:], "checkpoint": f"{checkpoint}/{j}", "image_size": 16} for j in JUDGES
+    ]
+    networks.append({**networks[0], "name": "features/rgb", "use": "features", "checkpoint": f"{checkpoint}/f"})
+    records = [
+        {
+            "name": name,
+            "trajectory": None if folder is None else str(folder),
+            "method": None if folder is None else "progression",
+            "config_hash": None if folder is None else "hash-progression",
+            "n": 6,
+            "levels": list(inner),
+            "frame_levels": list(inner),
+            "unguided": None,
+        }
+        for name, folder in {**folders, "copy the source": None}.items()
+    ]
+    difference = {"first": "one", "second": "two", "quantity": "flip_rate", "extractor": JUDGES[0], "n": 6}
+    return {
+        "format": 1,
+        "source": source,
+        "target": target,
+        "num_levels": 4,
+        "seed": 0,
+        "networks": networks,
+        "methods": records,
+        "values": values,
+        "differences": [{**difference, "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.04, "num_groups": 6}],
+    }
+
+
+def cellularity_of(folder, *, end=0.16):
+    curve = [{"quantity": "area_fraction", "level": s, "n": 6, "mean": 0.05 + (end - 0.05) * s} for s in LEVELS]
+    curve = [{**row, "low": row["mean"] - 0.01, "high": row["mean"] + 0.01} for row in curve]
+    real = [{"class": c, "quantity": "area_fraction", "n": 40, "mean": m} for c, m in (("A", 0.05), ("B", 0.16))]
+    entry = {"trajectory": str(folder), "method": "progression", "source": "A", "target": "B", "n": 6}
+    rank = [{"quantity": "area_fraction", "n": 6, "value": 0.93, "low": 0.9, "high": 0.96}]
+    entry |= {"levels": list(LEVELS), "curves": curve, "spearman": rank}
+    entry["per_source"] = [{"source_id": "test/A/000.png", "area_fraction": [0.01, 0.02, 0.03, 0.04, 0.05]}]
+    real = [{**row, "low": row["mean"] - 0.01, "high": row["mean"] + 0.01} for row in real]
+    return {"format": 1, "parameters": {}, "mpp": None, "trajectories": [entry], "real": real}
+
+
+def write_run(folder, *, names=("one",), cellularity=True, trajectory=None, **figures):
+    """A run folder that was translated, evaluated and, with `cellularity`, counted."""
+    folders = {}
+    for name in names:
+        folders[name] = folder / "trajectories" / re.sub(r"\W", "_", name)
+        write_trajectory(folders[name], **(trajectory or {}))
+    (folder / "metrics.json").write_text(json.dumps(metrics_of(folders, **figures)))
+    rows = [["trajectory", "source_id", "judge", "level", "probability"]]
+    for where in folders.values():
+        rows += [[where, f"test/A/{i:03d}.png", JUDGES[0], s, s * 0.8] for i in range(6) for s in LEVELS]
+    with open(folder / "metrics.frames.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    if cellularity:
+        (folder / "cellularity.json").write_text(json.dumps(cellularity_of(next(iter(folders.values())))))
+    return folder
+
+
+def report(*runs, output, **options):
+    page, figures = write_report(runs, output, segment=segment, **options)
+    return page.read_text(encoding="utf-8"), figures
+
+
+def viewer_data(page):
+    return json.loads(re.search(r'<script type="application/json" class="data">(.*?)</script>', page, re.S)[1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "first", names=("one", "two"))
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return report(run, output=run / "report.html")[0]
+
+
+def test_the_page_names_nothing_outside_itself(page):
+    # The one address in it names the language of SVG to createElementNS; nothing is fetched from it.
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg"}
+    fetched = re.findall(r"""(?:src|href)=["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
+    assert all(address.startswith(("data:", "#")) for address in fetched)
+    assert "default-src 'none'" in page
+    assert page.count("For research only.") == 2
+
+
+def test_sprites_hold_the_very_frames_of_every_method(run, page):
+    data = viewer_data(page)
+    made = write_trajectory(run.parent / "same")
+    assert [method["name"] for method in data["methods"]] == ["one", "two"]
+    assert [source["label"] for source in data["sources"]] == list(made.source_ids)
+    sprite = data["sources"][4]["shown"]["1"]["sprite"]
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(sprite.split(",")[1]))))
+    np.testing.assert_array_equal(pixels, np.concatenate(list(made.sequence(4)), axis=1))
+
+
+def test_what_is_known_of_every_frame_goes_along(page):
+    curves, second = (source["shown"]["0"]["curves"] for source in viewer_data(page)["sources"][:2])
+    assert curves["area_fraction"] == [0.01, 0.02, 0.03, 0.04, 0.05]  # as cellularity.json has it
+    squares = (2 + np.arange(5)) ** 2
+    assert second["area_fraction"] == pytest.approx(squares / 256, abs=1e-4)  # which left this source out
+    assert curves["p:judges/rgb"] == pytest.approx(0.8 * np.array(LEVELS))
+    assert "count" not in curves  # cellularity.json counts none: the nuclei may be too small
+
+
+def test_every_figure_stands_with_interval_and_floor(page):
+    chapter_rows = re.findall(r"<tr>.*?</tr>", page, re.S)
+    (kid,) = (row for row in chapter_rows if "KID to real of the own level" in row and "floor" in row)
+    assert ">0.1<" in kid
+    assert "at 1<" in kid
+    assert interval(0.05, 0.15) in kid
+    assert ">0.002<" in kid
+    assert 'title="n = 6, against 40 real"' in kid
+    (frechet,) = (row for row in chapter_rows if "Fréchet distance to real target" in row)
+    assert ">3.21<" in frechet
+
+
+def test_text_of_the_user_is_escaped_everywhere(tmp_path):
+    bad = "</script><img src=x onerror=alert(1)>"
+    ids = [f"{bad}{i}.png" for i in range(6)]
+    run = write_run(tmp_path / "<b>run", names=(bad,), source="A&<i>", trajectory={"source": "A&<i>", "ids": ids})
+    page, _ = report(run, output=tmp_path / "report.html")
+    assert "<img" not in page
+    assert "<b>run" not in page
+    assert "<i>" not in page
+    assert viewer_data(page)["sources"][0]["label"] == ids[0]
+    assert page.count("</script>") == 2
+
+
+def test_warnings_are_given_where_they_are_due_and_only_there(run, tmp_path):
+    def told(folder):
+        (chapter,) = load_chapters([folder])
+        return "\n".join(cautions(chapter, None))
+
+    sound = told(run)
+    assert "as few as 6 images" in sound
+    for reason in ("recolouring", "misses levels", "no real-versus-real floor", "not counted", "made anew"):
+        assert reason not in sound
+    tinted = told(write_run(tmp_path / "tinted", flips=(0.95, 0.3), cellularity=False))
+    assert "looks like a recolouring" in tinted
+    assert "95%" in tinted
+    assert f"cellflux-bridge cellularity {tmp_path / 'tinted'}" in tinted
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    for row in metrics["values"]:
+        if row["quantity"] == "probability" and row["level"] == 0.25 and row["method"] == "one":
+            row |= {"value": 0.7, "low": 0.65, "high": 0.75}
+    metrics["values"] = [row for row in metrics["values"] if row["quantity"] != "kid_floor"]
+    metrics["values"].append(value("one", "stain_share", 1.0, "features/rgb", 0.8))
+    metrics["warnings"] = ["Frechet distances of 6 images.", "Look at the near copies."]
+    metrics["methods"][0]["frame_levels"][1] = 0.61
+    metrics["methods"][1]["config_hash"] = "earlier"
+    changed = shutil.copytree(run, tmp_path / "changed")
+    (changed / "metrics.json").write_text(json.dumps(metrics))
+    (changed / "cellularity.json").write_text(json.dumps(cellularity_of(run / "trajectories" / "one", end=0.08)))
+    found = told(changed)
+    assert "0.70 at 0.25" in found
+    assert "no frame was made at level 0.5 (shown by 0.61)" in found
+    assert "has no real-versus-real floor" in found
+    assert "one: 80% of the change" in found
+    assert "Look at the near copies." in found  # what evaluate warned of
+    assert "as few as" not in found  # and is not told twice
+    assert "two: the sequences in" in found
+    assert "is not that of real B, 0.16" in found
+    assert "one 0.08 (" in found
+
+
+def test_a_run_without_metrics_names_the_command(tmp_path):
+    write_trajectory(tmp_path / "bare" / "trajectories" / "t")
+    with pytest.raises(SystemExit, match=r"cellflux-bridge evaluate .*--output .*bare.metrics\.json"):
+        main(["report", str(tmp_path / "bare")])
+
+
+def test_damaged_and_foreign_files_are_named(run, tmp_path):
+    changed = shutil.copytree(run, tmp_path / "changed")
+    (changed / "metrics.json").write_text('{"format": 1, "values": []}')
+    with pytest.raises(UserError, match=r"metrics\.json: expected an object.*networks"):
+        load_chapters([changed])
+    (changed / "metrics.json").write_text('{"format": 1, ')
+    with pytest.raises(UserError, match=r"metrics\.json: cannot be read"):
+        load_chapters([changed])
+    with pytest.raises(UserError, match="twice"):
+        load_chapters([run, run])
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        write_report([run], tmp_path / "report.pdf")
+
+
+def test_two_runs_share_rows_only_where_the_networks_are_the_same(run, tmp_path):
+    second = write_run(tmp_path / "second", names=("one",))
+    (chapter,) = load_chapters([run, second])
+    assert [method.name for method in chapter.methods] == ["first: one", "first: two", "second: one"]
+    assert len(chapter.baselines) == 1  # the same figures are told once
+    rows = [row for section in main_table(chapter) for row in section.rows]
+    assert all(all(row.cells) for row in rows)
+    page, _ = report(run, second, output=tmp_path / "both.html")
+    shown = viewer_data(page)["sources"]
+    assert len(shown) == 6  # the same sources, side by side
+    assert all(set(source["shown"]) == {"0", "1", "2"} for source in shown)
+
+    strange = write_run(tmp_path / "strange", checkpoint="runs/others")
+    (chapter,) = load_chapters([run, strange])
+    for section in main_table(chapter):
+        for row in section.rows:
+            told = [c is not None for c in row.cells]
+            assert told in ([True, True, False, True, False], [False, False, True, False, True])
+    assert any("different networks" in text for text in cautions(chapter, None))
+
+
+def test_runs_of_two_transitions_are_two_chapters(run, tmp_path):
+    other = write_run(tmp_path / "other", source="C", target="D", trajectory={"source": "C", "target": "D"})
+    page, figures = report(run, other, output=tmp_path / "report.html")
+    assert page.count('class="viewer"') == 2
+    assert {path.name for path in figures} >= {"strip_1.png", "strip_2.png", "kid_1.pdf"}
+
+
+def test_a_run_that_lost_its_sequences_still_reports_its_figures(run, tmp_path):
+    (tmp_path / "bare").mkdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    for record in metrics["methods"]:
+        record["trajectory"] = record["trajectory"] and "nowhere/" + record["name"]
+    (tmp_path / "bare" / "metrics.json").write_text(json.dumps(metrics))
+    page, _ = report(tmp_path / "bare", output=tmp_path / "report.html")
+    assert "no images are shown, only figures" in page
+    assert "KID to real of the own level" in page
+
+
+def test_large_frames_are_shrunk_and_few_so_that_the_page_stays_small(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    size, num = 96, 30
+    header = TrajectoryHeader("path", "A", "B", ("A", "B"), (0.0, 1.0), "hash-progression")
+    frames = rng.integers(0, 255, (2, num, 3, size, size), dtype=np.uint8)
+    ids = tuple(f"{i}.png" for i in range(num))
+    labels = linear_soft_labels(header, num)
+    folder = tmp_path / "run" / "trajectories" / "one"
+    TrajectoryWriter(folder, header).append(
+        Trajectory(header, frames, labels, ids, (0,) * num, (0,) * num), numbers=range(num)
+    )
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics_of({"one": folder})))
+    budget = 150_000
+    monkeypatch.setattr("cellflux_bridge.report.page._MOST_OF_SEQUENCES", budget)
+    page, _ = report(tmp_path / "run", output=tmp_path / "report.html")
+    data = viewer_data(page)
+    assert 1 <= len(data["sources"]) < num
+    assert sum(len(shown["sprite"]) for source in data["sources"] for shown in source["shown"].values()) <= budget
+    assert "stored at 64 px" in page
+
+
+def test_figures_come_with_their_numbers(run, tmp_path):
+    _, figures = report(run, output=tmp_path / "report.html")
+    names = {path.name for path in figures}
+    assert names == {f"{stem}.{form}" for stem in ("strip", "cellularity", "kid") for form in ("png", "pdf", "csv")}
+    by_name = {path.name: path for path in figures}
+    assert by_name["kid.pdf"].read_bytes().startswith(b"%PDF")
+    with Image.open(by_name["strip.png"]) as image:
+        assert image.width == pytest.approx(183 / 25.4 * 300, abs=3)  # a page's width at 300 dots an inch
+    with open(by_name["kid.csv"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    one = {float(row["level"]): float(row["value"]) for row in rows if row["curve"] == "one"}
+    assert one == pytest.approx({level: 0.1 * level for level in LEVELS[1:]})
+    assert any(row["curve"] == "real vs real" and float(row["value"]) == 0.002 for row in rows)
+    with open(by_name["strip.csv"], newline="") as file:
+        strip = list(csv.DictReader(file))
+    assert {row["method"] for row in strip} == {"one", "two"}
+    assert all(float(row["p:judges/rgb"]) == pytest.approx(0.8 * float(row["level"])) for row in strip)
+
+
+def test_outlines_follow_the_borders_of_every_nucleus():
+    labels = np.zeros((12, 12), np.int32)
+    labels[2:5, 3:8] = 1
+    labels[5:9, 3:8] = 2  # touches the first
+    paths = re.findall(r"M(-?\d+) (-?\d+)l([^z]*)z", sequences.outline(labels))
+    assert len(paths) == 2
+    boxes = []
+    for x, y, steps in paths:
+        moves = np.array(steps.split(), int).reshape(-1, 2)
+        points = np.array([int(x), int(y)]) + np.concatenate([[[0, 0]], moves.cumsum(0)])
+        boxes.append((points.min(0).tolist(), points.max(0).tolist()))
+    assert boxes[0] == ([30, 20], [80, 50])
+    assert boxes[1] == ([30, 50], [80, 90])
+
+
+def test_long_sequences_are_shown_by_some_frames_with_both_ends(tmp_path):
+    levels = np.linspace(0, 1, 101).tolist()
+    run = write_run(tmp_path / "long", trajectory={"levels": levels, "num": 2})
+    page, _ = report(run, output=tmp_path / "report.html")
+    shown = viewer_data(page)["methods"][0]["levels"]
+    assert len(shown) == sequences.MAX_FRAMES
+    assert (shown[0], shown[-1]) == (0.0, 1.0)
+
+
+def test_a_far_baseline_does_not_flatten_what_is_compared():
+    near = Series("method", "m0", (Point(0, 0.01), Point(1, 0.03, 0.02, 0.04)))
+    far = Series("copy", "b0", (Point(0, 0.01), Point(1, 1.7)))
+    scale = scale_of(Chart("k", "KID", (near, far), (Band("real", 0.002),)))
+    assert scale.leaves
+    assert scale.low == 0
+    assert 0.04 <= scale.high < 0.05
+    assert scale.ticks == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
+    assert "A baseline leaves the picture" in draw(Chart("k", "KID", (near, far)))
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (0.0, "0"),
+        (0.12345, "0.123"),
+        (-0.5, "\u22120.5"),
+        (2.1e-5, "2.1e\u22125"),
+        (12345.6, "12,346"),
+        (None, "undefined"),
+    ],
+)
+def test_numbers_are_short(given, text):
+    assert number(given) == text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("playwright is not installed: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine: install the system's package (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # A container's root cannot have Chromium's sandbox.
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(browser, run, page):
+    """The page in a browser without network; fails where it logs an error or asks for anything but itself."""
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
+    tab, wrong = context.new_page(), []
+    tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    asked = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto((run / "report.html").as_uri())
+    yield tab
+    assert not wrong
+    assert {url for url in asked if not url.startswith("data:")} == {(run / "report.html").as_uri()}
+    context.close()
+
+
+def shown_frame(tab):
+    return int(tab.get_attribute(".current svg", "data-frame"))
+
+
+def marker_of(tab, key, style="m0"):
+    """Where a chart's marker stands, (x, y)."""
+    moved = tab.get_attribute(f'.viewer .chart[data-key="{key}"] .now .{style}', "transform")
+    return tuple(map(float, re.search(r"translate\((\S+) (\S+)\)", moved).groups()))
+
+
+def test_the_slider_moves_picture_markers_and_outlines(tab):
+    area, p = "0/own/area_fraction", "0/own/p:judges/rgb"
+    assert shown_frame(tab) == 2  # opens half-way
+    before = marker_of(tab, area), marker_of(tab, p), tab.get_attribute(".current .ring", "d")
+    tab.locator(".level").fill("4")
+    assert shown_frame(tab) == 4
+    assert "level 1.00" in tab.inner_text(".readout")
+    assert "p(B) by judges/rgb 0.80" in tab.inner_text(".readout")
+    after = marker_of(tab, area), marker_of(tab, p), tab.get_attribute(".current .ring", "d")
+    assert after[0][0] > before[0][0]  # to the right
+    assert after[0][1] < before[0][1]  # more nuclei
+    assert after[1][1] < before[1][1]
+    assert after[2] != before[2]
+    cursors = {line.get_attribute("x1") for line in tab.locator(".chapter .cursor").all()}
+    assert cursors == {"350"}
+    assert tab.get_attribute(".level", "aria-valuetext") == "level 1.00 of 1"
+
+
+def test_the_picture_shows_the_pixels_of_its_frame(tab):
+    tab.locator(".outlines").uncheck()
+    seen = {}
+    for k in (0, 3):
+        tab.locator(".level").fill(str(k))
+        shot = np.array(Image.open(io.BytesIO(tab.locator(".current svg").screenshot())).convert("RGB"))
+        seen[k] = shot[-20, -20].tolist()  # the background, far from the square
+    greys = np.linspace(220, 100, 5).astype(np.uint8)
+    assert seen == {0: [greys[0]] * 3, 3: [greys[3]] * 3}
+
+
+def test_keys_alone_are_enough(tab):
+    tab.keyboard.press("ArrowRight")
+    assert shown_frame(tab) == 3
+    tab.keyboard.press("Home")
+    assert shown_frame(tab) == 0
+    tab.keyboard.press("ArrowLeft")
+    assert shown_frame(tab) == 0
+    tab.keyboard.press("n")
+    assert tab.input_value(".source") == "1"
+    tab.keyboard.press("p")
+    assert tab.input_value(".source") == "0"
+    tab.keyboard.press("m")
+    assert "two" in tab.inner_text(".caption")
+    tab.keyboard.press("o")
+    assert not tab.locator(".current .nuclei").is_visible()
+    tab.focus(".level")
+    tab.keyboard.press("End")
+    assert shown_frame(tab) == 4
+    tab.keyboard.press("ArrowLeft")
+    assert shown_frame(tab) == 3
+    assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_sources_and_methods_are_chosen_and_stand_side_by_side(tab):
+    tab.select_option(".source", "5")
+    assert "005.png" in tab.get_attribute(".current svg", "aria-label")
+    tab.locator(".methods input").nth(1).check()
+    assert tab.get_attribute(".current svg", "aria-label").startswith("two")
+    rows = tab.locator(".ladder tbody tr")
+    assert rows.locator("th").all_inner_texts() == ["one", "two"]
+    rows.nth(0).locator("button").nth(1).click()
+    assert shown_frame(tab) == 1
+    assert tab.locator(".ladder td.here").count() == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_follows_light_and_dark_and_no_width_makes_it_scroll_sideways(tab, scheme):
+    tab.emulate_media(color_scheme=scheme)
+    paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", paper)[:3])) > 384) == (scheme == "light")
+    for width in (1280, 760, 360):
+        tab.set_viewport_size({"width": width, "height": 800})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_real_patches_and_near_copies_are_pictured_from_the_cache(tmp_path, make_patches, write_config):
+    make_patches(tmp_path / "patches")
+    config = load_config(write_config(tmp_path, data={"split": {"test": 0.5}}))
+    run = write_run(tmp_path / "run")
+    folder = run / "trajectories" / "one"
+    (folder / "config.yaml").write_text(config.to_yaml())
+    page, _ = report(run, output=tmp_path / "report.html")
+    assert "Real patches are not shown beside the made ones: " in page
+    assert "data check" in page  # fills the cache
+    patches = load_patches(config.data, seed=config.seed)
+    training = patches.ids[patches.indices("train", "B")[0]]
+    metrics = json.loads((run / "metrics.json").read_text())
+    copy = {"method": "one", "trajectory": str(folder), "source_id": "test/A/002.png", "level": 0.75}
+    copies = [{**copy, "training_id": training, "distance": 0.1, "held_out": 0.2}]
+    metrics["memorisation"] = {"patches": str(folder), "near_copies": copies}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    page, _ = report(run, output=tmp_path / "report.html")
+    real = viewer_data(page)["real"]
+    assert set(real) == {"0", "4"}  # the two ends: nothing says which patches lie between
+    test_target = patches.centre(patches.indices("test", "B")).permute(0, 2, 3, 1).numpy()
+    sprite = np.array(Image.open(io.BytesIO(base64.b64decode(real["4"]["sprite"].split(",")[1]))))
+    for tile in np.split(sprite, real["4"]["num"], axis=1):
+        assert (tile == test_target).all((1, 2, 3)).any()
+    (pair,) = re.findall(r'<img src="data:image/png;base64,([^"]*)"', page)
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(pair))))
+    made = write_trajectory(tmp_path / "same")
+    np.testing.assert_array_equal(pixels[:, :16], made.sequence(2)[3])
+    copied = patches.centre([patches.ids.index(training)])[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(pixels[:, 16:], copied)
+
+
+def test_methods_with_other_levels_keep_their_place_on_the_way(browser, tmp_path):
+    run = write_run(tmp_path / "run", names=("one", "two"))
+    shutil.rmtree(run / "trajectories" / "two")
+    write_trajectory(run / "trajectories" / "two", levels=np.linspace(0, 1, 9).tolist())
+    report(run, output=tmp_path / "report.html")
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
+    tab.goto((tmp_path / "report.html").as_uri())
+    tab.locator(".level").fill("3")
+    tab.keyboard.press("m")
+    assert shown_frame(tab) == 6  # level 0.75 of nine
+    tab.locator(".level").fill("7")
+    tab.keyboard.press("m")
+    assert shown_frame(tab) == 3  # the nearest of five, of two the earlier
+    context.close()
