@@ -10,7 +10,7 @@ from PIL import Image
 from skimage.draw import ellipse
 from skimage.measure import regionprops
 
-from cellflux_bridge.cellularity import counting, curves, splitting, validation
+from cellflux_bridge.cellularity import benchmark, counting, curves, splitting, validation
 from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure, measure_all
 from cellflux_bridge.cellularity.nuclei import Parameters, haematoxylin, require_bright_field, segment
 from cellflux_bridge.cli import main
@@ -418,3 +418,10 @@ def test_images_are_read_as_they_are_counted():
     next(counted)
     assert len(given) == counting._SLAB
     assert len(list(counted)) == 3 * counting._SLAB - 1
+
+
+def test_the_benchmark_times_every_size_that_is_asked_for(capsys):
+    benchmark.main(["--largest", "64"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["32 x 32", "64 x 64"]
+    assert all(float(row[1]) > 5 and float(row[2]) > 0 for row in rows)
