@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cellflux_bridge import __version__
+from cellflux_bridge.cellularity.nuclei import segment as segment_nuclei
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.files import replace_text
 from cellflux_bridge.report import charts, sequences, tables
@@ -31,19 +32,19 @@ _OPEN = ("arrival", "levels", "likeness")
 
 
 def write_report(
-    runs: Sequence[Path], output: Path, *, num_sequences: int = 50, segment: Segment | None = None
+    runs: Sequence[Path], output: Path, *, num_sequences: int = 50, segment: Segment = segment_nuclei
 ) -> tuple[Path, list[Path]]:
     """Write the page `output` (.html) about run folders, and `figures/` beside it; returns the page and the figures.
 
     Of each transition at most `num_sequences` sources are shown, fewer where the page would grow beyond 15 MB.
-    `segment` finds nuclei (RGB uint8 (H, W, 3) -> labels (H, W) int32; default: the package's own). Raises UserError
-    for a run without metrics.json, damaged files, and an output that is no .html.
+    `segment` finds nuclei, RGB uint8 (H, W, 3) -> labels (H, W) int32; where it raises UserError a frame is shown
+    without outlines. Raises UserError for a run without metrics.json, damaged files, and an output that is no .html.
     """
     if output.suffix != ".html":
         raise UserError(f"--output {output}: expected a name that ends in .html")
     if num_sequences < 1:
         raise UserError(f"--sequences {num_sequences}: expected at least 1")
-    chapters, segment = load_chapters(runs), segment or sequences.nuclei_segmenter()
+    chapters = load_chapters(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
     views, figures, videos = [], [], _Videos(_MOST_OF_VIDEOS)
     for place, chapter in enumerate(chapters):

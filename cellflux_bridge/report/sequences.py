@@ -27,25 +27,16 @@ _FEW = 12
 Segment = Callable[[np.ndarray], np.ndarray]
 
 
-def nuclei_segmenter() -> Segment | None:
-    """What finds nuclei: RGB uint8 (H, W, 3) -> label map (H, W) int32; None where this version counts none."""
-    try:
-        from cellflux_bridge.cellularity.nuclei import segment
-    except ModuleNotFoundError:
-        return None
-    return segment
-
-
 @dataclass(frozen=True)
 class Shown:
     """One source under one method, as the page's script reads it.
 
-    `sprite` is a data URI of frames side by side; `outlines` one SVG path a frame in tenths of a pixel, or None;
+    `sprite` is a data URI of frames side by side; `outlines` one SVG path a frame in tenths of a pixel;
     `curves` values a frame by the key of a chart ("area_fraction", "p:<judge>"), None where one is not known.
     """
 
     sprite: str
-    outlines: list[str] | None
+    outlines: list[str]
     curves: dict[str, list[float | None]]
     nfe: int
     gradients: int
@@ -115,9 +106,7 @@ def rgb_frames(trajectory: Trajectory, index: int, chosen: Sequence[int]) -> lis
 
 
 def _curves(method: Method, source_id: str, levels: Sequence[float], masks) -> dict[str, list[float | None]]:
-    curves = {}
-    if masks is not None:
-        curves["area_fraction"] = [None if m is None else round(float((m > 0).mean()), 4) for m in masks]
+    curves = {"area_fraction": [None if m is None else round(float((m > 0).mean()), 4) for m in masks]}
     curves |= _counted(method, source_id, levels)
     for judge in (n["name"] for n in method.run.metrics["networks"] if n["use"] == "judge"):
         by_level = method.run.probabilities.get((method.record["trajectory"], source_id, judge))
@@ -134,10 +123,7 @@ def _counted(method: Method, source_id: str, levels: Sequence[float]) -> dict[st
     return {quantity: [values.get(level) for level in levels] for quantity, values in known.items()}
 
 
-def _segmented(segment: Segment | None, frames: Sequence[np.ndarray]) -> list[np.ndarray | None] | None:
-    if segment is None:
-        return None
-
+def _segmented(segment: Segment, frames: Sequence[np.ndarray]) -> list[np.ndarray | None]:
     def one(frame: np.ndarray) -> np.ndarray | None:
         try:
             return segment(frame)
@@ -161,7 +147,7 @@ def _choose_sources(methods: Sequence[Method], num: int) -> tuple[dict[int, list
     return {slot: [pool[slot][i] for i in evenly[slot]] for slot in pool}, sum(map(len, pool.values()))
 
 
-def gather(chapter: Chapter, *, num: int, budget: int, segment: Segment | None) -> Gallery | None:
+def gather(chapter: Chapter, *, num: int, budget: int, segment: Segment) -> Gallery | None:
     """Load, draw and outline at most `num` sources within `budget` bytes of page; None where no folder is there."""
     methods = [method for method in chapter.methods if method.trajectory is not None]
     if not methods:
@@ -181,7 +167,7 @@ def gather(chapter: Chapter, *, num: int, budget: int, segment: Segment | None) 
         for slot, index in places.items():
             of, pictures = trajectories[slot], rgb_frames(trajectories[slot], index, frames[slot])
             masks = _segmented(segment, pictures)
-            outlines = None if masks is None else ["" if mask is None else outline(mask) for mask in masks]
+            outlines = ["" if mask is None else outline(mask) for mask in masks]
             curves = _curves(of_slot[slot], of.source_ids[index], levels[slot], masks)
             sprite = encode_row(pictures, side, form)
             row[slot] = Shown(sprite, outlines, curves, of.nfe[index], of.gradients[index])
