@@ -50,8 +50,8 @@ def test_scripts_are_commands(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert end.value.code == 0
-    name = Path(script).name if "benchmark" in script else "cellflux-bridge"  # benchmarks are programs of their own
-    assert f"usage: {name}" in capsys.readouterr().out
+    program = Path(script).name if "benchmark" in script else "cellflux-bridge"  # benchmarks are no commands
+    assert f"usage: {program}" in capsys.readouterr().out
 
 
 def test_no_command_prints_the_usage_and_fails(capsys):

@@ -7,6 +7,7 @@ from sklearn.neighbors import NearestNeighbors
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from cellflux_bridge.metrics import benchmark
 from cellflux_bridge.metrics.cautions import cautions
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.manifold import FIGURES, manifold_floors, neighbourhoods
@@ -151,3 +152,12 @@ def test_too_few_images_are_told():
         "different groups."
     )
     assert list(cautions([value("frechet_own", 3.0, 2048, 2048)])) == []
+
+
+def test_the_benchmark_tells_every_part(capsys):
+    benchmark.main(["--images", "40", "--size", "16", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    parts = [line.partition(" s  ")[2] for line in lines]
+    assert parts[:2] == ["features", "KID with its interval"]
+    assert parts[-1].startswith("all of 40 images of 16 px, peak ")
+    assert float(lines[-1].split()[0]) >= sum(float(line.split()[0]) for line in lines[:-1]) - 0.5

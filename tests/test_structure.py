@@ -30,7 +30,8 @@ def test_memory_compares_frames_with_held_out_patches():
     rng = np.random.default_rng(1)
     held_out = [np.sort(rng.uniform(1, 3, 50)), np.array([1.0, 2.0, 2.0, 4.0])]
     distances = np.stack([rng.uniform(0.5, 2, 30), np.full(30, 2.0)])
-    memory = Memory(distances, np.zeros((2, 30), int), held_out)
+    kinds = np.stack([np.zeros(30, int), np.ones(30, int)])
+    memory = Memory(distances, np.zeros((2, 30), int), kinds, held_out)
     chosen = np.arange(30)
     np.testing.assert_allclose(memory.ratio(chosen), [np.median(distances[0]) / np.median(held_out[0]), 1.0])
     expected = mannwhitneyu(held_out[0], distances[0]).statistic / (50 * 30)
@@ -97,11 +98,12 @@ def test_classifiers_show_their_stages(backbone, num):
 
 def test_the_stain_share_is_what_lies_along_the_transfer():
     source, stain = np.array([1.0, 1.0, 0.0]), np.array([3.0, 1.0, 0.0])
-    changes = np.array([[4.0, 0, 0], [0, 0, 5.0], [3.0, 0, 4.0], [-2.0, 0, 0], [0, 0, 0]])
+    changes = np.array([[4.0, 0, 0], [0, 0, 5.0], [1.0, 0, 4.0], [-2.0, 0, 0], [0, 0, 0]])
     features = np.concatenate([source[None], source + changes])[None]
     whole, explained = stain_share(features, stain[None])
-    np.testing.assert_allclose(whole[0], [16, 25, 25, 4, 0])
-    np.testing.assert_allclose(explained[0], [16, 0, 9, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(whole[0], [16, 25, 17, 4, 0])
+    # The transfer goes 2 along the first axis: no farther than itself, and half-way for the third change.
+    np.testing.assert_allclose(explained[0], [16 - 4, 0, 1, 0, 0], atol=1e-12)
     assert stain_share(features, source[None])[1].sum() == 0  # a transfer that moves nothing explains nothing
 
 

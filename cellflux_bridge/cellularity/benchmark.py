@@ -41,7 +41,7 @@ def nuclei_times(*, largest: int = 4096) -> list[dict[str, float]]:
 
 def main(argv: Sequence[str]) -> None:
     """Print the times as a Markdown table."""
-    parser = argparse.ArgumentParser(prog="cellflux-bridge nuclei benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmark_nuclei.py", description=__doc__)
     parser.add_argument("--largest", type=int, default=4096, help="px, side of the largest image (4096)")
     times = nuclei_times(largest=parser.parse_args(argv).largest)
     print("| image | nuclei | CPU ms an image |\n| --- | --- | --- |")

@@ -8,6 +8,7 @@ from cellflux_bridge.metrics.values import Value
 
 # Under this many images the bias of a Frechet distance in 2,048 features is what its authors warn of.
 ENOUGH_FOR_FRECHET = 2048
+NEAREST_TARGET = "nearest real target"
 # The quantity's beginning -> what its value, and its interval, need.
 _NEEDS = {
     "kid": "2 groups on either side, and 4 for an interval",
@@ -38,9 +39,15 @@ def cautions(values: Sequence[Value]) -> Iterator[str]:
                     f"held-out real patch does, about {by_chance:.1%} would by chance: look at the near copies."
                 )
         if value.quantity == "stain_share" and value.level == 1 and value.trajectory and value.value > 0.5:
+            real = [
+                f" (and {other.value:.0%} of that to the nearest real target)"
+                for other in values
+                if (other.quantity, other.extractor, other.level) == ("stain_share", value.extractor, 1)
+                and other.method == NEAREST_TARGET
+            ]
             yield (
                 f"{value.value:.0%} of what {value.extractor} sees change in {value.method} a mere stain transfer "
-                "explains."
+                f"explains{''.join(real)}: ask judges of structure."
             )
     undefined: dict[tuple[str, str], list[Value]] = {}
     for value in values:

@@ -14,11 +14,12 @@ largest_over_mean_step          mean over sequences of the largest step over the
 kid_pooled (level)              KID to real source- and target-class patches together
 kid_pooled_over_floor (level)   the same less the mean of the real-vs-real floor; without a level: the worst after 0
 kid_own, frechet_own (level)    distance, in the extractor's features, to real patches of the own score, or else class
-stain_share (level)             share of the squared feature change from the source that lies along the way on which a
-                                mere stain transfer (Reinhard, to real targets) moves the same source
+stain_share (level)             share of the squared feature change from the source that a mere stain transfer of it
+                                (Reinhard, to real targets) explains, in part or whole (`metrics.structure`)
 ms_ssim (level)                 MS-SSIM of the haematoxylin to the own source; of real source: between different groups
 layer_distance (level)          LPIPS-like distance to the own source in the extractor's layers (`metrics.structure`)
-nearest_training_ratio (level)  median distance to the nearest training patch over that of real held-out patches
+nearest_training_ratio (level)  median distance to the nearest training patch over that of real held-out patches near to
+                                patches of its class (`metrics.memorisation`)
 nearest_training_closer (level) chance that a frame lies nearer to training than a held-out patch; 0.5 is none
 near_copy_share (level)         share of frames nearer to training than all M held-out patches; 1 / (M + 1) by chance;
                                 without a level of all frames after the source
@@ -82,7 +83,7 @@ class Evaluation:
     differences: tuple[Difference, ...]
     near_copies: tuple[NearCopy, ...]
     num_training: int
-    num_held_out: int
+    num_held_out: tuple[int, int]
     warnings: tuple[str, ...]
 
 
@@ -184,6 +185,6 @@ def evaluate(
         differences=tuple(row for other in looked[1:] for row in differences(looked[0], other, panel)),
         near_copies=copies,
         num_training=len(panel.training.ids),
-        num_held_out=len(panel.training.held_out),
+        num_held_out=tuple(map(len, panel.training.held_out)),
         warnings=tuple(cautions(values.rows)),
     )

@@ -90,28 +90,27 @@ def _add_stain_share(
 
 def memory_of(of: Sequences, panel: Panel) -> Memory:
     """The frames after the source beside the training patches."""
-    frames = of.seen[panel.extractor.name].features[:, 1:]
-    return panel.training.memory(frames, [panel.like(level) for level in of.frame_levels])
+    return panel.training.memory(of.seen[panel.extractor.name].features[:, 1:])
 
 
 def _add_memory(values: Values, of: Sequences, panel: Panel, resamples: Resamples) -> None:
     memory = memory_of(of, panel)
+    fewest = min(map(len, memory.held_out))
     copied, closer = memory.is_near_copy().T, memory.closer().T
     for quantity, found in (
         ("nearest_training_ratio", estimate(memory.ratio, resamples)),
         ("nearest_training_closer", estimate(lambda i: closer[i].mean(0), resamples)),
         ("near_copy_share", estimate(lambda i: copied[i].mean(0), resamples)),
     ):
-        for level, held_out, *one in zip(of.levels, memory.held_out, *found, strict=True):
-            by, num = panel.extractor, len(held_out)
-            values.add(subject(of), quantity, Estimate(*one), level=level, by=by, n_real=num)
-    found, least = estimate(lambda i: copied[i].mean(), resamples), min(map(len, memory.held_out))
-    values.add(subject(of), "near_copy_share", found, by=panel.extractor, n_real=least)
+        values.add_levels(subject(of), quantity, found, by=panel.extractor, n_real=fewest)
+    found = estimate(lambda i: copied[i].mean(), resamples)
+    values.add(subject(of), "near_copy_share", found, by=panel.extractor, n_real=fewest)
 
 
 def near_copies(of: Sequences, panel: Panel) -> list[NearCopy]:
     """The near copies of a method, those that lie the farthest below held-out patches first."""
     memory = memory_of(of, panel)
+    least = memory.least()
     found = [
         NearCopy(
             of.name,
@@ -120,7 +119,7 @@ def near_copies(of: Sequences, panel: Panel) -> list[NearCopy]:
             of.levels[number],
             panel.training.ids[memory.numbers[number, n]],
             float(memory.distances[number, n]),
-            float(memory.held_out[number][0]),
+            float(least[number, n]),
         )
         for number, n in np.argwhere(memory.is_near_copy())
     ]

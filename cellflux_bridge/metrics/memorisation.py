@@ -5,20 +5,19 @@ patches without repeating one, and a network's features may hold copies apart, s
 at, not counted alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from cellflux_bridge.metrics.manifold import squared_distances
-from cellflux_bridge.metrics.networks import Network, RealPatches
+from cellflux_bridge.metrics.networks import Network
 
 _BLOCK = 512
 
 
 class NearCopy(NamedTuple):
-    """A frame that lies nearer to a training patch than any held-out real patch of its class does to its own nearest:
+    """A frame that lies nearer to a training patch than any held-out real patch does to its own nearest of that class:
     `distance` < `held_out`, the least of theirs, both Euclidean in the extractor's features."""
 
     method: str
@@ -31,28 +30,38 @@ class NearCopy(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Of L levels and N sequences: distances (L, N) to the nearest training patch, whose numbers are (L, N), and for
-    every level the sorted distances of held-out real patches to theirs."""
+    """Of L levels and N sequences: distances (L, N) to the nearest training patch, whose numbers are (L, N) and classes
+    `kinds` (L, N) int, and for either class the sorted distances of the held-out patches nearest to a patch of it.
+
+    Comparing within a class matters: one tissue may lie far denser than the other.
+    """
 
     distances: np.ndarray
     numbers: np.ndarray
+    kinds: np.ndarray
     held_out: list[np.ndarray]
 
     def ratio(self, chosen: np.ndarray) -> np.ndarray:
-        """Median distance of the chosen frames over that of held-out patches, (L,): below 1 is nearer than real."""
-        return np.median(self.distances[:, chosen], axis=1) / [np.median(held_out) for held_out in self.held_out]
+        """Distance of the chosen frames over the median of held-out patches, median over frames, (L,)."""
+        medians = np.array([np.median(held_out) for held_out in self.held_out])
+        return np.median(self.distances[:, chosen] / medians[self.kinds[:, chosen]], axis=1)
 
     def closer(self) -> np.ndarray:
         """(L, N): the share of held-out patches that lie farther from training than the frame, a tie for a half; its
         mean is the Mann-Whitney statistic, 0.5 where frames and held-out patches are alike (Meehan et al. 2020)."""
-        pairs = zip(self.distances, self.held_out, strict=True)
-        return np.stack(
-            [1 - (np.searchsorted(h, d) + np.searchsorted(h, d, side="right")) / (2 * len(h)) for d, h in pairs]
-        )
+        d = self.distances
+        shares = [
+            1 - (np.searchsorted(h, d) + np.searchsorted(h, d, side="right")) / (2 * len(h)) for h in self.held_out
+        ]
+        return np.where(self.kinds == 1, shares[1], shares[0])
+
+    def least(self) -> np.ndarray:
+        """(L, N): the least distance of the held-out patches that each frame is compared to."""
+        return np.array([held_out[0] for held_out in self.held_out])[self.kinds]
 
     def is_near_copy(self) -> np.ndarray:
         """(L, N): nearer than every held-out patch, as 1 in M + 1 of real patches would be."""
-        return self.distances < np.array([held_out[0] for held_out in self.held_out])[:, None]
+        return self.distances < self.least()
 
 
 def nearest(x: np.ndarray, others: np.ndarray, *, block: int = _BLOCK) -> tuple[np.ndarray, np.ndarray]:
@@ -65,23 +74,28 @@ def nearest(x: np.ndarray, others: np.ndarray, *, block: int = _BLOCK) -> tuple[
 
 @dataclass(frozen=True)
 class Training:
-    """The training patches of both classes in the extractor's features, `held_out` (M,) the distances of the real test
-    patches to their nearest ones."""
+    """The training patches of both classes in the extractor's features, whether each `is_target`, and of the real test
+    patches the sorted distances to their nearest ones, of the source class and of the target class."""
 
     ids: tuple[str, ...]
     features: np.ndarray
-    held_out: np.ndarray
+    is_target: np.ndarray
+    held_out: list[np.ndarray]
 
     @staticmethod
-    def look(extractor: Network, real: RealPatches, real_features: np.ndarray) -> "Training":
+    def look(extractor: Network, real_features: np.ndarray) -> "Training":
         patches = extractor.patches
-        classes = (extractor.source, extractor.target)
-        numbers = np.concatenate([patches.indices("train", label) for label in classes])
+        numbers = np.concatenate([patches.indices("train", label) for label in (extractor.source, extractor.target)])
         features = extractor.look_at_patches(patches, numbers, desc="training patches").features
-        return Training(tuple(patches.ids[i] for i in numbers), features, nearest(real_features, features)[0])
+        is_target = patches.labels[numbers] == patches.class_index(extractor.target)
+        distances, found = nearest(real_features, features)
+        kinds = is_target[found]
+        # A class that no held-out patch lies nearest to has none of its own to compare to.
+        held_out = [np.sort(distances[kinds == kind] if (kinds == kind).any() else distances) for kind in (False, True)]
+        return Training(tuple(patches.ids[i] for i in numbers), features, is_target, held_out)
 
-    def memory(self, frames: np.ndarray, like: Sequence[np.ndarray]) -> Memory:
-        """Of frames (N, L, D); `like` are, level by level, the (M,) held-out patches that they are compared to."""
+    def memory(self, frames: np.ndarray) -> Memory:
+        """Of frames (N, L, D)."""
         found = [nearest(level, self.features) for level in frames.swapaxes(0, 1)]
         distances, numbers = (np.stack(parts) for parts in zip(*found, strict=True))
-        return Memory(distances, numbers, [np.sort(self.held_out[chosen]) for chosen in like])
+        return Memory(distances, numbers, self.is_target[numbers].astype(int), self.held_out)

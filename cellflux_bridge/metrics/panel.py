@@ -53,8 +53,7 @@ class Panel:
         self.extractor = next(network for network in networks if network.use == "features")
         self.estimator = next((network for network in networks if network.use == "scores"), None)
         self.real = {network.name: self._look(network) for network in (*self.judges, self.extractor)}
-        real = self.real[self.extractor.name]
-        self.training = Training.look(self.extractor, real.patches, real.seen.features)
+        self.training = Training.look(self.extractor, self.real[self.extractor.name].seen.features)
         self._add_extractors_own()
         self._add_structure()
         self.scored = None if self.estimator is None else self._look_at_scored(self.estimator)
@@ -76,19 +75,16 @@ class Panel:
     def own_reference(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         """The extractor's features, and groups, of the real patches that frames of a level are compared to.
 
-        With scores: patches whose score lies within `SCORE_WINDOW`. Else those of `like`.
+        With scores: patches whose score lies within `SCORE_WINDOW`. Else the source class below 0.5, the target class
+        above, both at 0.5.
         """
         if self.scored is not None:
             chosen = np.abs(self.scored.scores - level) <= SCORE_WINDOW + 1e-6
             return self.scored.features[chosen], self.scored.patches.groups[chosen]
-        real, chosen = self.real[self.extractor.name], self.like(level)
+        real = self.real[self.extractor.name]
+        is_target = real.patches.is_target
+        chosen = np.ones_like(is_target) if abs(level - 0.5) < 1e-6 else is_target == (level > 0.5)
         return real.seen.features[chosen], real.patches.groups[chosen]
-
-    def like(self, level: float) -> np.ndarray:
-        """Which of the extractor's real patches are of a level's class, (M,) bool: source below 0.5, target above, both
-        at 0.5."""
-        is_target = self.real[self.extractor.name].patches.is_target
-        return np.ones_like(is_target) if abs(level - 0.5) < 1e-6 else is_target == (level > 0.5)
 
     def stain_reference(self) -> StainReference:
         """The mean colours of real target patches of the training split (Reinhard)."""

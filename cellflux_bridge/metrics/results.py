@@ -15,7 +15,8 @@ metrics.json, format 1; a number that does not exist is null:
                   signed-rank test on means of groups
     memorisation  {extractor, patches, num_training, num_held_out, num_near_copies, near_copies: [{method, trajectory,
                   source_id, level, training_id, distance, held_out}]}: the worst near copies (`metrics.memorisation`),
-                  a hundred at most; `patches` is the checkpoint in whose data `training_id` is
+                  a hundred at most; `num_held_out` are [those nearest to training of the source, of the target];
+                  `patches` is the checkpoint in whose data `training_id` is
     warnings      [text]: what not to believe, in plain words
 """
 

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.metrics.cautions import NEAREST_TARGET
 from cellflux_bridge.metrics.networks import Network, Seen
 from cellflux_bridge.metrics.structure import recolour
 from cellflux_bridge.metrics.tissue import tissue_figures
@@ -155,7 +156,7 @@ def nearest_target(sequences: Sequences, networks: Sequence[Network], extractor:
     nearest = cdist(own, seen[extractor.name].features).argmin(1)
     patches = extractor.patches.centre(candidates[nearest]).numpy()
     images = {name: s.at(nearest) for name, s in seen.items()}
-    return _still(sequences, "nearest real target", images, tissue_figures(patches), patches, extractor)
+    return _still(sequences, NEAREST_TARGET, images, tissue_figures(patches), patches, extractor)
 
 
 def stain_transfer(sequences: Sequences, networks: Sequence[Network], reference: StainReference) -> Sequences:

@@ -76,11 +76,12 @@ def recolour(patches: np.ndarray, reference: StainReference) -> np.ndarray:
 def stain_share(features: np.ndarray, recoloured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Squared feature change from the first frame on (N, K), and the part of it (N, K) that a stain transfer explains.
 
-    `features` (N, K+1, D) of sequences, `recoloured` (N, D) of their first frames after the transfer. That part lies
-    along the way that the transfer moves the same source, however far: the best multiple >= 0 of it.
+    `features` (N, K+1, D) of sequences, `recoloured` (N, D) of their first frames after the transfer. A transfer may be
+    done in part: what is explained is what the best part, 0 to 1, of its change in features leaves no rest of.
     """
     change = (features[:, 1:] - features[:, :1]).astype(np.float64)
     stain = recoloured.astype(np.float64) - features[:, 0]
-    stain /= np.maximum(np.linalg.norm(stain, axis=1, keepdims=True), 1e-12)
-    along = np.maximum(np.einsum("nkd,nd->nk", change, stain), 0)
-    return (change**2).sum(2), along**2
+    length = np.maximum((stain**2).sum(1), 1e-24)[:, None]
+    part = np.clip(np.einsum("nkd,nd->nk", change, stain) / length, 0, 1)
+    whole = (change**2).sum(2)
+    return whole, whole - ((change - part[:, :, None] * stain[:, None]) ** 2).sum(2)
