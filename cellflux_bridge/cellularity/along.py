@@ -55,8 +55,8 @@ def along_trajectories(
     """The content of cellularity.json of trajectory folders of one transition.
 
     Real patches come from the test split of `patches`, which also tell the sources' groups, or from `real_folders`
-    (source, target), or are left out. Raises UserError for trajectories of two transitions, and where all sources, or all
-    real patches of a class, are grey or inverted; single such images are left out and, in trajectories, counted.
+    (source, target), or are left out. Raises UserError for trajectories of two transitions, and where all sources, or
+    all real patches of a class, are grey or inverted; single such images are left out and, in trajectories, counted.
     """
     parameters = Parameters() if parameters is None else parameters
     headers = [read_header(folder) for folder in folders]
