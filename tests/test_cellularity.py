@@ -370,6 +370,8 @@ def test_grey_frames_are_left_out_and_counted(tmp_path):
     assert of["checks"] == []
     (middle,) = [p for p in of["curves"] if p["quantity"] == "count" and p["level"] == 0.5]
     assert (middle["n"], middle["mean"]) == (0, None)
+    with pytest.raises(SystemExit, match="its sources: all 3 are grey"):
+        main(["cellularity", str(write_trajectory(tmp_path / "u", grey_at=0)), "--workers", "1"])
 
 
 def test_counts_of_small_nuclei_are_refused_for_all_levels():

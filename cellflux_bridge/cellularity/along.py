@@ -1,6 +1,6 @@
 """Nuclei along trajectories and in the real patches that they are held against: the content of cellularity.json."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ def along_trajectories(
     """The content of cellularity.json of trajectory folders of one transition.
 
     Real patches come from the test split of `patches`, which also tell the sources' groups, or from `real_folders`
-    (source, target), or are left out. Raises UserError for trajectories of two transitions, and for sources that are
-    grey or inverted: of frames that a network made, such ones are left out and told.
+    (source, target), or are left out. Raises UserError for trajectories of two transitions, and where all sources, or
+    all real patches of a class, are grey or inverted; single such images are left out and, in trajectories, counted.
     """
     parameters = Parameters() if parameters is None else parameters
     headers = [read_header(folder) for folder in folders]
@@ -64,19 +64,18 @@ def along_trajectories(
     for folder, header in zip(folders, headers, strict=True):
         if (header.source, header.target) != (source, target):
             raise UserError(f"{folder}: {header.source} -> {header.target}, but {folders[0]} is {source} -> {target}")
-    find: Callable[[str], _Real] | None = None
+    found: dict[str, _Real] = {}
     if real_folders is not None:
-        by_class = dict(zip((source, target), real_folders, strict=True))
-        find = lambda label: _of_folder(by_class[label])  # noqa: E731
+        found = {label: _of_folder(folder) for label, folder in zip((source, target), real_folders, strict=True)}
     elif patches is not None:
-        find = lambda label: _of_patches(patches, label)  # noqa: E731
+        found = {label: _of_patches(patches, label) for label in (source, target)}
     groups = {} if patches is None else {id_: _group(patches, i) for i, id_ in enumerate(patches.ids)}
     real = {}
-    for label in (source, target) if find is not None else ():
-        images, own = find(label)
+    for label, (images, own) in found.items():
         counted = count_arrays(images, mpp=mpp, parameters=parameters, workers=workers)
         rows = list(progress(counted, total=len(own), desc=f"nuclei of real {label}", unit="image"))
         real[label] = Counted.of(rows, own)
+        real[label].require_some(0, of=f"real {label} patches")
     pair = (real[source], real[target]) if real else None
     options = {"mpp": mpp, "parameters": parameters, "seed": seed, "workers": workers}
     curves = [curves_of(folder, groups, pair, **options) for folder in folders]

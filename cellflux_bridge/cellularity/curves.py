@@ -42,6 +42,13 @@ class Counted(NamedTuple):
     def tells_nuclei_apart(self) -> bool:
         return not self.median_area < MIN_PIXELS
 
+    def require_some(self, level: int, *, of: str) -> None:
+        """UserError, naming what these images are, where nuclei could be sought in none of a level's."""
+        if np.isnan(self.values[:, level]).all():
+            raise UserError(
+                f"{of}: all {len(self.values)} are grey, dark or inverted; expected bright-field H&E in colour"
+            )
+
 
 class Point(NamedTuple):
     """The mean of a quantity over `n` images that have it, at a level or of a class, with its 95 % interval."""
@@ -112,7 +119,9 @@ def count_trajectory(
     rows = list(progress(counted, desc=f"nuclei of {folder.name}", unit="sequence"))
     if not rows:
         raise UserError(f"{folder}: no whole sequence to count in; let `cellflux-bridge translate` finish first")
-    return tuple(ids), Counted.of(rows, [groups.get(source, source) for source in ids])
+    found = Counted.of(rows, [groups.get(source, source) for source in ids])
+    found.require_some(0, of=f"{folder}: its sources")
+    return tuple(ids), found
 
 
 def _existing(counted: Counted) -> tuple[list[str], tuple[str, ...]]:
