@@ -16,11 +16,7 @@ SIZES = ((32, 32, 200), (64, 64, 100), (256, 320, 20), (1024, 1024, 3), (4096, 4
 
 
 def nuclei_times(*, largest: int = 4096) -> list[dict[str, float]]:
-<<<<<<< HEAD
-    """CPU milliseconds to find and to measure the nuclei of an image of each size up to `largest` px, and their number.
-=======
     """CPU milliseconds to find and measure the nuclei of an image of each size up to `largest` px, and their number.
->>>>>>> wt_cell
 
     Larger images than 320 px are one phantom, laid side by side and mirrored.
     """
