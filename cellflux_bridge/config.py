@@ -86,6 +86,7 @@ class PairsConfig(Section):
     identity: bool = False
     self_pairs: Fraction = 0.0  # by level: how often a source that has the target's level already is its own target
     match_group: bool = False
+    pool: Count = 1  # batches whose pairs are chosen together
 
 
 class ConditionConfig(Section):

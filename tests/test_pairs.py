@@ -219,25 +219,21 @@ def test_matched_groups_stay_together(data):
 
 
 class Turned(Coupling):
-    """Turns the targets of every block by one, and notes how the rows stood in blocks."""
+    """Turns the targets of every block by one, and notes the (sources, targets) of each, as numbers of patches."""
+
+    def __init__(self):
+        self.blocks = []
 
     def permutation(self, x0, x1, *, generator):
+        self.blocks.append((numbers(x0).numpy(), numbers(x1).numpy()))
         return torch.arange(len(x0)).roll(1)
-
-    def pair(self, x0, x1, *, blocks, generator):
-        self.blocks = blocks
-        return super().pair(x0, x1, blocks=blocks, generator=generator)
 
 
 def by_block(pairs: Pairs, coupling: Turned, steps: int):
-    """The (sources, targets) of every block of some batches, as numbers of patches."""
+    coupling.blocks.clear()
     for step in range(steps):
-        batch = pairs.batch(step)
-        for block in coupling.blocks.unique():
-            rows = coupling.blocks == block
-            source, target = batch.source_index[rows].numpy(), batch.target_index[rows].numpy()
-            if (source != target).any():  # a patch that met itself stands alone
-                yield source, target
+        pairs.batch(step)
+    return coupling.blocks
 
 
 def test_any_source_goes_to_any_level_evenly(data):
@@ -252,7 +248,7 @@ def test_any_source_goes_to_any_level_evenly(data):
     table = np.zeros((2, 5))
     for source, target in by_block(pairs, coupling, 150):
         assert len(set(labels[source])) == len(set(c[target])) == 1
-        table[labels[source[0]] // 2, int(4 * c[target[0]])] += 1
+        table[labels[source[0]] // 2, int(4 * c[target[0]])] += -(-len(source) // 8)  # draws of eight, less own targets
     assert chi2_contingency(table).pvalue > 0.01
     assert table.min() > 20
     # Rare levels are drawn more often than they are frequent: by the square root.
@@ -359,6 +355,56 @@ def test_a_source_that_stays_is_told_any_level_of_its_bin(data):
         assert (np.rint(2 * told[stays]) == np.rint(2 * own[stays])).all()
         gaps += np.abs(told - own)[stays].tolist()
     assert np.mean(gaps) > 0.05  # the mean distance of two draws is a third of the bin's width
+
+
+def far(batch: PairBatch) -> float:
+    """The mean distance between the numbers of a batch's sources and targets."""
+    return float((batch.source_index - batch.target_index).abs().float().mean())
+
+
+@pytest.mark.parametrize("by_level", [False, True], ids=["class", "level"])
+def test_a_pool_of_batches_chooses_among_the_targets_of_them_all(data, by_level):
+    """Ranks of 120 uniform numbers differ by 120 / sqrt(n) or so; sources and their kinds are as without a pool."""
+    levels = np.eye(3, dtype=np.float32)[np.arange(120) % 3] if by_level else None
+
+    def batches(pool: int) -> list[PairBatch]:
+        coupling = MinibatchOT(cost="pixels")
+        pairs = make_pairs(numbered(120), data, coupling=coupling, batch_size=24, levels=levels, pool=pool)
+        return [pairs.batch(step) for step in range(32)]
+
+    alone, pooled = batches(1), batches(16)
+    for one, other in zip(alone, pooled, strict=True):
+        assert torch.equal(one.source_index, other.source_index)
+        assert transitions_of(one) == transitions_of(other)
+        assert torch.equal(numbers(other.x0), other.source_index)
+        assert torch.equal(numbers(other.x1), other.target_index)
+        if by_level:
+            np.testing.assert_array_equal(other.target_level, levels[other.target_index])
+    # Every target is used, by the same pool of batches.
+    for part in (slice(0, 16), slice(16, 32)):
+        used = [Counter(torch.cat([batch.target_index for batch in which[part]]).tolist()) for which in (alone, pooled)]
+        assert used[0] == used[1]
+    assert np.mean([far(batch) for batch in pooled]) < 0.5 * np.mean([far(batch) for batch in alone])
+
+
+def test_a_pooled_batch_is_a_function_of_seed_step_and_rank(data):
+    levels = soft_levels(30)
+
+    def make() -> Pairs:
+        return make_pairs(numbered(), data, levels=levels, self_pairs=0.3, pool=4, coupling=MinibatchOT())
+
+    pairs = make()
+    first = pairs.batch(6, rank=1)
+    for step, rank in ((0, 1), (6, 0), (9, 1)):
+        assert not equal(pairs.batch(step, rank=rank), first)
+    assert equal(pairs.batch(6, rank=1), first)
+    assert equal(make().batch(6, rank=1), first)
+
+
+def test_an_assignment_is_never_larger_than_1024(data):
+    coupling = Turned()
+    pairs = make_pairs(numbered(30), data, coupling=coupling, batch_size=10, transitions=[("A", "B")], pool=240)
+    assert [len(source) for source, _ in by_block(pairs, coupling, 240)] == [1024, 1024, 352]
 
 
 def test_splits_do_not_mix(data):

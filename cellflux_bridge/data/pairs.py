@@ -14,7 +14,9 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.randomness import torch_generator
 
 # Rows of a batch that share one group, or one level, so that the coupling has a choice.
-_ROWS_PER_BLOCK = 8
+_ROWS_PER_DRAW = 8
+# Rows that are coupled at once, at most: an exact assignment takes time that grows with their cube (1,024: 0.07 s).
+_ROWS_PER_BLOCK = 1024
 
 
 class Coupling(Protocol):
@@ -38,7 +40,7 @@ class PairBatch(NamedTuple):
     target_index: torch.Tensor
 
 
-class _Block(NamedTuple):
+class _Kind(NamedTuple):
     """Patches that sources and targets of one kind of pair are drawn from, and how often, relative to others."""
 
     source: np.ndarray
@@ -46,14 +48,31 @@ class _Block(NamedTuple):
     weight: float
 
 
+class _Drawn(NamedTuple):
+    """Rows before or after they are coupled: numbers of patches (n,) that are sources, that are targets, and whose
+    levels the targets are said to have; the kind and the group of each row; x0, x1 (n, 3, S, S) uint8."""
+
+    source: np.ndarray
+    target: np.ndarray
+    told: np.ndarray
+    kind: np.ndarray
+    group: np.ndarray
+    x0: torch.Tensor
+    x1: torch.Tensor
+
+
 class Pairs:
-    """Draws what is to become what first, evenly, then patches, then couples them inside each block.
+    """Draws what is to become what first, evenly, then patches, then couples them among rows of the same kind.
+
+    The rows of `pairs.pool` consecutive batches are coupled together: each batch keeps its sources, and which target
+    each of them gets is chosen among all targets of its kind in the pool, up to 1,024. The more there are, the more a
+    target resembles its source, and the less a network can do better than to leave the source.
 
     By class: (source class, target class) as `pairs.transitions` names them. By level, with `levels` (N, num_classes),
-    the patches' soft labels: any source class that a transition names, to any level, independently; targets of a block
+    the patches' soft labels: any source class that a transition names, to any level, independently; targets of a kind
     have nearly the same level (`level_bins` steps between two classes), so that nothing is paired across levels, and a
     level that few patches have is drawn more often than they are frequent, by the square root. Of the sources whose own
-    level is that of their block's targets, the share `pairs.self_pairs` are their own targets: to become what one is
+    level is that of their kind's targets, the share `pairs.self_pairs` are their own targets: to become what one is
     already is to stay. They are told the level of the target that they replace, so that a network cannot learn to stay
     at exactly its source's level only, and to draw the source anew beside it.
 
@@ -92,8 +111,9 @@ class Pairs:
             pools = [(source, target, len(target) ** 0.5) for source in sources for target in targets]
         else:
             pools = [(members[source], members[target], 1.0) for source, target in self.transitions]
-        self._blocks = [_Block(*pool) for pool in pools]
+        self._kinds = [_Kind(*pool) for pool in pools]
         self._groups = self._shared_groups() if pairs.match_group else None
+        self._pool: tuple[tuple[int, int], list[_Drawn]] | None = None
 
     def _members(self, *, rows: int) -> dict[int, np.ndarray]:
         """The patches of every class that a transition names; `rows` of one class are drawn at once."""
@@ -118,16 +138,16 @@ class Pairs:
         return np.unique(np.rint(self._levels[indices] * num), axis=0, return_inverse=True)[1].ravel()
 
     def _shared_groups(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-        """For each block, the (sources, targets) of every group that holds both."""
+        """For each kind, the (sources, targets) of every group that holds both."""
         groups, shared, kept = self._patches.groups, [], []
-        for block in self._blocks:
-            of = [{g: m[groups[m] == g] for g in np.unique(groups[m])} for m in (block.source, block.target)]
+        for kind in self._kinds:
+            of = [{g: m[groups[m] == g] for g in np.unique(groups[m])} for m in (kind.source, kind.target)]
             both = [(of[0][g], of[1][g]) for g in of[0] if g in of[1]]
             if both:
                 shared.append(both)
-                kept.append(block)
+                kept.append(kind)
             elif not self._by_level:
-                names = " and ".join(repr(self._patches.classes[self._patches.labels[m[0]]]) for m in block[:2])
+                names = " and ".join(repr(self._patches.classes[self._patches.labels[m[0]]]) for m in kind[:2])
                 raise UserError(
                     f"pairs.match_group: no group of the {self._split} split holds both {names}; name groups (slide, "
                     "plate, batch) in the manifest or set pairs.match_group=false"
@@ -138,64 +158,100 @@ class Pairs:
                 f"pairs.match_group: no group of the {self._split} split holds a source and another patch as target; "
                 "name groups (slide, plate, batch) in the manifest or set pairs.match_group=false"
             )
-        self._blocks = kept
+        self._kinds = kept
         return shared
 
     def batch(self, step: int, *, rank: int = 0) -> PairBatch:
         """The batch of a step: random crops, symmetries and stain jitter in training, middle crops elsewhere."""
+        number, place = divmod(step, self._config.pool)
+        if self._pool is None or self._pool[0] != (number, rank):
+            self._pool = (number, rank), self._coupled(number, rank)
+        drawn = self._pool[1][place]
+        x0, x1 = images.encode(drawn.x0), images.encode(drawn.x1)
+        if self._split == "train" and self._data.stain.mode == "augment":
+            generator = torch_generator(self._seed, "stain", step, rank)
+            both = stain.augment(torch.stack([x0, x1], dim=1), strength=self._data.stain.strength, generator=generator)
+            x0, x1 = both.unbind(1)
+        labels = torch.from_numpy(self._patches.labels)
+        levels = torch.from_numpy(self._levels[drawn.told])
+        source, target = torch.from_numpy(drawn.source), torch.from_numpy(drawn.target)
+        return PairBatch(x0, x1, labels[source], labels[target], levels, source, target)
+
+    def _coupled(self, number: int, rank: int) -> list[_Drawn]:
+        """The batches of a pool, each with the targets that the coupling gave to its sources."""
+        first = number * self._config.pool
+        batches = [self._drawn(step, rank) for step in range(first, first + self._config.pool)]
+        source, target, told, kind, group, x0, x1 = (
+            torch.cat(part) if isinstance(part[0], torch.Tensor) else np.concatenate(part)
+            for part in zip(*batches, strict=True)
+        )
+        moves = np.flatnonzero(source != target)  # the others are their own targets
+        blocks = _numbered_blocks(kind[moves], group[moves])
+        generator = torch_generator(self._seed, "coupling", self._split, number, rank)
+        i, j = self._coupling.pair(
+            images.encode(x0[moves]), images.encode(x1[moves]), blocks=torch.from_numpy(blocks), generator=generator
+        )
+        i, j = moves[i.numpy()], moves[j.numpy()]
+        target[i], told[i], x1[i] = target[j], told[j], x1[j]
+        parts = (np.split(part, self._config.pool) for part in (source, target, told, kind, group))
+        return [_Drawn(*of) for of in zip(*parts, *(x.split(self._batch_size) for x in (x0, x1)), strict=True)]
+
+    def _drawn(self, step: int, rank: int) -> _Drawn:
+        """The rows of a batch before they are coupled."""
         generator = torch_generator(self._seed, "pairs", self._split, step, rank)
-        source, target, told, blocks = self._draw_indices(generator)
-        is_self = torch.from_numpy(source == target)
-        blocks[is_self] = len(blocks) + torch.arange(int(is_self.sum()))  # blocks of one: coupled with nothing else
+        source, target, told, kind, group = self._draw_indices(generator)
         if self._split == "train":
-            flips = self._data.flips
-            x0, x1 = (self._patches.random(i, flips=flips, generator=generator) for i in (source, target))
+            x0, x1 = (
+                self._patches.random(indices, flips=self._data.flips, generator=generator)
+                for indices in (source, target)
+            )
         else:
             x0, x1 = self._patches.centre(source), self._patches.centre(target)
-        x0, x1 = images.encode(x0), images.encode(x1)
-        if self._split == "train" and self._data.stain.mode == "augment":
-            both = torch.stack([x0, x1], dim=1)
-            both = stain.augment(both, strength=self._data.stain.strength, generator=generator)
-            x0, x1 = both.unbind(1)
+        is_self = torch.from_numpy(source == target)
         x1 = torch.where(is_self[:, None, None, None], x0, x1)  # the same crop of it
-        i, j = self._coupling.pair(x0, x1, blocks=blocks, generator=generator)
-        source, target, told = source[i], target[j], told[j]
-        labels = torch.from_numpy(self._patches.labels)
-        levels = torch.from_numpy(self._levels[told])
-        numbers = torch.from_numpy(source), torch.from_numpy(target)
-        return PairBatch(x0[i], x1[j], labels[source], labels[target], levels, *numbers)
+        return _Drawn(source, target, told, kind, group, x0, x1)
 
-    def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor]:
-        """Patches that are sources, that are targets, and whose levels the targets are said to have; blocks."""
+    def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, ...]:
+        """Of each row of a batch: source, target, the patch whose level is told, kind and group (0 if unmatched)."""
         if self._by_level:
-            weights = torch.tensor([block.weight for block in self._blocks])
-            num = -(-self._batch_size // _ROWS_PER_BLOCK)
+            weights = torch.tensor([kind.weight for kind in self._kinds])
+            num = -(-self._batch_size // _ROWS_PER_DRAW)
             order = torch.multinomial(weights, num, replacement=True, generator=generator).tolist()
         else:
-            order = torch.randperm(len(self._blocks), generator=generator).tolist()
+            order = torch.randperm(len(self._kinds), generator=generator).tolist()
         shares = np.array_split(np.arange(self._batch_size), len(order))
-        source, target, told, blocks = [], [], [], []
-        for number, share in zip(order, shares, strict=True):
+        rows = []
+        for kind, share in zip(order, shares, strict=True):
             # A batch smaller than the number of transitions leaves some of them out.
-            for pools, num in self._pools(number, len(share), generator) if len(share) else ():
-                source.append(_draw(pools[0], num, generator))
-                target.append(_draw(pools[1], num, generator))
-                told.append(target[-1])
+            for group, sources, targets, num in self._pools(kind, len(share), generator) if len(share) else ():
+                source = _draw(sources, num, generator)
+                told = target = _draw(targets, num, generator)
                 if self._by_level and self._config.self_pairs:
                     stays = torch.rand(num, generator=generator).numpy() < self._config.self_pairs
-                    stays &= self._bin_of[source[-1]] == self._bin_of[target[-1]]
-                    target[-1] = np.where(stays, source[-1], target[-1])
-                blocks += [len(source)] * num
-        return np.concatenate(source), np.concatenate(target), np.concatenate(told), torch.tensor(blocks)
+                    stays &= self._bin_of[source] == self._bin_of[target]
+                    target = np.where(stays, source, target)
+                rows.append((source, target, told, np.full(num, kind), np.full(num, group)))
+        return tuple(np.concatenate(column) for column in zip(*rows, strict=True))
 
-    def _pools(self, number: int, num: int, generator: torch.Generator):
+    def _pools(self, kind: int, num: int, generator: torch.Generator):
+        """(group, sources, targets, how many to draw), several where groups are matched."""
         if self._groups is None:
-            return [(self._blocks[number][:2], num)]
-        shared = self._groups[number]
+            return [(0, *self._kinds[kind][:2], num)]
+        shared = self._groups[kind]
         weights = torch.tensor([float(min(len(a), len(b))) for a, b in shared])
-        sizes = [len(part) for part in np.array_split(np.arange(num), -(-num // _ROWS_PER_BLOCK))]
+        sizes = [len(part) for part in np.array_split(np.arange(num), -(-num // _ROWS_PER_DRAW))]
         chosen = torch.multinomial(weights, len(sizes), replacement=True, generator=generator).tolist()
-        return [(shared[g], size) for g, size in zip(chosen, sizes, strict=True)]
+        return [(group, *shared[group], size) for group, size in zip(chosen, sizes, strict=True)]
+
+
+def _numbered_blocks(kind: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """One number for all rows of the same kind and group, in parts of at most _ROWS_PER_BLOCK."""
+    same = np.unique(np.stack([kind, group]), axis=1, return_inverse=True)[1].ravel()
+    blocks = np.zeros(len(same), np.int64)
+    for number in range(same.max(initial=-1) + 1):
+        rows = np.flatnonzero(same == number)
+        blocks[rows] = blocks.max() + 1 + np.arange(len(rows)) // _ROWS_PER_BLOCK
+    return blocks
 
 
 def _draw(pool: np.ndarray, num: int, generator: torch.Generator) -> np.ndarray:
