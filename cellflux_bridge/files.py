@@ -1,7 +1,9 @@
-"""Text files that appear whole or not at all."""
+"""Text files that appear whole or not at all, and what may stand in them."""
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -9,3 +11,12 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
     os.replace(temporary, path)
+
+
+def without_nan(value: Any) -> Any:
+    """A value for JSON, with None for each number that is not finite; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

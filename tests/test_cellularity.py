@@ -11,10 +11,15 @@ from skimage.draw import ellipse
 from skimage.measure import regionprops
 
 from cellflux_bridge.cellularity import benchmark, counting, curves, splitting, validation
+from cellflux_bridge.cellularity.along import along_trajectories
 from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure, measure_all
 from cellflux_bridge.cellularity.nuclei import Parameters, haematoxylin, require_bright_field, segment
+from cellflux_bridge.cellularity.results import write_results
 from cellflux_bridge.cli import main
+from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.phantom import make_phantom
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.data.records import SPLITS
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
 from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
@@ -337,6 +342,8 @@ def test_curves_of_a_trajectory_beside_real_patches(tmp_path, capsys):
         "reaches_target": True,
         "n_inner": 1,
         "inner_between": 1,
+        "n_scored": 0,
+        "distance_to_real": None,
     }
     assert [row["count"] for row in of["per_source"]] == [[4, 9, 16]] * 3
     real = {(row["class"], row["quantity"]): (row["n"], row["mean"]) for row in content["real"]}
@@ -360,6 +367,39 @@ def test_an_end_short_of_the_target_and_levels_outside_are_told(tmp_path):
     assert check["inner_between"] == 0  # 16 lies above 13.7
     (rho,) = [row["value"] for row in of["spearman"] if row["quantity"] == "count"]
     assert rho == pytest.approx(0.5)
+
+
+def scored_patches(steps, scores) -> Patches:
+    """Test patches of known scores, A below one half."""
+    pixels = np.stack([discs(lattice(step))[0] for step in steps])
+    scores = np.asarray(scores, np.float32)
+    num = len(pixels)
+    return Patches(
+        pixels=pixels,
+        ids=tuple(f"real/{n}" for n in range(num)),
+        labels=(scores > 0.5).astype(np.int64),
+        splits=np.full(num, SPLITS.index("test")),
+        groups=np.arange(num),
+        group_names=tuple(str(n) for n in range(num)),
+        scores=scores,
+        classes=("A", "B"),
+        preprocessing=Preprocessing(pixels.shape[1]),
+    )
+
+
+def test_levels_are_held_against_real_patches_of_their_score(tmp_path):
+    folder = write_trajectory(tmp_path / "t", steps=(48, 32, 24))  # 4, 9, 16 discs
+    patches = scored_patches((48, 32, 24, 24), (0.02, 0.5, 0.55, 0.97))
+    content = along_trajectories([folder], patches=patches, workers=1)
+    real = {row["level"]: (row["n"], row["mean"]) for row in content["real_by_level"] if row["quantity"] == "count"}
+    assert real == {0: (1, 4), 0.5: (2, 12.5), 1: (1, 16)}
+    (check,) = [row for row in content["trajectories"][0]["checks"] if row["quantity"] == "count"]
+    assert (check["n_scored"], check["distance_to_real"]) == (3, pytest.approx(3.5 / 3))
+    written = write_results(content, tmp_path / "c.json")[1].read_text()
+    assert "real_by_level,,,,count,0.5,2,12.5" in written
+    assert "distance_to_real," in written
+    without = along_trajectories([folder], patches=replace(patches, scores=patches.scores * np.nan), workers=1)
+    assert without["real_by_level"] == []
 
 
 def test_grey_frames_are_left_out_and_counted(tmp_path):

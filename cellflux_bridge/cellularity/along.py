@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cellflux_bridge.cellularity.counting import count_arrays, list_images
-from cellflux_bridge.cellularity.curves import Counted, curves_of, points
+from cellflux_bridge.cellularity.curves import Counted, Scored, curves_of, points
 from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.cellularity.results import as_json
 from cellflux_bridge.data.patches import Patches
@@ -20,13 +20,17 @@ _CHUNK = 64
 _Real = tuple[Iterator[np.ndarray], list[str]]
 
 
-def _of_patches(patches: Patches, label: str) -> _Real:
+def _of_class(patches: Patches, label: str) -> _Real:
     """The middle test patches of a class, each a stack of one, and their groups."""
     numbers = patches.indices("test", label)
     if len(numbers) == 0:
         raise UserError(
             f"no real test patch of class {label!r}; set data.split.test, or give --real-source/--real-target"
         )
+    return _of_patches(patches, numbers)
+
+
+def _of_patches(patches: Patches, numbers: np.ndarray) -> _Real:
     chunks = (numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK))
     images = (rgb[None] for part in chunks for rgb in patches.centre(part).permute(0, 2, 3, 1).numpy())
     return images, [_group(patches, number) for number in numbers]
@@ -68,16 +72,28 @@ def along_trajectories(
     if real_folders is not None:
         found = {label: _of_folder(folder) for label, folder in zip((source, target), real_folders, strict=True)}
     elif patches is not None:
-        found = {label: _of_patches(patches, label) for label in (source, target)}
+        found = {label: _of_class(patches, label) for label in (source, target)}
     groups = {} if patches is None else {id_: _group(patches, i) for i, id_ in enumerate(patches.ids)}
+
+    def count(images: Iterator[np.ndarray], own: list[str], label: str) -> Counted:
+        rows = count_arrays(images, mpp=mpp, parameters=parameters, workers=workers)
+        return Counted.of(list(progress(rows, total=len(own), desc=f"nuclei of real {label}", unit="image")), own)
+
     real = {}
-    for label, (images, own) in found.items():
-        counted = count_arrays(images, mpp=mpp, parameters=parameters, workers=workers)
-        rows = list(progress(counted, total=len(own), desc=f"nuclei of real {label}", unit="image"))
-        real[label] = Counted.of(rows, own)
+    for label, of in found.items():
+        real[label] = count(*of, label)
         real[label].require_some(0, of=f"real {label} patches")
+    scored = None
+    if patches is not None and real_folders is None:
+        numbers = patches.indices("test")
+        numbers = numbers[np.isfinite(patches.scores[numbers])]
+        if len(numbers):
+            counted = count(*_of_patches(patches, numbers), "scored patches")
+            scored = Scored(counted, patches.scores_towards(target, numbers))
     pair = (real[source], real[target]) if real else None
     options = {"mpp": mpp, "parameters": parameters, "seed": seed, "workers": workers}
-    curves = [curves_of(folder, groups, pair, **options) for folder in folders]
+    curves = [curves_of(folder, groups, pair, scored, **options) for folder in folders]
     real_points = {label: points(counted, [None], seed=seed) for label, counted in real.items()}
-    return as_json(curves, real_points, mpp=mpp, parameters=parameters, seed=seed)
+    levels = dict.fromkeys(level for each in curves for level in each.header.levels)
+    by_level = () if scored is None else scored.points(sorted(levels), seed=seed)
+    return as_json(curves, real_points, by_level, mpp=mpp, parameters=parameters, seed=seed)

@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from cellflux_bridge.cellularity.counting import count_arrays
 from cellflux_bridge.cellularity.measurement import MIN_PIXELS, OF_SINGLE_NUCLEI, QUANTITIES
 from cellflux_bridge.cellularity.nuclei import Parameters
+from cellflux_bridge.data.patches import near_level
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.progress import progress
 from cellflux_bridge.randomness import numpy_generator
@@ -50,6 +51,22 @@ class Counted(NamedTuple):
             )
 
 
+class Scored(NamedTuple):
+    """What was counted in N real patches of known scores, K = 1, and their scores (N,) towards the target."""
+
+    counted: Counted
+    scores: np.ndarray
+
+    def of_level(self, level: float) -> Counted:
+        chosen = near_level(self.scores, level)
+        return self.counted._replace(values=self.counted.values[chosen], groups=self.counted.groups[chosen])
+
+    def points(self, levels: Sequence[float], *, seed: int) -> "tuple[Point, ...]":
+        """The mean of every quantity over the patches of each level that has any."""
+        found = (points(self.of_level(level), [level], seed=seed) for level in levels)
+        return tuple(point for of_level in found for point in of_level)
+
+
 class Point(NamedTuple):
     """The mean of a quantity over `n` images that have it, at a level or of a class, with its 95 % interval."""
 
@@ -76,7 +93,9 @@ class Check(NamedTuple):
 
     `end_minus_target` is the mean at the last level less that of real target patches, with its 95 % interval (both
     sides resampled); `reaches_target` whether that holds 0. `inner_between` is the share of the `n_inner` inner levels
-    whose mean lies between the two classes' means; None without inner levels.
+    whose mean lies between the two classes' means; None without inner levels. Where real patches have scores,
+    `distance_to_real` is the mean over the `n_scored` levels that such patches exist of, of the distance between the
+    curve and the mean of real patches of the level; else None.
     """
 
     quantity: str
@@ -86,6 +105,8 @@ class Check(NamedTuple):
     reaches_target: bool
     n_inner: int
     inner_between: float | None
+    n_scored: int
+    distance_to_real: float | None
 
 
 @dataclass(frozen=True)
@@ -182,8 +203,10 @@ def correlations(counted: Counted, levels: Sequence[float], *, seed: int) -> tup
     )
 
 
-def checks(counted: Counted, source: Counted, target: Counted, *, seed: int) -> tuple[Check, ...]:
-    """The curves of a trajectory against real source and target patches, both with K = 1."""
+def checks(
+    counted: Counted, levels: Sequence[float], source: Counted, target: Counted, scored: Scored | None, *, seed: int
+) -> tuple[Check, ...]:
+    """The curves of a trajectory against real patches, all with K = 1: of source, of target, and of known scores."""
     common = [name for name in _existing(counted)[0] if all(name in _existing(real)[0] for real in (source, target))]
     found = []
     for name in common:
@@ -205,8 +228,18 @@ def checks(counted: Counted, source: Counted, target: Counted, *, seed: int) -> 
         low, high = sorted((_finite_mean(source.values[:, 0, q]), _finite_mean(goal)))
         inner = None if not len(means) else float(np.mean((means >= low) & (means <= high)))
         reaches = bool(gap.low <= 0 <= gap.high)
-        found.append(Check(name, *map(float, gap), reaches, len(means), inner))
+        distances = [] if scored is None else _distances_to_real(counted, levels, scored, q)
+        distance = float(np.mean(distances)) if distances else None
+        found.append(Check(name, *map(float, gap), reaches, len(means), inner, len(distances), distance))
     return tuple(found)
+
+
+def _distances_to_real(counted: Counted, levels: Sequence[float], scored: Scored, q: int) -> list[float]:
+    means = (
+        (_finite_mean(counted.values[:, k, q]), _finite_mean(scored.of_level(level).values[:, 0, q]))
+        for k, level in enumerate(levels)
+    )
+    return [abs(own - real) for own, real in means if np.isfinite(own) and np.isfinite(real)]
 
 
 def _with_both(resamples, is_end: np.ndarray):
@@ -223,13 +256,15 @@ def curves_of(
     folder: Path,
     groups: dict[str, str],
     real: tuple[Counted, Counted] | None,
+    scored: Scored | None,
     *,
     mpp: float | None,
     parameters: Parameters,
     seed: int,
     workers: int,
 ) -> Curves:
-    """Everything that is known of one trajectory folder; `real` are patches of its source and its target class."""
+    """Everything that is known of one trajectory folder; `real` are patches of its source and its target class,
+    `scored` those of known scores."""
     header = read_header(folder)
     ids, counted = count_trajectory(folder, groups, mpp=mpp, parameters=parameters, workers=workers)
     return Curves(
@@ -239,7 +274,7 @@ def curves_of(
         counted=counted,
         curves=points(counted, header.levels, seed=seed),
         spearman=correlations(counted, header.levels, seed=seed),
-        checks=() if real is None else checks(counted, *real, seed=seed),
+        checks=() if real is None else checks(counted, header.levels, *real, scored, seed=seed),
         unmeasured=int(np.isnan(counted.values[..., QUANTITIES.index("area_fraction")]).sum()),
         refused=_existing(counted)[1],
     )

@@ -7,20 +7,22 @@ cellularity.json, format 1; a number that does not exist is null:
     trajectories  [{trajectory, method, source, target, config_hash, n, levels, median_area, unmeasured, refused,
                     curves: [{quantity, level, n, mean, low, high}],
                     spearman: [{quantity, n, value, low, high}],
-                    checks: [{quantity, end_minus_target, low, high, reaches_target, n_inner, inner_between}],
+                    checks: [{quantity, end_minus_target, low, high, reaches_target, n_inner, inner_between, n_scored,
+                             distance_to_real}],
                     per_source: [{source_id, <quantity>: [one number a level]}]}]
                   `n` sources; `median_area` px a nucleus; `unmeasured` frames in which nuclei cannot be sought;
                   `refused` quantities that need larger nuclei; the rest as in `cellularity.curves`
     real          [{class, quantity, n, mean, low, high}] of real test patches, or of the given folders
+    real_by_level [{quantity, level, n, mean, low, high}] of real test patches that have the level as their score
 
-cellularity.csv: what (curve, spearman, end_minus_target, inner_between, real), trajectory, method, class, quantity,
+cellularity.csv: what (curve, spearman, end_minus_target, inner_between,
+distance_to_real, real, real_by_level), trajectory, method, class, quantity,
 level, n, value, low, high.
 """
 
 import csv
 import io
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -30,14 +32,20 @@ from cellflux_bridge.cellularity.curves import Curves, Point
 from cellflux_bridge.cellularity.measurement import QUANTITIES
 from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.files import replace_text
+from cellflux_bridge.files import replace_text, without_nan
 
 FORMAT = 1
 _COLUMNS = ("what", "trajectory", "method", "class", "quantity", "level", "n", "value", "low", "high")
 
 
 def as_json(
-    curves: list[Curves], real: dict[str, tuple[Point, ...]], *, mpp: float | None, parameters: Parameters, seed: int
+    curves: list[Curves],
+    real: dict[str, tuple[Point, ...]],
+    by_level: tuple[Point, ...],
+    *,
+    mpp: float | None,
+    parameters: Parameters,
+    seed: int,
 ) -> dict[str, Any]:
     """The content of cellularity.json; `real` by class."""
     content = {
@@ -47,8 +55,9 @@ def as_json(
         "parameters": asdict(parameters),
         "trajectories": [_trajectory(each) for each in curves],
         "real": [{"class": name, **_without_level(point)} for name, points in real.items() for point in points],
+        "real_by_level": [point._asdict() for point in by_level],
     }
-    return _without_nan(content)
+    return without_nan(content)
 
 
 def _without_level(point: Point) -> dict[str, Any]:
@@ -74,14 +83,6 @@ def _trajectory(of: Curves) -> dict[str, Any]:
     }
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _rows(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for of in content["trajectories"]:
         whose = {"trajectory": of["trajectory"], "method": of["method"]}
@@ -94,8 +95,13 @@ def _rows(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield whom | {"what": "end_minus_target", **row, "value": row["end_minus_target"]}
             between = {"n": row["n_inner"], "value": row["inner_between"], "quantity": row["quantity"]}
             yield whose | {"what": "inner_between", **between}
+            if row["n_scored"]:
+                distance = {"n": row["n_scored"], "value": row["distance_to_real"], "quantity": row["quantity"]}
+                yield whose | {"what": "distance_to_real", **distance}
     for row in content["real"]:
         yield {"what": "real", **row, "value": row["mean"]}
+    for row in content["real_by_level"]:
+        yield {"what": "real_by_level", **row, "value": row["mean"]}
 
 
 def write_results(content: dict[str, Any], output: Path) -> list[Path]:
@@ -132,6 +138,7 @@ def summary(content: dict[str, Any]) -> str:
             "Spearman",
             "end",
             "between",
+            "to real",
         )
         rows = [head]
         for name, points in by_quantity.items():
@@ -139,9 +146,9 @@ def summary(content: dict[str, Any]) -> str:
             ends = [real.get((of["source"], name)), points[0], points[-1], real.get((of["target"], name))]
             reaches = "" if check is None else "reached" if check["reaches_target"] else "missed"
             between = "" if check is None else _number(check["inner_between"])
-            rows.append(
-                (name, *(_number(end and end["mean"]) for end in ends), _number(rho.get(name)), reaches, between)
-            )
+            distance = "" if check is None else _number(check["distance_to_real"])
+            means = (_number(end and end["mean"]) for end in ends)
+            rows.append((name, *means, _number(rho.get(name)), reaches, between, distance))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if of["refused"]:

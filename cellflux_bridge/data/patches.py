@@ -25,6 +25,14 @@ from cellflux_bridge.schema import nearest
 _CACHE_FORMAT = 1
 _NUM_REFERENCE_IMAGES = 256
 
+# A patch is of a level where its score differs by no more.
+SCORE_WINDOW = 0.075
+
+
+def near_level(scores: np.ndarray, level: float) -> np.ndarray:
+    """Which scores (n,) are of a level, as (n,) bool."""
+    return np.abs(scores - level) <= SCORE_WINDOW + 1e-6
+
 
 @dataclass(frozen=True)
 class Patches:
@@ -51,6 +59,11 @@ class Patches:
         if label is not None:
             chosen &= self.labels == self.class_index(label)
         return np.flatnonzero(chosen)
+
+    def scores_towards(self, label: str, indices: np.ndarray) -> np.ndarray:
+        """Scores (n,) that rise towards a class: 1 less the data's score, unless it is the last class."""
+        scores = self.scores[indices]
+        return scores if label == self.classes[-1] else 1 - scores
 
     def class_index(self, label: str) -> int:
         if label not in self.classes:

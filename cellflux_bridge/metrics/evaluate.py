@@ -139,9 +139,10 @@ def evaluate(
     for folder in unguided:
         if (method := read_header(folder).method) not in methods:
             raise UserError(f"--unguided {folder}: its method {method} is none of {', '.join(methods)}; name its rival")
+    features = features if is_name(str(features)) else Path(features)
     runs = [*(("judge", run) for run in judges), ("features", features)]
     runs += [("scores", scores)] if scores is not None else []
-    own_runs = [*judges, *([] if is_name(str(features)) else [features])]
+    own_runs = [*judges, *([features] if isinstance(features, Path) else [])]
     require_same_data(folders, own_runs, overrides)
     networks = load_networks(
         runs, source=source, target=target, overrides=overrides, device=device, cache=FeatureCache(cache)

@@ -154,8 +154,7 @@ class Network:
 
     def scores(self, numbers: np.ndarray) -> np.ndarray:
         """True severities in the direction of the target, (M,)."""
-        scores = self.patches.scores[numbers]
-        return scores if self.target == self.patches.classes[-1] else 1 - scores
+        return self.patches.scores_towards(self.target, numbers)
 
     def require_fair(self, source_ids: Sequence[str], sources: np.ndarray, *, origin: str) -> None:
         """UserError where it trained on one of the sources (B, 3, S, S), or knows them at another crop or stain.

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellflux_bridge.data.patches import near_level
 from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
 from cellflux_bridge.metrics.manifold import manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
@@ -17,8 +18,6 @@ from cellflux_bridge.resampling import Estimate, Resamples, bootstrap, estimate,
 from cellflux_bridge.stain import StainReference, fit_reference
 
 NUM_RESAMPLES, NUM_SUBSAMPLES = 1000, 100
-# A real patch is of a level where its score lies this near.
-SCORE_WINDOW = 0.075
 REAL_SOURCE, REAL_TARGET, REAL_POOLED, REAL_SCORED = "real source", "real target", "real pooled", "real scored"
 _CHUNK = 256
 _NUM_PAIRS, _NUM_FOR_STAIN = 256, 2000
@@ -75,11 +74,11 @@ class Panel:
     def own_reference(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         """The extractor's features, and groups, of the real patches that frames of a level are compared to.
 
-        With scores: patches whose score lies within `SCORE_WINDOW`. Else the source class below 0.5, the target class
+        With scores: patches of the level (`data.patches.near_level`). Else the source class below 0.5, the target class
         above, both at 0.5.
         """
         if self.scored is not None:
-            chosen = np.abs(self.scored.scores - level) <= SCORE_WINDOW + 1e-6
+            chosen = near_level(self.scored.scores, level)
             return self.scored.features[chosen], self.scored.patches.groups[chosen]
         real = self.real[self.extractor.name]
         is_target = real.patches.is_target

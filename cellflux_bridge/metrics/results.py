@@ -23,12 +23,11 @@ metrics.json, format 1; a number that does not exist is null:
 import csv
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.files import replace_text
+from cellflux_bridge.files import replace_text, without_nan
 from cellflux_bridge.metrics.evaluate import Evaluation
 from cellflux_bridge.metrics.table import by_level, markdown
 from cellflux_bridge.metrics.values import Value
@@ -40,7 +39,7 @@ FRAMES_SUFFIX = ".frames.csv"
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """The content of metrics.json."""
-    return _without_nan(
+    return without_nan(
         {
             "format": FORMAT,
             "source": evaluation.source,
@@ -110,19 +109,11 @@ def require_same_extractors(first: dict[str, Any], second: dict[str, Any]) -> No
         )
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _as_csv(evaluation: Evaluation) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(Value._fields)
-    writer.writerows(_without_nan(value) for value in evaluation.values)
+    writer.writerows(without_nan(value) for value in evaluation.values)
     return text.getvalue()
 
 

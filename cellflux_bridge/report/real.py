@@ -7,9 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cellflux_bridge.config import Config, load_config
-from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.data.patches import SCORE_WINDOW, Patches, load_patches, near_level
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.metrics.panel import SCORE_WINDOW
 from cellflux_bridge.randomness import numpy_generator
 from cellflux_bridge.report.runs import Chapter
 from cellflux_bridge.report.sequences import rgb_frames
@@ -97,13 +96,13 @@ def real_patches(
 
 def _by_level(chapter, patches, levels, num) -> tuple[dict[int, list[np.ndarray]], str]:
     test = patches.indices("test")
-    scores = patches.scores[test] if chapter.target == patches.classes[-1] else 1 - patches.scores[test]
+    scores = patches.scores_towards(chapter.target, test)
     draw, found = numpy_generator(0, "report", "real"), {}
     scored = bool(len(test)) and bool(np.isfinite(scores).any())
     ends = {0.0: chapter.source, 1.0: chapter.target}
     for k, level in enumerate(levels):
         if scored:
-            chosen = test[np.abs(scores - level) <= SCORE_WINDOW + 1e-6]
+            chosen = test[near_level(scores, level)]
         else:
             chosen = patches.indices("test", ends[level]) if level in ends else test[:0]
         if len(chosen):

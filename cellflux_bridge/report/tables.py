@@ -191,6 +191,13 @@ def nuclei_charts(chapter: Chapter) -> list[Chart]:
             )
             for m, e in entries
         ]
+        scored = {
+            point["level"]: {**point, "value": point["mean"]}
+            for run in chapter.runs
+            for point in (run.cellularity or {}).get("real_by_level", ())
+            if point["quantity"] == quantity
+        }
+        series.append(_curve("real patches of the level's score", "b0", [scored[level] for level in sorted(scored)]))
         bands = {
             (f"real {real['class']}", real["mean"], real["low"], real["high"]): None
             for run in chapter.runs
