@@ -30,10 +30,10 @@ from cellflux_bridge.velocity.condition import Condition
 # Keys of `translate` that not every method reads, and values that ask for nothing.
 _READ_BY = {
     "path": ("frames",),
-    "progression": ("levels", "spacing", "calibrate"),
+    "progression": ("levels", "spacing", "calibrate", "renewal"),
     "depth": ("levels", "depths", "conditions"),
 }
-_ASK_NOTHING = ("uniform", "none")
+_ASK_NOTHING = ("uniform", "none", None)
 
 
 class Bridge(Translator):
@@ -259,6 +259,9 @@ class Bridge(Translator):
         told: torch.Tensor,
         wanted: torch.Tensor,
     ) -> stairs.Stair:
+        inversion = None
+        if settings.renewal is not None:
+            inversion = stairs.Inversion(self._labels(settings, torch.zeros(1))[0], settings.renewal * told)
         return stairs.progression(
             self._field(settings, source=self.classes.index(settings.source)),
             self.path,
@@ -266,6 +269,7 @@ class Bridge(Translator):
             told=self._labels(settings, told),
             wanted=self._labels(settings, wanted),
             noise=source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0),
+            inversion=inversion,
             steps=settings.steps,
             solver=settings.solver,
             batch_size=settings.batch_size,

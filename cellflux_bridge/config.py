@@ -189,6 +189,9 @@ class TranslateConfig(Section):
     # progression: what the network is told for a level: the level itself, or the condition at which, on validation
     # patches, the guide's mean probability of the target is the level, or that share of the way in its features is made
     calibrate: Literal["none", "probability", "distance"] = "none"
+    # progression: null starts every level from the same random noise; a number from that which gives back the source,
+    # and which level 1 has exchanged for random noise in this share (0: not at all, 1: wholly)
+    renewal: Fraction | None = None
     depths: Literal["rising", "full"] | Levels = "rising"  # depth stairs: how far back each level starts
     conditions: Literal["target", "rising"] | Levels = "target"  # depth stairs: the level that each is told
     guidance_scale: NonNegative = 1.0

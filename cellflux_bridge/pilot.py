@@ -26,6 +26,8 @@ from cellflux_bridge.transport import stairs
 
 # Held-out sources, and evenly spaced conditions from 0 to 1, that are measured.
 _NUM_SOURCES, _NUM_CONDITIONS = 64, 11
+# Settings of a translation that the measured numbers depend on.
+_HEEDED = ("source", "target", "solver", "steps", "guidance_scale", "renewal")
 
 
 class Measured(NamedTuple):
@@ -92,7 +94,7 @@ class Pilot:
 
     def _key(self, settings: TranslateConfig) -> tuple:
         guides = (*settings.guidance.guides, *self._guides.named(settings.guidance, sees="image"))
-        return (settings.source, settings.target, settings.solver, settings.steps, settings.guidance_scale, *guides)
+        return (*(getattr(settings, key) for key in _HEEDED), *guides)
 
     def _measured(self, settings: TranslateConfig) -> Measured:
         key = self._key(settings)
@@ -126,7 +128,7 @@ class Pilot:
         names = self._guides.named(settings.guidance, sees="image")
         guides = self._guides.load(settings.guidance, sees="image")
         return {
-            **{key: getattr(settings, key) for key in ("source", "target", "solver", "steps", "guidance_scale")},
+            **{key: getattr(settings, key) for key in _HEEDED},
             "seed": self._config.seed,
             "sources": _NUM_SOURCES,
             "conditions": _NUM_CONDITIONS,

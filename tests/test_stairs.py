@@ -126,11 +126,42 @@ def steered(form: str, path, velocity=mixing):
     return lambda wanted: ClassifierGuided(velocity, guide, path, wanted, form=form, weight=0.5, start=0.05)
 
 
+def inverted(renewed, source: float = 0.0) -> stairs.Inversion:
+    return stairs.Inversion(two_classes(torch.tensor([source]))[0], torch.as_tensor(renewed))
+
+
+@pytest.mark.parametrize("name", FROM_DATA)
+def test_from_inverted_noise_a_source_comes_back_when_its_own_level_is_told(name):
+    told = two_classes(torch.tensor([0.3, 0.3, 0.8, 1.0]))
+    path, x0, options = FROM_DATA[name], sources(), {"told": told, "steps": 60, "solver": "rk4"}
+    found = climb(field_of(mixing), path, x0, inversion=inverted([0.0, 0.0, 0.0, 0.0], source=0.3), **options)
+    torch.testing.assert_close(found.frames[1], x0, rtol=0, atol=1e-5)
+    assert (found.frames[3] - x0).abs().max() > 0.05
+    assert found.nfe == 5 * 60 * 4  # back once, forward to four levels
+    random = climb(field_of(mixing), path, x0, **options)
+    assert (random.frames[1] - x0).abs().max() > 0.05
+
+
+def test_inverted_noise_turns_into_random_noise():
+    """Of dx/dt = -2 (x - c) back from x0, told 0: x(0) = x0 exp(2); a turn of a quarter times `renewed`."""
+    path, x0, renewed = FROM_DATA["noised_source"], sources(), torch.tensor([0.0, 0.5, 1.0])
+    velocity = Recorded(drawn_to_level)
+    climb(
+        field_of(velocity), path, x0, torch.tensor([0.2, 0.5, 1.0]), inversion=inverted(renewed), steps=40, solver="rk4"
+    )
+    start = velocity.calls[40 * 4][1].view(3, *x0.shape)
+    own, random = x0 * (torch.tensor(2.0).exp() - 1), 0.5 * noise_of()
+    half = torch.tensor(0.5).sqrt()
+    for found, expected in zip(start, (own, half * (own + random), random), strict=True):
+        torch.testing.assert_close(found, x0 + expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("inversion", [None, inverted([0.1, 0.4, 0.8, 1.0])], ids=["random", "inverted"])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 19, 20])
-def test_chunks_never_change_a_progression(batch_size):
+def test_chunks_never_change_a_progression(batch_size, inversion):
     path = FROM_DATA["noised_source"]
     field = field_of(mixing, steered("bridge", path))
-    whole, parts = (climb(field, path, sources(), batch_size=size) for size in (64, batch_size))
+    whole, parts = (climb(field, path, sources(), batch_size=size, inversion=inversion) for size in (64, batch_size))
     torch.testing.assert_close(parts.frames, whole.frames, rtol=0, atol=1e-5)
     assert parts[1:] == whole[1:]
 

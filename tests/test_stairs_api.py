@@ -290,6 +290,13 @@ class Painter(nn.Module):
         return (end - x) / (1 - t).view(-1, 1, 1, 1)
 
 
+class Still(nn.Module):
+    """A flow that goes nowhere."""
+
+    def forward(self, t, x, cond):
+        return torch.zeros_like(x)
+
+
 @pytest.fixture
 def painter(flow, monkeypatch) -> Bridge:
     bridge = load(flow, "translate.method=progression", "translate.solver=euler", "translate.steps=4")
@@ -349,10 +356,6 @@ def test_adaptive_levels_are_equally_far_apart_for_the_guide(painter, calibrate,
 
 
 def test_a_network_that_goes_nowhere_has_no_adaptive_levels(painter):
-    class Still(nn.Module):
-        def forward(self, t, x, cond):
-            return torch.zeros_like(x)
-
     painter._network = Still()
     with pytest.raises(UserError, match=r"translate\.spacing=adaptive: the guide sees no 5 levels apart"):
         reached(painter, levels=5, spacing="adaptive")
@@ -364,6 +367,23 @@ def test_the_pilot_is_held_out_and_unguided(painter, asked):
     assert asked[0]["noise"].shape[0] == len(val)
     x = torch.zeros(2, 3, 16, 16)
     assert not hasattr(painter._field(painter.config.translate, source=0).velocity(x), "gradients")
+
+
+def test_what_is_told_decides_how_much_of_the_start_noise_is_renewed(painter, asked):
+    """So that what was measured of a told level holds, which calibration tells for another one."""
+    painter._network = Still()  # which can be carried back, too
+    reached(painter, levels=[0.25, 1.0], calibrate="distance", renewal=0.6)
+    pilot, first, _ = asked
+    torch.testing.assert_close(pilot["inversion"].renewed, 0.6 * torch.linspace(0, 1, 11))
+    torch.testing.assert_close(first["inversion"].renewed, 0.6 * first["told"][:, 1])
+    assert torch.equal(first["inversion"].source, torch.tensor([1.0, 0.0]))
+    asked.clear()
+    reached(painter, levels=[0.25, 1.0], calibrate="distance", renewal=0.2)  # measured anew
+    assert len(asked) == 3
+    with pytest.raises(UserError, match=r"translate\.renewal"):
+        reached(painter, renewal=1.5)
+    with pytest.raises(UserError, match=r"translate\.renewal: has no part in translate\.method=path"):
+        painter.translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), method="path", renewal=0.5)
 
 
 def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, monkeypatch):
@@ -474,7 +494,7 @@ UNREAD = [
     ("path", "calibrate", "probability", "reads frames; leave it out, or set method=progression"),
     ("path", "spacing", "adaptive", "reads frames"),
     ("path", "depths", "full", "reads frames"),
-    ("progression", "frames", 5, "reads levels, spacing, calibrate; leave it out, or set method=path"),
+    ("progression", "frames", 5, "reads levels, spacing, calibrate, renewal; leave it out, or set method=path"),
     ("progression", "depths", [0.5, 1.0], "reads levels"),
     ("progression", "conditions", "rising", "reads levels"),
 ]

@@ -1,7 +1,10 @@
 """Stairs: one source image taken to K levels, each the END of an integration of its own, so that every frame is a
 finished image and none a blend.
 
-`progression`   a data-to-data flow, told the level: from the same start to every level.
+`progression`   a data-to-data flow, told the level: from the same source to every level. Its start noise is random, or
+                that which the flow itself gives the source back from (as DDIM inversion does; Song et al. 2021, sec.
+                4.3), exchanged for random noise little by little as levels rise: then a stair leaves its source
+                gradually, and what level 1 looks like is still the flow's own choice.
 `depth`         a flow from Gaussian noise, told the level: back under the source's class to a depth, forward under
                 another level. Depths rising toward the target's class are Cellflow's stair in flow-matching form
                 (arXiv 2311.12316 and its successors: DDIM there); full depth with rising levels is
@@ -16,7 +19,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.path.base import Path
-from cellflux_bridge.transport.integrate import integrate
+from cellflux_bridge.transport.integrate import Interval, integrate
 from cellflux_bridge.velocity.condition import Condition
 
 
@@ -39,6 +42,15 @@ class Field(NamedTuple):
     condition: Callable[[torch.Tensor, torch.Tensor], Condition]
     velocity: Callable[[torch.Tensor], Callable]
     plain: Callable
+
+
+class Inversion(NamedTuple):
+    """Start noise that gives the source itself when the network is told the soft label `source` (num_classes,), of
+    which at each of K levels the share `renewed` (K,) in [0, 1] is exchanged for random noise: a quarter turn at 1, so
+    that Gaussian noise stays as strong as it was."""
+
+    source: torch.Tensor
+    renewed: torch.Tensor
 
 
 def require_path(method: str, path: Path) -> None:
@@ -64,32 +76,38 @@ def progression(
     told: torch.Tensor,
     wanted: torch.Tensor,
     noise: torch.Tensor,
+    inversion: Inversion | None = None,
     steps: int,
     solver: str,
     batch_size: int,
 ) -> Stair:
     """Carry sources x0 (B, C, H, W) in [-1, 1] to K levels, all levels of all images as one batch.
 
-    The network is told the soft labels `told` (K, num_classes) and guided toward `wanted`, alike; all levels of a
-    source start from the same noise (B, C, H, W). At most `batch_size` rows go through the network at once. Raises
-    UserError for a path that starts from noise.
+    The network is told the soft labels `told` (K, num_classes) and guided toward `wanted`, alike. All levels of a
+    source start from the same noise (B, C, H, W), or as `inversion` says. At most `batch_size` rows go through the
+    network at once. Raises UserError for a path that starts from noise.
     """
     require_path("progression", path)
-    levels, sources = len(told), len(x0)
-    start = path.start(x0, noise)
-    frames, forwards, gradients = _finish(
+    levels, sources, how = len(told), len(x0), {"solver": solver, "batch_size": batch_size}
+    random, forwards_back = path.start(x0, noise), 0
+    start = random.repeat(levels, 1, 1, 1)
+    if inversion is not None:
+        labels, back = inversion.source.expand(sources, -1), (1.0, path.t_start)
+        own, forwards_back, _ = _carry(field, x0, x0, labels, None, interval=back, steps=steps, **how)
+        turn = torch.pi / 2 * inversion.renewed.to(x0).view(-1, 1, 1, 1, 1)
+        start = (x0 + torch.cos(turn) * (own - x0) + torch.sin(turn) * (random - x0)).flatten(0, 1)
+    frames, forwards, gradients = _carry(
         field,
-        start.repeat(levels, 1, 1, 1),
+        start,
         x0.repeat(levels, 1, 1, 1),
         told.repeat_interleave(sources, 0),
         wanted.repeat_interleave(sources, 0),
-        begin=torch.full((levels * sources,), path.t_start, device=x0.device),
+        interval=(path.t_start, 1.0),
         steps=steps,
-        solver=solver,
-        batch_size=batch_size,
+        **how,
     )
     frames = torch.cat([x0[None], frames.view(levels, *x0.shape)])
-    return Stair(frames, round(forwards / sources), round(gradients / sources))
+    return Stair(frames, round((forwards_back + forwards) / sources), round(gradients / sources))
 
 
 def depth(
@@ -113,64 +131,54 @@ def depth(
     that does not start from Gaussian noise.
     """
     require_path("depth", path)
-    levels, sources = len(told), len(x0)
+    levels, sources, how = len(told), len(x0), {"solver": solver, "batch_size": batch_size}
     turning, forwards_back = [], 0
     x, reached = x0, 0.0
     labels = source.expand(sources, -1)
     for d in depths.tolist():
         if d > reached:
-            part = max(1, round(steps * (d - reached)))
-            parts = []
-            for rows in torch.arange(sources, device=x0.device).split(batch_size):
-                result = integrate(
-                    field.plain,
-                    x[rows],
-                    field.condition(x0[rows], labels[rows]),
-                    steps=part,
-                    solver=solver,
-                    interval=(1 - reached, 1 - d),
-                )
-                parts.append(result.states[-1])
-                forwards_back += result.nfe * len(rows)
-            x, reached = torch.cat(parts), d
+            part, back = max(1, round(steps * (d - reached))), (1 - reached, 1 - d)
+            x, forwards, _ = _carry(field, x, x0, labels, None, interval=back, steps=part, **how)
+            forwards_back, reached = forwards_back + forwards, d
         turning.append(x)
-    frames, forwards, gradients = _finish(
+    frames, forwards, gradients = _carry(
         field,
         torch.cat(turning),
         x0.repeat(levels, 1, 1, 1),
         told.repeat_interleave(sources, 0),
         wanted.repeat_interleave(sources, 0),
-        begin=(1 - depths).repeat_interleave(sources).to(x0),
+        interval=((1 - depths).repeat_interleave(sources).to(x0), 1.0),
         steps=steps,
-        solver=solver,
-        batch_size=batch_size,
+        **how,
     )
     frames = torch.cat([x0[None], frames.view(levels, *x0.shape)])
     return Stair(frames, round((forwards_back + forwards) / sources), round(gradients / sources))
 
 
-def _finish(
+def _carry(
     field: Field,
     start: torch.Tensor,
     x0: torch.Tensor,
     told: torch.Tensor,
-    wanted: torch.Tensor,
+    wanted: torch.Tensor | None,
     *,
-    begin: torch.Tensor,
+    interval: Interval,
     steps: int,
     solver: str,
     batch_size: int,
 ) -> tuple[torch.Tensor, int, int]:
-    """States at t = 1 of rows that start at t = begin, and forwards and gradients, summed over the rows."""
+    """States at the end of an interval of rows that start at its beginning, guided toward `wanted` or not at all, and
+    forwards and gradients, summed over the rows."""
+    begin, end = (torch.as_tensor(at, device=start.device).expand(len(start)) for at in interval)
     ends, forwards, gradients = [], 0, 0
     for rows in torch.arange(len(start), device=start.device).split(batch_size):
         result = integrate(
-            field.velocity(wanted[rows]),
+            field.plain if wanted is None else field.velocity(wanted[rows]),
             start[rows],
             field.condition(x0[rows], told[rows]),
             steps=steps,
             solver=solver,
-            interval=(begin[rows], torch.ones_like(begin[rows])),
+            interval=(begin[rows], end[rows]),
         )
         ends.append(result.states[-1])
         forwards += result.nfe * len(rows)
