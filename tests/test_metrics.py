@@ -616,12 +616,12 @@ def test_levels_of_a_finer_trajectory_are_the_nearest_frames(tiny, judged):
 def test_floors_stand_beside_the_figures_of_every_level(tiny, judged):
     evaluation = evaluate([tiny.trajectory("path")], **judged)
     (a, b), groups = (tiny.images("test", label)[1] for label in "AB"), np.arange(12) // 2
-    extract, draws = partial_features(evaluation.networks[-1]), range(20)
+    extract = partial_features(evaluation.networks[-1])
     for level, patches, of in ((0.25, a, groups), (0.5, np.concatenate([a, b]), np.arange(24) // 2), (1.0, b, groups)):
         half = len(patches) // 2
         halves = [
             frechet_distance(extract(patches[first]), extract(patches[second]))
-            for first, second in half_splits(of, num=len(draws), generator=draw(1))
+            for first, second in half_splits(of, num=20, generator=draw(1))
         ]
         floor = found(evaluation, "real own", "frechet_floor", level, "extractor")
         assert (floor.n, floor.n_real, floor.split) == (half, half, "test")
