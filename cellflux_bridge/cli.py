@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -271,6 +272,7 @@ def classify_command(args: argparse.Namespace) -> None:
 
 def evaluate_command(args: argparse.Namespace) -> None:
     """evaluate TRAJECTORY_OR_RUN ...: fidelity, calibration, preservation and cost of methods side by side."""
+    from cellflux_bridge.files import require_json
     from cellflux_bridge.metrics.evaluate import evaluate
     from cellflux_bridge.metrics.results import write_results
     from cellflux_bridge.training import checkpoint
@@ -282,6 +284,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         if not given:
             raise UserError(f"{flag}: none given; name the run of a classifier (cellflux-bridge train-classifier)")
     output = args.output or folders[0] / "metrics.json"
+    require_json(output)
     fabric = make_fabric(_config(str(checkpoint.latest(args.judge[0])), overrides).classifier.train)
     evaluation = evaluate(
         folders,
@@ -308,8 +311,10 @@ def cellularity_command(args: argparse.Namespace) -> None:
     """
     from cellflux_bridge.cellularity.nuclei import Parameters
 
-    if args.mpp is not None and not args.mpp > 0:
+    if args.mpp is not None and not 0 < args.mpp < math.inf:
         raise UserError(f"--mpp {args.mpp}: expected microns per pixel, above 0")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: expected a number of processes, or 0 for one a core")
     other = {"--images": args.images, "--annotated": args.annotated, "--label-maps": args.label_maps}
     asked = [flag for flag, given in other.items() if given is not None]
     if len(asked) + (args.config is not None) != 1:
@@ -325,9 +330,12 @@ def cellularity_command(args: argparse.Namespace) -> None:
         return
     from cellflux_bridge.cellularity.along import along_trajectories
     from cellflux_bridge.cellularity.results import summary, write_results
+    from cellflux_bridge.files import require_json
 
     overrides = [text for text in args.overrides if "=" in text]
     folders = [_trajectory(text) for text in (args.config, *args.overrides) if text not in overrides]
+    output = args.output or folders[0] / "cellularity.json"
+    require_json(output)
     if (args.real_source is None) != (args.real_target is None):
         raise UserError("--real-source and --real-target: give both folders, or neither")
     patches = None
@@ -346,7 +354,7 @@ def cellularity_command(args: argparse.Namespace) -> None:
         parameters=parameters,
         workers=args.workers,
     )
-    files = write_results(content, args.output or folders[0] / "cellularity.json")
+    files = write_results(content, output)
     print(summary(content))
     for path in files:
         print(f"wrote: {path}")
@@ -375,7 +383,8 @@ def _cellularity_of_images(args: argparse.Namespace, parameters) -> None:
         for group in ["all", *(sorted(set(groups)) if len(set(groups)) > 1 else [])]:
             chosen = [one for one, of in zip(compared, groups, strict=True) if group in ("all", of)]
             values = validation.score(chosen)._asdict().items()
-            print(f"{group}: " + "  ".join(f"{name} {value:.4g}" for name, value in values))
+            shown = (f"{name} {'undefined' if math.isnan(value) else f'{value:.4g}'}" for name, value in values)
+            print(f"{group}: " + "  ".join(shown))
 
 
 def video_command(args: argparse.Namespace) -> None:

@@ -5,6 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cellflux_bridge.errors import UserError
+
+
+def require_json(output: Path) -> None:
+    """UserError for an --output that cannot be a JSON file; to be asked before the work that leads to it, too."""
+    if output.suffix != ".json" or output.is_dir():
+        raise UserError(f"--output {output}: expected a file name that ends in .json; tables are written beside it")
+
 
 def replace_text(path: Path, text: str) -> None:
     """Write `text` under a temporary name, then rename it to `path`."""

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 COVERAGE = (2.5, 97.5)  # percentiles of every interval
+NUM_RESAMPLES = 1000  # draws of every bootstrap
 
 
 class Estimate(NamedTuple):

@@ -195,8 +195,8 @@ def read_header(folder: Path) -> TrajectoryHeader:
     return TrajectoryHeader(**data)
 
 
-def _sequences_of(manifest: Path, header: TrajectoryHeader) -> dict[str, list[dict[str, str]]]:
-    """By source, the rows of a manifest's sequences whose every frame is listed (a stop can cut the last one)."""
+def _rows_of(manifest: Path, header: TrajectoryHeader) -> dict[str, list[dict[str, str]]]:
+    """By source, the rows of a manifest that are not cut."""
     try:
         # Without its line's end a row may have lost digits of its last number, too.
         text = manifest.read_bytes().rpartition(b"\n")[0].decode()
@@ -207,9 +207,15 @@ def _sequences_of(manifest: Path, header: TrajectoryHeader) -> dict[str, list[di
         raise UserError(f"{manifest}: expected the columns {', '.join(_columns(header))}")
     grouped: dict[str, list[dict[str, str]]] = {}
     for row in reader:
+        rows = grouped.setdefault(row["source_id"], [])
         if None not in row and None not in row.values():
-            grouped.setdefault(row["source_id"], []).append(row)
-    return {source: rows for source, rows in grouped.items() if len(rows) == len(header.levels)}
+            rows.append(row)
+    return grouped
+
+
+def _sequences_of(manifest: Path, header: TrajectoryHeader) -> dict[str, list[dict[str, str]]]:
+    """By source, the rows of a manifest's sequences whose every frame is listed (a stop can cut the last one)."""
+    return {source: rows for source, rows in _rows_of(manifest, header).items() if len(rows) == len(header.levels)}
 
 
 def _whole_sequences(folder: Path, header: TrajectoryHeader) -> list[list[dict[str, str]]]:
@@ -223,6 +229,13 @@ def _whole_sequences(folder: Path, header: TrajectoryHeader) -> list[list[dict[s
 def read_source_ids(folder: Path) -> tuple[str, ...]:
     """The sources of a folder's whole sequences, in the run's order, without a look at their frames."""
     return tuple(rows[0]["source_id"] for rows in _whole_sequences(folder, read_header(folder)))
+
+
+def count_incomplete(folder: Path) -> int:
+    """How many sources have some rows in a folder's manifest, but not one for each level; readers leave them out."""
+    header = read_header(folder)
+    named = {source for manifest in folder.glob("manifest*.csv") for source in _rows_of(manifest, header)}
+    return len(named - set(read_source_ids(folder)))
 
 
 def load_trajectory(

@@ -224,9 +224,30 @@ def test_label_maps_of_a_folder_by_group(tmp_path, capsys):
     assert shown.startswith("all: n 3  num_nuclei 29  f1 1  f1_of_images 1  count_error_median 0")
     assert "\neven: n 2" in shown
     assert "\nodd: n 1" in shown
+    label_maps = ["cellularity", "--label-maps", str(tmp_path), "--workers", "1"]
+    (tmp_path / "index.csv").write_text("image,stain_group\ni0,even\n")
+    with pytest.raises(SystemExit, match=r"index\.csv: expected the columns id .* and stain_group; found image, "):
+        main(label_maps)
+    (tmp_path / "index.csv").unlink()
+    (tmp_path / "labels" / "i2.png").write_bytes((tmp_path / "labels" / "i2.png").read_bytes()[:60])
+    with pytest.raises(SystemExit, match=r"labels.i2\.png: truncated or not an image"):
+        main(label_maps)
+    write_png(tmp_path / "images" / "i2.png", np.full((32, 32, 3), 128, np.uint8))
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "labels" / "i2.png")
+    with pytest.raises(SystemExit, match=r"images.i2\.png: a grey image"):
+        main(label_maps)
     (tmp_path / "labels" / "i1.png").unlink()
     with pytest.raises(SystemExit, match=r"i1.png: no such label map \(1 of 3"):
-        main(["cellularity", "--label-maps", str(tmp_path)])
+        main(label_maps)
+
+
+def test_a_group_without_nuclei_has_no_error_of_its_count():
+    glass = validation.Compared(0, 0, 0, 0.0, 0.0)
+    scores = validation.score([glass, glass])
+    assert (scores.f1, scores.f1_of_images) == (1, 1)
+    assert np.isnan([scores.count_error_median, scores.count_error_mean]).all()
+    assert validation.score([glass, glass._replace(num_found=2)]).f1_of_images == 0.5
+    assert validation.score([glass, validation.Compared(4, 4, 4, 0.1, 0.1)]).f1_of_images == 1
 
 
 def test_annotated_cellularity(tmp_path, capsys):
@@ -243,6 +264,9 @@ def test_annotated_cellularity(tmp_path, capsys):
     assert found.mean_absolute_error.value == pytest.approx(0.1, abs=0.02)
     main(["cellularity", "--annotated", str(tmp_path / "t.csv"), "--workers", "1"])
     assert "4 images" in capsys.readouterr().out
+    (tmp_path / "t.csv").write_text("cellularity,path\n0.1,0.png\n0.2\n")
+    with pytest.raises(SystemExit, match=r"t\.csv, line 3: no path"):
+        main(["cellularity", "--annotated", str(tmp_path / "t.csv")])
     (tmp_path / "t.csv").write_text("path,cellularity\n0.png,70\n")
     with pytest.raises(SystemExit, match="line 2: cellularity '70': expected 0 to 1"):
         main(["cellularity", "--annotated", str(tmp_path / "t.csv")])
@@ -283,6 +307,16 @@ def test_a_grey_file_is_named(tmp_path):
         main(["cellularity", "--annotated", "t.csv", "--output", "x.csv"])
     with pytest.raises(SystemExit, match="--real-source: goes with trajectories"):
         main(["cellularity", "--images", str(tmp_path), "--real-source", str(tmp_path)])
+    for flag, value in (("--workers", "-1"), ("--mpp", "inf"), ("--mpp", "nan"), ("--mpp", "0")):
+        with pytest.raises(SystemExit, match=f"error: {flag} {value}.*: expected"):
+            main(["cellularity", "--images", str(tmp_path), f"{flag}={value}"])
+
+
+def test_a_wrong_output_is_refused_before_anything_is_counted(tmp_path, monkeypatch):
+    folder = write_trajectory(tmp_path / "t")
+    monkeypatch.setattr("cellflux_bridge.cellularity.along.along_trajectories", None)
+    with pytest.raises(SystemExit, match=r"--output .*c\.csv: expected a file name that ends in \.json"):
+        main(["cellularity", str(folder), "--output", str(tmp_path / "c.csv")])
 
 
 # Along trajectories
@@ -316,7 +350,7 @@ def test_curves_of_a_trajectory_beside_real_patches(tmp_path, capsys):
         ["cellularity", str(folder), "--real-source", source, "--real-target", target, "--workers", "1", "--mpp", "0.5"]
     )
     content = json.loads((folder / "cellularity.json").read_text())
-    assert (content["format"], content["mpp"]) == (1, 0.5)
+    assert (content["format"], content["mpp"]) == (2, 0.5)
     (of,) = content["trajectories"]
     assert (of["method"], of["source"], of["target"], of["n"], of["levels"]) == (
         "progression",
@@ -339,7 +373,7 @@ def test_curves_of_a_trajectory_beside_real_patches(tmp_path, capsys):
         "end_minus_target": 0,
         "low": 0,
         "high": 0,
-        "reaches_target": True,
+        "end": "reached",
         "n_inner": 1,
         "inner_between": 1,
         "n_scored": 0,
@@ -352,6 +386,9 @@ def test_curves_of_a_trajectory_beside_real_patches(tmp_path, capsys):
     rows = list(csv.DictReader((folder / "cellularity.csv").read_text().splitlines()))
     assert {row["what"] for row in rows} == {"curve", "spearman", "end_minus_target", "inner_between", "real"}
     assert [float(r["value"]) for r in rows if r["what"] == "curve" and r["quantity"] == "count"] == [4, 9, 16]
+    ends = {r["quantity"]: r["end"] for r in rows if r["what"] == "end_minus_target"}
+    assert ends["count"] == "reached"
+    assert {r["end"] for r in rows if r["what"] != "end_minus_target"} == {""}
     assert "reached" in capsys.readouterr().out
 
 
@@ -414,6 +451,17 @@ def test_grey_frames_are_left_out_and_counted(tmp_path):
         main(["cellularity", str(write_trajectory(tmp_path / "u", grey_at=0)), "--workers", "1"])
 
 
+def test_sequences_that_lack_rows_are_counted(tmp_path, capsys):
+    folder = write_trajectory(tmp_path / "t")
+    lines = (folder / "manifest.csv").read_text().splitlines()
+    del lines[2]
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    main(["cellularity", str(folder), "--workers", "1"])
+    of = json.loads((folder / "cellularity.json").read_text())["trajectories"][0]
+    assert (of["n"], of["incomplete"]) == (2, 1)
+    assert "1 sequences lack rows in the manifest" in capsys.readouterr().out
+
+
 def test_counts_of_small_nuclei_are_refused_for_all_levels():
     rows = [np.full((3, 1 + len(QUANTITIES)), 1.0) for _ in range(4)]
     for row in rows:
@@ -431,11 +479,41 @@ def test_intervals_are_drawn_over_groups():
     assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
 
 
-def test_spearman_of_one_source():
-    values = np.array([[1, 2, 4, 3], [5, 5, 5, 5], [1, np.nan, 2, 3], [1, np.nan, np.nan, 2]])
-    found = curves.spearman_by_source(values, (0, 0.3, 0.6, 1))
-    assert found[:3] == pytest.approx([0.8, 0, 1])
-    assert np.isnan(found[3])
+def counted_areas(*means: float, num: int, seed: int) -> curves.Counted:
+    """Sources whose area fraction, at as many levels, scatters by 0.1 about each mean."""
+    rng, rows = np.random.default_rng(seed), np.full((num, len(means), 1 + len(QUANTITIES)), np.nan)
+    rows[..., 0] = 2 * MIN_PIXELS
+    rows[..., 1 + QUANTITIES.index("area_fraction")] = rng.normal(means, 0.1, (num, len(means)))
+    return curves.Counted.of(list(rows), [f"{seed}/{n}" for n in range(num)])
+
+
+def verdicts(end: float, *, num: int) -> list[str]:
+    """Of 40 repetitions, where real source patches lie at 0.3 and real target patches at 0.45."""
+    found = []
+    for repeat in range(40):
+        made = counted_areas(0.3, 0.35, end, num=num, seed=3 * repeat)
+        real = (counted_areas(mean, num=60, seed=3 * repeat + k) for k, mean in ((1, 0.3), (2, 0.45)))
+        (check,) = curves.checks(made, (0.0, 0.5, 1.0), *real, None, seed=repeat)
+        assert (check.end == "missed") == (not check.low <= 0 <= check.high)
+        found.append(check.end)
+    return found
+
+
+def test_only_an_end_that_is_told_from_the_source_is_reached(monkeypatch):
+    monkeypatch.setattr(curves, "NUM_RESAMPLES", 200)
+    nothing_done = verdicts(0.3, num=4)
+    assert nothing_done.count("reached") <= 2
+    assert nothing_done.count("undecided") > 2  # four sources are too few
+    assert verdicts(0.45, num=40).count("reached") >= 34
+    assert verdicts(0.3, num=40).count("missed") == 40
+
+
+def test_a_verdict_rests_on_the_interval():
+    gap = curves.Estimate(0.0, -1.0, 1.0)
+    assert curves.verdict(gap, of_source=-2.0) == "reached"
+    assert curves.verdict(gap, of_source=0.5) == "undecided"  # the classes do not differ enough
+    assert curves.verdict(gap, of_source=np.nan) == "undecided"
+    assert curves.verdict(curves.Estimate(2.0, 1.0, 3.0), of_source=2.0) == "missed"
 
 
 def test_two_transitions_are_refused(tmp_path):

@@ -135,7 +135,7 @@ def test_the_mean_of_many_has_the_interval_of_the_cluster_bootstrap():
 
 def test_too_few_images_are_told():
     def value(quantity, number, n, n_real, level=None):
-        return Value("", "path", quantity, level, "x", n, n_real, number, np.nan, np.nan)
+        return Value("", "path", quantity, level, "x", n, n_real, "test", number, np.nan, np.nan)
 
     few, undefined = cautions(
         [
@@ -152,6 +152,8 @@ def test_too_few_images_are_told():
         "different groups."
     )
     assert list(cautions([value("frechet_own", 3.0, 2048, 2048)])) == []
+    (floor,) = cautions([value("kid_floor", np.nan, 2, 2), value("kid_floor_spread", np.nan, 2, 2)])
+    assert floor == "kid_floor of path is undefined: 2 images against 2; it needs 4 groups."
 
 
 def test_the_benchmark_tells_every_part(capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +32,14 @@ from cellflux_bridge.metrics.fidelity import (
     kid_floor,
     require_finite,
 )
+from cellflux_bridge.metrics.manifold import neighbourhoods
 from cellflux_bridge.metrics.networks import load_networks
-from cellflux_bridge.metrics.results import as_json, require_same_extractors
+from cellflux_bridge.metrics.results import as_json
 from cellflux_bridge.metrics.sequences import choose_frames
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour
 from cellflux_bridge.metrics.table import markdown
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
+from cellflux_bridge.ranks import rank_correlation
 from cellflux_bridge.resampling import bootstrap, estimate, half_splits, paired_difference
 from cellflux_bridge.stain import RUIFROK_HE, fit_reference, from_optical_density
 from cellflux_bridge.training import checkpoint, classifier
@@ -167,7 +170,7 @@ def test_the_floor_is_of_halves_that_keep_groups_whole():
         kid(features[i], features[j], groups=groups[i], real_groups=groups[j]).value
         for i, j in half_splits(groups, num=30, generator=draw(1))
     ]
-    assert floor == pytest.approx((np.mean(values), np.std(values, ddof=1), *np.percentile(values, [2.5, 97.5]), 30))
+    assert floor == pytest.approx((np.mean(values), np.std(values, ddof=1), *np.percentile(values, [2.5, 97.5])))
     assert floor.spread > 0
     for first, second in half_splits(groups, num=5, generator=rng):
         assert sorted([*first, *second]) == list(range(60))
@@ -179,7 +182,7 @@ def test_the_floor_is_of_halves_that_keep_groups_whole():
 
 def test_features_that_are_not_numbers_are_refused():
     features = np.zeros((5, 3))
-    assert require_finite(features, name="judge") is features
+    require_finite(features, name="judge")
     features[2, 1] = np.nan
     features[4, 0] = np.inf
     with pytest.raises(UserError, match=r"judge: 2 of 5 images .* not finite"):
@@ -246,8 +249,11 @@ def test_the_rank_correlation_is_spearmans():
     rng = draw()
     p = np.round(rng.uniform(size=(6, 9)), 1)
     expected = [spearmanr(row, np.arange(9)).statistic for row in p]
-    np.testing.assert_allclose(progression.rank_correlation(p), expected)
-    assert progression.rank_correlation(np.full((1, 5), 0.3)) == [0]
+    np.testing.assert_allclose(rank_correlation(p, np.linspace(0, 1, 9) ** 2), expected)
+    values = np.array([[1, 2, 4, 3], [5, 5, 5, 5], [1, np.nan, 2, 3], [1, np.nan, np.nan, 2]])
+    found = rank_correlation(values, (0, 0.3, 0.6, 1))
+    assert found[:3] == pytest.approx([0.8, 0, 1])
+    assert np.isnan(found[3])
 
 
 def test_distances_to_the_own_source_and_to_others():
@@ -556,7 +562,7 @@ def test_the_command_writes_json_csv_and_a_table(tiny, judged, capsys):
     with open(output.with_suffix(".csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(content["values"]) > 300
-    columns = ["trajectory", "method", "quantity", "level", "extractor", "n", "n_real", "value", "low", "high"]
+    columns = ["trajectory", "method", "quantity", "level", "extractor", "n", "n_real", "split", "value", "low", "high"]
     assert list(rows[0]) == columns
     for row, value in zip(rows, content["values"], strict=True):
         assert row["n"] == str(value["n"])
@@ -579,6 +585,19 @@ def test_the_command_writes_json_csv_and_a_table(tiny, judged, capsys):
     assert not list(output.parent.glob("*.tmp"))
 
 
+def test_runs_are_named_by_text_and_a_wrong_output_is_refused_before_the_work(tiny, judged, monkeypatch):
+    path = tiny.trajectory("path")
+    (path / "config.yaml").write_text(tiny._config([]).to_yaml())  # as translate leaves it
+    networks = ["--judge", str(judged["judges"][0]), "--features", str(judged["features"]), "--levels", "4"]
+    main(["evaluate", str(path), *networks])
+    content = json.loads((path / "metrics.json").read_text())
+    assert [Path(network["checkpoint"]).parents[1].name for network in content["networks"]] == ["rgb", "extractor"]
+    monkeypatch.setattr("cellflux_bridge.metrics.evaluate.evaluate", None)
+    for wrong in ("metrics.csv", "rgb"):
+        with pytest.raises(SystemExit, match=r"--output .*: expected a file name that ends in \.json"):
+            main(["evaluate", str(path), *networks, "--output", str(tiny.root / wrong)])
+
+
 def test_figures_do_not_change_from_one_evaluation_to_the_next(tiny, judged):
     path = tiny.trajectory("path")
     first, second = (evaluate([path], **judged).values for _ in range(2))
@@ -592,6 +611,60 @@ def test_levels_of_a_finer_trajectory_are_the_nearest_frames(tiny, judged):
     for level in (0.25, 0.5, 1.0):
         values = [found(evaluation, name, "probability", level, "rgb").value for name in ("path", "depth")]
         assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+def test_floors_stand_beside_the_figures_of_every_level(tiny, judged):
+    evaluation = evaluate([tiny.trajectory("path")], **judged)
+    (a, b), groups = (tiny.images("test", label)[1] for label in "AB"), np.arange(12) // 2
+    extract = partial_features(evaluation.networks[-1])
+    for level, patches, of in ((0.25, a, groups), (0.5, np.concatenate([a, b]), np.arange(24) // 2), (1.0, b, groups)):
+        half = len(patches) // 2
+        halves = [
+            frechet_distance(extract(patches[first]), extract(patches[second]))
+            for first, second in half_splits(of, num=20, generator=draw(1))
+        ]
+        floor = found(evaluation, "real own", "frechet_floor", level, "extractor")
+        assert (floor.n, floor.n_real, floor.split) == (half, half, "test")
+        assert min(halves) / 2 < floor.low <= floor.value <= floor.high < 2 * max(halves)
+        for kind in ("kid", "frechet", "precision", "recall", "density", "coverage"):
+            floor = found(evaluation, "real own", f"{kind}_floor", level, "extractor")
+            assert floor.n_real == found(evaluation, "path", f"{kind}_own", level, "extractor").n_real / 2
+    # The own patches of levels above one half are the target's, and those of one half are all.
+    for kind in ("kid", "frechet"):
+        target, own = (
+            found(evaluation, *of) for of in (("real target", f"{kind}_floor"), ("real own", f"{kind}_floor", 1.0))
+        )
+        assert target[4:] == own[4:]
+    pooled = found(evaluation, "real pooled", "frechet_floor", None, "extractor")
+    assert pooled[4:] == found(evaluation, "real own", "frechet_floor", 0.5)[4:]
+    table = markdown(evaluation)
+    assert "floors of halves of real B patches (6 against 6)" in table
+    assert "each level's own, mean over levels" in table
+
+
+def test_all_frames_are_compared_to_both_classes(tiny, judged):
+    evaluation = evaluate([tiny.trajectory("path")], **judged)
+    features = evaluation.methods[0].seen[evaluation.networks[-1].name].features[:, 1:]
+    real = partial_features(evaluation.networks[-1])(np.concatenate([tiny.images("test", k)[1] for k in "AB"]))
+    value = found(evaluation, "path", "frechet_pooled")
+    assert (value.n, value.n_real) == (32, 24)
+    assert value.value == pytest.approx(frechet_distance(features.reshape(32, -1), real), rel=1e-3)
+    groups = np.array([f"{label}{n // 2}" for label in "AB" for n in range(12)])
+    near = neighbourhoods(features.reshape(32, -1), real, groups=np.repeat(groups[:8], 4), real_groups=groups)
+    for figure, each in near._asdict().items():
+        assert found(evaluation, "path", f"{figure}_pooled").value == pytest.approx(each.mean())
+        assert found(evaluation, "real pooled", f"{figure}_floor").n == 12
+
+
+def test_the_split_stands_beside_every_value(tiny, judged):
+    evaluation = evaluate(
+        [tiny.trajectory("path"), tiny.trajectory("depth", method="depth", split="val", num=5)], **judged
+    )
+    splits = {(v.method, v.split) for v in evaluation.values if v.method in ("path", "depth", "real target")}
+    assert splits == {("path", "test"), ("depth", "val"), ("real target", "test")}
+    methods = {method["name"]: method["split"] for method in as_json(evaluation)["methods"]}
+    assert (methods["path"], methods["depth"]) == ("test", "val")
+    assert evaluation.networks[0].split_of(["elsewhere/0.png"]) == ""
 
 
 # Memorisation, structure, stain
@@ -625,6 +698,18 @@ def test_training_patches_among_the_frames_are_found(tiny, judged):
     assert exact[sources[0]].held_out == pytest.approx(by_class[1].min(), rel=1e-2)
     # Real patches that were held out are no copies, whatever their class.
     assert found(evaluation, "copy the source", "near_copy_share").value == 0
+    assert not any("repeat a training patch" in warning for warning in evaluation.warnings)
+
+
+def test_a_test_patch_that_is_a_training_patch_hides_no_copy(tiny, judged):
+    path = tiny.trajectory("path", noise=20)
+    (sequence,) = list((path / "frames").iterdir())[:1]
+    write_png(sequence / "004.png", tiny.images("train", "B")[1][0].transpose(1, 2, 0))
+    shutil.copy(tiny.root / "patches/train/B/B001.png", tiny.root / "patches/test/B/B011.png")
+    evaluation = evaluate([path], **judged)
+    assert any(warning.startswith("1 real test patches repeat a training patch") for warning in evaluation.warnings)
+    assert min(copy.distance for copy in evaluation.near_copies) < 1e-3
+    assert evaluation.near_copies[0].training_id == tiny.images("train", "B")[0][0]
 
 
 def test_a_mere_recolouring_is_explained_by_the_stain(tiny, judged):
@@ -719,17 +804,18 @@ def test_an_extractor_by_name_prepares_images_itself(tiny, judged):
     markdown(evaluation)
     content = as_json(evaluation)
     assert content["memorisation"]["patches"].startswith(str(judged["judges"][0]))
-    require_same_extractors(content, content)
-    other = as_json(evaluate([path], **{**judged, "features": f"local-dir:{save_timm(tiny.root / 'other', seed=1)}"}))
-    with pytest.raises(UserError, match=r"values of different networks do not compare: .*local-dir"):
-        require_same_extractors(content, other)
 
 
 def test_an_extractor_that_cannot_be_loaded_is_told(tiny, judged):
     file = save_timm(tiny.root / "weights") / "model.safetensors"
     assert NamedExtractor(f"timm:test_resnet@{file}").size > 0
-    for name in ("timm:no_such_model", f"local-dir:{tiny.root}/none", f"timm:test_resnet@{tiny.root}/none.safetensors"):
-        with pytest.raises(UserError, match=r"--features .*: cannot be loaded .*expected timm:NAME"):
+    with pytest.raises(UserError, match=r"none\.safetensors: no such file; expected weights of test_resnet"):
+        NamedExtractor(f"timm:test_resnet@{tiny.root}/none.safetensors")
+    broken = save_timm(tiny.root / "broken")
+    (broken / "model.safetensors").write_bytes(file.read_bytes()[:100])
+    cut = f"timm:test_resnet@{broken}/model.safetensors"
+    for name in ("timm:no_such_model", f"local-dir:{tiny.root}/none", f"local-dir:{broken}", cut):
+        with pytest.raises(UserError, match=r"--features .*: cannot be loaded \(.+\); expected timm:NAME"):
             NamedExtractor(name)
 
 
@@ -781,6 +867,17 @@ def test_frames_of_ones_own_with_few_sources_have_what_can_be_computed(tiny, jud
     assert any(
         w.startswith("recall_own of path at level 0.25, 0.5, 0.75, 1 is undefined: 3") for w in evaluation.warnings
     )
+
+
+def test_sequences_that_lack_rows_are_told(tiny, judged):
+    path = tiny.trajectory("path")
+    lines = (path / "manifest.csv").read_text().splitlines()
+    kept = [line for number, line in enumerate(lines) if number != 4]  # of the first sequence
+    kept[-1] = kept[-1].rpartition(",")[0]  # of the last one
+    (path / "manifest.csv").write_text("\n".join(kept) + "\n")
+    evaluation = evaluate([path], **judged)
+    assert found(evaluation, "path", "contrast", 1.0).n == 6
+    assert any(w.startswith(f"2 sequences of {path} lack rows in manifest.csv") for w in evaluation.warnings)
 
 
 def test_damaged_frames_of_ones_own_are_told(tiny, judged):

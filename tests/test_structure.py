@@ -9,7 +9,7 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 from cellflux_bridge.classifier.model import PatchClassifier
 from cellflux_bridge.metrics.cautions import cautions
-from cellflux_bridge.metrics.memorisation import Memory, nearest
+from cellflux_bridge.metrics.memorisation import Memory, held_out_distances, nearest
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distance, num_scales, stain_share
 from cellflux_bridge.metrics.values import Value
 from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
@@ -38,6 +38,24 @@ def test_memory_compares_frames_with_held_out_patches():
     assert memory.closer()[0].mean() == pytest.approx(expected)
     assert memory.closer()[1, 0] == pytest.approx((1 + 0.5 * 2) / 4)
     np.testing.assert_array_equal(memory.is_near_copy(), [distances[0] < held_out[0].min(), [False] * 30])
+
+
+def test_a_leak_between_the_splits_hides_no_copy():
+    training = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    is_target = np.array([False, False, True])
+    leaked = np.array([[0.0, 1e-9], [10.0, 2.0], [0.0, 13.0]])  # the first repeats a training patch
+    held_out, num_repeated = held_out_distances(leaked, training, is_target, same=1e-6)
+    assert num_repeated == 1
+    assert [list(each) for each in held_out] == [[2.0], [3.0]]
+    distances = np.array([[0.0, 1.0, 2.5, 5e-7]])
+    memory = Memory(distances, np.zeros((1, 4), int), np.zeros((1, 4), int), held_out, same=1e-6)
+    assert memory.is_near_copy().tolist() == [[True, True, False, True]]
+    held_out, num_repeated = held_out_distances(training, training, is_target, same=1e-6)
+    assert num_repeated == 3
+    alone = memory._replace(held_out=held_out)  # nothing to compare to: copies remain copies, the rest is undefined
+    assert alone.is_near_copy().tolist() == [[True, False, False, True]]
+    assert np.isnan(alone.closer()).all()
+    assert np.isnan(alone.ratio(np.arange(4))).all()
 
 
 def test_as_many_scales_as_an_image_has_room_for():
@@ -109,7 +127,7 @@ def test_the_stain_share_is_what_lies_along_the_transfer():
 
 def test_near_copies_and_mere_recolouring_are_told():
     def value(quantity, number, level, n_real, trajectory="t"):
-        return Value(trajectory, "path", quantity, level, "x", 20, n_real, number, np.nan, np.nan)
+        return Value(trajectory, "path", quantity, level, "x", 20, n_real, "test", number, np.nan, np.nan)
 
     copies, stain = cautions(
         [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure, measure_all
+from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure_all, without_single_nuclei
 from cellflux_bridge.cellularity.nuclei import Parameters, segment
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import SUFFIXES, read_rgb
@@ -35,15 +35,20 @@ def count_images(
     yield from in_processes(partial(_count_file, mpp=mpp, parameters=parameters), files, workers=workers)
 
 
-def _count_file(file: Path, *, mpp: float | None, parameters: Parameters) -> dict[str, float]:
+def segment_file(file: Path, *, mpp: float | None, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
+    """An image file as RGB uint8 (H, W, 3) and its nuclei, (H, W) int32; UserError names the file."""
     rgb = read_rgb(file)
     try:
-        labels = segment(rgb, mpp=mpp, parameters=parameters)
+        return rgb, segment(rgb, mpp=mpp, parameters=parameters)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    _, median_area = measure_all(rgb, labels, mpp=mpp)
+
+
+def _count_file(file: Path, *, mpp: float | None, parameters: Parameters) -> dict[str, float]:
+    rgb, labels = segment_file(file, mpp=mpp, parameters=parameters)
+    measured, median_area = measure_all(rgb, labels, mpp=mpp)
     size = {"width": rgb.shape[1], "height": rgb.shape[0], "median_area": median_area}
-    return size | asdict(measure(rgb, labels, mpp=mpp))
+    return size | asdict(without_single_nuclei(measured) if median_area < MIN_PIXELS else measured)
 
 
 def write_counts(folder: Path, output: Path, *, mpp: float | None, parameters: Parameters, workers: int = 0) -> int:

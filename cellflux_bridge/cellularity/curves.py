@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from cellflux_bridge.cellularity.counting import count_arrays
 from cellflux_bridge.cellularity.measurement import MIN_PIXELS, OF_SINGLE_NUCLEI, QUANTITIES
@@ -18,10 +17,11 @@ from cellflux_bridge.data.patches import near_level
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.progress import progress
 from cellflux_bridge.randomness import numpy_generator
-from cellflux_bridge.resampling import Estimate, bootstrap, estimate
-from cellflux_bridge.trajectory import TrajectoryHeader, iter_trajectory, read_header
+from cellflux_bridge.ranks import rank_correlation
+from cellflux_bridge.resampling import NUM_RESAMPLES, Estimate, bootstrap, estimate
+from cellflux_bridge.trajectory import TrajectoryHeader, count_incomplete, iter_trajectory, read_header
 
-NUM_RESAMPLES = 1000
+REACHED, MISSED, UNDECIDED = "reached", "missed", "undecided"
 
 
 class Counted(NamedTuple):
@@ -92,7 +92,7 @@ class Check(NamedTuple):
     """How a curve ends and runs, against real patches of both classes.
 
     `end_minus_target` is the mean at the last level less that of real target patches, with its 95 % interval (both
-    sides resampled); `reaches_target` whether that holds 0. `inner_between` is the share of the `n_inner` inner levels
+    sides resampled), and `end` what that tells (`verdict`). `inner_between` is the share of the `n_inner` inner levels
     whose mean lies between the two classes' means; None without inner levels. Where real patches have scores,
     `distance_to_real` is the mean over the `n_scored` levels that such patches exist of, of the distance between the
     curve and the mean of real patches of the level; else None.
@@ -102,7 +102,7 @@ class Check(NamedTuple):
     end_minus_target: float
     low: float
     high: float
-    reaches_target: bool
+    end: str
     n_inner: int
     inner_between: float | None
     n_scored: int
@@ -111,7 +111,8 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Curves:
-    """One trajectory's curves. `unmeasured` frames were grey or inverted; `refused` quantities need larger nuclei."""
+    """One trajectory's curves. `incomplete` sequences lack rows in the manifest and were left out; `unmeasured` frames
+    were grey or inverted; `refused` quantities need larger nuclei."""
 
     folder: Path
     header: TrajectoryHeader
@@ -120,6 +121,7 @@ class Curves:
     curves: tuple[Point, ...]
     spearman: tuple[Correlation, ...]
     checks: tuple[Check, ...]
+    incomplete: int
     unmeasured: int
     refused: tuple[str, ...]
 
@@ -179,28 +181,27 @@ def _flat(found: tuple[int, Estimate]) -> tuple[int, float, float, float]:
     return found[0], *found[1]
 
 
-def spearman_by_source(values: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    """Spearman's correlation (N,) of values (N, K) with the levels (K,), over the levels where a value is finite.
-
-    A source whose quantity never changes has no rank of its levels: 0. One with fewer than three values: NaN.
-    """
-    found = np.full(len(values), np.nan)
-    for number, own in enumerate(values):
-        finite = np.isfinite(own)
-        if finite.sum() >= 3:
-            one, other = rankdata(own[finite]), rankdata(np.asarray(levels)[finite])
-            found[number] = 0.0 if np.ptp(one) == 0 else np.corrcoef(one, other)[0, 1]
-    return found
-
-
 def correlations(counted: Counted, levels: Sequence[float], *, seed: int) -> tuple[Correlation, ...]:
     """Spearman's correlation with the level of every quantity that is not refused."""
     each = ((name, counted.values[:, :, QUANTITIES.index(name)]) for name in _existing(counted)[0])
-    by_source = ((name, spearman_by_source(values, levels)) for name, values in each)
+    by_source = ((name, rank_correlation(values, levels)) for name, values in each)
     return tuple(
         Correlation(name, *_flat(_mean_of(rho, counted.groups, seed=seed, purpose="spearman")))
         for name, rho in by_source
     )
+
+
+def verdict(gap: Estimate, *, of_source: float) -> str:
+    """What the interval of an end's difference to the target says; `of_source` is that of real source patches.
+
+    Missed: it leaves out 0. Reached: it holds 0 and leaves out the source's difference, so the end is told from having
+    changed nothing. Undecided: it holds both, or nothing was measured.
+    """
+    if not np.isfinite([*gap, of_source]).all():
+        return UNDECIDED
+    if not gap.low <= 0 <= gap.high:
+        return MISSED
+    return UNDECIDED if gap.low <= of_source <= gap.high else REACHED
 
 
 def checks(
@@ -227,10 +228,10 @@ def checks(
         means = np.array([_finite_mean(counted.values[:, k, q]) for k in range(1, counted.values.shape[1] - 1)])
         low, high = sorted((_finite_mean(source.values[:, 0, q]), _finite_mean(goal)))
         inner = None if not len(means) else float(np.mean((means >= low) & (means <= high)))
-        reaches = bool(gap.low <= 0 <= gap.high)
+        end = verdict(gap, of_source=_finite_mean(source.values[:, 0, q]) - _finite_mean(goal))
         distances = [] if scored is None else _distances_to_real(counted, levels, scored, q)
         distance = float(np.mean(distances)) if distances else None
-        found.append(Check(name, *map(float, gap), reaches, len(means), inner, len(distances), distance))
+        found.append(Check(name, *map(float, gap), end, len(means), inner, len(distances), distance))
     return tuple(found)
 
 
@@ -275,6 +276,7 @@ def curves_of(
         curves=points(counted, header.levels, seed=seed),
         spearman=correlations(counted, header.levels, seed=seed),
         checks=() if real is None else checks(counted, header.levels, *real, scored, seed=seed),
+        incomplete=count_incomplete(folder),
         unmeasured=int(np.isnan(counted.values[..., QUANTITIES.index("area_fraction")]).sum()),
         refused=_existing(counted)[1],
     )

@@ -12,12 +12,9 @@ import numpy as np
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from cellflux_bridge.cellularity.measurement import Measurement, measure
 from cellflux_bridge.cellularity.splitting import split
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.stain import RUIFROK_HE, macenko_stains
-
-__all__ = ["Measurement", "Parameters", "measure", "require_bright_field", "segment"]
 
 STAINS = ("red", "ruifrok", "macenko")
 # Between two stain vectors of one image, in degrees: less, and the image shows one stain only.

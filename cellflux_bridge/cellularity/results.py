@@ -1,23 +1,25 @@
 """Curves as files: cellularity.json and, beside it, cellularity.csv in long form, each whole or not at all.
 
-cellularity.json, format 1; a number that does not exist is null:
+cellularity.json, format 2; a number that does not exist is null:
 
     format, mpp, seed
     parameters    those of the segmentation, by name
-    trajectories  [{trajectory, method, source, target, config_hash, n, levels, median_area, unmeasured, refused,
+    trajectories  [{trajectory, method, source, target, config_hash, n, levels, median_area, incomplete, unmeasured,
+                    refused,
                     curves: [{quantity, level, n, mean, low, high}],
                     spearman: [{quantity, n, value, low, high}],
-                    checks: [{quantity, end_minus_target, low, high, reaches_target, n_inner, inner_between, n_scored,
-                             distance_to_real}],
+                    checks: [{quantity, end_minus_target, low, high, end: reached | missed | undecided, n_inner,
+                             inner_between, n_scored, distance_to_real}],
                     per_source: [{source_id, <quantity>: [one number a level]}]}]
-                  `n` sources; `median_area` px a nucleus; `unmeasured` frames in which nuclei cannot be sought;
-                  `refused` quantities that need larger nuclei; the rest as in `cellularity.curves`
+                  `n` sources; `median_area` px a nucleus; `incomplete` sequences that lack rows in the manifest and are
+                  left out; `unmeasured` frames in which nuclei cannot be sought; `refused` quantities that need larger
+                  nuclei; the rest as in `cellularity.curves`
     real          [{class, quantity, n, mean, low, high}] of real test patches, or of the given folders
     real_by_level [{quantity, level, n, mean, low, high}] of real test patches that have the level as their score
 
 cellularity.csv: what (curve, spearman, end_minus_target, inner_between,
 distance_to_real, real, real_by_level), trajectory, method, class, quantity,
-level, n, value, low, high.
+level, n, value, low, high, end (of end_minus_target).
 """
 
 import csv
@@ -31,11 +33,10 @@ from typing import Any
 from cellflux_bridge.cellularity.curves import Curves, Point
 from cellflux_bridge.cellularity.measurement import QUANTITIES
 from cellflux_bridge.cellularity.nuclei import Parameters
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.files import replace_text, without_nan
+from cellflux_bridge.files import replace_text, require_json, without_nan
 
-FORMAT = 1
-_COLUMNS = ("what", "trajectory", "method", "class", "quantity", "level", "n", "value", "low", "high")
+FORMAT = 2
+_COLUMNS = ("what", "trajectory", "method", "class", "quantity", "level", "n", "value", "low", "high", "end")
 
 
 def as_json(
@@ -71,6 +72,7 @@ def _trajectory(of: Curves) -> dict[str, Any]:
         **{key: getattr(of.header, key) for key in ("method", "source", "target", "config_hash", "levels")},
         "n": len(of.source_ids),
         "median_area": of.counted.median_area,
+        "incomplete": of.incomplete,
         "unmeasured": of.unmeasured,
         "refused": of.refused,
         "curves": [point._asdict() for point in of.curves],
@@ -106,8 +108,7 @@ def _rows(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def write_results(content: dict[str, Any], output: Path) -> list[Path]:
     """Write `output` (a .json) and beside it the .csv of its name; returns both."""
-    if output.suffix != ".json":
-        raise UserError(f"--output {output}: expected a name that ends in .json; the .csv is written beside it")
+    require_json(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore")
@@ -144,15 +145,17 @@ def summary(content: dict[str, Any]) -> str:
         for name, points in by_quantity.items():
             check = checked.get(name)
             ends = [real.get((of["source"], name)), points[0], points[-1], real.get((of["target"], name))]
-            reaches = "" if check is None else "reached" if check["reaches_target"] else "missed"
+            end = "" if check is None else check["end"]
             between = "" if check is None else _number(check["inner_between"])
             distance = "" if check is None else _number(check["distance_to_real"])
             means = (_number(end and end["mean"]) for end in ends)
-            rows.append((name, *means, _number(rho.get(name)), reaches, between, distance))
+            rows.append((name, *means, _number(rho.get(name)), end, between, distance))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if of["refused"]:
             lines.append(f"  refused: {', '.join(of['refused'])}: nuclei of {of['median_area']:.0f} px are too small")
+        if of["incomplete"]:
+            lines.append(f"  {of['incomplete']} sequences lack rows in the manifest and were left out")
         if of["unmeasured"]:
             lines.append(f"  {of['unmeasured']} frames are grey or inverted and were left out")
     return "\n".join(lines)

@@ -10,13 +10,12 @@ import numpy as np
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
-from cellflux_bridge.cellularity.counting import count_images, list_images
-from cellflux_bridge.cellularity.nuclei import Parameters, segment
+from cellflux_bridge.cellularity.counting import count_images, list_images, segment_file
+from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.images import read_rgb
 from cellflux_bridge.progress import in_processes, progress
 from cellflux_bridge.randomness import numpy_generator
-from cellflux_bridge.resampling import Estimate, bootstrap, estimate
+from cellflux_bridge.resampling import NUM_RESAMPLES, Estimate, bootstrap, estimate
 
 
 class Compared(NamedTuple):
@@ -31,7 +30,8 @@ class Compared(NamedTuple):
 
 class Scores(NamedTuple):
     """Over n images: F1 of all nuclei together and the mean of the images' own; relative errors of the images' counts;
-    Pearson's correlation and mean absolute error of the area fractions."""
+    Pearson's correlation and mean absolute error of the area fractions. Where nothing is and nothing is found, F1 is 1;
+    images without nuclei have no error of their count."""
 
     n: int
     num_nuclei: int
@@ -55,17 +55,22 @@ def compare(truth: np.ndarray, found: np.ndarray) -> Compared:
     return Compared(*matched.shape, int(matched.sum()), float((truth > 0).mean()), float((found > 0).mean()))
 
 
+def _f1(matched: np.ndarray, nuclei: np.ndarray) -> np.ndarray:
+    """Of matched nuclei, and true and found ones together."""
+    return np.where(nuclei > 0, 2 * matched / np.maximum(nuclei, 1), 1.0)
+
+
 def score(compared: Sequence[Compared]) -> Scores:
-    """The scores of some images, of which at least one shows nuclei; correlations of under three images are NaN."""
+    """The scores of some images; NaN are the count errors where none shows nuclei, and correlations of under three."""
     true, found, matched, area_true, area_found = np.array(compared, np.float64).T
     shows = true > 0
-    errors = np.abs(found - true)[shows] / true[shows]
+    errors = np.abs(found - true)[shows] / true[shows] if shows.any() else np.array([np.nan])
     constant = len(compared) < 3 or min(np.ptp(area_true), np.ptp(area_found)) == 0
     return Scores(
         n=len(compared),
         num_nuclei=int(true.sum()),
-        f1=float(2 * matched.sum() / (true.sum() + found.sum())),
-        f1_of_images=float(np.mean(2 * matched / np.maximum(true + found, 1))),
+        f1=float(_f1(matched.sum(), true.sum() + found.sum())),
+        f1_of_images=float(np.mean(_f1(matched, true + found))),
         count_error_median=float(np.median(errors)),
         count_error_mean=float(np.mean(errors)),
         area_correlation=np.nan if constant else float(pearsonr(area_true, area_found).statistic),
@@ -75,10 +80,15 @@ def score(compared: Sequence[Compared]) -> Scores:
 
 def _compare_file(pair: tuple[Path, Path], *, mpp: float | None, parameters: Parameters) -> Compared:
     image, labels = pair
-    rgb, truth = read_rgb(image), np.asarray(Image.open(labels))
-    if truth.shape != rgb.shape[:2]:
-        raise UserError(f"{labels}: a label map of {truth.shape}, its image has {rgb.shape[:2]}")
-    return compare(truth, segment(rgb, mpp=mpp, parameters=parameters))
+    try:
+        with Image.open(labels) as file:
+            truth = np.asarray(file)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{labels}: truncated or not an image ({error})") from error
+    _, found = segment_file(image, mpp=mpp, parameters=parameters)
+    if truth.shape != found.shape:
+        raise UserError(f"{labels}: a label map of {truth.shape}, its image has {found.shape}")
+    return compare(truth, found)
 
 
 def score_label_maps(
@@ -104,10 +114,21 @@ def score_label_maps(
 def _groups(index: Path) -> dict[str, str]:
     if not index.exists():
         return {}
-    with open(index, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    column = next((name for name in (rows[0] if rows else {}) if name == "group" or name.endswith("_group")), None)
-    return {} if column is None else {row["id"]: row[column] for row in rows}
+    rows = _read_table(index)
+    names = [name for name in (rows[0] if rows else {}) if name is not None]
+    column = next((name for name in names if name == "group" or name.endswith("_group")), None)
+    if column is not None and "id" not in names:
+        raise UserError(f"{index}: expected the columns id (an image's name) and {column}; found {', '.join(names)}")
+    return {} if column is None else {row["id"]: row[column] or "" for row in rows}
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; UserError where it is none."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
 
 
 class Agreement(NamedTuple):
@@ -121,11 +142,7 @@ class Agreement(NamedTuple):
 
 def read_annotated(table: Path) -> Iterator[tuple[Path, float]]:
     """The rows of a CSV with the columns path (relative to it) and cellularity in [0, 1]."""
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{table}: cannot be read ({error})") from error
+    rows = _read_table(table)
     if not rows or not {"path", "cellularity"} <= set(rows[0]):
         raise UserError(f"{table}: expected the columns path and cellularity, and at least one row")
     for number, row in enumerate(rows, start=2):
@@ -134,7 +151,9 @@ def read_annotated(table: Path) -> Iterator[tuple[Path, float]]:
         except (TypeError, ValueError):
             value = np.nan
         if not 0 <= value <= 1:
-            raise UserError(f"{table}, line {number}: cellularity {row['cellularity']!r}: expected 0 to 1")
+            raise UserError(f"{table}, line {number}: cellularity {row['cellularity'] or ''!r}: expected 0 to 1")
+        if not row["path"]:
+            raise UserError(f"{table}, line {number}: no path; expected an image file")
         yield table.parent / row["path"], value
 
 
@@ -152,7 +171,7 @@ def agree(
     counted = count_images([path for path, _ in rows], mpp=mpp, parameters=parameters, workers=workers)
     found = np.array([row["area_fraction"] for row in progress(counted, total=len(rows), desc="nuclei", unit="image")])
     truth = np.array([value for _, value in rows])
-    resamples = bootstrap(np.arange(len(rows)), num=1000, generator=numpy_generator(seed, "annotated"))
+    resamples = bootstrap(np.arange(len(rows)), num=NUM_RESAMPLES, generator=numpy_generator(seed, "annotated"))
     varied = resamples._replace(draws=[d for d in resamples.draws if min(np.ptp(truth[d]), np.ptp(found[d])) > 0])
     if not varied.draws:
         raise UserError(

@@ -1,4 +1,8 @@
-"""How long features and metrics of many images take, and the memory that they need at most."""
+"""How long features of many images and their distances to real patches take, and the memory that they need at most.
+
+Left out: reading and writing, several levels, judges and methods, intervals over sources, stain transfer, and what is
+computed from pixels (tissue figures, MS-SSIM, layer distances).
+"""
 
 import argparse
 import resource
@@ -13,8 +17,8 @@ from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_floor
 from cellflux_bridge.metrics.manifold import manifold_floors, neighbourhoods
 from cellflux_bridge.metrics.memorisation import nearest
 from cellflux_bridge.metrics.networks import FORWARD
-from cellflux_bridge.metrics.panel import NUM_RESAMPLES, NUM_SUBSAMPLES
-from cellflux_bridge.resampling import estimate_mean
+from cellflux_bridge.metrics.panel import NUM_SUBSAMPLES
+from cellflux_bridge.resampling import NUM_RESAMPLES, estimate_mean
 from cellflux_bridge.training import classifier
 
 _CHUNK = 256

@@ -1,16 +1,24 @@
 """What a reader must know before believing the figures, in plain words."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from cellflux_bridge.metrics.values import Value
+from cellflux_bridge.trajectory import MANIFEST, count_incomplete
 
 # Under this many images the bias of a Frechet distance in 2,048 features is what its authors warn of.
 ENOUGH_FOR_FRECHET = 2048
 NEAREST_TARGET = "nearest real target"
 # The quantity's beginning -> what its value, and its interval, need.
 _NEEDS = {
+    "kid_floor": "4 groups",
+    "frechet_floor": "2 images in either half, of different groups",
+    "precision_floor": "4 real patches of different groups in either half",
+    "recall_floor": "4 real patches of different groups in either half",
+    "density_floor": "6 real patches of different groups in either half",
+    "coverage_floor": "6 real patches of different groups in either half",
     "kid": "2 groups on either side, and 4 for an interval",
     "frechet": "2 images on either side",
     "precision": "4 real patches of different groups",
@@ -19,6 +27,26 @@ _NEEDS = {
     "coverage": "6 real patches of different groups",
     "ms_ssim": "frames of 11 px",
 }
+
+
+def incomplete(folders: Sequence[Path]) -> Iterator[str]:
+    """A warning about each trajectory folder whose manifest lacks rows."""
+    for folder in folders:
+        if num := count_incomplete(folder):
+            yield (
+                f"{num} sequences of {folder} lack rows in {MANIFEST} and were left out; `cellflux-bridge translate` "
+                "makes those of a stopped run."
+            )
+
+
+def repeated(num: int) -> Iterator[str]:
+    """A warning about real test patches that are training patches, too."""
+    if num:
+        yield (
+            f"{num} real test patches repeat a training patch and were left out where frames are searched for copies; "
+            "the other figures hold them. Near copies among real patches speak of a split that does not keep them "
+            "together: group them in the data."
+        )
 
 
 def cautions(values: Sequence[Value]) -> Iterator[str]:
@@ -51,10 +79,10 @@ def cautions(values: Sequence[Value]) -> Iterator[str]:
             )
     undefined: dict[tuple[str, str], list[Value]] = {}
     for value in values:
-        if np.isnan(value.value) and value.quantity.split("_")[0] in {need.split("_")[0] for need in _NEEDS}:
+        if np.isnan(value.value) and value.quantity.startswith(tuple(_NEEDS)) and not value.quantity.endswith("spread"):
             undefined.setdefault((value.quantity, value.method), []).append(value)
     for (quantity, method), found in undefined.items():
-        need = next(need for start, need in _NEEDS.items() if quantity.startswith(start))
+        need = next(need for start, need in _NEEDS.items() if quantity.startswith(start))  # floors stand first
         levels = ", ".join(f"{value.level:g}" for value in found if value.level is not None)
         against = "" if found[0].n_real is None else f" against {min(value.n_real for value in found)}"
         yield (

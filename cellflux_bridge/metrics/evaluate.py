@@ -7,7 +7,7 @@ probability (level)             mean p(target class) of a judge
 calibration_mean                mean over levels of |mean p - s_k|
 calibration_image               mean over images and levels of |p - s_k|
 monotone_share                  share of sequences whose p never falls by more than 0.02 from frame to frame
-rank_correlation                mean over sequences of Spearman's correlation of p with the level
+rank_correlation                mean over sequences of Spearman's correlation of p with the level, from three frames on
 preservation (level)            mean feature distance to the own source / to real source-class patches of other groups
 path_over_straight              mean over sequences of the way's length in features over the distance of its ends
 largest_over_mean_step          mean over sequences of the largest step over the mean one
@@ -28,6 +28,8 @@ cycle_preservation, cycle_ms_ssim, cycle_layer_distance    distances of sources 
 kid_target, frechet_target      the same of level 1 to real target patches
 precision_own, recall_own, density_own, coverage_own (level) and *_target: see `metrics.manifold`, in the extractor's
                                 features, to the same real patches; recall and coverage have intervals over these
+frechet_pooled, precision_pooled, recall_pooled, density_pooled, coverage_pooled    the same of all n frames after the
+                                sources as one set, to real source- and target-class patches together
 severity_error (level)          mean |severity estimate - s_k|; without a level over all levels
 nfe, gradients, cpu_seconds     means of a sequence
 haematoxylin_area, contrast, fine_detail (level)    see `metrics.tissue`
@@ -36,8 +38,11 @@ guidance_kid_ratio, guidance_frechet_ratio (level)  kid_own and frechet_own with
                                 levels' means, which a level near 0 does not rule
 
 Of real patches: kid_floor, frechet_floor, precision_floor, recall_floor, density_floor and coverage_floor (mean over
-random halves, `low` and `high` their 95 % range), kid_floor_spread and frechet_floor_spread (standard deviations),
-probability, flip_rate, severity_error and the tissue figures.
+random halves by group, `n` against `n_real` patches; `low` and `high` their 95 % range) and *_floor_spread (standard
+deviations) of both classes together ("real pooled"), of target patches ("real target") and, by level, of the patches
+that the *_own figures of this level compare to ("real own"; of a frame that stands for the level at another soft label,
+those of the level all the same); probability, flip_rate, severity_error and the tissue figures. A Frechet distance of
+half as many patches is larger: its floor lies above what all of them would give.
 A value that does not exist (a ratio to a distance that is not above 0, an interval of a Frechet distance) is NaN.
 """
 
@@ -48,7 +53,7 @@ from pathlib import Path
 import torch
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.metrics.cautions import cautions
+from cellflux_bridge.metrics.cautions import cautions, incomplete, repeated
 from cellflux_bridge.metrics.cycle import add_cycle
 from cellflux_bridge.metrics.extractor import is_name
 from cellflux_bridge.metrics.feature_cache import FeatureCache
@@ -152,7 +157,7 @@ def evaluate(
         collect(folder, networks, name=name, num_levels=num_levels) for folder, name in zip(folders, names, strict=True)
     ]
     values = Values()
-    panel = Panel(networks, seed=seed, values=values)
+    panel = Panel(networks, levels=looked[0].levels, seed=seed, values=values)
     reference = panel.stain_reference()
     recoloured = [stain_transfer(sequences, networks, reference) for sequences in looked]
     baselines = [
@@ -187,5 +192,5 @@ def evaluate(
         near_copies=copies,
         num_training=len(panel.training.ids),
         num_held_out=tuple(map(len, panel.training.held_out)),
-        warnings=tuple(cautions(values.rows)),
+        warnings=(*incomplete(folders), *repeated(panel.training.num_repeated), *cautions(values.rows)),
     )

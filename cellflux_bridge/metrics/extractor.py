@@ -1,7 +1,10 @@
 """Feature extractors by name: any timm model with its weights, which prepares images as it knows them."""
 
+from pathlib import Path
+
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,11 +29,14 @@ class NamedExtractor(nn.Module):
         super().__init__()
         model, _, file = name.removeprefix("timm:").partition("@" if name.startswith("timm:") else "\0")
         overlay = {"pretrained_cfg_overlay": {"file": file}} if file else {}
+        if file and not Path(file).is_file():
+            raise UserError(f"--features {name}: {file}: no such file; expected weights of {model}")
         try:
             self.net = timm.create_model(model, pretrained=True, num_classes=0, **overlay)
-        except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, AssertionError, SafetensorError) as error:
+            reason = str(error) or type(error).__name__
             raise UserError(
-                f"--features {name}: cannot be loaded ({error}); expected timm:NAME, timm:NAME@WEIGHTS_FILE, "
+                f"--features {name}: cannot be loaded ({reason}); expected timm:NAME, timm:NAME@WEIGHTS_FILE, "
                 "hf-hub:OWNER/NAME or local-dir:FOLDER (config.json and weights of a timm model), or a run's folder; "
                 "weights that are not here already are fetched, which takes a connection"
             ) from error

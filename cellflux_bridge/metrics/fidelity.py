@@ -22,18 +22,16 @@ class Floor(NamedTuple):
     spread: float
     low: float
     high: float
-    num_splits: int
 
 
-def require_finite(features: np.ndarray, *, name: str) -> np.ndarray:
-    """The features themselves; UserError where one of them is not a finite number."""
+def require_finite(features: np.ndarray, *, name: str) -> None:
+    """UserError where a feature of (N, ...) is not a finite number."""
     if not np.isfinite(features).all():
         wrong = int((~np.isfinite(features.reshape(len(features), -1))).any(axis=1).sum())
         raise UserError(
             f"{name}: {wrong} of {len(features)} images have features or probabilities that are not finite numbers; "
             "the network that looks at them has diverged, train it again or name another"
         )
-    return features
 
 
 def group_codes(groups_a, groups_b, num_a: int, num_b: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,6 +168,6 @@ def frechet_floor(
 def floor_of(values: np.ndarray) -> Floor:
     """The floor that a distance's values over random splits tell; NaN where one of them does not exist."""
     if len(values) == 0 or not np.isfinite(values).all():
-        return Floor(*(float("nan"),) * 4, len(values))
+        return Floor(*(float("nan"),) * 4)
     low, high = np.percentile(values, COVERAGE)
-    return Floor(float(values.mean()), float(values.std(ddof=1)), float(low), float(high), len(values))
+    return Floor(float(values.mean()), float(values.std(ddof=1)), float(low), float(high))

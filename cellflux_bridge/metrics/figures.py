@@ -13,13 +13,14 @@ from cellflux_bridge.metrics.structure import FIGURES as STRUCTURE
 from cellflux_bridge.metrics.structure import stain_share
 from cellflux_bridge.metrics.tissue import FIGURES
 from cellflux_bridge.metrics.values import Subject, Values
+from cellflux_bridge.ranks import rank_correlation
 from cellflux_bridge.resampling import Estimate, Resamples, estimate
 
 _NUM_OTHERS = 256
 
 
 def subject(of: Sequences) -> Subject:
-    return Subject(of.name, len(of.source_ids), of.folder, of.levels)
+    return Subject(of.name, len(of.source_ids), of.folder, of.levels, of.split)
 
 
 def add_figures(values: Values, of: Sequences, panel: Panel, *, recoloured: Sequences) -> None:
@@ -35,6 +36,7 @@ def add_figures(values: Values, of: Sequences, panel: Panel, *, recoloured: Sequ
     for number, level in enumerate(of.frame_levels, start=1):
         _add_distances(values, of, "own", number, panel.own_reference(level), panel)
     _add_distances(values, of, "target", len(of.levels), panel.target_reference(), panel)
+    _add_all_frames(values, of, panel)
     if panel.estimator is not None:
         _add_severity(values, of, panel.estimator, resamples)
     _add_memory(values, of, panel, resamples)
@@ -61,7 +63,7 @@ def _add_judged(values: Values, of: Sequences, judge: Network, resamples: Resamp
     for quantity, each in (
         ("calibration_image", progression.calibration_of_images(p, levels)),
         ("monotone_share", progression.is_monotone(p)),
-        ("rank_correlation", progression.rank_correlation(p)),
+        ("rank_correlation", rank_correlation(p, (0.0, *levels))),
     ):
         values.add(subject(of), quantity, estimate(lambda i, each=each: each[i].mean(), resamples), by=judge)
 
@@ -123,7 +125,7 @@ def near_copies(of: Sequences, panel: Panel) -> list[NearCopy]:
         )
         for number, n in np.argwhere(memory.is_near_copy())
     ]
-    return sorted(found, key=lambda copy: copy.distance / copy.held_out)
+    return sorted(found, key=lambda copy: copy.share)
 
 
 def source_distances(of: Sequences, network: Network, panel: Panel) -> tuple[np.ndarray, np.ndarray, int]:
@@ -176,14 +178,29 @@ def own_distances(
 
 def _add_distances(values: Values, of: Sequences, to: str, number: int, reference, panel: Panel) -> None:
     distance, frechet = own_distances(of, number, reference, panel, num_subsamples=NUM_SUBSAMPLES)
-    found = {"kid": distance, "frechet": frechet}
     frames, groups = of.seen[panel.extractor.name].features[:, number], panel.extractor.groups_of_sources(of.source_ids)
-    near = neighbourhoods(frames, reference[0], groups=groups, real_groups=reference[1])
-    for (figure, each), by in zip(near._asdict().items(), (groups, reference[1]) * 2, strict=True):
-        found[figure] = panel.mean(each, by)
+    found = {"kid": distance, "frechet": frechet, **_near(frames, groups, reference, panel)}
     for figure, estimated in found.items():
         level, num_real = of.levels[number - 1], len(reference[0])
         values.add(subject(of), f"{figure}_{to}", estimated, level=level, by=panel.extractor, n_real=num_real)
+
+
+def _near(frames: np.ndarray, groups: np.ndarray, reference, panel: Panel) -> dict[str, Estimate]:
+    """The figures of `metrics.manifold` of frames (N, D) among real patches, features and groups."""
+    near = neighbourhoods(frames, reference[0], groups=groups, real_groups=reference[1])
+    by = (groups, reference[1]) * 2
+    return {figure: panel.mean(each, own) for (figure, each), own in zip(near._asdict().items(), by, strict=True)}
+
+
+def _add_all_frames(values: Values, of: Sequences, panel: Panel) -> None:
+    """All frames after the sources, as one set, against the real patches of both classes."""
+    features = of.seen[panel.extractor.name].features[:, 1:]
+    groups = np.repeat(panel.extractor.groups_of_sources(of.source_ids), features.shape[1])
+    frames, reference = features.reshape(-1, features.shape[-1]), panel.pooled_reference()
+    found = {"frechet": frechet_distance(frames, reference[0]), **_near(frames, groups, reference, panel)}
+    whole = subject(of)._replace(n=len(frames))
+    for figure, estimated in found.items():
+        values.add(whole, f"{figure}_pooled", estimated, by=panel.extractor, n_real=len(reference[0]))
 
 
 def _add_severity(values: Values, of: Sequences, estimator: Network, resamples: Resamples) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.stain import fit_reference, normalise
+from cellflux_bridge.metrics.structure import recolour
+from cellflux_bridge.stain import fit_reference
 from cellflux_bridge.trajectory import Trajectory
 
 
@@ -43,8 +44,8 @@ def flip_rate(
         p = predict(torch.from_numpy(batch.frames.reshape(k * b, *batch.frames.shape[2:]))).reshape(k, b, -1)
         hits.append(p.argmax(2) == target)
         probabilities.append(p[:, :, target])
-        sources = np.stack([normalise(image, reference) for image in batch.frames[0].transpose(0, 2, 3, 1)])
-        recoloured.append(predict(torch.from_numpy(sources.transpose(0, 3, 1, 2).copy())).argmax(1) == target)
+        sources = np.ascontiguousarray(recolour(batch.frames[0], reference))
+        recoloured.append(predict(torch.from_numpy(sources)).argmax(1) == target)
     if not hits:
         raise UserError("no whole sequence to judge; let `cellflux-bridge translate` finish first")
     hits, probabilities = np.concatenate(hits, axis=1), np.concatenate(probabilities, axis=1)

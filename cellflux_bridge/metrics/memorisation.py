@@ -14,11 +14,14 @@ from cellflux_bridge.metrics.manifold import squared_distances
 from cellflux_bridge.metrics.networks import Network
 
 _BLOCK = 512
+# Distance, as a share of a training patch's typical length in features, up to which two images are the same one: what
+# the rounding of float32 features comes to.
+_ROUNDING = 1e-5
 
 
 class NearCopy(NamedTuple):
-    """A frame that lies nearer to a training patch than any held-out real patch does to its own nearest of that class:
-    `distance` < `held_out`, the least of theirs, both Euclidean in the extractor's features."""
+    """A frame that repeats a training patch, or lies nearer to it than any held-out real patch does to its own nearest
+    of that class: `distance` < `held_out`, the least of theirs, both Euclidean in the extractor's features."""
 
     method: str
     trajectory: str
@@ -28,10 +31,16 @@ class NearCopy(NamedTuple):
     distance: float
     held_out: float
 
+    @property
+    def share(self) -> float:
+        """`distance` over `held_out`, 0 for an exact copy: the smaller, the worse."""
+        return self.distance / self.held_out if self.distance else 0.0
+
 
 class Memory(NamedTuple):
     """Of L levels and N sequences: distances (L, N) to the nearest training patch, whose numbers are (L, N) and classes
-    `kinds` (L, N) int, and for either class the sorted distances of the held-out patches nearest to a patch of it.
+    `kinds` (L, N) int, and for either class the sorted distances of the held-out patches nearest to a patch of it;
+    up to `same` apart, two images are one.
 
     Comparing within a class matters: one tissue may lie far denser than the other.
     """
@@ -40,6 +49,7 @@ class Memory(NamedTuple):
     numbers: np.ndarray
     kinds: np.ndarray
     held_out: list[np.ndarray]
+    same: float = 0.0
 
     def ratio(self, chosen: np.ndarray) -> np.ndarray:
         """Distance of the chosen frames over the median of held-out patches, median over frames, (L,)."""
@@ -53,6 +63,7 @@ class Memory(NamedTuple):
         shares = [
             1 - (np.searchsorted(h, d) + np.searchsorted(h, d, side="right")) / (2 * len(h)) for h in self.held_out
         ]
+        shares = [np.where(np.isnan(h[0]), np.nan, share) for h, share in zip(self.held_out, shares, strict=True)]
         return np.where(self.kinds == 1, shares[1], shares[0])
 
     def least(self) -> np.ndarray:
@@ -60,8 +71,8 @@ class Memory(NamedTuple):
         return np.array([held_out[0] for held_out in self.held_out])[self.kinds]
 
     def is_near_copy(self) -> np.ndarray:
-        """(L, N): nearer than every held-out patch, as 1 in M + 1 of real patches would be."""
-        return self.distances < self.least()
+        """(L, N): nearer than every held-out patch, as 1 in M + 1 of real ones would be, or a training patch itself."""
+        return (self.distances < self.least()) | (self.distances <= self.same)
 
 
 def nearest(x: np.ndarray, others: np.ndarray, *, block: int = _BLOCK) -> tuple[np.ndarray, np.ndarray]:
@@ -75,12 +86,18 @@ def nearest(x: np.ndarray, others: np.ndarray, *, block: int = _BLOCK) -> tuple[
 @dataclass(frozen=True)
 class Training:
     """The training patches of both classes in the extractor's features, whether each `is_target`, and of the real test
-    patches the sorted distances to their nearest ones, of the source class and of the target class."""
+    patches the sorted distances to their nearest ones, of the source class and of the target class.
+
+    The `num_repeated` test patches that repeat a training patch (no farther than `same`) are not among them: with one
+    of them nothing could lie nearer than held-out patches.
+    """
 
     ids: tuple[str, ...]
     features: np.ndarray
     is_target: np.ndarray
     held_out: list[np.ndarray]
+    same: float
+    num_repeated: int
 
     @staticmethod
     def look(extractor: Network, real_features: np.ndarray) -> "Training":
@@ -88,14 +105,26 @@ class Training:
         numbers = np.concatenate([patches.indices("train", label) for label in (extractor.source, extractor.target)])
         features = extractor.look_at_patches(patches, numbers, desc="training patches").features
         is_target = patches.labels[numbers] == patches.class_index(extractor.target)
-        distances, found = nearest(real_features, features)
-        kinds = is_target[found]
-        # A class that no held-out patch lies nearest to has none of its own to compare to.
-        held_out = [np.sort(distances[kinds == kind] if (kinds == kind).any() else distances) for kind in (False, True)]
-        return Training(tuple(patches.ids[i] for i in numbers), features, is_target, held_out)
+        same = _ROUNDING * float(np.median(np.linalg.norm(features, axis=1)))
+        held_out, num_repeated = held_out_distances(real_features, features, is_target, same=same)
+        return Training(tuple(patches.ids[i] for i in numbers), features, is_target, held_out, same, num_repeated)
 
     def memory(self, frames: np.ndarray) -> Memory:
         """Of frames (N, L, D)."""
         found = [nearest(level, self.features) for level in frames.swapaxes(0, 1)]
         distances, numbers = (np.stack(parts) for parts in zip(*found, strict=True))
-        return Memory(distances, numbers, self.is_target[numbers].astype(int), self.held_out)
+        return Memory(distances, numbers, self.is_target[numbers].astype(int), self.held_out, self.same)
+
+
+def held_out_distances(
+    real: np.ndarray, training: np.ndarray, is_target: np.ndarray, *, same: float
+) -> tuple[list[np.ndarray], int]:
+    """Sorted distances of real features (M, D) to their nearest of `training` (T, D), by the class of these, and how
+    many are left out because they are no farther than `same`; NaN where none is left."""
+    distances, found = nearest(real, training)
+    differs = distances > same
+    distances, kinds = distances[differs], is_target[found[differs]]
+    every = distances if len(distances) else np.array([np.nan])
+    # A class that no held-out patch lies nearest to has none of its own to compare to.
+    by_class = [np.sort(distances[kinds == kind] if (kinds == kind).any() else every) for kind in (False, True)]
+    return by_class, int((~differs).sum())

@@ -136,6 +136,12 @@ class Network:
             ]
         )
 
+    def split_of(self, source_ids: Sequence[str]) -> str:
+        """The split of the sources, several joined by a comma; "" where none of them is among the network's patches."""
+        known = {source_id: self.patches.splits[number] for number, source_id in enumerate(self.patches.ids)}
+        found = {int(known[source_id]) for source_id in source_ids if source_id in known}
+        return ", ".join(SPLITS[number] for number in sorted(found))
+
     def real_patches(self) -> RealPatches:
         """Test patches: of the source and the target class; of a severity estimator all that have a score."""
         if self.use == "scores":

@@ -1,6 +1,8 @@
 """The panel that frames stand before: its networks, the real patches they compare frames to, and the floors."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +16,12 @@ from cellflux_bridge.metrics.structure import FIGURES as STRUCTURE
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
 from cellflux_bridge.metrics.values import Subject, Values
 from cellflux_bridge.randomness import numpy_generator
-from cellflux_bridge.resampling import Estimate, Resamples, bootstrap, estimate, estimate_mean
+from cellflux_bridge.resampling import NUM_RESAMPLES, Estimate, Resamples, bootstrap, estimate, estimate_mean
 from cellflux_bridge.stain import StainReference, fit_reference
 
-NUM_RESAMPLES, NUM_SUBSAMPLES = 1000, 100
+NUM_SUBSAMPLES = 100
 REAL_SOURCE, REAL_TARGET, REAL_POOLED, REAL_SCORED = "real source", "real target", "real pooled", "real scored"
+REAL_OWN = "real own"  # what frames of a level are compared to
 _CHUNK = 256
 _NUM_PAIRS, _NUM_FOR_STAIN = 256, 2000
 
@@ -43,10 +46,11 @@ class Panel:
     """Networks with what they make of real patches, whose figures go to `values`.
 
     `judges` give probabilities, `extractor` is the network that neither guided nor judges, `estimator` (or None) tells
-    severities. Every draw is seeded by `seed` and a purpose.
+    severities. `levels` are those whose own real patches are told a floor of. Every draw is seeded by `seed` and a
+    purpose.
     """
 
-    def __init__(self, networks: Sequence[Network], *, seed: int, values: Values):
+    def __init__(self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, values: Values):
         self.networks, self.seed, self._values = tuple(networks), seed, values
         self.judges = [network for network in networks if network.use == "judge"]
         self.extractor = next(network for network in networks if network.use == "features")
@@ -56,6 +60,7 @@ class Panel:
         self._add_extractors_own()
         self._add_structure()
         self.scored = None if self.estimator is None else self._look_at_scored(self.estimator)
+        self._add_floors(levels)
 
     def generator(self, *purpose: str) -> np.random.Generator:
         return numpy_generator(self.seed, "evaluate", *purpose)
@@ -96,10 +101,16 @@ class Panel:
         real = self.real[self.extractor.name]
         return real.seen.features[real.patches.is_target], real.patches.groups[real.patches.is_target]
 
+    def pooled_reference(self) -> tuple[np.ndarray, np.ndarray]:
+        """The extractor's features, and groups, of real patches of both classes."""
+        real = self.real[self.extractor.name]
+        return real.seen.features, real.patches.groups
+
     def _look(self, network: Network) -> Real:
         patches = network.real_patches()
         seen = network.look_at_patches(network.patches, patches.numbers)
-        floor = self._add_floor(REAL_POOLED, "kid", network, seen.features, patches.groups, kid_floor)
+        floor = kid_floor(seen.features, patches.groups, generator=self.generator("floor", REAL_POOLED, "kid"))
+        self._add_floor(REAL_POOLED, "kid", floor, by=network, num=len(seen.features))
         for name, chosen in _by_class(patches):
             of = Subject(name, int(chosen.sum()))
             resamples = self.resamples(patches.groups[chosen])
@@ -108,22 +119,37 @@ class Panel:
                 self._values.add(of, quantity, estimate(lambda i, each=each: each[i].mean(), resamples), by=network)
         return Real(patches, seen, floor)
 
-    def _add_floor(self, name: str, kind: str, by: Network, features, groups, measure: Callable) -> Floor:
-        floor = measure(features, groups, generator=self.generator("floor", name, kind))
-        of = Subject(name, len(features))
-        self._values.add(of, f"{kind}_floor", Estimate(floor.mean, floor.low, floor.high), by=by)
-        self._values.add(of, f"{kind}_floor_spread", floor.spread, by=by)
-        return floor
+    def _add_floor(self, name: str, kind: str, floor: Floor, *, by: Network, num: int, level=None) -> None:
+        """A floor between halves of `num` patches."""
+        of, other = Subject(name, num // 2), num - num // 2
+        found = Estimate(floor.mean, floor.low, floor.high)
+        self._values.add(of, f"{kind}_floor", found, level=level, by=by, n_real=other)
+        self._values.add(of, f"{kind}_floor_spread", floor.spread, level=level, by=by, n_real=other)
+
+    def _add_floors(self, levels: Sequence[float]) -> None:
+        """The extractor's floors among target patches, among both classes, and among the own patches of each level."""
+        sets = [(REAL_POOLED, None, self.pooled_reference()), (REAL_TARGET, None, self.target_reference())]
+        sets += [(REAL_OWN, level, self.own_reference(level)) for level in levels]
+        known: dict[bytes, dict[str, Floor]] = {}  # levels share their patches with each other and with the classes
+        for name, level, (features, groups) in sets:
+            same = hashlib.blake2b(features.tobytes()).digest()
+            if same not in known:
+                known[same] = self._floors(name, features, groups)
+            for kind, floor in known[same].items():
+                if (name, kind) != (REAL_POOLED, "kid"):  # which every network has
+                    self._add_floor(name, kind, floor, by=self.extractor, num=len(features), level=level)
+
+    def _floors(self, name: str, features: np.ndarray, groups: np.ndarray) -> dict[str, Floor]:
+        """Of KID, the Frechet distance and the figures of `metrics.manifold`, between random halves."""
+        draw, of_pooled = partial(self.generator, "floor", name), self.real[self.extractor.name].floor
+        return {
+            "kid": of_pooled if name == REAL_POOLED else kid_floor(features, groups, generator=draw("kid")),
+            "frechet": frechet_floor(features, groups, generator=draw("frechet")),
+            **manifold_floors(features, groups, generator=draw("manifold")),
+        }
 
     def _add_extractors_own(self) -> None:
-        """Floors among target patches in the extractor's features, and what no network was trained on."""
-        features, groups = self.target_reference()
-        self._add_floor(REAL_TARGET, "kid", self.extractor, features, groups, kid_floor)
-        self._add_floor(REAL_TARGET, "frechet", self.extractor, features, groups, frechet_floor)
-        floors = manifold_floors(features, groups, generator=self.generator("floor", REAL_TARGET, "manifold"))
-        for figure, floor in floors.items():
-            found = Estimate(floor.mean, floor.low, floor.high)
-            self._values.add(Subject(REAL_TARGET, len(features)), f"{figure}_floor", found, by=self.extractor)
+        """What no network was trained on, of real patches."""
         real = self.real[self.extractor.name].patches
         parts = [real.numbers[i : i + _CHUNK] for i in range(0, len(real.numbers), _CHUNK)]
         figures = np.concatenate([tissue_figures(self.extractor.patches.centre(part).numpy()) for part in parts])

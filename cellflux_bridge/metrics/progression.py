@@ -5,7 +5,6 @@ source itself; `levels` (K,) are s_1..s_K in (0, 1], the soft labels that the fr
 """
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def calibration_of_means(probability: np.ndarray, levels: np.ndarray) -> float:
@@ -22,16 +21,6 @@ def is_monotone(probability: np.ndarray, *, tolerance: float = 0.02) -> np.ndarr
     """Whether the probability never falls by more than `tolerance` from one frame to the next, (N,) bool."""
     # The slack is for float32, in which 0.5 - 0.48 is more than 0.02.
     return (np.diff(probability.astype(np.float64), axis=1) >= -tolerance - 1e-6).all(1)
-
-
-def rank_correlation(probability: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of the probability with the level, frame 0 included, (N,); 0 where nothing changes."""
-    ranks = rankdata(probability, axis=1)
-    ranks -= ranks.mean(1, keepdims=True)
-    order = np.arange(probability.shape[1], dtype=np.float64)
-    order -= order.mean()
-    scale = np.sqrt((ranks**2).sum(1) * (order**2).sum())
-    return np.divide(ranks @ order, scale, out=np.zeros(len(ranks)), where=scale > 0)
 
 
 def distance_to_source(features: np.ndarray) -> np.ndarray:

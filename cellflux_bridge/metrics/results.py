@@ -6,17 +6,17 @@ metrics.json, format 1; a number that does not exist is null:
     format, source, target, num_levels, seed
     networks      [{name, use: judge | features | scores, view, checkpoint, image_size, digest}], a folder and a digest
                   of its weights
-    methods       [{name, trajectory, method, config_hash, n, levels, frame_levels, unguided}], baselines after them,
-                  with a null trajectory; `frame_levels` are the soft labels of the frames that stand for `levels`;
-                  `unguided` names the method that a guided one is compared to
-    values        [{trajectory, method, quantity, level, extractor, n, n_real, value, low, high}], as in metrics.csv;
-                  the quantities are listed in `metrics.evaluate`
+    methods       [{name, trajectory, method, config_hash, n, split, levels, frame_levels, unguided}], baselines after
+                  them, with a null trajectory; `frame_levels` are the soft labels of the frames that stand for
+                  `levels`; `unguided` names the method that a guided one is compared to
+    values        [{trajectory, method, quantity, level, extractor, n, n_real, split, value, low, high}], as in
+                  metrics.csv and `metrics.values`; the quantities are listed in `metrics.evaluate`
     differences   [{first, second, quantity, extractor, n, difference, low, high, p, num_groups}], p of Wilcoxon's
                   signed-rank test on means of groups
     memorisation  {extractor, patches, num_training, num_held_out, num_near_copies, near_copies: [{method, trajectory,
                   source_id, level, training_id, distance, held_out}]}: the worst near copies (`metrics.memorisation`),
-                  a hundred at most; `num_held_out` are [those nearest to training of the source, of the target];
-                  `patches` is the checkpoint in whose data `training_id` is
+                  a hundred at most; `num_held_out` are [those nearest to training of the source, of the target],
+                  without those that repeat a training patch; `patches` is the checkpoint in whose data `training_id` is
     warnings      [text]: what not to believe, in plain words
 """
 
@@ -26,8 +26,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.files import replace_text, without_nan
+from cellflux_bridge.files import replace_text, require_json, without_nan
 from cellflux_bridge.metrics.evaluate import Evaluation
 from cellflux_bridge.metrics.table import by_level, markdown
 from cellflux_bridge.metrics.values import Value
@@ -64,6 +63,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
                     "method": None if of.folder is None else of.header.method,
                     "config_hash": None if of.folder is None else of.header.config_hash,
                     "n": len(of.source_ids),
+                    "split": of.split,
                     "levels": of.levels,
                     "frame_levels": of.frame_levels,
                     "unguided": evaluation.unguided.get(of.name),
@@ -91,22 +91,9 @@ def _memorisation(evaluation: Evaluation) -> dict[str, Any]:
         "num_held_out": evaluation.num_held_out,
         "num_near_copies": len(evaluation.near_copies),
         "near_copies": [
-            copy._asdict()
-            for copy in sorted(evaluation.near_copies, key=lambda c: c.distance / c.held_out)[:_MOST_COPIES]
+            copy._asdict() for copy in sorted(evaluation.near_copies, key=lambda copy: copy.share)[:_MOST_COPIES]
         ],
     }
-
-
-def require_same_extractors(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """UserError where two contents of metrics.json have values that do not compare: networks of one use and place that
-    are not the same, which a report of several evaluations must not lay side by side."""
-    networks = [[(n["use"], n["name"], n.get("digest")) for n in content["networks"]] for content in (first, second)]
-    if networks[0] != networks[1]:
-        names = [", ".join(f"{use} {name}" for use, name, _ in each) for each in networks]
-        raise UserError(
-            f"values of different networks do not compare: {names[0]} there, {names[1]} here (of one name, other "
-            "weights); evaluate all trajectories with the same --judge, --features and --scores"
-        )
 
 
 def _as_csv(evaluation: Evaluation) -> str:
@@ -131,8 +118,7 @@ def _frames_csv(evaluation: Evaluation) -> str:
 
 def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str]:
     """Write `output` (a .json) and beside it .csv, .frames.csv and .md of its name; returns them and the main table."""
-    if output.suffix != ".json":
-        raise UserError(f"--output {output}: expected a name that ends in .json; .csv and .md are written beside it")
+    require_json(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     table = markdown(evaluation)
     texts = {

@@ -28,8 +28,8 @@ class Sequences:
     `levels` (K,) are the names k/K of the levels after the source, `frame_levels` (K,) the soft labels of the frames
     that stand for them. `seen[network]` holds (N, K+1) values and (N, K+1, D) features; `tissue` (N, K+1, 3) the
     figures of `metrics.tissue`, `structure` (N, K+1, 2) those of `metrics.structure`, to the source. `sources` and
-    `last` (N, 3, S, S) uint8 are the frames 0 and K. `nfe`, `gradients` (N,) and `cpu_seconds` a sequence are None
-    where nothing was translated or it is not known.
+    `last` (N, 3, S, S) uint8 are the frames 0 and K. `split` is that of the sources (`metrics.values`).
+    `nfe`, `gradients` (N,) and `cpu_seconds` a sequence are None where nothing was translated or it is not known.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Sequences:
     levels: tuple[float, ...]
     frame_levels: tuple[float, ...]
     source_ids: tuple[str, ...]
+    split: str
     seen: dict[str, Seen]
     tissue: np.ndarray
     structure: np.ndarray
@@ -128,6 +129,7 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
         levels=tuple((k + 1) / num_levels for k in range(num_levels)),
         frame_levels=tuple(header.levels[i] for i in chosen[1:]),
         source_ids=tuple(ids),
+        split=extractor.split_of(ids),
         seen={key: Seen.cat(parts) for key, parts in seen.items()},
         tissue=np.concatenate(tissue),
         structure=np.concatenate(structure),

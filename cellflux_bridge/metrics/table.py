@@ -8,7 +8,7 @@ import numpy as np
 from cellflux_bridge.data.patches import SCORE_WINDOW
 from cellflux_bridge.metrics.evaluate import Evaluation
 from cellflux_bridge.metrics.manifold import FIGURES as MANIFOLD
-from cellflux_bridge.metrics.panel import REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET
+from cellflux_bridge.metrics.panel import REAL_OWN, REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET
 from cellflux_bridge.metrics.tissue import FIGURES
 from cellflux_bridge.metrics.values import Value
 
@@ -60,6 +60,10 @@ def _number(value: float) -> str:
     return "undefined" if np.isnan(value) else f"{value:.3g}"
 
 
+def _halves(floor: Value) -> str:
+    return f"{floor.n} against {floor.n_real}"
+
+
 def _text(value: Value | None) -> str:
     if value is None:
         return ""
@@ -99,6 +103,9 @@ def _rows(evaluation: Evaluation, look: _Lookup) -> Iterator[_Row]:
             f"{kind} of level 1 to real {evaluation.target}, {extractor}",
             partial(look.text, quantity=f"{key}_target", level=1.0, by=extractor),
         )
+        if kind != "KID":
+            pooled = partial(look.text, quantity=f"{key}_pooled", by=extractor)
+            yield f"{kind} of all frames to real, pooled, {extractor}", pooled
         yield (
             f"{kind} to real of the own {like}, guided / unguided: mean over levels; ratio of means",
             partial(look.both, quantities=[f"guidance_{key}_ratio", f"guidance_{key}_ratio_of_means"], by=extractor),
@@ -106,6 +113,8 @@ def _rows(evaluation: Evaluation, look: _Lookup) -> Iterator[_Row]:
     for figure in MANIFOLD:
         own = f"{figure} against real of the own {like}, mean over levels, {extractor}"
         yield own, partial(look.mean, quantity=f"{figure}_own", by=extractor)
+        pooled = partial(look.text, quantity=f"{figure}_pooled", by=extractor)
+        yield f"{figure} of all frames against real, pooled, {extractor}", pooled
         at_target = partial(look.at_end, quantity=f"{figure}_target", by=extractor)
         yield f"{figure} of level 1 against real {evaluation.target}, {extractor}", at_target
     yield "way in features / straight", partial(look.text, quantity="path_over_straight", by=extractor)
@@ -188,8 +197,8 @@ def _notes(evaluation: Evaluation, look: _Lookup) -> Iterator[str]:
         if floor is not None:
             spread = look.get(REAL_POOLED, "kid_floor_spread", None, network.name)
             told += (
-                f"; real-vs-real KID of {floor.n} patches: mean {_number(floor.value)}, standard deviation "
-                f"{_number(spread.value)}, over random halves by group"
+                f"; real-vs-real KID of halves by group, {_halves(floor)} patches: mean {_number(floor.value)}, "
+                f"standard deviation {_number(spread.value)}"
             )
         error = look.get(REAL_SCORED, "severity_error", None, network.name)
         if error is not None:
@@ -197,12 +206,13 @@ def _notes(evaluation: Evaluation, look: _Lookup) -> Iterator[str]:
             told += f"{SCORE_WINDOW:g}"
         yield told
     by = next(network.name for network in evaluation.networks if network.use == "features")
-    floors = [look.get(REAL_TARGET, f"{kind}_floor", None, by) for kind in ("kid", "frechet")]
-    yield (
-        f"- halves of the {floors[0].n} real {evaluation.target} patches, {by}: KID {_text(floors[0])}, "
-        f"Frechet distance {_text(floors[1])}, "
-        + ", ".join(f"{figure} {_text(look.get(REAL_TARGET, f'{figure}_floor', None, by))}" for figure in MANIFOLD)
-    )
+    kinds = {"KID": "kid", "Frechet distance": "frechet", **{figure: figure for figure in MANIFOLD}}
+    for name, label in ((REAL_TARGET, f"real {evaluation.target} patches"), (REAL_POOLED, "real patches, pooled")):
+        found = {kind: look.get(name, f"{key}_floor", None, by) for kind, key in kinds.items()}
+        told = ", ".join(f"{kind} {_text(value)}" for kind, value in found.items())
+        yield f"- floors of halves of {label} ({_halves(found['KID'])}), {by}: {told}"
+    told = ", ".join(f"{kind} {look.mean(REAL_OWN, f'{key}_floor', by)}" for kind, key in kinds.items())
+    yield f"- floors of halves of the real patches of each level's own, mean over levels, {by}: {told}"
     for guided, unguided in evaluation.unguided.items():
         yield f"- {guided} is compared to {unguided}"
     for warning in evaluation.warnings:

@@ -12,7 +12,9 @@ from cellflux_bridge.resampling import Estimate
 
 class Value(NamedTuple):
     """One figure. `level` is None where it belongs to the whole sequence; `extractor` "" where no network is asked;
-    `n` sequences or images, `n_real` the real patches they are compared to; `low` and `high` a 95 % interval."""
+    `n` sequences or images, `n_real` the real patches they are compared to; `low` and `high` a 95 % interval. `split`
+    is that of the sources, or of the real patches that the value is of: "test" or "val", both, or "" for sources that
+    are in no split; what they are compared to is always of the test split."""
 
     trajectory: str
     method: str
@@ -21,18 +23,21 @@ class Value(NamedTuple):
     extractor: str
     n: int
     n_real: int | None
+    split: str
     value: float
     low: float
     high: float
 
 
 class Subject(NamedTuple):
-    """What values are of: a method's or a baseline's sequences, or a set of real patches; `levels` (K,)."""
+    """What values are of: a method's or a baseline's sequences, or a set of real patches; `levels` (K,). `split` as in
+    `Value`."""
 
     name: str
     n: int
     folder: Path | None = None
     levels: tuple[float, ...] = ()
+    split: str = "test"
 
 
 class Values:
@@ -54,7 +59,8 @@ class Values:
         """One value; a plain number has no interval."""
         numbers = found if isinstance(found, Estimate) else (found, np.nan, np.nan)
         folder, extractor = str(of.folder or ""), "" if by is None else by.name
-        self.rows.append(Value(folder, of.name, quantity, level, extractor, of.n, n_real, *map(float, numbers)))
+        row = Value(folder, of.name, quantity, level, extractor, of.n, n_real, of.split, *map(float, numbers))
+        self.rows.append(row)
 
     def add_levels(
         self,
