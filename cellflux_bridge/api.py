@@ -1,6 +1,7 @@
 """A trained bridge as a Python object: `Bridge.load("runs/lung").translate(images)`."""
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from cellflux_bridge.velocity.condition import Condition
 # Keys of `translate` that not every method reads, and values that ask for nothing.
 _READ_BY = {
     "path": ("frames",),
-    "progression": ("levels", "spacing", "calibrate", "renewal"),
+    "progression": ("levels", "spacing", "calibrate", "calibrate_each", "renewal"),
     "depth": ("levels", "depths", "conditions"),
 }
-_ASK_NOTHING = ("uniform", "none", None)
+_ASK_NOTHING = ("uniform", "none", None, False)
 
 
 class Bridge(Translator):
@@ -60,7 +61,7 @@ class Bridge(Translator):
             network=self._network,
             guides=self._guides,
             patches=self.patches,
-            carry=self._progression,
+            carry=self._to_conditions,
         )
 
     @classmethod
@@ -149,7 +150,7 @@ class Bridge(Translator):
             if method == "depth" and isinstance(values, list) and len(values) != num:
                 raise UserError(f"translate.{key}: {len(values)} values for {num} levels; give as many")
         is_adaptive = settings.spacing == "adaptive"
-        if settings.needs_pilot:
+        if settings.needs_pilot or settings.calibrate_each:
             self._guides.load(settings.guidance, sees="image")
         elif method == "depth" and is_adaptive:
             raise UserError("translate.spacing=adaptive: is of method=progression; give depth stairs their levels")
@@ -229,10 +230,10 @@ class Bridge(Translator):
         return stairs.Field(condition, guided, velocity)
 
     def _labels(self, settings: TranslateConfig, levels: torch.Tensor) -> torch.Tensor:
-        """Soft labels (K, num_classes) of levels (K,) between a translation's source and target."""
+        """Soft labels (..., num_classes) of levels (...) between a translation's source and target."""
         source, target = self.classes.index(settings.source), self.classes.index(settings.target)
-        labels = between(source, target, levels.numpy(), len(self.classes))
-        return torch.from_numpy(labels).to(self.fabric.device)
+        labels = between(source, target, levels.flatten().numpy(), len(self.classes))
+        return torch.from_numpy(labels).view(*levels.shape, -1).to(self.fabric.device)
 
     def _path(self, x0: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Morph:
         source = self.classes.index(settings.target if settings.reverse else settings.source)
@@ -258,22 +259,56 @@ class Bridge(Translator):
         *,
         told: torch.Tensor,
         wanted: torch.Tensor,
+        own: torch.Tensor | None = None,
     ) -> stairs.Stair:
-        inversion = None
-        if settings.renewal is not None:
-            inversion = stairs.Inversion(self._labels(settings, torch.zeros(1))[0], settings.renewal * told)
+        """Sources carried to levels that are told (K,), or (K, B) of each its own; `own` are their inverted states."""
         return stairs.progression(
             self._field(settings, source=self.classes.index(settings.source)),
             self.path,
             x0,
+            inversion=None if own is None else stairs.Inversion(own, settings.renewal * told),
             told=self._labels(settings, told),
             wanted=self._labels(settings, wanted),
             noise=source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0),
-            inversion=inversion,
             steps=settings.steps,
             solver=settings.solver,
             batch_size=settings.batch_size,
         )
+
+    def _inverted(self, x0: torch.Tensor, settings: TranslateConfig) -> tuple[torch.Tensor | None, int]:
+        """The states that give sources x0 back, where start noise is renewed rather than random, and their forwards."""
+        if settings.renewal is None:
+            return None, 0
+        return stairs.invert(
+            self._field(settings, source=self.classes.index(settings.source)),
+            self.path,
+            x0,
+            source=self._labels(settings, torch.zeros(())),
+            steps=settings.steps,
+            solver=settings.solver,
+            batch_size=settings.batch_size,
+        )
+
+    def _to_conditions(
+        self, x0: torch.Tensor, ids: Sequence[str], settings: TranslateConfig, grid: torch.Tensor
+    ) -> stairs.Stair:
+        """A progression to the conditions (G,) themselves."""
+        own, _ = self._inverted(x0, settings)
+        return self._progression(x0, ids, settings, told=grid, wanted=grid, own=own)
+
+    def _calibrated(
+        self, x0: torch.Tensor, ids: Sequence[str], settings: TranslateConfig, levels: torch.Tensor
+    ) -> stairs.Stair:
+        """A progression in which the network is told what `translate.calibrate` finds for levels (K,)."""
+        own, forwards = self._inverted(x0, settings)
+        carry = partial(self._progression, x0, ids, own=own)
+        if settings.calibrate_each:
+            told, coarse = self._pilot.told_each(settings, levels, x0, carry)
+            forwards += coarse
+        else:
+            told = self._pilot.told(settings, levels)
+        found = carry(settings, told=told, wanted=levels)
+        return found._replace(nfe=found.nfe + forwards)
 
     def _depth(self, x0: torch.Tensor, settings: TranslateConfig, levels: torch.Tensor) -> stairs.Stair:
         told = self._labels(settings, _rising_or(settings.conditions, levels, ones="target"))
@@ -298,7 +333,7 @@ class Bridge(Translator):
             if settings.method == "path":
                 result = self._path(x0, ids, settings)
             elif settings.method == "progression":
-                result = self._progression(x0, ids, settings, told=self._pilot.told(settings, levels), wanted=levels)
+                result = self._calibrated(x0, ids, settings, levels)
             else:
                 result = self._depth(x0, settings, levels)
         frames = image_io.decode(result.frames).cpu().numpy()

@@ -189,6 +189,8 @@ class TranslateConfig(Section):
     # progression: what the network is told for a level: the level itself, or the condition at which, on validation
     # patches, the guide's mean probability of the target is the level, or that share of the way in its features is made
     calibrate: Literal["none", "probability", "distance"] = "none"
+    # on each source by itself, by a coarse stair of its own, instead of on validation patches
+    calibrate_each: bool = False
     # progression: null starts every level from the same random noise; a number from that which gives back the source,
     # and which level 1 has exchanged for random noise in this share (0: not at all, 1: wholly)
     renewal: Fraction | None = None
@@ -202,7 +204,16 @@ class TranslateConfig(Section):
     @property
     def needs_pilot(self) -> bool:
         """Whether levels, or what the network is told for them, are measured before anything is translated."""
-        return self.method == "progression" and (self.calibrate != "none" or self.spacing == "adaptive")
+        measured = self.calibrate != "none" and not self.calibrate_each
+        return self.method == "progression" and (measured or self.spacing == "adaptive")
+
+    @model_validator(mode="after")
+    def _each_is_calibrated_somehow(self):
+        if self.calibrate_each and (self.calibrate == "none" or self.spacing == "adaptive"):
+            raise ValueError(
+                "calibrate_each=true: needs calibrate=probability or distance, and spacing=uniform or given levels"
+            )
+        return self
 
     @field_validator("levels")
     @classmethod

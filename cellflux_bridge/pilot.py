@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from cellflux_bridge import images as image_io
+from cellflux_bridge.classifier.model import PatchClassifier
 from cellflux_bridge.config import Config, GuidanceConfig, TranslateConfig
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.errors import UserError
@@ -26,6 +27,8 @@ from cellflux_bridge.transport import stairs
 
 # Held-out sources, and evenly spaced conditions from 0 to 1, that are measured.
 _NUM_SOURCES, _NUM_CONDITIONS = 64, 11
+# Of the coarse stair that calibrates one source: conditions, and steps to each.
+_NUM_OWN, _OWN_STEPS = 8, 2
 # Settings of a translation that the measured numbers depend on.
 _HEEDED = ("source", "target", "solver", "steps", "guidance_scale", "renewal")
 
@@ -42,8 +45,8 @@ class Measured(NamedTuple):
 class Pilot:
     """A progression of validation patches to conditions from 0 to 1, unguided, and what guides see in it.
 
-    `patches()` are those of the run; `carry(x0, ids, settings, told=, wanted=)` makes the progression of sources x0
-    (B, 3, S, S) in [-1, 1] to conditions (G,) with `network`. What was measured is kept in the run's folder, where
+    `patches()` are those of the run; `carry(x0, ids, settings, grid)` makes the progression of sources x0 (B, 3, S, S)
+    in [-1, 1] to conditions (G,) with `network`. What was measured is kept in the run's folder, where
     there is one that can be written to, and holds for these weights, so that no patches are needed the next time.
     """
 
@@ -71,6 +74,39 @@ class Pilot:
             distance = torch.tensor(measured.distance)
             reached = distance / distance[-1].clamp_min(1e-12)
         return stairs.condition_for(levels, torch.linspace(0, 1, _NUM_CONDITIONS), reached)
+
+    def told_each(
+        self,
+        settings: TranslateConfig,
+        levels: torch.Tensor,
+        x0: torch.Tensor,
+        carry: Callable[..., stairs.Stair],
+    ) -> tuple[torch.Tensor, int]:
+        """The conditions (K, B) in [0, 1] that the network is told for levels (K,) of sources x0 (B, C, H, W), each by
+        what guides see in a coarse, unguided stair of its own, and the forwards that it took.
+
+        `carry(settings, told=, wanted=)` makes stairs of these sources.
+        """
+        grid = torch.linspace(0, 1, _NUM_OWN)
+        coarse = settings.model_copy(update={"guidance": GuidanceConfig(), "steps": _OWN_STEPS})
+        stair = carry(coarse, told=grid[1:], wanted=grid[1:])
+        guides = self._guides.load(settings.guidance, sees="image")
+        seen = [self._seen(guides, frames, settings) for frames in image_io.decode(stair.frames).cpu()]
+        reached = torch.from_numpy(np.stack([probability for probability, _ in seen]))
+        if settings.calibrate == "distance":
+            distance = torch.from_numpy(np.stack([np.linalg.norm(x - seen[0][1], axis=1) for _, x in seen]))
+            reached = distance / distance[-1].clamp_min(1e-12)
+        each = [stairs.condition_for(levels, grid, of) for of in reached.unbind(1)]
+        return torch.stack(each, dim=1), stair.nfe
+
+    def _seen(
+        self, guides: Sequence[PatchClassifier], frames: torch.Tensor, settings: TranslateConfig
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What guides see in frames (B, C, H, W) uint8: mean probability of the target (B,), all features (B, F)."""
+        target, device = self._config.data.classes.index(settings.target), self._fabric.device
+        probabilities = [classifier.predict(guide, frames, device=device)[:, target] for guide in guides]
+        features = [classifier.features(guide, frames, device=device) for guide in guides]
+        return np.mean(probabilities, axis=0), np.concatenate(features, axis=1)
 
     def adaptive_levels(self, settings: TranslateConfig) -> list[float]:
         """Levels whose frames lie equally far apart: the pilot's way is known by condition, so that of a level is the
@@ -138,16 +174,10 @@ class Pilot:
 
     def _measure(self, settings: TranslateConfig) -> Measured:
         guides = self._guides.load(settings.guidance, sees="image")
-        target = self._config.data.classes.index(settings.target)
-        probabilities, features = [], []
-        for frames in torch.from_numpy(self._frames(settings)):
-            seen = [classifier.predict(guide, frames, device=self._fabric.device) for guide in guides]
-            probabilities.append(np.mean(seen, axis=(0, 1))[target])
-            seen = [classifier.features(guide, frames, device=self._fabric.device) for guide in guides]
-            features.append(np.concatenate(seen, axis=1))
-        features = np.stack(features)
+        seen = [self._seen(guides, frames, settings) for frames in torch.from_numpy(self._frames(settings))]
+        features = np.stack([found for _, found in seen])
         return Measured(
-            probability=np.stack(probabilities).tolist(),
+            probability=[float(probability.mean()) for probability, _ in seen],
             distance=np.linalg.norm(features - features[0], axis=2).mean(1).tolist(),
             steps=np.linalg.norm(np.diff(features, axis=0), axis=2).mean(1).tolist(),
         )
@@ -165,7 +195,7 @@ class Pilot:
         unguided = settings.model_copy(update={"guidance": GuidanceConfig()})
         grid = torch.linspace(0, 1, _NUM_CONDITIONS)
         with self._fabric.autocast():
-            stair = self._carry(x0, [patches.ids[i] for i in chosen], unguided, told=grid, wanted=grid)
+            stair = self._carry(x0, [patches.ids[i] for i in chosen], unguided, grid)
         return image_io.decode(stair.frames[1:]).cpu().numpy()
 
 

@@ -26,7 +26,7 @@ class Processes:
     """Fabric's broadcast among threads that stand for processes."""
 
     def __init__(self, num: int):
-        self._barrier, self._sent = Barrier(num), None
+        self._barrier, self._sent = Barrier(num, timeout=60), None
         self.printed: list[str] = []
 
     def __getitem__(self, rank: int) -> SimpleNamespace:
@@ -84,9 +84,9 @@ def pilot(config):
     """`pilot(...)`: a pilot whose network makes images of darkness c^2; `pilot.made` counts its progressions."""
 
     def make(*, weight=1.0, power=2.0, guide="guide_rgb@9", fabric=None, seed=0, patches=Patches) -> Pilot:
-        def carry(x0, ids, settings, *, told, wanted):
+        def carry(x0, ids, settings, grid):
             made.progressions.append(settings)
-            frames = (1 - 2 * told**2).view(-1, 1, 1, 1, 1).expand(len(told), *x0.shape)
+            frames = (1 - 2 * grid**2).view(-1, 1, 1, 1, 1).expand(len(grid), *x0.shape)
             return Stair(torch.cat([x0[None], frames]), 1, 0)
 
         network = nn.Linear(1, 1)

@@ -27,7 +27,7 @@ LEVELS = torch.tensor([0.2, 0.5, 0.9, 1.0])
 
 
 def two_classes(levels: torch.Tensor) -> torch.Tensor:
-    return torch.stack([1 - levels, levels], dim=1)
+    return torch.stack([1 - levels, levels], dim=-1)
 
 
 def column(values: torch.Tensor) -> torch.Tensor:
@@ -126,41 +126,65 @@ def steered(form: str, path, velocity=mixing):
     return lambda wanted: ClassifierGuided(velocity, guide, path, wanted, form=form, weight=0.5, start=0.05)
 
 
-def inverted(renewed, source: float = 0.0) -> stairs.Inversion:
-    return stairs.Inversion(two_classes(torch.tensor([source]))[0], torch.as_tensor(renewed))
+def inverted(field: Field, path, x0, renewed, *, source: float = 0.0, **how) -> stairs.Inversion:
+    how = {"steps": 6, "solver": "midpoint", "batch_size": 64, **how}
+    states, _ = stairs.invert(field, path, x0, source=two_classes(torch.tensor([source]))[0], **how)
+    return stairs.Inversion(states, torch.as_tensor(renewed))
 
 
 @pytest.mark.parametrize("name", FROM_DATA)
 def test_from_inverted_noise_a_source_comes_back_when_its_own_level_is_told(name):
-    told = two_classes(torch.tensor([0.3, 0.3, 0.8, 1.0]))
-    path, x0, options = FROM_DATA[name], sources(), {"told": told, "steps": 60, "solver": "rk4"}
-    found = climb(field_of(mixing), path, x0, inversion=inverted([0.0, 0.0, 0.0, 0.0], source=0.3), **options)
+    told, how = two_classes(torch.tensor([0.3, 0.3, 0.8, 1.0])), {"steps": 60, "solver": "rk4"}
+    field, path, x0 = field_of(mixing), FROM_DATA[name], sources()
+    inversion = inverted(field, path, x0, [0.0] * 4, source=0.3, **how)
+    found = climb(field, path, x0, told=told, inversion=inversion, **how)
     torch.testing.assert_close(found.frames[1], x0, rtol=0, atol=1e-5)
     assert (found.frames[3] - x0).abs().max() > 0.05
-    assert found.nfe == 5 * 60 * 4  # back once, forward to four levels
-    random = climb(field_of(mixing), path, x0, **options)
+    random = climb(field, path, x0, told=told, **how)
     assert (random.frames[1] - x0).abs().max() > 0.05
+
+
+def test_an_inversion_costs_one_way_whatever_the_batches():
+    path = FROM_DATA["noised_source"]
+    how = {"source": torch.tensor([1.0, 0.0]), "steps": 7, "solver": "midpoint"}
+    whole, forwards = stairs.invert(field_of(mixing), path, sources(), batch_size=64, **how)
+    parts, as_many = stairs.invert(field_of(mixing), path, sources(), batch_size=2, **how)
+    assert forwards == as_many == 14
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
 
 
 def test_inverted_noise_turns_into_random_noise():
     """Of dx/dt = -2 (x - c) back from x0, told 0: x(0) = x0 exp(2); a turn of a quarter times `renewed`."""
-    path, x0, renewed = FROM_DATA["noised_source"], sources(), torch.tensor([0.0, 0.5, 1.0])
+    path, x0, how = FROM_DATA["noised_source"], sources(), {"steps": 40, "solver": "rk4"}
+    inversion = inverted(field_of(drawn_to_level), path, x0, [0.0, 0.5, 1.0], **how)
     velocity = Recorded(drawn_to_level)
-    climb(
-        field_of(velocity), path, x0, torch.tensor([0.2, 0.5, 1.0]), inversion=inverted(renewed), steps=40, solver="rk4"
-    )
-    start = velocity.calls[40 * 4][1].view(3, *x0.shape)
+    climb(field_of(velocity), path, x0, torch.tensor([0.2, 0.5, 1.0]), inversion=inversion, **how)
+    start = velocity.calls[0][1].view(3, *x0.shape)
     own, random = x0 * (torch.tensor(2.0).exp() - 1), 0.5 * noise_of()
     half = torch.tensor(0.5).sqrt()
     for found, expected in zip(start, (own, half * (own + random), random), strict=True):
         torch.testing.assert_close(found, x0 + expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("inversion", [None, inverted([0.1, 0.4, 0.8, 1.0])], ids=["random", "inverted"])
+def test_sources_may_be_told_levels_of_their_own():
+    path, x0 = FROM_DATA["noised_source"], sources()
+    each = torch.linspace(0, 1, 20).view(4, 5)
+    field = field_of(mixing)
+    together = climb(field, path, x0, told=two_classes(each), inversion=inverted(field, path, x0, each))
+    for b in range(5):
+        own = climb(
+            field, path, x0[b : b + 1], told=two_classes(each[:, b]), noise=noise_of()[b : b + 1],
+            inversion=inverted(field, path, x0[b : b + 1], each[:, b]),
+        )  # fmt: skip
+        torch.testing.assert_close(together.frames[:, b], own.frames[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("renewed", [None, [0.1, 0.4, 0.8, 1.0]], ids=["random", "inverted"])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 19, 20])
-def test_chunks_never_change_a_progression(batch_size, inversion):
+def test_chunks_never_change_a_progression(batch_size, renewed):
     path = FROM_DATA["noised_source"]
     field = field_of(mixing, steered("bridge", path))
+    inversion = None if renewed is None else inverted(field, path, sources(), renewed)
     whole, parts = (climb(field, path, sources(), batch_size=size, inversion=inversion) for size in (64, batch_size))
     torch.testing.assert_close(parts.frames, whole.frames, rtol=0, atol=1e-5)
     assert parts[1:] == whole[1:]

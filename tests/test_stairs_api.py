@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cellflux_bridge import Bridge, cli
+from cellflux_bridge import Bridge, cli, images
 from cellflux_bridge.config import load_config
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.training import checkpoint, classifier
@@ -376,7 +376,9 @@ def test_what_is_told_decides_how_much_of_the_start_noise_is_renewed(painter, as
     pilot, first, _ = asked
     torch.testing.assert_close(pilot["inversion"].renewed, 0.6 * torch.linspace(0, 1, 11))
     torch.testing.assert_close(first["inversion"].renewed, 0.6 * first["told"][:, 1])
-    assert torch.equal(first["inversion"].source, torch.tensor([1.0, 0.0]))
+    x, _ = patches_of(painter)
+    batch = len(first["inversion"].states)
+    assert torch.equal(first["inversion"].states, images.encode(x[:batch]))  # a flow that goes nowhere
     asked.clear()
     reached(painter, levels=[0.25, 1.0], calibrate="distance", renewal=0.2)  # measured anew
     assert len(asked) == 3
@@ -384,6 +386,37 @@ def test_what_is_told_decides_how_much_of_the_start_noise_is_renewed(painter, as
         reached(painter, renewal=1.5)
     with pytest.raises(UserError, match=r"translate\.renewal: has no part in translate\.method=path"):
         painter.translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), method="path", renewal=0.5)
+
+
+class FromSource(nn.Module):
+    """A flow whose end is an even image of darkness c^p, p being told by how dark the source is."""
+
+    def forward(self, t, x, cond):
+        power = 1 + 2 * darkness(cond.source_image)
+        end = 1 - 2 * cond.level[:, 1] ** power
+        return (end.view(-1, 1, 1, 1) - x) / (1 - t).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("calibrate", ["probability", "distance"])
+def test_each_source_is_calibrated_by_a_stair_of_its_own(painter, asked, calibrate):
+    painter._network = FromSource()
+    x = torch.stack([torch.full((3, 16, 16), value, dtype=torch.uint8) for value in (250, 20)])
+    options = {"levels": 5, "calibrate": calibrate, "ids": ["pale", "dark"]}
+    found = painter.translate(x, calibrate_each=True, **options)
+    own, stair = asked
+    assert own["told"].shape == (7, 2)
+    assert stair["told"].shape == (5, 2, 2)
+    assert found.nfe == (7 * 2 + 5 * 4,) * 2  # coarse steps, steps
+    black = 1 - found.frames[1:].mean((2, 3, 4)) / 255  # (5, 2)
+    first = 1 - x.float().mean((1, 2, 3)).numpy() / 255
+    if calibrate == "probability":
+        np.testing.assert_allclose(black**2, np.tile(EVEN[:, None], 2), atol=0.06)
+    else:
+        way = np.abs(black - first) / np.abs(black[-1] - first)
+        np.testing.assert_allclose(way[:, 0], EVEN, atol=0.06)
+    together = painter.translate(x, **options)
+    black = 1 - together.frames[1:].mean((2, 3, 4)) / 255
+    assert np.abs(black[:, 0] - black[:, 1]).max() > 0.1
 
 
 def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, monkeypatch):
@@ -480,6 +513,7 @@ def test_what_a_flow_cannot_do_is_refused(flow, options, message, tmp_path):
         ({"method": "depth", "levels": 3, "depths": [0.5, 1.0]}, "translate.depths: 2 values for 3 levels"),
         ({"method": "depth", "levels": 3, "conditions": [0.5, 1.0]}, "translate.conditions: 2 values for 3 levels"),
         ({"method": "depth", "frames": 3}, "translate.frames: has no part in translate.method=depth"),
+        ({"method": "progression", "calibrate_each": True}, "calibrate_each=true: needs calibrate=probability"),
         ({"method": "depth", "calibrate": "distance"}, "leave it out, or set method=progression"),
         ({"method": "depth", "guidance": {"form": "bridge"}}, "translate.guidance.form=bridge: needs a path with"),
     ],
@@ -494,7 +528,12 @@ UNREAD = [
     ("path", "calibrate", "probability", "reads frames; leave it out, or set method=progression"),
     ("path", "spacing", "adaptive", "reads frames"),
     ("path", "depths", "full", "reads frames"),
-    ("progression", "frames", 5, "reads levels, spacing, calibrate, renewal; leave it out, or set method=path"),
+    (
+        "progression",
+        "frames",
+        5,
+        "reads levels, spacing, calibrate, calibrate_each, renewal",
+    ),
     ("progression", "depths", [0.5, 1.0], "reads levels"),
     ("progression", "conditions", "rising", "reads levels"),
 ]

@@ -45,11 +45,11 @@ class Field(NamedTuple):
 
 
 class Inversion(NamedTuple):
-    """Start noise that gives the source itself when the network is told the soft label `source` (num_classes,), of
-    which at each of K levels the share `renewed` (K,) in [0, 1] is exchanged for random noise: a quarter turn at 1, so
-    that Gaussian noise stays as strong as it was."""
+    """Start states (B, C, H, W) that give the sources themselves (see `invert`), of whose noise at each of K levels the
+    share `renewed` (K,) or (K, B) in [0, 1] is exchanged for random noise: a quarter turn at 1, so that Gaussian noise
+    stays as strong as it was."""
 
-    source: torch.Tensor
+    states: torch.Tensor
     renewed: torch.Tensor
 
 
@@ -68,6 +68,25 @@ def require_path(method: str, path: Path) -> None:
         )
 
 
+def invert(
+    field: Field, path: Path, x0: torch.Tensor, *, source: torch.Tensor, steps: int, solver: str, batch_size: int
+) -> tuple[torch.Tensor, int]:
+    """The states (B, C, H, W) at the path's start from which the flow, told the soft label `source` (num_classes,) and
+    unguided, gives sources x0 back; and network forwards per source."""
+    states, forwards, _ = _carry(
+        field,
+        x0,
+        x0,
+        source.expand(len(x0), -1),
+        None,
+        interval=(1.0, path.t_start),
+        steps=steps,
+        solver=solver,
+        batch_size=batch_size,
+    )
+    return states, round(forwards / len(x0))
+
+
 def progression(
     field: Field,
     path: Path,
@@ -83,31 +102,31 @@ def progression(
 ) -> Stair:
     """Carry sources x0 (B, C, H, W) in [-1, 1] to K levels, all levels of all images as one batch.
 
-    The network is told the soft labels `told` (K, num_classes) and guided toward `wanted`, alike. All levels of a
+    The network is told the soft labels `told`, (K, num_classes) or of each source its own (K, B, num_classes), and
+    guided toward `wanted` (K, num_classes). All levels of a
     source start from the same noise (B, C, H, W), or as `inversion` says. At most `batch_size` rows go through the
     network at once. Raises UserError for a path that starts from noise.
     """
     require_path("progression", path)
     levels, sources, how = len(told), len(x0), {"solver": solver, "batch_size": batch_size}
-    random, forwards_back = path.start(x0, noise), 0
+    random = path.start(x0, noise)
     start = random.repeat(levels, 1, 1, 1)
     if inversion is not None:
-        labels, back = inversion.source.expand(sources, -1), (1.0, path.t_start)
-        own, forwards_back, _ = _carry(field, x0, x0, labels, None, interval=back, steps=steps, **how)
-        turn = torch.pi / 2 * inversion.renewed.to(x0).view(-1, 1, 1, 1, 1)
-        start = (x0 + torch.cos(turn) * (own - x0) + torch.sin(turn) * (random - x0)).flatten(0, 1)
+        turn = torch.pi / 2 * inversion.renewed.to(x0).view(levels, -1, 1, 1, 1)
+        start = (x0 + torch.cos(turn) * (inversion.states - x0) + torch.sin(turn) * (random - x0)).flatten(0, 1)
+    each = told if told.ndim == 3 else told[:, None].expand(-1, sources, -1)
     frames, forwards, gradients = _carry(
         field,
         start,
         x0.repeat(levels, 1, 1, 1),
-        told.repeat_interleave(sources, 0),
+        each.flatten(0, 1),
         wanted.repeat_interleave(sources, 0),
         interval=(path.t_start, 1.0),
         steps=steps,
         **how,
     )
     frames = torch.cat([x0[None], frames.view(levels, *x0.shape)])
-    return Stair(frames, round((forwards_back + forwards) / sources), round(gradients / sources))
+    return Stair(frames, round(forwards / sources), round(gradients / sources))
 
 
 def depth(
