@@ -442,6 +442,7 @@ def test_however_large_the_frames_of_all_chapters_the_page_stays_small(
     config = load_config(write_config(tmp_path, data={"split": {"test": 0.5}, "image_size": 256}))
     load_patches(config.data, seed=config.seed)
     runs = [write_noise(tmp_path / "large", size=256, config=config), write_noise(tmp_path / "other", size=128)]
+    monkeypatch.setattr("cellflux_bridge.report.page.write_figures", lambda *_, **__: [])
     seen, stills = 400_000, 150_000
     for name, most in {"_MOST": 800_000, "_MOST_SEEN": seen, "_MOST_OF_STILLS": stills}.items():
         monkeypatch.setattr(f"cellflux_bridge.report.page.{name}", most)
@@ -648,6 +649,19 @@ def test_sources_and_methods_are_chosen_and_stand_side_by_side(tab):
     tab.keyboard.press("m")
     tab.locator(".level").fill("1")
     assert tab.locator(".ladder td.here").count() == 2
+
+
+def test_of_methods_that_share_a_style_only_the_chosen_one_shows_its_mean(browser, tmp_path):
+    names = [f"method {slot}" for slot in range(7)]
+    report(write_run(tmp_path / "run", names=names, trajectory={"num": 2}), output=tmp_path / "report.html")
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
+    tab.goto((tmp_path / "report.html").as_uri())
+    for slot in (0, 6):
+        tab.locator(".methods input").nth(slot).check()
+        shown = tab.locator('.viewer .chart[data-key$="area_fraction"] .series:not(.away)')
+        assert [one.get_attribute("data-series") for one in shown.all()] == [names[slot]]
+    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

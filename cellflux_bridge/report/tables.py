@@ -7,8 +7,6 @@ from cellflux_bridge.report.charts import REAL, Band, Chart, Point, Series, base
 from cellflux_bridge.report.runs import Chapter, Method, Network
 from cellflux_bridge.report.words import NUCLEI, QUANTITIES, SECTIONS, floor_of, interval, number, words
 
-REAL_OF_LEVEL = "real patches of the level's score"
-
 
 class Cell(NamedTuple):
     """A figure as text: the number, its interval, a remark ("at 0.4"), and what it rests on."""
@@ -203,7 +201,7 @@ def nuclei_charts(chapter: Chapter) -> list[Chart]:
             for point in (run.cellularity or {}).get("real_by_level", ())
             if point["quantity"] == quantity
         }
-        series.append(_curve(REAL_OF_LEVEL, REAL, [scored[level] for level in sorted(scored)]))
+        series.append(_curve("real patches of the level's score", REAL, [scored[level] for level in sorted(scored)]))
         bands = {
             (f"real {real['class']}", real["mean"], real["low"], real["high"]): None
             for run in chapter.runs
