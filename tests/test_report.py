@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from cellflux_bridge.report.cautions import cautions
 from cellflux_bridge.report.charts import Band, Chart, Point, Series, draw, scale_of
 from cellflux_bridge.report.page import write_report
 from cellflux_bridge.report.runs import load_chapters
-from cellflux_bridge.report.tables import main_table
-from cellflux_bridge.report.words import interval, number
+from cellflux_bridge.report.tables import baseline_styles, level_tables, main_table
+from cellflux_bridge.report.words import NUCLEI, interval, number
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -59,7 +60,10 @@ def value(method, quantity, level, extractor, number, *, n=6, n_real=None, sprea
     return {**row, "n": n, "n_real": n_real, "value": number, "low": low, "high": high}
 
 
-def metrics_of(folders, *, source="A", target="B", flips=(0.9, 0.9), checkpoint="runs/judges"):
+BASELINES = ("copy the source", "stain transfer", "nearest real target")
+
+
+def metrics_of(folders, *, source="A", target="B", flips=(0.9, 0.9), checkpoint="runs/judges", size=16):
     """What evaluate would write about trajectories: {name: folder}."""
     inner = LEVELS[1:]
     values = [value("real pooled", "kid_floor", None, "features/rgb", 0.001)]
@@ -73,15 +77,17 @@ def metrics_of(folders, *, source="A", target="B", flips=(0.9, 0.9), checkpoint=
             value("real source", "probability", None, judge, 0.05),
             value("real source", "flip_rate", None, judge, 0),
         ]
-    for name in (*folders, "copy the source"):
+    for name in (*folders, *BASELINES):
         for judge, flip in zip(JUDGES, flips, strict=True):
             values += [value(name, "probability", level, judge, level) for level in LEVELS]
             values += [value(name, "flip_rate", level, judge, flip * level) for level in inner]
             values.append(value(name, "calibration_mean", None, judge, 0.0123))
-        values += [value(name, "kid_own", level, "features/rgb", 0.1 * level, n_real=40) for level in inner]
+        for kind in ("kid_own", "kid_pooled"):
+            values += [value(name, kind, level, "features/rgb", 0.1 * level, n_real=40) for level in inner]
         values.append(value(name, "frechet_target", 1.0, "features/rgb", 3.21, n_real=40, spread=None))
     networks = [
-        {"name": j, "use": "judge", "view": j[7:], "checkpoint": f"{checkpoint}/{j}", "image_size": 16} for j in JUDGES
+        {"name": j, "use": "judge", "view": j[7:], "checkpoint": f"{checkpoint}/{j}", "image_size": size}
+        for j in JUDGES
     ]
     networks.append({**networks[0], "name": "features/rgb", "use": "features", "checkpoint": f"{checkpoint}/f"})
     records = [
@@ -95,7 +101,7 @@ def metrics_of(folders, *, source="A", target="B", flips=(0.9, 0.9), checkpoint=
             "frame_levels": list(inner),
             "unguided": None,
         }
-        for name, folder in {**folders, "copy the source": None}.items()
+        for name, folder in {**folders, **dict.fromkeys(BASELINES)}.items()
     ]
     difference = {"first": "one", "second": "two", "quantity": "flip_rate", "extractor": JUDGES[0], "n": 6}
     return {
@@ -107,20 +113,25 @@ def metrics_of(folders, *, source="A", target="B", flips=(0.9, 0.9), checkpoint=
         "networks": networks,
         "methods": records,
         "values": values,
+        "warnings": ["Frechet distances rest on as few as 6 images."],
         "differences": [{**difference, "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.04, "num_groups": 6}],
     }
 
 
-def cellularity_of(folder, *, end=0.16):
+def cellularity_of(folders, *, end=0.16):
     curve = [{"quantity": "area_fraction", "level": s, "n": 6, "mean": 0.05 + (end - 0.05) * s} for s in LEVELS]
     curve = [{**row, "low": row["mean"] - 0.01, "high": row["mean"] + 0.01} for row in curve]
     real = [{"class": c, "quantity": "area_fraction", "n": 40, "mean": m} for c, m in (("A", 0.05), ("B", 0.16))]
-    entry = {"trajectory": str(folder), "method": "progression", "source": "A", "target": "B", "n": 6}
+    entry = {"method": "progression", "source": "A", "target": "B", "config_hash": "hash-progression", "n": 6}
     rank = [{"quantity": "area_fraction", "n": 6, "value": 0.93, "low": 0.9, "high": 0.96}]
     entry |= {"levels": list(LEVELS), "curves": curve, "spearman": rank}
     entry["per_source"] = [{"source_id": "test/A/000.png", "area_fraction": [0.01, 0.02, 0.03, 0.04, 0.05]}]
     real = [{**row, "low": row["mean"] - 0.01, "high": row["mean"] + 0.01} for row in real]
-    return {"format": 1, "parameters": {}, "mpp": None, "trajectories": [entry], "real": real}
+    scored = [{"quantity": "area_fraction", "level": s, "n": 9, "mean": m} for s, m in ((0.0, 0.05), (0.5, 0.1))]
+    scored = [{**row, "low": row["mean"] - 0.01, "high": row["mean"] + 0.01} for row in scored]
+    entries = [{**entry, "trajectory": str(folder)} for folder in folders]
+    content = {"format": 1, "parameters": {}, "mpp": None, "trajectories": entries, "real": real}
+    return {**content, "real_by_level": scored}
 
 
 def write_run(folder, *, names=("one",), cellularity=True, trajectory=None, **figures):
@@ -136,7 +147,7 @@ def write_run(folder, *, names=("one",), cellularity=True, trajectory=None, **fi
     with open(folder / "metrics.frames.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
     if cellularity:
-        (folder / "cellularity.json").write_text(json.dumps(cellularity_of(next(iter(folders.values())))))
+        (folder / "cellularity.json").write_text(json.dumps(cellularity_of(folders.values())))
     return folder
 
 
@@ -189,12 +200,14 @@ def test_what_is_known_of_every_frame_goes_along(page):
 
 def test_every_figure_stands_with_interval_and_floor(page):
     chapter_rows = re.findall(r"<tr>.*?</tr>", page, re.S)
-    (kid,) = (row for row in chapter_rows if "KID to real of the own level" in row and "floor" in row)
+    (kid,) = (row for row in chapter_rows if "KID to real, pooled" in row and "floor" in row)
     assert ">0.1<" in kid
     assert "at 1<" in kid
     assert interval(0.05, 0.15) in kid
-    assert ">0.002<" in kid
-    assert 'title="n = 6, against 40 real"' in kid
+    assert ">0.001<" in kid
+    assert '<span class="n">n = 6, against 40 real</span>' in kid
+    (own,) = (row for row in chapter_rows if "KID to real of the own level" in row and "<td" in row)
+    assert "floor" not in own  # that of the target class is not that of the levels before
     (frechet,) = (row for row in chapter_rows if "Fréchet distance to real target" in row)
     assert ">3.21<" in frechet
 
@@ -230,20 +243,21 @@ def test_warnings_are_given_where_they_are_due_and_only_there(run, tmp_path):
         if row["quantity"] == "probability" and row["level"] == 0.25 and row["method"] == "one":
             row |= {"value": 0.7, "low": 0.65, "high": 0.75}
     metrics["values"] = [row for row in metrics["values"] if row["quantity"] != "kid_floor"]
-    metrics["values"].append(value("one", "stain_share", 1.0, "features/rgb", 0.8))
     metrics["warnings"] = ["Frechet distances of 6 images.", "Look at the near copies."]
     metrics["methods"][0]["frame_levels"][1] = 0.61
     metrics["methods"][1]["config_hash"] = "earlier"
     changed = shutil.copytree(run, tmp_path / "changed")
     (changed / "metrics.json").write_text(json.dumps(metrics))
-    (changed / "cellularity.json").write_text(json.dumps(cellularity_of(run / "trajectories" / "one", end=0.08)))
+    counted = cellularity_of([run / "trajectories" / "one"], end=0.08)
+    counted["trajectories"][0]["config_hash"] = "earlier"
+    (changed / "cellularity.json").write_text(json.dumps(counted))
     found = told(changed)
+    assert "two: its nuclei were not counted" in found
+    assert re.search("one: the sequences in .* made anew after their nuclei were counted", found)
     assert "0.70 at 0.25" in found
     assert "no frame was made at level 0.5 (shown by 0.61)" in found
     assert "has no real-versus-real floor" in found
-    assert "one: 80% of the change" in found
     assert "Look at the near copies." in found  # what evaluate warned of
-    assert "as few as" not in found  # and is not told twice
     assert "two: the sequences in" in found
     assert "is not that of real B, 0.16" in found
     assert "one 0.08 (" in found
@@ -261,7 +275,7 @@ def test_damaged_and_foreign_files_are_named(run, tmp_path):
     with pytest.raises(UserError, match=r"metrics\.json: expected an object.*networks"):
         load_chapters([changed])
     (changed / "metrics.json").write_text('{"format": 1, ')
-    with pytest.raises(UserError, match=r"metrics\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"metrics\.json: cannot be read.*cellflux-bridge evaluate"):
         load_chapters([changed])
     with pytest.raises(UserError, match="twice"):
         load_chapters([run, run])
@@ -269,11 +283,105 @@ def test_damaged_and_foreign_files_are_named(run, tmp_path):
         write_report([run], tmp_path / "report.pdf")
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("metrics.json", lambda c: c.pop("source"), "source missing or wrong.*cellflux-bridge evaluate"),
+        ("metrics.json", lambda c: c["values"][3].pop("n"), "values: expected objects with.*cellflux-bridge evaluate"),
+        ("cellularity.json", lambda c: c.update(format=9), "format 9, .*cellflux-bridge cellularity"),
+        (
+            "cellularity.json",
+            lambda c: c["parameters"].update(sharp=1),
+            "parameters sharp.*cellflux-bridge cellularity",
+        ),
+    ],
+)
+def test_files_of_other_versions_name_the_command_that_makes_them_anew(run, tmp_path, file, change, told):
+    changed = shutil.copytree(run, tmp_path / "changed")
+    content = json.loads((changed / file).read_text())
+    change(content)
+    (changed / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{re.escape(file)}: .*{told}"):
+        load_chapters([changed])
+
+
+def test_a_cut_table_of_frames_names_the_command_that_makes_it_anew(run, tmp_path):
+    changed = shutil.copytree(run, tmp_path / "changed")
+    table = changed / "metrics.frames.csv"
+    table.write_text(table.read_text().rpartition(",")[0])
+    with pytest.raises(UserError, match=r"metrics\.frames\.csv: damaged.*cellflux-bridge evaluate"):
+        report(changed, output=tmp_path / "report.html")
+
+
+def test_frames_of_another_size_than_the_judged_ones_are_refused(run, tmp_path):
+    changed = shutil.copytree(run, tmp_path / "changed")
+    content = json.loads((changed / "metrics.json").read_text())
+    for network in content["networks"]:
+        network["image_size"] = 32
+    (changed / "metrics.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"frames of 16 x 16 px, but .* judged frames of 32 px"):
+        report(changed, output=tmp_path / "report.html")
+
+
+def test_nuclei_are_outlined_as_they_were_counted(tmp_path, monkeypatch):
+    run, asked = write_run(tmp_path / "run"), []
+
+    def counted(rgb, *, mpp, parameters):
+        asked.append((mpp, parameters.stains))
+        return segment(rgb)
+
+    monkeypatch.setattr("cellflux_bridge.report.page.segment_nuclei", counted)
+    content = json.loads((run / "cellularity.json").read_text())
+    (run / "cellularity.json").write_text(json.dumps({**content, "mpp": 0.5, "parameters": {"stains": "macenko"}}))
+    write_report([run], tmp_path / "report.html")
+    assert set(asked) == {(0.5, "macenko")}
+
+
+def test_a_lower_end_of_zero_is_an_interval(run, tmp_path):
+    changed = shutil.copytree(run, tmp_path / "changed")
+    content = json.loads((changed / "metrics.json").read_text())
+    for row in content["values"]:
+        if row["quantity"] == "probability" and row["level"] == 0.25 and row["method"] == "one":
+            row |= {"value": 0.45, "low": 0.0, "high": 0.8}
+    (changed / "metrics.json").write_text(json.dumps(content))
+    (chapter,) = load_chapters([changed])
+    assert not any("misses levels" in text for text in cautions(chapter, None))
+
+
+def test_every_kind_of_baseline_has_dashes_of_its_own(run):
+    (chapter,) = load_chapters([run])
+    styles = baseline_styles(chapter)
+    assert len(set(styles.values())) == len(BASELINES)
+    css = (resources.files("cellflux_bridge.report") / "template" / "page.css").read_text()
+    assert len({re.search(rf"\.{style} {{[^}}]*--d: ([^;]*);", css)[1] for style in styles.values()}) == len(BASELINES)
+
+
+def test_nuclei_stand_among_the_numbers_by_level(run):
+    (chapter,) = load_chapters([run])
+    table = list(level_tables(chapter))[-1]
+    assert table.title == NUCLEI["area_fraction"]
+    rows = dict(table.rows)
+    assert rows["one"][-1] == ("0.16", interval(0.15, 0.17), "", "n = 6")
+    real = rows["real patches of the level's score"]
+    assert [at for at, cell in zip(table.levels, real, strict=True) if cell is not None] == [0.0, 0.5]
+
+
+def test_the_strip_shows_frames_of_the_level_above_them(tmp_path):
+    run = write_run(tmp_path / "run", names=("one", "two"))
+    shutil.rmtree(run / "trajectories" / "two")
+    write_trajectory(run / "trajectories" / "two", levels=(0.0, 0.1, 0.2, 0.5, 0.6, 0.75, 0.9, 1.0))
+    report(run, output=tmp_path / "report.html")
+    with open(tmp_path / "figures" / "strip.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["level"]) for row in rows if row["row"] == "1"] == [0.0, 0.2, 0.5, 0.75, 1.0]
+
+
 def test_two_runs_share_rows_only_where_the_networks_are_the_same(run, tmp_path):
     second = write_run(tmp_path / "second", names=("one",))
     (chapter,) = load_chapters([run, second])
     assert [method.name for method in chapter.methods] == ["first: one", "first: two", "second: one"]
-    assert len(chapter.baselines) == 1  # the same figures are told once
+    assert len(chapter.baselines) == len(BASELINES)  # the same figures are told once
+    assert "first: Frechet distances rest" in "".join(cautions(chapter, None))  # whose warning it is
     rows = [row for section in main_table(chapter) for row in section.rows]
     assert all(all(row.cells) for row in rows)
     page, _ = report(run, second, output=tmp_path / "both.html")
@@ -286,7 +394,12 @@ def test_two_runs_share_rows_only_where_the_networks_are_the_same(run, tmp_path)
     for section in main_table(chapter):
         for row in section.rows:
             told = [c is not None for c in row.cells]
-            assert told in ([True, True, False, True, False], [False, False, True, False, True])
+            assert told in (
+                [True] * 2 + [False] + [True] * 3 + [False] * 3,
+                [False] * 2 + [True] + [False] * 3 + [True] * 3,
+            )
+    named = {row.by for section in main_table(chapter) for row in section.rows}
+    assert named >= {"judges/rgb of first", "judges/rgb of strange"}
     assert any("different networks" in text for text in cautions(chapter, None))
 
 
@@ -308,25 +421,47 @@ def test_a_run_that_lost_its_sequences_still_reports_its_figures(run, tmp_path):
     assert "KID to real of the own level" in page
 
 
-def test_large_frames_are_shrunk_and_few_so_that_the_page_stays_small(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    size, num = 96, 30
+def write_noise(folder, *, size, num=6, config=None):
+    """A run whose frames no codec makes small."""
     header = TrajectoryHeader("path", "A", "B", ("A", "B"), (0.0, 1.0), "hash-progression")
-    frames = rng.integers(0, 255, (2, num, 3, size, size), dtype=np.uint8)
-    ids = tuple(f"{i}.png" for i in range(num))
-    labels = linear_soft_labels(header, num)
-    folder = tmp_path / "run" / "trajectories" / "one"
-    TrajectoryWriter(folder, header).append(
-        Trajectory(header, frames, labels, ids, (0,) * num, (0,) * num), numbers=range(num)
-    )
-    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics_of({"one": folder})))
-    budget = 150_000
-    monkeypatch.setattr("cellflux_bridge.report.page._MOST_OF_SEQUENCES", budget)
-    page, _ = report(tmp_path / "run", output=tmp_path / "report.html")
-    data = viewer_data(page)
-    assert 1 <= len(data["sources"]) < num
-    assert sum(len(shown["sprite"]) for source in data["sources"] for shown in source["shown"].values()) <= budget
+    frames = np.random.default_rng(0).integers(0, 255, (2, num, 3, size, size), dtype=np.uint8)
+    labels, ids = linear_soft_labels(header, num), tuple(f"{i}.png" for i in range(num))
+    where = folder / "trajectories" / "one"
+    made = Trajectory(header, frames, labels, ids, (0,) * num, (0,) * num)
+    TrajectoryWriter(where, header).append(made, numbers=range(num))
+    if config is not None:
+        (where / "config.yaml").write_text(config.to_yaml())
+    (folder / "metrics.json").write_text(json.dumps(metrics_of({"one": where}, size=size)))
+    return folder
+
+
+def test_however_large_the_frames_of_all_chapters_the_page_stays_small(
+    tmp_path, monkeypatch, make_patches, write_config
+):
+    make_patches(tmp_path / "patches", num={"A": 6, "B": 6}, low=256, high=256)
+    config = load_config(write_config(tmp_path, data={"split": {"test": 0.5}, "image_size": 256}))
+    load_patches(config.data, seed=config.seed)
+    runs = [write_noise(tmp_path / "large", size=256, config=config), write_noise(tmp_path / "other", size=128)]
+    monkeypatch.setattr("cellflux_bridge.report.page.write_figures", lambda *_, **__: [])
+    seen, stills = 400_000, 150_000
+    for name, most in {"_MOST": 800_000, "_MOST_SEEN": seen, "_MOST_OF_STILLS": stills}.items():
+        monkeypatch.setattr(f"cellflux_bridge.report.page.{name}", most)
+    page, _ = report(*runs, output=tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size <= 800_000
+    large, other = map(json.loads, re.findall(r'class="data">(.*?)</script>', page, re.S))
+    assert (large["width"], other["width"]) == (256, 128)  # frames of two sizes stand in no row together
+    assert "A → B, 256 px</h2>" in page
     assert "stored at 64 px" in page
+    sprites = [each["sprite"] for of in (large, other) for row in of["sources"] for each in row["shown"].values()]
+    real = [each["sprite"] for each in large["real"].values()]
+    assert len(sprites) >= 2
+    assert len(real) == 2
+    assert all(sprite.startswith("data:image/webp") for sprite in real)
+    assert sum(map(len, real)) <= stills // 2
+    assert sum(map(len, sprites + real)) <= seen
+    monkeypatch.setattr("cellflux_bridge.report.page._MOST", 100_000)
+    with pytest.raises(UserError, match=r"0\.1 at most; report fewer runs"):
+        report(runs[1], output=tmp_path / "report.html")
 
 
 def test_figures_come_with_their_numbers(run, tmp_path):
@@ -339,9 +474,10 @@ def test_figures_come_with_their_numbers(run, tmp_path):
         assert image.width == pytest.approx(183 / 25.4 * 300, abs=3)  # a page's width at 300 dots an inch
     with open(by_name["kid.csv"], newline="") as file:
         rows = list(csv.DictReader(file))
-    one = {float(row["level"]): float(row["value"]) for row in rows if row["curve"] == "one"}
+    own = [row for row in rows if row["panel"].startswith("KID to real of the own level")]
+    one = {float(row["level"]): float(row["value"]) for row in own if row["curve"] == "one"}
     assert one == pytest.approx({level: 0.1 * level for level in LEVELS[1:]})
-    assert any(row["curve"] == "real vs real" and float(row["value"]) == 0.002 for row in rows)
+    assert any(row["curve"] == "real vs real" and float(row["value"]) == 0.001 for row in rows)
     with open(by_name["strip.csv"], newline="") as file:
         strip = list(csv.DictReader(file))
     assert {row["method"] for row in strip} == {"one", "two"}
@@ -500,7 +636,32 @@ def test_sources_and_methods_are_chosen_and_stand_side_by_side(tab):
     assert rows.locator("th").all_inner_texts() == ["one", "two"]
     rows.nth(0).locator("button").nth(1).click()
     assert shown_frame(tab) == 1
+    for clicked in (None, ".next", ".outlines"):  # a click takes no key away
+        if clicked is not None:
+            tab.click(clicked)
+        before = shown_frame(tab)
+        tab.keyboard.press("ArrowRight")
+        assert shown_frame(tab) == before + 1
+    tab.locator(".methods input").nth(1).focus()
+    tab.keyboard.press("ArrowLeft")  # moves to the other method, as in every group of radio buttons
+    assert shown_frame(tab) == 4
+    assert "one" in tab.inner_text(".caption")
+    tab.keyboard.press("m")
+    tab.locator(".level").fill("1")
     assert tab.locator(".ladder td.here").count() == 2
+
+
+def test_of_methods_that_share_a_style_only_the_chosen_one_shows_its_mean(browser, tmp_path):
+    names = [f"method {slot}" for slot in range(7)]
+    report(write_run(tmp_path / "run", names=names, trajectory={"num": 2}), output=tmp_path / "report.html")
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
+    tab.goto((tmp_path / "report.html").as_uri())
+    for slot in (0, 6):
+        tab.locator(".methods input").nth(slot).check()
+        shown = tab.locator('.viewer .chart[data-key$="area_fraction"] .series:not(.away)')
+        assert [one.get_attribute("data-series") for one in shown.all()] == [names[slot]]
+    context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -542,6 +703,10 @@ def test_real_patches_and_near_copies_are_pictured_from_the_cache(tmp_path, make
     np.testing.assert_array_equal(pixels[:, :16], made.sequence(2)[3])
     copied = patches.centre([patches.ids.index(training)])[0].permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(pixels[:, 16:], copied)
+    copies[0]["source_id"] = "test/A/of another translation.png"
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    page, _ = report(run, output=tmp_path / "report.html")
+    assert "1 of the worst near copies that evaluate listed are not pictured" in page
 
 
 def test_methods_with_other_levels_keep_their_place_on_the_way(browser, tmp_path):

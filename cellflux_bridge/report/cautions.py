@@ -4,25 +4,23 @@ from collections.abc import Iterator
 
 from cellflux_bridge.report.runs import CELLULARITY, Chapter, Method
 from cellflux_bridge.report.sequences import Gallery
-from cellflux_bridge.report.tables import find, levels_of, network_of
+from cellflux_bridge.report.tables import find, levels_of
 from cellflux_bridge.report.words import NUCLEI, floor_of, interval, number, words
 
-ENOUGH_FOR_FRECHET = 2048
 # A level counts as unmet where the judges' mean p lies this far off, and its interval does not reach nearer.
 _UNMET, _FAR_FRAME = 0.15, 0.05
 # A structure judge that follows a colour judge less closely than this speaks of recolouring.
 _RECOLOURED = 0.15
 _GOOD_JUDGE = 0.8
-_MOSTLY_STAIN = 0.5
 
 
 def cautions(chapter: Chapter, gallery: Gallery | None) -> list[str]:
     """Every warning of a chapter, the gravest first."""
-    parts = (_stale, _recolouring, _stain, _unmet, _floors, _small, _judges, _nuclei, _networks)
+    parts = (_stale, _recolouring, _unmet, _floors, _told, _judges, _uncounted, _nuclei, _networks)
     found = [text for part in parts for text in part(chapter)]
     if gallery is None:
         found.append("No sequence folder named in metrics.json is here, so no images are shown, only figures.")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _stale(chapter: Chapter) -> Iterator[str]:
@@ -56,40 +54,29 @@ def _recolouring(chapter: Chapter) -> Iterator[str]:
             )
 
 
-def _stain(chapter: Chapter) -> Iterator[str]:
-    for method in chapter.methods:
-        for by in {v["extractor"]: None for v in method.run.metrics["values"] if v["quantity"] == "stain_share"}:
-            value = method.value("stain_share", 1.0, by)
-            if value and value["value"] is not None and value["value"] > _MOSTLY_STAIN:
-                yield (
-                    f"{method.name}: {value['value']:.0%} of the change that {by} sees is what a mere stain transfer "
-                    "makes, too."
-                )
-
-
 def _unmet(chapter: Chapter) -> Iterator[str]:
     for method in chapter.methods:
         pairs = zip(method.record["levels"], method.record["frame_levels"], strict=True)
         far = [f"{level:g} (shown by {frame:.2f})" for level, frame in pairs if abs(level - frame) > _FAR_FRAME]
         if far:
             yield f"{method.name}: no frame was made at level {', '.join(far)}; the nearest one stands for it."
-        judges = [n["name"] for n in method.run.metrics["networks"] if n["use"] == "judge"]
-        off = {judge: missed for judge in judges if (missed := ", ".join(_missed(chapter, method, judge)))}
+        off = {judge: missed for judge in method.run.judges if (missed := ", ".join(_missed(chapter, method, judge)))}
         if off:
             told = "; ".join(f"{judge} gives a mean p of {missed}" for judge, missed in off.items())
             yield f"{method.name} misses levels: {told}."
 
 
 def _missed(chapter: Chapter, method: Method, judge: str) -> Iterator[str]:
-    by = network_of(method.run, judge)
+    by = method.run.network(judge)
     # A judge that gives real patches 0.1 and 0.8 cannot give the levels 0 and 1.
-    ends = [method.run.real(which, "probability", judge) for which in ("source", "target")]
-    low, high = (0.0, 1.0) if None in ends else (end["value"] for end in ends)
+    ends = [(method.run.real(which, "probability", judge) or {}).get("value") for which in ("source", "target")]
+    low, high = (0.0, 1.0) if None in ends else ends
     for level in levels_of(chapter):
         value = find(method, "probability", by, level)
         if value is None or value["value"] is None or level == 0:
             continue
-        nearest = min(max(level, value["low"] or value["value"]), value["high"] or value["value"])
+        least, most = (value["value"] if value[end] is None else value[end] for end in ("low", "high"))
+        nearest = min(max(level, least), most)
         wanted = min(max(level, low), high)
         if abs(value["value"] - wanted) > _UNMET and abs(nearest - wanted) > _UNMET / 2:
             yield f"{value['value']:.2f} at {level:g}"
@@ -102,46 +89,57 @@ def _floors(chapter: Chapter) -> Iterator[str]:
             floor = floor_of(value["quantity"])
             of_method = not value["method"].startswith("real ")
             if floor and of_method and (run.real(*floor, value["extractor"]) or {}).get("value") is None:
-                missing[words(value["quantity"]).label.removesuffix(", worst"), value["extractor"]] = None
+                called = chapter.called(run.network(value["extractor"]))
+                missing[words(value["quantity"]).label.removesuffix(", worst"), called] = None
     for label, by in missing:
         yield f"{label} ({by}) has no real-versus-real floor: how near real patches come to each other is not known."
     if not chapter.baselines:
         yield "No baselines (copy the source, nearest real target) stand beside the methods; evaluate again."
 
 
-def _small(chapter: Chapter) -> Iterator[str]:
+def _told(chapter: Chapter) -> Iterator[str]:
+    """What evaluate warned of: few images, near copies, stain, undefined figures."""
     for run in chapter.runs:
-        told = run.metrics.get("warnings", [])
-        yield from told
-        frechet = [v for v in run.metrics["values"] if v["quantity"].startswith("frechet_") and v["value"] is not None]
-        fewest = min((min(v["n"], v["n_real"] or v["n"]) for v in frechet), default=ENOUGH_FOR_FRECHET)
-        if fewest < ENOUGH_FOR_FRECHET and not any("rechet" in text for text in told):
-            yield (
-                f"{run.name}: Fréchet distances rest on as few as {fewest} images. Under {ENOUGH_FOR_FRECHET:,} their "
-                "bias rules: read KID with its interval first, and compare only values of the same n."
-            )
+        yield from (chapter.of_run(run) + text for text in run.metrics.get("warnings", ()))
 
 
 def _judges(chapter: Chapter) -> Iterator[str]:
     for run in chapter.runs:
-        for judge in (n["name"] for n in run.metrics["networks"] if n["use"] == "judge"):
+        for judge in run.judges:
             for which, label in (("target", chapter.target), ("source", chapter.source)):
                 value = run.real(which, "flip_rate", judge)
-                share = None if value is None else value["value"] if which == "target" else 1 - value["value"]
-                if share is not None and share < _GOOD_JUDGE:
+                if value is None or value["value"] is None:
+                    continue
+                share = value["value"] if which == "target" else 1 - value["value"]
+                if share < _GOOD_JUDGE:
                     yield (
-                        f"{judge} recognises only {share:.0%} of the real {label} patches (n = {value['n']}): its "
-                        "word on made ones is worth no more."
+                        f"{chapter.called(run.network(judge))} recognises only {share:.0%} of the real {label} patches "
+                        f"(n = {value['n']}): its word on made ones is worth no more."
                     )
 
 
-def _nuclei(chapter: Chapter) -> Iterator[str]:
+def _uncounted(chapter: Chapter) -> Iterator[str]:
     for run in chapter.runs:
         if run.cellularity is None:
             yield (
                 f"{run.name}: nuclei were not counted, so nothing here says whether cellularity follows the level. "
                 f"Make {CELLULARITY} with: cellflux-bridge cellularity {run.folder}"
             )
+    for method in (method for method in chapter.methods if method.trajectory and method.run.cellularity):
+        if method.cellularity is None:
+            together = (m.trajectory for m in chapter.methods if m.run is method.run and m.trajectory)
+            yield (
+                f"{method.name}: its nuclei were not counted. Count those of all methods with: cellflux-bridge "
+                f"cellularity {' '.join(map(str, together))}"
+            )
+        elif method.cellularity["config_hash"] != method.header.config_hash:
+            yield (
+                f"{method.name}: the sequences in {method.trajectory} were made anew after their nuclei were counted; "
+                "run cellflux-bridge cellularity again."
+            )
+
+
+def _nuclei(chapter: Chapter) -> Iterator[str]:
     for run in (run for run in chapter.runs if run.cellularity is not None):
         for quantity in ("area_fraction", "count"):
             goals = (r for r in run.cellularity["real"] if (r["class"], r["quantity"]) == (chapter.target, quantity))
@@ -168,7 +166,7 @@ def _end(method: Method, quantity: str) -> dict | None:
 
 
 def _networks(chapter: Chapter) -> Iterator[str]:
-    first = {tuple(network_of(run, name) for name in run.networks) for run in chapter.runs}
+    first = {tuple(run.network(name) for name in run.networks) for run in chapter.runs}
     if len(first) > 1:
         yield (
             "The runs were judged by different networks. Figures of different networks do not compare and stand in "

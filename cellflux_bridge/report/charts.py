@@ -16,6 +16,10 @@ from cellflux_bridge.report.words import number
 WIDTH, HEIGHT = 360, 232
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 12, 194
 NUM_SLOTS = 6
+# Kinds of baselines that evaluate makes, each with dashes of its own.
+NUM_BASELINES = 3
+# Real patches that are no band but have levels.
+REAL = "r0"
 # Drawn around (0, 0).
 MARKS = (
     "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",
@@ -28,16 +32,18 @@ MARKS = (
 
 
 class Point(NamedTuple):
-    """A value at a level with its interval; `low` and `high` are None where there is none."""
+    """A value at a level with its interval, `low` and `high` None where there is none, and the number it rests on."""
 
     level: float
     value: float
     low: float | None = None
     high: float | None = None
+    n: int | None = None
 
 
 class Series(NamedTuple):
-    """`style` is m0..m5 of a method, b0, b1 of a baseline."""
+    """`style` is m0..m5 of a method, b0..b2 of a baseline, r0 of real patches; methods beyond the sixth share styles,
+    so the page's script tells series apart by `name`, which no two of a chart share."""
 
     name: str
     style: str
@@ -61,12 +67,15 @@ class Chart(NamedTuple):
     series: tuple[Series, ...]
     bands: tuple[Band, ...] = ()
     diagonal: bool = False
-    note: str = ""
     extra: tuple[float, ...] = ()
 
 
 def style_of(slot: int) -> str:
     return f"m{slot % NUM_SLOTS}"
+
+
+def baseline_style(kind: int) -> str:
+    return f"b{kind % NUM_BASELINES}"
 
 
 def mark(style: str) -> Markup:
@@ -152,7 +161,7 @@ def draw(chart: Chart, *, interactive: bool = False) -> Markup:
     parts.append(Markup('<g clip-path="url(#{})">{}</g>').format(name, Markup("").join(inside)))
     parts.append(Markup('<line class="cursor" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(LEFT, TOP, BOTTOM))
     parts.append(Markup('<g class="own"></g><g class="now"></g>'))
-    note = " ".join(filter(None, [chart.note, "A baseline leaves the picture." if scale.leaves else ""]))
+    note = Markup(" <small>A baseline leaves the picture.</small>") if scale.leaves else ""
     svg = Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-key="{}" data-x0="{}" data-x1="{}" '
         'data-y0="{}" data-y1="{}" data-v0="{}" data-v1="{}">{}</svg>'
@@ -160,9 +169,7 @@ def draw(chart: Chart, *, interactive: bool = False) -> Markup:
         *(WIDTH, HEIGHT, _spoken(chart), chart.key, LEFT, RIGHT, BOTTOM, TOP, scale.low, scale.high),
         Markup("").join(parts),
     )
-    caption = Markup("<figcaption><b>{}</b>{}</figcaption>").format(
-        chart.title, Markup(" <small>{}</small>").format(note) if note else ""
-    )
+    caption = Markup("<figcaption><b>{}</b>{}</figcaption>").format(chart.title, note)
     return Markup('<figure class="plot">{}{}</figure>').format(caption, svg)
 
 
@@ -178,8 +185,8 @@ def _interval(series: Series, x, y, faint: str) -> Markup:
         return Markup("")
     upper = [f"{x(p.level)} {y(p.high)}" for p in found]
     lower = [f"{x(p.level)} {y(p.low)}" for p in reversed(found)]
-    return Markup('<path class="interval {0}{1}" data-style="{0}" d="M{2}z"/>').format(
-        series.style, faint, "L".join(upper + lower)
+    return Markup('<path class="interval {}{}" data-series="{}" d="M{}z"/>').format(
+        series.style, faint, series.name, "L".join(upper + lower)
     )
 
 
@@ -189,8 +196,8 @@ def _line(series: Series, x, y, faint: str) -> Markup:
     parts = [Markup('<polyline class="line {}{}" points="{}"/>').format(series.style, faint, points)]
     if not faint and series.style.startswith("m"):
         parts += [Markup('<g transform="translate({} {})">{}</g>').format(a, b, mark(series.style)) for a, b in places]
-    return Markup('<g class="series" data-style="{}"><title>{}</title>{}</g>').format(
-        series.style, series.name, Markup("").join(parts)
+    return Markup('<g class="series" data-style="{}" data-series="{}"><title>{}</title>{}</g>').format(
+        series.style, series.name, series.name, Markup("").join(parts)
     )
 
 

@@ -103,10 +103,10 @@ def _panel(axis, chart: Chart) -> None:
 
 
 def _panel_rows(charts: Sequence[Chart]) -> list[Sequence]:
-    rows = [["panel", "curve", "level", "value", "low", "high"]]
+    rows = [["panel", "curve", "level", "value", "low", "high", "n"]]
     for chart in charts:
         rows += [[chart.title, series.name, *point] for series in chart.series for point in series.points]
-        rows += [[chart.title, band.name, None, band.value, band.low, band.high] for band in chart.bands]
+        rows += [[chart.title, band.name, None, band.value, band.low, band.high, None] for band in chart.bands]
     return rows
 
 
@@ -119,29 +119,44 @@ def _strip_places(chapter: Chapter, gallery: Gallery) -> list[tuple[str, int]]:
     return [(key, slot) for key in chosen for slot in slots if slot in gallery.shown[key]]
 
 
+def _nearest_frames(gallery: Gallery, slot: int) -> list[int]:
+    """For each level of the first method, above whose frames the levels stand, the number of the nearest frame."""
+    asked, levels = gallery.levels[min(gallery.levels)], np.array(gallery.levels[slot])
+    return [int(np.abs(levels - level).argmin()) for level in asked]
+
+
 def _strip(chapter: Chapter, gallery: Gallery, real: dict[int, list[np.ndarray]]) -> Figure:
+    """Rows of frames under the first method's levels; a frame of another level tells its own."""
     places = _strip_places(chapter, gallery)
     names = {method.slot: method.name for method in chapter.methods}
-    columns, has_real = max(len(of) for of in gallery.frames.values()), bool(real)
+    head_levels, has_real = gallery.levels[min(gallery.levels)], bool(real)
     rows, ratio = len(places) + has_real, gallery.size[0] / gallery.size[1]
-    names_width, head, step = 24, 5, (_PAGE - 24) / columns  # millimetres
+    names_width, head, step = 24, 5, (_PAGE - 24) / len(head_levels)  # millimetres
     height = head + rows * step * ratio
     figure = Figure(figsize=(_PAGE / _INCH, height / _INCH))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
-    pictures = [(names[slot], gallery.levels[slot], dict(enumerate(gallery.kept[key, slot]))) for key, slot in places]
+    pictures = []
+    for key, slot in places:
+        tiles = {}
+        for column, k in enumerate(_nearest_frames(gallery, slot)):
+            own, asked = gallery.levels[slot][k], head_levels[column]
+            tiles[column] = gallery.kept[key, slot][k], "" if abs(own - asked) < 0.005 else f"{own:.2g}"
+        pictures.append((names[slot], tiles))
     if has_real:
-        levels = gallery.levels[min(gallery.levels)]
-        pictures.append(("real", levels, {k: patches[0] for k, patches in real.items()}))
-    for row, (name, levels, images) in enumerate(pictures):
+        pictures.append(("real", {column: (patches[0], "") for column, patches in real.items()}))
+    for row, (name, tiles) in enumerate(pictures):
         top = head + row * step * ratio
         if row == 0 or name != pictures[row - 1][0]:
             axis.text(names_width - 2, top + step * ratio / 2, name, ha="right", va="center", fontsize=6, wrap=True)
-        for k, image in images.items():
-            left, width, tall = names_width + k * step, step - 0.8, step * ratio - 0.8
+        for column, (image, own) in tiles.items():
+            left, width, tall = names_width + column * step, step - 0.8, step * ratio - 0.8
             axis.imshow(image, interpolation="nearest", extent=(left, left + width, top + tall, top), aspect="auto")
-            if row == 0:
-                axis.text(left + width / 2, head - 1.2, f"{levels[k]:.2g}", ha="center", fontsize=6)
+            if own:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+                axis.text(left + 0.6, top + 0.6, own, va="top", fontsize=4.5, bbox=box)
+    for column, level in enumerate(head_levels):
+        axis.text(names_width + (column + 0.5) * step - 0.4, head - 1.2, f"{level:.2g}", ha="center", fontsize=6)
     axis.set(xlim=(0, _PAGE), ylim=(height, 0))  # imshow changed them
     return figure
 
@@ -153,7 +168,8 @@ def _strip_rows(chapter: Chapter, gallery: Gallery) -> list[Sequence]:
     rows = [["row", "method", "source_id", "level", "nfe", "gradients", *known]]
     for row, (key, slot) in enumerate(places):
         shown = gallery.shown[key][slot]
-        for k, level in enumerate(gallery.levels[slot]):
+        for k in _nearest_frames(gallery, slot):
+            level = gallery.levels[slot][k]
             values = [shown.curves[name][k] if name in shown.curves else None for name in known]
             rows.append([row, names[slot], gallery.sources[key], level, shown.nfe, shown.gradients, *values])
     return rows

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,28 @@ from cellflux_bridge.files import replace_text
 from cellflux_bridge.report import charts, sequences, tables
 from cellflux_bridge.report.cautions import cautions
 from cellflux_bridge.report.figures import write_figures
-from cellflux_bridge.report.real import near_copies, real_patches
+from cellflux_bridge.report.media import Stills, films, stills
 from cellflux_bridge.report.runs import Chapter, Method, load_chapters
 from cellflux_bridge.report.sequences import Gallery, Segment
 from cellflux_bridge.report.words import NUCLEI, interval, number
 
-# Of the page's 15 MB, as characters in the file.
-_MOST_OF_SEQUENCES, _MOST_OF_VIDEOS = 9_500_000, 3_500_000
-# Smaller frames are shown as squares, at so many pixels of the screen.
-_PIXELATED, _SHOWN = 96, 256
+# Bytes of the page; of them what is seen, which leaves the rest to words, curves and numbers; of that again what real
+# patches with near copies, and what videos may take. Sequences get what these leave.
+_MOST, _MOST_SEEN, _MOST_OF_STILLS, _MOST_OF_FILMS = 15_000_000, 13_000_000, 3_000_000, 3_500_000
+# Frames are shown at so many pixels of the screen.
+_SHOWN = 256
 _OPEN = ("arrival", "levels", "likeness")
 
 
 def write_report(
-    runs: Sequence[Path], output: Path, *, num_sequences: int = 50, segment: Segment = segment_nuclei
+    runs: Sequence[Path], output: Path, *, num_sequences: int = 50, segment: Segment | None = None
 ) -> tuple[Path, list[Path]]:
     """Write the page `output` (.html) about run folders, and `figures/` beside it; returns the page and the figures.
 
     Of each transition at most `num_sequences` sources are shown, fewer where the page would grow beyond 15 MB.
-    `segment` finds nuclei, RGB uint8 (H, W, 3) -> labels (H, W) int32; where it raises UserError a frame is shown
-    without outlines. Raises UserError for a run without metrics.json, damaged files, and an output that is no .html.
+    `segment` finds nuclei, RGB uint8 (H, W, 3) -> labels (H, W) int32, by default as the run's cellularity.json counted
+    them; where it raises UserError a frame is shown without outlines. Raises UserError for a run without metrics.json,
+    damaged files, an output that is no .html, and so many runs that no choice of sequences makes the page small enough.
     """
     if output.suffix != ".html":
         raise UserError(f"--output {output}: expected a name that ends in .html")
@@ -46,16 +49,18 @@ def write_report(
         raise UserError(f"--sequences {num_sequences}: expected at least 1")
     chapters = load_chapters(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    views, figures, videos = [], [], _Videos(_MOST_OF_VIDEOS)
+    views, figures = [], []
+    beside = [stills(chapter, budget=_MOST_OF_STILLS // len(chapters)) for chapter in chapters]
+    videos = films(chapters, budget=_MOST_OF_FILMS)
+    left = _MOST_SEEN - sum(of.stored for of in beside) - sum(len(uri) for of in videos for _, uri in of)
     for place, chapter in enumerate(chapters):
-        budget = _MOST_OF_SEQUENCES // len(chapters)
-        gallery = sequences.gather(chapter, num=num_sequences, budget=budget, segment=segment)
-        real, rule = {}, ""
-        if gallery is not None:
-            real, rule = real_patches(chapter, gallery.levels[min(gallery.levels)], size=gallery.size)
+        budget = left // (len(chapters) - place)
+        segment_of = _as_counted if segment is None else lambda method: segment
+        gallery = sequences.gather(chapter, num=num_sequences, budget=budget, segment_of=segment_of)
+        left -= 0 if gallery is None else gallery.stored
         suffix = f"_{place + 1}" if len(chapters) > 1 else ""
-        figures += write_figures(chapter, gallery, real, output.parent / "figures", suffix=suffix)
-        views.append(_view(place, chapter, gallery, real, rule, videos))
+        figures += write_figures(chapter, gallery, beside[place].real, output.parent / "figures", suffix=suffix)
+        views.append(_view(place, chapter, gallery, beside[place], videos[place]))
     environment = Environment(
         loader=PackageLoader("cellflux_bridge.report", "template"),
         autoescape=True,
@@ -75,42 +80,34 @@ def write_report(
         version=__version__,
         today=date.today().isoformat(),
     )
+    if (size := len(text.encode())) > _MOST:
+        raise UserError(f"{output}: would take {size / 1e6:.1f} MB, {_MOST / 1e6:g} at most; report fewer runs at once")
     replace_text(output, text)
     return output, figures
+
+
+def _as_counted(method: Method) -> Segment:
+    parameters, mpp = method.run.nuclei
+    return partial(segment_nuclei, mpp=mpp, parameters=parameters)
 
 
 def _resource(name: str) -> str:
     return (resources.files("cellflux_bridge.report") / "template" / name).read_text(encoding="utf-8")
 
 
-class _Videos:
-    """Videos as data URIs, as long as they fit."""
-
-    def __init__(self, budget: int):
-        self._left = budget
-
-    def embed(self, method: Method) -> str | None:
-        if method.video is None or method.video.stat().st_size * 4 / 3 > self._left:
-            return None
-        uri = sequences.data_uri("video/mp4", method.video.read_bytes())
-        self._left -= len(uri)
-        return uri
-
-
 def _view(
-    place: int, chapter: Chapter, gallery: Gallery | None, real: dict, rule: str, videos: _Videos
+    place: int, chapter: Chapter, gallery: Gallery | None, beside: Stills, videos: list[tuple[str, str]]
 ) -> dict[str, Any]:
     """What the template shows of a chapter."""
     plots = tables.curves(chapter)
     nuclei = tables.nuclei_charts(chapter)
-    warnings = cautions(chapter, gallery)
-    if gallery is not None and not real:
-        warnings.append(f"Real patches are not shown beside the made ones: {rule}.")
     return {
         "id": f"c{place}",
         "chapter": chapter,
-        "cautions": warnings,
-        "viewer": None if gallery is None else _viewer(place, chapter, gallery, real, rule, plots, nuclei),
+        "cautions": cautions(chapter, gallery) + beside.warnings,
+        "viewer": None if gallery is None else _viewer(place, chapter, gallery, beside, plots, nuclei),
+        "has_scored": any(series.style == charts.REAL for chart in nuclei for series in chart.series),
+        "baselines": tables.baseline_styles(chapter),
         "main": tables.main_table(chapter),
         "nuclei_rows": tables.nuclei_table(chapter),
         "nuclei_charts": [_drawn(place, "curve", chart) for chart in nuclei],
@@ -118,23 +115,19 @@ def _view(
         "more_charts": [_drawn(place, "curve", chart) for section, chart in plots if section not in _OPEN],
         "levels": list(tables.level_tables(chapter)),
         "differences": [
-            (d, tables.Cell(number(d["difference"]), interval(d["low"], d["high"])))
+            (chapter.of_run(run), d, tables.Cell(number(d["difference"]), interval(d["low"], d["high"])))
             for run in chapter.runs
             for d in run.metrics["differences"]
         ],
         "made": [(method, _facts(method)) for method in chapter.methods],
-        "networks": list(
-            {(n["name"], n["checkpoint"]): n for run in chapter.runs for n in run.metrics["networks"]}.values()
-        ),
-        "copies": [
-            (
-                copy,
-                sequences.encode_row([copy.frame, copy.training], _SHOWN, "PNG"),
-                max(copy.frame.shape) <= _PIXELATED,
-            )
-            for copy in near_copies(chapter)
-        ],
-        "videos": [(method.name, uri) for method in chapter.methods if (uri := videos.embed(method))],
+        "networks": {
+            (chapter.called(run.network(n["name"])), n["use"]): n
+            for run in chapter.runs
+            for n in run.metrics["networks"]
+        },
+        "copies": beside.copies,
+        "pixelated": chapter.size <= sequences.PIXELATED,
+        "videos": videos,
     }
 
 
@@ -143,7 +136,7 @@ def _drawn(place: int, use: str, chart: charts.Chart, *, interactive: bool = Fal
     return charts.draw(chart._replace(key=f"{place}/{use}/{chart.key}"), interactive=interactive)
 
 
-def _viewer(place, chapter: Chapter, gallery: Gallery, real, rule, plots, nuclei) -> dict[str, Any]:
+def _viewer(place, chapter: Chapter, gallery: Gallery, beside: Stills, plots, nuclei) -> dict[str, Any]:
     """The charts beside a sequence, and what the page's script needs to move through it."""
     known: dict[str, list[float]] = {}
     for row in gallery.shown.values():
@@ -155,7 +148,7 @@ def _viewer(place, chapter: Chapter, gallery: Gallery, real, rule, plots, nuclei
         if known.get(key) and key not in by_key:
             by_key[key] = charts.Chart(key, NUCLEI[key], ())
     by_key |= {chart.key: chart for _, chart in plots if chart.key.startswith("p:")}
-    beside = [
+    moving = [
         chart._replace(
             title=chart.title.replace("mean p(target)", f"p({chapter.target})"),
             series=tuple(s for s in chart.series if s.style.startswith("m")),
@@ -170,7 +163,7 @@ def _viewer(place, chapter: Chapter, gallery: Gallery, real, rule, plots, nuclei
         "target": chapter.target,
         "width": width,
         "height": height,
-        "pixelated": max(gallery.size) <= _PIXELATED,
+        "pixelated": chapter.size <= sequences.PIXELATED,
         "methods": [
             {"slot": m.slot, "name": m.name, "style": charts.style_of(m.slot), "levels": gallery.levels[m.slot]}
             for m in shown
@@ -184,17 +177,14 @@ def _viewer(place, chapter: Chapter, gallery: Gallery, real, rule, plots, nuclei
             }
             for key, row in gallery.shown.items()
         ],
-        "real": {
-            k: {"sprite": sequences.encode_row(patches, _SHOWN, "PNG"), "num": len(patches)}
-            for k, patches in real.items()
-        },
+        "real": {k: {"sprite": sprite, "num": len(beside.real[k])} for k, sprite in beside.rows.items()},
         "marks": charts.MARKS,
-        "curves": {chart.key: chart.title for chart in beside},
+        "curves": {chart.key: chart.title for chart in moving},
     }
     return {
         # "</script>" in a file's name must not end the script.
         "data": Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
-        "charts": [_drawn(place, "own", chart, interactive=True) for chart in beside],
+        "charts": [_drawn(place, "own", chart, interactive=True) for chart in moving],
         "methods": shown,
         "num_levels": len(data["methods"][0]["levels"]),
         "num_sources": len(gallery.sources),
@@ -204,7 +194,7 @@ def _viewer(place, chapter: Chapter, gallery: Gallery, real, rule, plots, nuclei
         "scale": max(1, math.floor(_SHOWN / max(gallery.size))),
         "shrunk": gallery.shrunk,
         "has_outlines": gallery.has_outlines,
-        "rule": rule if real else "",
+        "rule": beside.rule,
     }
 
 

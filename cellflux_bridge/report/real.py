@@ -12,7 +12,7 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.randomness import numpy_generator
 from cellflux_bridge.report.runs import Chapter
 from cellflux_bridge.report.sequences import rgb_frames
-from cellflux_bridge.trajectory import load_trajectory
+from cellflux_bridge.trajectory import load_trajectory, read_source_ids
 
 
 def _configs(chapter: Chapter) -> list[Config]:
@@ -35,7 +35,8 @@ class NearCopy(NamedTuple):
 
 
 def near_copies(chapter: Chapter, *, num: int = 8) -> list[NearCopy]:
-    """The worst near copies that evaluate listed, as far as their frames and the training patches are here."""
+    """The worst near copies that evaluate listed, as far as their frames and the training patches are here: neither
+    are where the sequences were made anew of other sources, or the data is elsewhere."""
     found = []
     for run in chapter.runs:
         memory = run.metrics.get("memorisation") or {"near_copies": []}
@@ -46,11 +47,16 @@ def near_copies(chapter: Chapter, *, num: int = 8) -> list[NearCopy]:
             method = methods.get(copy["trajectory"])
             if patches is None or copy["training_id"] not in patches.ids or method is None or method.trajectory is None:
                 continue
+            if copy["source_id"] not in read_source_ids(method.trajectory):
+                continue
             of = load_trajectory(method.trajectory, source_ids={copy["source_id"]})
             k = min(range(len(of.levels)), key=lambda k, of=of, copy=copy: abs(of.levels[k] - copy["level"]))
             training = patches.centre([patches.ids.index(copy["training_id"])])[0].permute(1, 2, 0).numpy()
+            frame = rgb_frames(of, 0, [k])[0]
+            if frame.shape != training.shape:
+                continue
             place = (method.name, copy["level"], copy["source_id"], copy["training_id"])
-            found.append(NearCopy(*place, rgb_frames(of, 0, [k])[0], np.ascontiguousarray(training)))
+            found.append(NearCopy(*place, frame, np.ascontiguousarray(training)))
     return found
 
 
@@ -73,16 +79,14 @@ def _load(config: Config) -> Patches | str:
         return str(error)
 
 
-def real_patches(
-    chapter: Chapter, levels: Sequence[float], *, size: tuple[int, int], num: int = 8
-) -> tuple[dict[int, list[np.ndarray]], str]:
+def real_patches(chapter: Chapter, levels: Sequence[float], *, num: int = 8) -> tuple[dict[int, list[np.ndarray]], str]:
     """Up to `num` real test patches (H, W, 3) for each level's number, and the rule by which they were taken.
 
     Patches come from the cache that the training left. Without it the dictionary is empty and the text says why.
     """
     why = "the configuration of its data is not here"
     for config in _configs(chapter):
-        if (config.data.image_size,) * 2 != tuple(size):
+        if config.data.image_size != chapter.size:
             why = f"the data of its networks have {config.data.image_size} px"
             continue
         patches = _load(config)

@@ -1,26 +1,33 @@
 """What a report is made from: the figures, sequences and settings that run folders hold, and how they come together.
 
-Runs of one transition make a chapter: their methods stand in the same tables. A figure of one network never stands in
-the row of another's, so what does not compare is not compared.
+Runs of one transition and image size make a chapter: their methods stand in the same tables. A figure of one network
+never stands in the row of another's, so what does not compare is not compared.
 """
 
 import csv
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.metrics.results import FORMAT, FRAMES_SUFFIX
+from cellflux_bridge.metrics.results import FRAMES_SUFFIX
+from cellflux_bridge.report.reading import read_cellularity, read_cost, read_metrics
 from cellflux_bridge.trajectory import HEADER, TrajectoryHeader, read_header
 
 METRICS, CELLULARITY, VIDEO = "metrics.json", "cellularity.json", "interpolation.mp4"
 _REAL = "real "
-_COST = {"sequences": int, "seconds": float, "cpu_seconds": float}
+
+
+class Network(NamedTuple):
+    """A network as rows are kept apart by: two runs share a row only where name and weights are the same."""
+
+    name: str
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Method:
     @cached_property
     def cost(self) -> dict[str, float] | None:
         path = self.trajectory and self.trajectory / "cost.json"
-        return read_json(path, _COST) if path and path.exists() else None
+        return read_cost(path) if path and path.exists() else None
 
     @property
     def video(self) -> Path | None:
@@ -85,15 +92,40 @@ class Run:
     def networks(self) -> dict[str, dict[str, Any]]:
         return {network["name"]: network for network in self.metrics["networks"]}
 
+    @property
+    def judges(self) -> list[str]:
+        return [network["name"] for network in self.metrics["networks"] if network["use"] == "judge"]
+
+    @property
+    def size(self) -> int:
+        """The side of its frames, px: evaluate takes only judges of that size."""
+        return self.networks[self.judges[0]]["image_size"]
+
+    def network(self, name: str) -> Network:
+        found = self.networks.get(name, {})
+        return Network(name, found.get("digest") or found.get("checkpoint", ""))
+
+    @cached_property
+    def nuclei(self) -> tuple[Parameters, float | None]:
+        """How its nuclei were counted: the segmentation's parameters and mpp; the defaults where they were not."""
+        counted = self.cellularity or {"parameters": {}}
+        return Parameters(**counted["parameters"]), counted.get("mpp")
+
     @cached_property
     def probabilities(self) -> dict[tuple[str, str, str], dict[float, float]]:
         """p(target) by level, of every frame that was judged; empty where evaluate left no such table."""
         path, found = self.file.with_suffix(FRAMES_SUFFIX), {}
-        if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
+        if not path.exists():
+            return found
+        with open(path, newline="", encoding="utf-8") as file:
+            try:
                 for row in csv.DictReader(file):
                     of = found.setdefault((row["trajectory"], row["source_id"], row["judge"]), {})
                     of[float(row["level"])] = float(row["probability"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{path}: damaged ({type(error).__name__}: {error}); make it anew with: cellflux-bridge evaluate"
+                ) from error
         return found
 
     def methods(self, *, prefix: bool, first_slot: int = 0) -> list[Method]:
@@ -121,29 +153,27 @@ class Run:
 
 @dataclass(frozen=True)
 class Chapter:
-    """Runs of one transition: `methods` of all of them, `baselines` once where they are the same."""
+    """Runs of one transition and frames of one `size`: `methods` of all of them, `baselines` once where they are the
+    same; `title` tells the size where chapters differ in nothing else."""
 
     source: str
     target: str
+    size: int
+    title: str
     runs: tuple[Run, ...]
     methods: tuple[Method, ...]
     baselines: tuple[Method, ...]
 
-    @property
-    def title(self) -> str:
-        return f"{self.source} → {self.target}"
+    def of_run(self, run: Run) -> str:
+        """What a sentence about one run begins with; nothing where there is no other."""
+        return f"{run.name}: " if len(self.runs) > 1 else ""
 
-
-def read_json(path: Path, shape: dict[str, type]) -> dict[str, Any]:
-    """A JSON object with the keys of `shape`; UserError names the file and what is wrong with it."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it and make it again") from error
-    wrong = [key for key, kind in shape.items() if not isinstance(data, dict) or not isinstance(data.get(key), kind)]
-    if wrong or not isinstance(data, dict):
-        raise UserError(f"{path}: expected an object with {', '.join(shape)}; {', '.join(wrong)} missing or wrong")
-    return data
+    def called(self, network: Network) -> str:
+        """A network's name, with its runs where another network of the chapter has it, too."""
+        of = {run.name: run.network(network.name) for run in self.runs if network.name in run.networks}
+        if len(set(of.values())) < 2:
+            return network.name
+        return f"{network.name} of {', '.join(name for name, each in of.items() if each == network)}"
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -168,14 +198,8 @@ def load_run(folder: Path, *, name: str) -> Run:
             f"{folder}: holds no {METRICS}, on which a report rests; make it with: cellflux-bridge evaluate "
             f"TRAJECTORY ... --judge RUN --features RUN --output {folder / METRICS}"
         )
-    metrics = read_json(file, {"format": int, "networks": list, "methods": list, "values": list, "differences": list})
-    if metrics["format"] != FORMAT:
-        raise UserError(
-            f"{file}: format {metrics['format']}, this version reads {FORMAT}; run `cellflux-bridge evaluate` again"
-        )
     counted = _newest(folder, CELLULARITY)
-    cellularity = None if counted is None else read_json(counted, {"trajectories": list, "real": list})
-    return Run(name, folder, file, metrics, cellularity)
+    return Run(name, folder, file, read_metrics(file), None if counted is None else read_cellularity(counted))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -188,13 +212,18 @@ def load_chapters(folders: Sequence[Path]) -> list[Chapter]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice; name each once")
     runs = [load_run(folder, name=name) for folder, name in zip(folders, _names(folders), strict=True)]
-    together: dict[tuple[str, str], list[Run]] = {}
+    together: dict[tuple[str, str, int], list[Run]] = {}
     for run in runs:
-        together.setdefault((run.metrics["source"], run.metrics["target"]), []).append(run)
-    return [_chapter(source, target, tuple(of)) for (source, target), of in together.items()]
+        together.setdefault((run.metrics["source"], run.metrics["target"], run.size), []).append(run)
+    chapters = []
+    for (source, target, size), of in together.items():
+        only = sum(key[:2] == (source, target) for key in together) == 1
+        title = f"{source} → {target}" + ("" if only else f", {size} px")
+        chapters.append(_chapter(source, target, size, title, tuple(of)))
+    return chapters
 
 
-def _chapter(source: str, target: str, runs: tuple[Run, ...]) -> Chapter:
+def _chapter(source: str, target: str, size: int, title: str, runs: tuple[Run, ...]) -> Chapter:
     methods, baselines, known = [], [], []
     for run in runs:
         for method in run.methods(prefix=len(runs) > 1, first_slot=len(methods)):
@@ -206,4 +235,4 @@ def _chapter(source: str, target: str, runs: tuple[Run, ...]) -> Chapter:
             if told not in known:
                 known.append(told)
                 baselines.append(method)
-    return Chapter(source, target, runs, tuple(methods), tuple(baselines))
+    return Chapter(source, target, size, title, runs, tuple(methods), tuple(baselines))

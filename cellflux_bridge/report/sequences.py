@@ -24,6 +24,8 @@ MAX_FRAMES = 21
 # Frames are stored without loss as they are; where too few sequences would fit, as WebP of at most so many pixels.
 _STORED = ((None, "PNG"), (256, "WEBP"), (128, "WEBP"), (64, "WEBP"))
 _FEW = 12
+# Above this many pixels a row of patches is not stored without loss.
+PIXELATED = 96
 Segment = Callable[[np.ndarray], np.ndarray]
 
 
@@ -43,7 +45,7 @@ class Shown:
 
     @property
     def size(self) -> int:
-        return len(self.sprite) + len(json.dumps(self.outlines))
+        return len(self.sprite) + len(json.dumps(self.outlines)) + len(json.dumps(self.curves))
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Gallery:
     has_outlines: bool
     kept: dict[tuple[str, int], np.ndarray]
 
+    @property
+    def stored(self) -> int:
+        """Characters of the page."""
+        return sum(one.size for row in self.shown.values() for one in row.values())
+
 
 def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
@@ -79,6 +86,17 @@ def encode_row(frames: Sequence[np.ndarray], side: int | None, form: str) -> str
     options = {"compress_level": 9} if form == "PNG" else {"quality": 88, "method": 4}
     Image.fromarray(np.concatenate(frames, axis=1)).save(buffer, format=form, **options)
     return data_uri(f"image/{form.lower()}", buffer.getvalue())
+
+
+def encode_rows(rows: Sequence[Sequence[np.ndarray]], budget: int) -> list[str]:
+    """Rows of images as data URIs, in the first way of storing by which all come within `budget` characters; nothing
+    where none does."""
+    largest = max((max(image.shape[:2]) for row in rows for image in row), default=0)
+    for side, form in _STORED[largest > PIXELATED :]:
+        encoded = [encode_row(row, side, form) for row in rows]
+        if sum(map(len, encoded)) <= budget:
+            return encoded
+    return []
 
 
 def outline(labels: np.ndarray) -> str:
@@ -105,13 +123,15 @@ def rgb_frames(trajectory: Trajectory, index: int, chosen: Sequence[int]) -> lis
     return [np.ascontiguousarray(frame) for frame in frames]
 
 
-def _curves(method: Method, source_id: str, levels: Sequence[float], masks) -> dict[str, list[float | None]]:
+def _curves(
+    chapter: Chapter, method: Method, source_id: str, levels: Sequence[float], masks
+) -> dict[str, list[float | None]]:
     curves = {"area_fraction": [None if m is None else round(float((m > 0).mean()), 4) for m in masks]}
     curves |= _counted(method, source_id, levels)
-    for judge in (n["name"] for n in method.run.metrics["networks"] if n["use"] == "judge"):
+    for judge in method.run.judges:
         by_level = method.run.probabilities.get((method.record["trajectory"], source_id, judge))
         if by_level is not None:
-            curves[f"p:{judge}"] = [by_level.get(level) for level in levels]
+            curves[f"p:{chapter.called(method.run.network(judge))}"] = [by_level.get(level) for level in levels]
     return curves
 
 
@@ -147,18 +167,28 @@ def _choose_sources(methods: Sequence[Method], num: int) -> tuple[dict[int, list
     return {slot: [pool[slot][i] for i in evenly[slot]] for slot in pool}, sum(map(len, pool.values()))
 
 
-def gather(chapter: Chapter, *, num: int, budget: int, segment: Segment) -> Gallery | None:
-    """Load, draw and outline at most `num` sources within `budget` bytes of page; None where no folder is there."""
+def levels_shown(levels: Sequence[float]) -> list[float]:
+    """Those of a sequence's levels whose frames are shown."""
+    return [levels[k] for k in _shown_frames(len(levels))]
+
+
+def gather(chapter: Chapter, *, num: int, budget: int, segment_of: Callable[[Method], Segment]) -> Gallery | None:
+    """Load, draw and outline at most `num` sources within `budget` characters of page; None where no folder is there.
+
+    Raises UserError for frames of another size than those that were judged.
+    """
     methods = [method for method in chapter.methods if method.trajectory is not None]
     if not methods:
         return None
     ids, total = _choose_sources(methods, num)
     trajectories = {m.slot: load_trajectory(m.trajectory, source_ids=set(ids[m.slot])) for m in methods}
     frames = {slot: _shown_frames(len(of.levels)) for slot, of in trajectories.items()}
-    levels = {slot: [of.levels[k] for k in frames[slot]] for slot, of in trajectories.items()}
+    levels = {slot: levels_shown(of.levels) for slot, of in trajectories.items()}
+    for method in methods:
+        _require_size(method, trajectories[method.slot], chapter.size)
     by_key = _by_key(trajectories, ids)
     side, form = _storage(trajectories, frames, by_key, budget)
-    size = next(iter(trajectories.values())).frames.shape[-2:]
+    size = (chapter.size, chapter.size)
     sources, shown, kept, used = {}, {}, {}, 0
     of_slot = {method.slot: method for method in methods}
     bar = progress(by_key.items(), desc=f"drawing {chapter.source} -> {chapter.target}", unit="source")
@@ -166,9 +196,9 @@ def gather(chapter: Chapter, *, num: int, budget: int, segment: Segment) -> Gall
         row = {}
         for slot, index in places.items():
             of, pictures = trajectories[slot], rgb_frames(trajectories[slot], index, frames[slot])
-            masks = _segmented(segment, pictures)
+            masks = _segmented(segment_of(of_slot[slot]), pictures)
             outlines = ["" if mask is None else outline(mask) for mask in masks]
-            curves = _curves(of_slot[slot], of.source_ids[index], levels[slot], masks)
+            curves = _curves(chapter, of_slot[slot], of.source_ids[index], levels[slot], masks)
             sprite = encode_row(pictures, side, form)
             row[slot] = Shown(sprite, outlines, curves, of.nfe[index], of.gradients[index])
         used += sum(one.size for one in row.values())
@@ -181,6 +211,15 @@ def gather(chapter: Chapter, *, num: int, budget: int, segment: Segment) -> Gall
     shrunk = side if side is not None and max(size) > side else None
     outlined = any(one.outlines and any(one.outlines) for row in shown.values() for one in row.values())
     return Gallery(sources, shown, frames, levels, size, total, shrunk, outlined, kept)
+
+
+def _require_size(method: Method, of: Trajectory, size: int) -> None:
+    height, width = of.frames.shape[-2:]
+    if (height, width) != (size, size):
+        raise UserError(
+            f"{method.trajectory}: frames of {width} x {height} px, but {method.run.file} judged frames of {size} px; "
+            "run cellflux-bridge evaluate again"
+        )
 
 
 def _shown_frames(num: int) -> list[int]:

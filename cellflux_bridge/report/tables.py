@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from cellflux_bridge.report.charts import Band, Chart, Point, Series, style_of
-from cellflux_bridge.report.runs import Chapter, Method, Run
+from cellflux_bridge.report.charts import REAL, Band, Chart, Point, Series, baseline_style, style_of
+from cellflux_bridge.report.runs import Chapter, Method, Network
 from cellflux_bridge.report.words import NUCLEI, QUANTITIES, SECTIONS, floor_of, interval, number, words
 
 
@@ -30,13 +30,6 @@ class Section(NamedTuple):
     rows: tuple[Row, ...]
 
 
-class Network(NamedTuple):
-    """A network as rows are kept apart by: two runs share a row only where name and weights are the same."""
-
-    name: str
-    weights: str
-
-
 def cell(value: dict[str, Any] | None, remark: str = "") -> Cell | None:
     if value is None:
         return None
@@ -44,22 +37,17 @@ def cell(value: dict[str, Any] | None, remark: str = "") -> Cell | None:
     return Cell(number(value["value"]), interval(value["low"], value["high"]), remark, basis)
 
 
-def network_of(run: Run, name: str) -> Network:
-    found = run.networks.get(name, {})
-    return Network(name, found.get("digest") or found.get("checkpoint", ""))
-
-
 def _keys(chapter: Chapter) -> list[tuple[str, Network]]:
     """Quantities with their networks: known quantities in the order of their words, networks in that of the runs."""
     values = ((run, value) for run in chapter.runs for value in run.metrics["values"])
-    rows = {(value["quantity"], network_of(run, value["extractor"])): None for run, value in values}
+    rows = {(value["quantity"], run.network(value["extractor"])): None for run, value in values}
     order = list(QUANTITIES)
     return sorted(rows, key=lambda row: order.index(row[0]) if row[0] in order else len(order))
 
 
 def find(method: Method, quantity: str, by: Network, level: float | None) -> dict[str, Any] | None:
     """A figure of a method by this very network."""
-    return method.value(quantity, level, by.name) if network_of(method.run, by.name) == by else None
+    return method.value(quantity, level, by.name) if method.run.network(by.name) == by else None
 
 
 def levels_of(chapter: Chapter) -> list[float]:
@@ -81,7 +69,7 @@ def _main(method: Method, quantity: str, by: Network, where: str, levels: list[f
 def _real(chapter: Chapter, quantity: str, by: Network) -> tuple[Cell, ...]:
     """What real patches reach, once where runs agree: the floor of a distance, else both classes' own figure."""
     cells = {}
-    for run in (run for run in chapter.runs if network_of(run, by.name) == by):
+    for run in (run for run in chapter.runs if run.network(by.name) == by):
         floor = floor_of(quantity)
         if floor is not None:
             cells[cell(run.real(*floor, by.name), "floor")] = None
@@ -102,7 +90,7 @@ def main_table(chapter: Chapter) -> list[Section]:
             cells = tuple(_main(column, quantity, by, where, levels) for column in columns)
             if any(cells):
                 real = _real(chapter, quantity, by)
-                rows[meaning.section].append(Row(meaning.label, meaning.reading, by.name, cells, real))
+                rows[meaning.section].append(Row(meaning.label, meaning.reading, chapter.called(by), cells, real))
                 break
     return [Section(SECTIONS[name], tuple(of)) for name, of in rows.items() if of]
 
@@ -125,14 +113,29 @@ def level_tables(chapter: Chapter) -> Iterator[LevelTable]:
         if rows:
             used = [k for k in range(len(levels)) if any(cells[k] for _, cells in rows)]
             kept = tuple((name, tuple(cells[k] for k in used)) for name, cells in rows)
-            title = words(quantity).label + (f", {by.name}" if by.name else "")
+            title = words(quantity).label.removesuffix(", worst") + (f", {chapter.called(by)}" if by.name else "")
             yield LevelTable(title, tuple(levels[k] for k in used), kept)
+    for chart in nuclei_charts(chapter):
+        points = {series.name: {point.level: point for point in series.points} for series in chart.series}
+        used = sorted({level for of in points.values() for level in of})
+        rows = ((name, tuple(_cell_of(of.get(level)) for level in used)) for name, of in points.items())
+        yield LevelTable(chart.title, tuple(used), tuple(rows))
+
+
+def _cell_of(point: Point | None) -> Cell | None:
+    return point and Cell(number(point.value), interval(point.low, point.high), basis=f"n = {point.n}")
 
 
 def _curve(name: str, style: str, values: list[dict[str, Any] | None]) -> Series | None:
     found = [v for v in values if v is not None and v["value"] is not None]
-    points = tuple(Point(v["level"], v["value"], v["low"], v["high"]) for v in found)
+    points = tuple(Point(v["level"], v["value"], v["low"], v["high"], v["n"]) for v in found)
     return Series(name, style, points) if points else None
+
+
+def baseline_styles(chapter: Chapter) -> dict[str, str]:
+    """By name; baselines of one kind look alike in whatever run they were made."""
+    kinds = list(dict.fromkeys(baseline.key for baseline in chapter.baselines))
+    return {baseline.name: baseline_style(kinds.index(baseline.key)) for baseline in chapter.baselines}
 
 
 def _series(chapter: Chapter, quantity: str, by: Network) -> tuple[Series, ...]:
@@ -140,15 +143,15 @@ def _series(chapter: Chapter, quantity: str, by: Network) -> tuple[Series, ...]:
     curves = [
         _curve(m.name, style_of(m.slot), [find(m, quantity, by, level) for level in levels]) for m in chapter.methods
     ]
+    styles = baseline_styles(chapter)
     curves += [
-        _curve(b.name, f"b{i % 2}", [find(b, quantity, by, level) for level in levels])
-        for i, b in enumerate(chapter.baselines)
+        _curve(b.name, styles[b.name], [find(b, quantity, by, level) for level in levels]) for b in chapter.baselines
     ]
     return tuple(curve for curve in curves if curve is not None)
 
 
 def _bands(chapter: Chapter, quantity: str, by: Network) -> tuple[Band, ...]:
-    run = next((run for run in chapter.runs if network_of(run, by.name) == by), None)
+    run = next((run for run in chapter.runs if run.network(by.name) == by), None)
     if run is None:
         return ()
     floor = floor_of(quantity)
@@ -172,8 +175,9 @@ def curves(chapter: Chapter) -> list[tuple[str, Chart]]:
         series = _series(chapter, quantity, by)
         if any(len(s.points) > 1 and s.style.startswith("m") for s in series):
             meaning = words(quantity)
-            title = meaning.label.removesuffix(", worst") + (f" — {by.name}" if by.name else "")
-            key = f"p:{by.name}" if quantity == "probability" else f"{quantity}:{by.name}"
+            called = chapter.called(by)
+            title = meaning.label.removesuffix(", worst") + (f" — {called}" if called else "")
+            key = f"p:{called}" if quantity == "probability" else f"{quantity}:{called}"
             bands, diagonal = _bands(chapter, quantity, by), quantity == "probability"
             charts.append((meaning.section, Chart(key, title, series, bands, diagonal)))
     return charts
@@ -197,7 +201,7 @@ def nuclei_charts(chapter: Chapter) -> list[Chart]:
             for point in (run.cellularity or {}).get("real_by_level", ())
             if point["quantity"] == quantity
         }
-        series.append(_curve("real patches of the level's score", "b0", [scored[level] for level in sorted(scored)]))
+        series.append(_curve("real patches of the level's score", REAL, [scored[level] for level in sorted(scored)]))
         bands = {
             (f"real {real['class']}", real["mean"], real["low"], real["high"]): None
             for run in chapter.runs

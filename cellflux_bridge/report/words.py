@@ -87,35 +87,29 @@ QUANTITIES = {
 NUCLEI = {
     "area_fraction": "nuclear area (share of the patch)",
     "count": "nuclei (count)",
-    "mean_area": "mean nuclear area",
-    "darkness": "haematoxylin darkness",
+    "mean_area": "mean nuclear area (px)",
+    "mean_area_um2": "mean nuclear area (µm²)",
     "eccentricity": "eccentricity",
-    "density": "nuclei per mm²",
+    "darkness": "haematoxylin darkness",
+    "density_mm2": "nuclei per mm²",
 }
-
-# Figures of one kind share an opening, whatever quantity was measured.
-_SECTION_OF = {
-    "kid": "likeness", "frechet": "likeness", "fid": "likeness", "precision": "likeness", "recall": "likeness",
-    "density": "likeness", "coverage": "likeness", "cycle": "kept", "lpips": "kept", "ssim": "kept", "ms_ssim": "kept",
-    "preservation": "kept", "stain": "tissue", "near": "memory", "nearest": "memory", "memor": "memory",
-}  # fmt: skip
 
 
 def floor_of(quantity: str) -> tuple[str, str] | None:
-    """Which figure of which real patches stands beside a quantity as its floor; None where their own one does."""
+    """Which figure of which real patches stands beside a quantity as its floor; None where their own one does.
+
+    Distances to real patches of the own level ("_own") have none: the floor between halves of the target class says
+    nothing of the levels before it.
+    """
     kind, _, to = quantity.rpartition("_")
-    if kind and to in ("target", "own"):
+    if kind and to == "target":
         return "target", f"{kind}_floor"
     return {"kid_pooled": ("pooled", "kid_floor"), "severity_error": ("scored", "severity_error")}.get(quantity)
 
 
 def words(quantity: str) -> Words:
     """The words of a quantity; one that is not known here is shown under its own name."""
-    known = QUANTITIES.get(quantity)
-    if known is None:
-        section = next((to for start, to in _SECTION_OF.items() if quantity.startswith(start)), "other")
-        known = Words(section, quantity.replace("_", " "), "")
-    return known
+    return QUANTITIES.get(quantity, Words("other", quantity.replace("_", " "), ""))
 
 
 def number(value: float | None) -> str:

@@ -127,7 +127,7 @@ function viewer(root) {
         return [svg("polyline", { class: kind, points: points.filter((point) => point).join(" ") })];
       });
       // Of the means only the chosen method's: those of all together would hide the sequence.
-      chart.querySelectorAll("[data-style]").forEach((mean) => mean.classList.toggle("away", mean.dataset.style !== method().style));
+      chart.querySelectorAll("[data-series]").forEach((mean) => mean.classList.toggle("away", mean.dataset.series !== method().name));
       lines.sort((a, b) => b.classList.contains("other") - a.classList.contains("other"));
       chart.querySelector(".own").replaceChildren(...lines);
     }
@@ -147,13 +147,13 @@ function viewer(root) {
           const k = nearest(one.levels, level());
           if (values && values[k] !== null) {
             marks.push(marker(mark(one.style), one.style, x(one.levels[k]), y(values[k]), one !== method(), one === method() ? 1.7 : 1.1));
-            drawn.add(one.style);
+            drawn.add(one.name);
           }
         }
       }
       for (const series of chart.querySelectorAll(".series")) {
-        const style = series.dataset.style;
-        if (!style.startsWith("m") || drawn.has(style) || series.classList.contains("away")) continue;
+        const { style, series: name } = series.dataset;
+        if (!style.startsWith("m") || drawn.has(name) || series.classList.contains("away")) continue;
         const line = onCurve(pointsOf(series.querySelector("polyline")), at);
         if (line !== null) marks.push(marker(mark(style), style, at, line, false, 1.5));
       }
@@ -193,9 +193,8 @@ function viewer(root) {
   function set(change) {
     const [before, at] = [{ ...state }, level()];
     Object.assign(state, change);
+    state.source = Math.max(0, Math.min(data.sources.length - 1, state.source));
     if (change.level === undefined) state.level = nearest(base(), at);  // methods may have levels of their own
-    const last = data.sources.length - 1;
-    state.source = Math.max(0, Math.min(last, state.source));
     state.level = Math.max(0, Math.min(base().length - 1, state.level));
     slider.max = base().length - 1;
     slider.value = state.level;
@@ -231,9 +230,9 @@ function viewer(root) {
   return {
     root,
     press(key, target) {
-      const isControl = target.closest("input, select, textarea, button, summary");
-      if (!isControl && ["ArrowLeft", "ArrowRight"].includes(key)) set({ level: state.level + (key === "ArrowLeft" ? -1 : 1) });
-      else if (!isControl && ["Home", "End"].includes(key)) set({ level: key === "Home" ? 0 : Infinity });
+      const movesItself = target.closest("input[type=range], input[type=radio], select, textarea, video");
+      if (!movesItself && ["ArrowLeft", "ArrowRight"].includes(key)) set({ level: state.level + (key === "ArrowLeft" ? -1 : 1) });
+      else if (!movesItself && ["Home", "End"].includes(key)) set({ level: key === "Home" ? 0 : Infinity });
       else if (key === "n" || key === "p") set({ source: state.source + (key === "n" ? 1 : -1) });
       else if (key === "m") {
         const here = shownMethods();
