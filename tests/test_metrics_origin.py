@@ -50,6 +50,8 @@ def test_another_origin_is_refused_unless_the_user_decides(configured, tmp_path,
 def test_one_place_has_many_spellings_and_frames_of_ones_own_have_none(configured, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     require_same_data([configured("made", "data.root=patches")], [configured("judge", "data.crop=12")], [])
+    made = configured("made", "data.root=patches", "data.layout={name: folder, ignore: [C]}")
+    require_same_data([made], [configured("judge", "data.crop=12")], [])  # of more classes
     (tmp_path / "own").mkdir()
     require_same_data([tmp_path / "own"], [configured("judge", "data.root=/elsewhere")], [])
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cellflux_bridge.cellularity.results import FORMAT
 from cellflux_bridge.cli import main
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
@@ -22,7 +23,7 @@ from cellflux_bridge.report.cautions import cautions
 from cellflux_bridge.report.charts import Band, Chart, Point, Series, draw, scale_of
 from cellflux_bridge.report.page import write_report
 from cellflux_bridge.report.runs import load_chapters
-from cellflux_bridge.report.tables import baseline_styles, level_tables, main_table
+from cellflux_bridge.report.tables import baseline_styles, curves, level_tables, main_table
 from cellflux_bridge.report.words import NUCLEI, interval, number
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
@@ -77,6 +78,7 @@ def metrics_of(folders, *, source="A", target="B", flips=(0.9, 0.9), checkpoint=
             value("real source", "probability", None, judge, 0.05),
             value("real source", "flip_rate", None, judge, 0),
         ]
+    values += [value("real own", "kid_floor", level, "features/rgb", 0.004) for level in inner]
     for name in (*folders, *BASELINES):
         for judge, flip in zip(JUDGES, flips, strict=True):
             values += [value(name, "probability", level, judge, level) for level in LEVELS]
@@ -130,7 +132,7 @@ def cellularity_of(folders, *, end=0.16):
     scored = [{"quantity": "area_fraction", "level": s, "n": 9, "mean": m} for s, m in ((0.0, 0.05), (0.5, 0.1))]
     scored = [{**row, "low": row["mean"] - 0.01, "high": row["mean"] + 0.01} for row in scored]
     entries = [{**entry, "trajectory": str(folder)} for folder in folders]
-    content = {"format": 1, "parameters": {}, "mpp": None, "trajectories": entries, "real": real}
+    content = {"format": FORMAT, "parameters": {}, "mpp": None, "trajectories": entries, "real": real}
     return {**content, "real_by_level": scored}
 
 
@@ -261,6 +263,17 @@ def test_warnings_are_given_where_they_are_due_and_only_there(run, tmp_path):
     assert "two: the sequences in" in found
     assert "is not that of real B, 0.16" in found
     assert "one 0.08 (" in found
+
+
+def test_distances_to_a_levels_own_patches_stand_beside_that_levels_floor(run):
+    (chapter,) = load_chapters([run])
+    rows = [row for section in main_table(chapter) for row in section.rows]
+    (own,) = [row for row in rows if row.label.startswith("KID") and "own" in row.label + row.reading]
+    assert [(cell.text, cell.remark) for cell in own.real] == [("0.004", "floor at 1")]
+    (chart,) = [chart for _, chart in curves(chapter) if chart.key.startswith("kid_own")]
+    (floor,) = [series for series in chart.series if series.name == "real vs real"]
+    assert [(point.level, point.value) for point in floor.points] == [(s, 0.004) for s in LEVELS[1:]]
+    assert chart.bands == ()
 
 
 def test_a_run_without_metrics_names_the_command(tmp_path):

@@ -30,7 +30,10 @@ def require_same_data(folders: Sequence[Path], runs: Sequence[Path], overrides: 
 
 
 def _place(config: Config, key: str):
-    return config.data.root.expanduser().resolve() if key == "root" else config.value(f"data.{key}")
+    if key == "root":
+        return config.data.root.expanduser().resolve()
+    # Which classes are left out is no other place: an extractor may have learned more of them than are compared.
+    return {name: value for name, value in config.value("data.layout").items() if name != "ignore"}
 
 
 def _as_override(config: Config, key: str) -> str:

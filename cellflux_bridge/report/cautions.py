@@ -88,7 +88,8 @@ def _floors(chapter: Chapter) -> Iterator[str]:
         for value in run.metrics["values"]:
             floor = floor_of(value["quantity"])
             of_method = not value["method"].startswith("real ")
-            if floor and of_method and (run.real(*floor, value["extractor"]) or {}).get("value") is None:
+            at = value["level"] if floor and floor[0] == "own" else None
+            if floor and of_method and (run.real(*floor, value["extractor"], at) or {}).get("value") is None:
                 called = chapter.called(run.network(value["extractor"]))
                 missing[words(value["quantity"]).label.removesuffix(", worst"), called] = None
     for label, by in missing:

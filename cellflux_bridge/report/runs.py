@@ -147,7 +147,7 @@ class Run:
         return next((place for place in places if (place / HEADER).exists()), None)
 
     def real(self, which: str, quantity: str, by: str = "", level: float | None = None) -> dict[str, Any] | None:
-        """A figure of real patches: `which` is source, target, pooled or scored."""
+        """A figure of real patches: `which` is source, target, pooled, scored, or own (of a level)."""
         return self.lookup.get((f"{_REAL}{which}", quantity, level, by))
 
 

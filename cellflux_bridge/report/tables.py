@@ -72,7 +72,8 @@ def _real(chapter: Chapter, quantity: str, by: Network) -> tuple[Cell, ...]:
     for run in (run for run in chapter.runs if run.network(by.name) == by):
         floor = floor_of(quantity)
         if floor is not None:
-            cells[cell(run.real(*floor, by.name), "floor")] = None
+            at = 1.0 if floor[0] == "own" else None
+            cells[cell(run.real(*floor, by.name, at), "floor" if at is None else "floor at 1")] = None
         else:
             for which, label in (("target", chapter.target), ("source", chapter.source)):
                 cells[cell(run.real(which, quantity, by.name), label)] = None
@@ -147,14 +148,18 @@ def _series(chapter: Chapter, quantity: str, by: Network) -> tuple[Series, ...]:
     curves += [
         _curve(b.name, styles[b.name], [find(b, quantity, by, level) for level in levels]) for b in chapter.baselines
     ]
+    floor = floor_of(quantity)
+    if floor is not None and floor[0] == "own":
+        run = next(run for run in chapter.runs if run.network(by.name) == by)
+        curves.append(_curve("real vs real", REAL, [run.real(*floor, by.name, level) for level in levels]))
     return tuple(curve for curve in curves if curve is not None)
 
 
 def _bands(chapter: Chapter, quantity: str, by: Network) -> tuple[Band, ...]:
     run = next((run for run in chapter.runs if run.network(by.name) == by), None)
-    if run is None:
-        return ()
     floor = floor_of(quantity)
+    if run is None or (floor is not None and floor[0] == "own"):  # which has levels, hence a curve
+        return ()
     if floor is not None:
         name = "real vs real" if floor[1].endswith("_floor") else "of real patches"
         found = [(name, run.real(*floor, by.name))]

@@ -98,13 +98,12 @@ NUCLEI = {
 def floor_of(quantity: str) -> tuple[str, str] | None:
     """Which figure of which real patches stands beside a quantity as its floor; None where their own one does.
 
-    Distances to real patches of the own level ("_own") have none: the floor between halves of the target class says
-    nothing of the levels before it.
+    That of "own", real patches of a level, has the level; the others have none.
     """
     kind, _, to = quantity.rpartition("_")
-    if kind and to == "target":
-        return "target", f"{kind}_floor"
-    return {"kid_pooled": ("pooled", "kid_floor"), "severity_error": ("scored", "severity_error")}.get(quantity)
+    if kind and to in ("target", "pooled", "own"):
+        return to, f"{kind}_floor"
+    return {"severity_error": ("scored", "severity_error")}.get(quantity)
 
 
 def words(quantity: str) -> Words:
