@@ -118,6 +118,9 @@ class Bridge(Translator):
                     f"{', '.join(_READ_BY[settings.method])}; leave it out, or set method={' or '.join(readers)}"
                 )
 
+        if settings.calibrate_each and "calibrate_each" in given and settings.calibrate == "none":
+            raise UserError("translate.calibrate_each=true: set translate.calibrate=probability or distance, too")
+
     def _require_possible(self, settings: TranslateConfig) -> None:
         """Refuse, before anything is computed, what this network or its path cannot do."""
         method, by_level = settings.method, self.config.condition.target == "level"
@@ -150,7 +153,12 @@ class Bridge(Translator):
             if method == "depth" and isinstance(values, list) and len(values) != num:
                 raise UserError(f"translate.{key}: {len(values)} values for {num} levels; give as many")
         is_adaptive = settings.spacing == "adaptive"
-        if settings.needs_pilot or settings.calibrate_each:
+        if is_adaptive and settings.calibrates_each:
+            raise UserError(
+                "translate.calibrate_each=true: adaptive levels are those of validation patches; set "
+                "translate.calibrate_each=false, or spacing=uniform"
+            )
+        if settings.needs_pilot or settings.calibrates_each:
             self._guides.load(settings.guidance, sees="image")
         elif method == "depth" and is_adaptive:
             raise UserError("translate.spacing=adaptive: is of method=progression; give depth stairs their levels")
@@ -302,7 +310,7 @@ class Bridge(Translator):
         """A progression in which the network is told what `translate.calibrate` finds for levels (K,)."""
         own, forwards = self._inverted(x0, settings)
         carry = partial(self._progression, x0, ids, own=own)
-        if settings.calibrate_each:
+        if settings.calibrates_each:
             told, coarse = self._pilot.told_each(settings, levels, x0, carry)
             forwards += coarse
         else:

@@ -204,16 +204,13 @@ class TranslateConfig(Section):
     @property
     def needs_pilot(self) -> bool:
         """Whether levels, or what the network is told for them, are measured before anything is translated."""
-        measured = self.calibrate != "none" and not self.calibrate_each
+        measured = self.calibrate != "none" and not self.calibrates_each
         return self.method == "progression" and (measured or self.spacing == "adaptive")
 
-    @model_validator(mode="after")
-    def _each_is_calibrated_somehow(self):
-        if self.calibrate_each and (self.calibrate == "none" or self.spacing == "adaptive"):
-            raise ValueError(
-                "calibrate_each=true: needs calibrate=probability or distance, and spacing=uniform or given levels"
-            )
-        return self
+    @property
+    def calibrates_each(self) -> bool:
+        """Whether what the network is told is measured on each source by itself."""
+        return self.method == "progression" and self.calibrate != "none" and self.calibrate_each
 
     @field_validator("levels")
     @classmethod

@@ -30,7 +30,7 @@ class Guides:
     def names(self, settings: TranslateConfig) -> list[str]:
         """Names and steps of the guides that a translation heeds, so that others do not complete it."""
         seen = {seen_by(settings.guidance)} if settings.guidance.form != "none" else set()
-        if settings.needs_pilot or settings.calibrate_each:
+        if settings.needs_pilot or settings.calibrates_each:
             seen.add("image")
         return [name for sees in sorted(seen) for name in self.named(settings.guidance, sees=sees)]
 

@@ -66,17 +66,7 @@ def cautions(values: Sequence[Value]) -> Iterator[str]:
                     f"{value.value:.1%} of the frames of {value.method} lie nearer to a training patch than any "
                     f"held-out real patch does, about {by_chance:.1%} would by chance: look at the near copies."
                 )
-        if value.quantity == "stain_share" and value.level == 1 and value.trajectory and value.value > 0.5:
-            real = [
-                f" (and {other.value:.0%} of that to the nearest real target)"
-                for other in values
-                if (other.quantity, other.extractor, other.level) == ("stain_share", value.extractor, 1)
-                and other.method == NEAREST_TARGET
-            ]
-            yield (
-                f"{value.value:.0%} of what {value.extractor} sees change in {value.method} a mere stain transfer "
-                f"explains{''.join(real)}: ask judges of structure."
-            )
+    yield from _stain(values)
     undefined: dict[tuple[str, str], list[Value]] = {}
     for value in values:
         if np.isnan(value.value) and value.quantity.startswith(tuple(_NEEDS)) and not value.quantity.endswith("spread"):
@@ -89,3 +79,20 @@ def cautions(values: Sequence[Value]) -> Iterator[str]:
             f"{quantity} of {method}{f' at level {levels}' if levels else ''} is undefined: {found[0].n} images"
             f"{against}; it needs {need}."
         )
+
+
+def _stain(values: Sequence[Value]) -> Iterator[str]:
+    """A warning about each network that sees little more at level 1 than a change of stain."""
+    ends = [value for value in values if value.quantity == "stain_share" and value.level == 1]
+    for extractor in dict.fromkeys(value.extractor for value in ends):
+        found = [value for value in ends if value.extractor == extractor]
+        high = [value for value in found if value.trajectory and value.value > 0.5]
+        if high:
+            shares = ", ".join(f"{value.value:.0%} in {value.method}" for value in high)
+            real = [
+                f" ({value.value:.0%} to the nearest real target)" for value in found if value.method == NEAREST_TARGET
+            ]
+            yield (
+                f"A mere stain transfer explains most of the change that {extractor} sees: "
+                f"{shares}{''.join(real)}; ask judges of structure."
+            )
