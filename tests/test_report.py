@@ -209,7 +209,7 @@ def test_every_figure_stands_with_interval_and_floor(page):
     assert ">0.001<" in kid
     assert '<span class="n">n = 6, against 40 real</span>' in kid
     (own,) = (row for row in chapter_rows if "KID to real of the own level" in row and "<td" in row)
-    assert "floor" not in own  # that of the target class is not that of the levels before
+    assert "floor at 1" in own  # that of the level itself
     (frechet,) = (row for row in chapter_rows if "Fréchet distance to real target" in row)
     assert ">3.21<" in frechet
 
