@@ -319,7 +319,11 @@ def cellularity_command(args: argparse.Namespace) -> None:
     asked = [flag for flag, given in other.items() if given is not None]
     if len(asked) + (args.config is not None) != 1:
         raise UserError(f"expected trajectories or one of {', '.join(other)}; given: {', '.join(asked) or 'nothing'}")
-    parameters = Parameters(stains=args.stains)
+    if args.instanseg is not None and not args.instanseg.is_file():
+        raise UserError(
+            f"--instanseg {args.instanseg}: no such file; expected InstanSeg's TorchScript file, instanseg.pt"
+        )
+    parameters = Parameters(stains=args.stains, instanseg=str(args.instanseg or ""))
     if args.config is None:
         for flag, given in (("--real-source", args.real_source), ("--real-target", args.real_target)):
             if given is not None:
@@ -480,6 +484,10 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
             ("--annotated", {"type": Path, "metavar": "CSV", "help": "columns path, cellularity: how well they agree"}),
             ("--label-maps", {"type": Path, "metavar": "FOLDER", "help": "images/ and labels/: how well nuclei match"}),
             ("--mpp", {"type": float, "help": "microns per pixel of the images that are counted"}),
+            (
+                "--instanseg",
+                {"type": Path, "metavar": "FILE", "help": "let InstanSeg's TorchScript file find the nuclei"},
+            ),
             ("--stains", {"default": "red", "help": "red (the red channel's absorption), ruifrok or macenko"}),
             ("--workers", {"type": int, "default": 0, "help": "processes (0: one a core)"}),
         ],

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage.draw import ellipse
 from skimage.measure import regionprops
@@ -45,6 +46,21 @@ def discs(centres, *, radius: int = 8, size: int = 96, darkness: float = 1.2) ->
 
 def lattice(step: int, *, size: int = 96) -> list[tuple[int, int]]:
     return [(y, x) for y in range(step // 2, size, step) for x in range(step // 2, size, step)]
+
+
+class Thresholded(torch.nn.Module):
+    """Stands for InstanSeg: what is dark in the red channel, a label for each half of the image."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        side = torch.ones_like(x[:, :1])
+        side[..., x.shape[-1] // 2 :] = 7
+        return side * (x[:, :1] < 0.5)
+
+
+@pytest.fixture
+def instanseg(tmp_path):
+    torch.jit.script(Thresholded()).save(str(tmp_path / "instanseg.pt"))
+    return tmp_path / "instanseg.pt"
 
 
 # Finding
@@ -437,6 +453,30 @@ def test_levels_are_held_against_real_patches_of_their_score(tmp_path):
     assert "distance_to_real," in written
     without = along_trajectories([folder], patches=replace(patches, scores=patches.scores * np.nan), workers=1)
     assert without["real_by_level"] == []
+
+
+@pytest.mark.parametrize("mpp", [None, 0.5, 0.25, 0.9])
+@pytest.mark.parametrize("size", [96, 83])
+def test_a_trained_network_may_find_the_nuclei(instanseg, mpp, size):
+    rgb, truth = discs([(40, 20), (40, 70)], size=size)
+    found = segment(rgb, mpp=mpp, parameters=Parameters(instanseg=str(instanseg)))
+    assert (found.dtype, found.shape) == (np.int32, (size, size))
+    assert sorted(np.unique(found)) == [0, 1, 2]
+    compared = validation.compare(truth, found)
+    assert compared.num_matched == 2
+    assert compared.area_found == pytest.approx(compared.area_true, rel=0.12)
+
+
+def test_the_file_of_a_trained_network_goes_along_and_is_named_where_it_is_none(instanseg, tmp_path, capsys):
+    images = real_folder(tmp_path / "images", (48, 48))
+    output = ["--output", str(tmp_path / "n.csv"), "--workers", "1"]
+    main(["cellularity", "--images", images, "--instanseg", str(instanseg), *output])
+    rows = list(csv.DictReader((tmp_path / "n.csv").read_text().splitlines()))
+    assert [float(row["count"]) for row in rows] == [2, 2]  # each half is one
+    (tmp_path / "other.pt").write_bytes(b"no network")
+    for file, message in (("other.pt", "cannot be loaded"), ("none.pt", "no such file")):
+        with pytest.raises(SystemExit, match=rf"--instanseg .*{file}: {message}"):
+            main(["cellularity", "--images", images, "--instanseg", str(tmp_path / file), *output])
 
 
 def test_grey_frames_are_left_out_and_counted(tmp_path):

@@ -40,11 +40,13 @@ class Parameters:
     outline           a nucleus ends where absorption has fallen to this share of its own mean, over the background
     least_area        of a nucleus, as a share of a disc of the typical radius
     least_contrast    of a nucleus's mean with the background, as a share of that of all nuclear pixels
+    instanseg         a TorchScript file of InstanSeg, which then finds the nuclei instead (see `instanseg`); or ""
     first_scale, scale, scale_quantile   radius from the mean distance to the background (exactly 1 for discs); from
                       the area of which this share of the nuclear pixels lies in smaller nuclei (1 for discs)
     """
 
     stains: str = "red"
+    instanseg: str = ""
     smoothing: float = 0.58
     threshold: float = 0.9
     landscape_smoothing: float = 0.12
@@ -141,6 +143,10 @@ def segment(rgb: np.ndarray, *, mpp: float | None = None, parameters: Parameters
     (fluorescence) and inverted images.
     """
     require_bright_field(rgb)
+    if parameters.instanseg:
+        from cellflux_bridge.cellularity import instanseg  # torch, which nuclei otherwise do without
+
+        return instanseg.segment(rgb, file=parameters.instanseg, mpp=mpp)
     nothing = np.zeros(rgb.shape[:2], np.int32)
     radii = _RADII if mpp is None else tuple(max(um / mpp, _RADII[0]) for um in _RADII_UM)
     absorption, density = haematoxylin(rgb, parameters.stains)
