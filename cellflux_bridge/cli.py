@@ -323,6 +323,8 @@ def cellularity_command(args: argparse.Namespace) -> None:
         raise UserError(
             f"--instanseg {args.instanseg}: no such file; expected InstanSeg's TorchScript file, instanseg.pt"
         )
+    if args.instanseg is not None and args.stains != "red":
+        raise UserError(f"--stains {args.stains}: --instanseg finds nuclei without stains; leave one out")
     parameters = Parameters(stains=args.stains, instanseg=str(args.instanseg or ""))
     if args.config is None:
         for flag, given in (("--real-source", args.real_source), ("--real-target", args.real_target)):

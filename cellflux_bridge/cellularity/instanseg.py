@@ -53,6 +53,5 @@ def segment(rgb: np.ndarray, *, file: str, mpp: float | None) -> np.ndarray:
         )
     labels = labels.reshape(-1, *x.shape[-2:])[:1, :rows, :columns]  # of nuclei, which come before cells
     labels = F.interpolate(labels[None].float(), size=(height, width), mode="nearest")[0, 0]
-    return np.unique(labels.numpy(), return_inverse=True)[1].reshape(height, width).astype(np.int32) + int(
-        labels.min() > 0
-    )
+    numbered = np.unique(np.append(labels.numpy(), 0), return_inverse=True)[1]  # from 0, whether there is background
+    return numbered[:-1].reshape(height, width).astype(np.int32)
