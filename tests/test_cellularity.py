@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -59,7 +60,9 @@ class Thresholded(torch.nn.Module):
 
 @pytest.fixture
 def instanseg(tmp_path):
-    torch.jit.script(Thresholded()).save(str(tmp_path / "instanseg.pt"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.script(Thresholded()).save(str(tmp_path / "instanseg.pt"))
     return tmp_path / "instanseg.pt"
 
 

@@ -141,4 +141,4 @@ def test_near_copies_and_mere_recolouring_are_told():
     )
     assert copies.startswith("5.0% of the frames of path lie nearer")
     assert "about 1.0% would by chance" in copies
-    assert stain.startswith("70% of what x sees change in path")
+    assert "the change that x sees: 70% in path; ask judges of structure" in stain

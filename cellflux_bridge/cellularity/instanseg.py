@@ -5,6 +5,7 @@ Such a file (brightfield_nuclei, `instanseg.pt`) holds the network and its post-
 (1, 1, H, W). Only torch is needed to run it.
 """
 
+import warnings
 from functools import lru_cache
 
 import numpy as np
@@ -22,7 +23,9 @@ _STRIDE = 32
 @lru_cache(maxsize=1)
 def _load(file: str) -> torch.jit.ScriptModule:
     try:
-        return torch.jit.load(file, map_location="cpu").eval()
+        with warnings.catch_warnings():  # TorchScript is deprecated, and what InstanSeg is published as
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.jit.load(file, map_location="cpu").eval()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"--instanseg {file}: cannot be loaded ({str(error).splitlines()[0]}); expected InstanSeg's TorchScript "
