@@ -1,8 +1,9 @@
 """Seeds for every random draw, derived from one seed and the draw's purpose.
 
 A draw depends on what it is for (a stream name and counters: step, rank, source id), never on what was drawn before.
-So a resumed run, another number of workers or another batch size repeat the same draws, and no generator state needs
-to be saved.
+So a resumed run and another number of workers repeat the same draws, translation does so in batches of any size and on
+any number of processes, and no generator state needs to be saved. (A training batch is one draw: of another size, or
+divided among other processes, it is another.)
 """
 
 import hashlib
