@@ -32,7 +32,8 @@ class TrajectoryHeader:
     """What all sequences of a trajectory share.
 
     `method` is "path" (states of the flow's ODE), "progression" or "depth" (stairs) or "ddim_bridge"; `levels` are
-    K+1 rising numbers in [0, 1], 0 the source and 1 the target.
+    K+1 rising numbers in [0, 1], 0 the source and 1 the target; `config_hash` tells settings and weights from others: a
+    hash of the settings @ step : hash of the network's weights, + the same of every guide.
     """
 
     method: str
@@ -119,9 +120,11 @@ class TrajectoryWriter:
             found = read_header(folder)
             differing = [f.name for f in fields(header) if getattr(found, f.name) != getattr(header, f.name)]
             if differing:
+                hashes = f": {found.config_hash} there, {header.config_hash} here" * ("config_hash" in differing)
                 raise UserError(
-                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's); "
-                    "choose another --output, or replace it with --overwrite"
+                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's{hashes}), made "
+                    "with other settings, or before a network or guide was trained again; choose another --output, or "
+                    "replace it with --overwrite"
                 )
         elif folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".tmp"):
             raise UserError(f"{folder}: is not empty and holds no trajectory; choose another output folder")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cellflux_bridge import Bridge, cli, images
@@ -619,6 +620,28 @@ def test_other_guides_do_not_complete_a_translation(flow):
     assert names
     assert all(name in bridge._header(settings).config_hash for name in names)
     assert bridge._guides.names(bridge._settings("A", "B", {"guidance": {"form": "none"}})) == []
+
+
+def test_a_guide_or_network_trained_again_does_not_complete_a_translation(flow, tmp_path):
+    """Of the same name, step and settings: what a translation holds was made with other weights."""
+    run = shutil.copytree(flow, tmp_path / "run", ignore=shutil.ignore_patterns("trajectories", "guide_rgb_state"))
+    command = ["translate", str(run), *STEPS, *TWO_LEVELS, "translate.guidance.form=endpoint"]
+    cli.main(command)
+    (trajectory,) = (run / "trajectories").iterdir()
+    first = load_trajectory(trajectory)
+    shutil.rmtree(run / "guide_rgb")
+    cli.main(["train-classifier", str(run), "classifier.role=guide", "classifier.seed=5"])
+    with pytest.raises(SystemExit, match=r"config_hash .*guide_rgb@12:\w{16} there, .* a network or guide was trained"):
+        cli.main(command)
+    cli.main([*command, "--overwrite"])
+    second = load_trajectory(trajectory)
+    assert not np.array_equal(second.frames, first.frames)
+    cli.main(command)
+    file = checkpoint.latest(run) / checkpoint.WEIGHTS
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(SystemExit, match="holds another run"):
+        cli.main(command)
+    assert np.array_equal(load_trajectory(trajectory).frames, second.frames)
 
 
 def test_options_of_guidance_are_added_to_those_of_the_run(flow):
