@@ -485,7 +485,7 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
             ("--images", {"type": Path, "metavar": "FOLDER", "help": "count in a folder's images instead"}),
             ("--annotated", {"type": Path, "metavar": "CSV", "help": "columns path, cellularity: how well they agree"}),
             ("--label-maps", {"type": Path, "metavar": "FOLDER", "help": "images/ and labels/: how well nuclei match"}),
-            ("--mpp", {"type": float, "help": "microns per pixel of the images that are counted"}),
+            ("--mpp", {"type": float, "help": "microns per pixel of what is counted (default: a trajectory's own)"}),
             (
                 "--instanseg",
                 {"type": Path, "metavar": "FILE", "help": "let InstanSeg's TorchScript file find the nuclei"},

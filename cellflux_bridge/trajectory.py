@@ -3,7 +3,7 @@
 Everything that makes sequences (a flow, a reference bridge, a user's own frames) writes Trajectories; everything that
 judges or shows them reads Trajectories and never sees a network. On disk a trajectory is a folder:
 
-    trajectory.json     what was made: method, source, target, classes, levels, config hash
+    trajectory.json     what was made: method, source, target, classes, levels, config hash; mpp, where it is known
     manifest.csv        one row a frame: file, source_id, level, nfe and gradients of its sequence, p_<class> for each
     frames/*.png        <running number>_<source stem>/<frame>.png
 
@@ -33,7 +33,8 @@ class TrajectoryHeader:
 
     `method` is "path" (states of the flow's ODE), "progression" or "depth" (stairs) or "ddim_bridge"; `levels` are
     K+1 rising numbers in [0, 1], 0 the source and 1 the target; `config_hash` tells settings and weights from others: a
-    hash of the settings @ step : hash of the network's weights, + the same of every guide.
+    hash of the settings @ step : hash of the network's weights, + the same of every guide; `mpp` is microns per pixel
+    of the frames, None where they are not known.
     """
 
     method: str
@@ -42,6 +43,7 @@ class TrajectoryHeader:
     classes: tuple[str, ...]
     levels: tuple[float, ...]
     config_hash: str
+    mpp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -190,10 +192,12 @@ def read_header(folder: Path) -> TrajectoryHeader:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     wanted = {f.name for f in fields(TrajectoryHeader)}
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT or set(data) != wanted:
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT or set(data) | {"mpp"} != wanted:
         raise UserError(f"{path}: expected format {FORMAT} with the keys {', '.join(sorted(wanted))}")
     if not all(isinstance(data[key], list) for key in ("classes", "levels")):
         raise UserError(f"{path}: expected lists of classes and levels")
+    if (mpp := data.get("mpp")) is not None and not (isinstance(mpp, (int, float)) and mpp > 0):
+        raise UserError(f"{path}: mpp {mpp!r}: expected microns per pixel, above 0, or null")
     data["classes"], data["levels"] = tuple(data["classes"]), tuple(data["levels"])
     return TrajectoryHeader(**data)
 

@@ -409,12 +409,12 @@ def test_a_wrong_output_is_refused_before_anything_is_counted(tmp_path, monkeypa
 # Along trajectories
 
 
-def write_trajectory(folder, *, steps=(48, 32, 24), num: int = 3, grey_at: int | None = None):
+def write_trajectory(folder, *, steps=(48, 32, 24), num: int = 3, grey_at: int | None = None, mpp: float | None = None):
     """Sequences whose frames show 4, 9 and 16 discs by default."""
     frames = np.stack([np.stack([discs(lattice(step))[0].transpose(2, 0, 1)] * num) for step in steps])
     if grey_at is not None:
         frames[grey_at] = 128
-    header = replace(HEADER, levels=tuple(np.linspace(0, 1, len(steps)).tolist()))
+    header = replace(HEADER, levels=tuple(np.linspace(0, 1, len(steps)).tolist()), mpp=mpp)
     ids = tuple(f"test/A/{n}.png" for n in range(num))
     trajectory = Trajectory(header, frames, linear_soft_labels(header, num), ids, (1,) * num, (0,) * num)
     writer = TrajectoryWriter(folder, header)
@@ -477,6 +477,28 @@ def test_curves_of_a_trajectory_beside_real_patches(tmp_path, capsys):
     assert ends["count"] == "reached"
     assert {r["end"] for r in rows if r["what"] != "end_minus_target"} == {""}
     assert "reached" in capsys.readouterr().out
+
+
+def test_microns_are_those_of_the_trajectory(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "NUM_RESAMPLES", 20)
+    one, other = (write_trajectory(tmp_path / str(mpp), mpp=mpp) for mpp in (0.5, 0.25))
+    source, target = real_folder(tmp_path / "A", (48, 48)), real_folder(tmp_path / "B", (24, 24))
+    real = ["--real-source", source, "--real-target", target, "--workers", "1"]
+
+    def counted(*folders) -> dict:
+        main(["cellularity", *map(str, folders), *real, "--output", str(tmp_path / "c.json")])
+        return json.loads((tmp_path / "c.json").read_text())
+
+    content = counted(one)
+    density = [c["mean"] for c in content["trajectories"][0]["curves"] if c["quantity"] == "density_mm2"]
+    assert content["mpp"] == 0.5
+    assert density == pytest.approx([num / (96 * 0.5e-3) ** 2 for num in (4, 9, 16)])
+    (real_density,) = [r["mean"] for r in content["real"] if (r["class"], r["quantity"]) == ("B", "density_mm2")]
+    assert real_density == pytest.approx(density[2])
+    with pytest.raises(SystemExit, match=r"0\.25: 0\.25 microns per pixel, but .*0\.5 has 0\.5; count them apart"):
+        counted(one, other)
+    assert counted(one, other, "--mpp", "1")["mpp"] == 1
+    assert counted(one, write_trajectory(tmp_path / "unknown"))["mpp"] is None
 
 
 def test_an_end_short_of_the_target_and_levels_outside_are_told(tmp_path):

@@ -15,7 +15,7 @@ from cellflux_bridge import Bridge, cli, images
 from cellflux_bridge.config import load_config
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.training import checkpoint, classifier
-from cellflux_bridge.trajectory import load_trajectory
+from cellflux_bridge.trajectory import load_trajectory, read_header
 from cellflux_bridge.transport import stairs
 
 LEVEL = {"target": "level", "source_image": True, "source_class": False}
@@ -216,6 +216,20 @@ def test_a_stair_stands_in_a_folder_of_its_method(flow):
     for method, num in (("path", "frames=3"), ("progression", "levels=2")):
         folder, _ = load(flow, f"translate.method={method}", "translate.num=1", f"translate.{num}").translate_split()
         assert folder == flow / "trajectories" / f"A_to_B_{method}"
+
+
+def test_a_translation_knows_its_microns_per_pixel(flow, tmp_path):
+    """Those of the manifest at the network's scale: here a file's shorter side is scaled to the network's 16 px."""
+    root = shutil.copytree(load_config(flow / "config.yaml").data.root, tmp_path / "patches")
+    rows = ["path,label,mpp"]
+    for file in sorted(root.glob("*/*.png")):
+        rows.append(f"{file.relative_to(root).as_posix()},{file.parent.name},{8 / min(images.read_size(file))}")
+    (root / "manifest.csv").write_text("\n".join(rows) + "\n")
+    bridge = load(flow, *TWO_LEVELS, f"data.root={root}")
+    assert read_header(bridge.translate_split(output=tmp_path / "t")[0]).mpp == pytest.approx(0.5)
+    assert bridge.translate_split(output=tmp_path / "t")[1]["made_now"] == 0
+    bridge = load(flow, *TWO_LEVELS)
+    assert read_header(bridge.translate_split(output=tmp_path / "u")[0]).mpp is None
 
 
 # Depth
