@@ -54,11 +54,12 @@ class Bridge(Translator):
         super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
         self.path = path
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
+        self._weights = checkpoint.weights_digest(self._network)[:16]
         self._guides = Guides(config, fabric.device)
         self._pilot = Pilot(
             config=config,
             fabric=fabric,
-            network=self._network,
+            weights=self._weights,
             guides=self._guides,
             patches=self.patches,
             carry=self._to_conditions,
@@ -188,7 +189,7 @@ class Bridge(Translator):
             target=settings.target,
             classes=self.classes,
             levels=self._levels(settings),
-            config_hash="+".join([f"{digest}@{self.step}", *self._guides.names(settings)]),
+            config_hash="+".join([f"{digest}@{self.step}:{self._weights}", *self._guides.names(settings)]),
         )
 
     def _name(self, settings: TranslateConfig) -> str:

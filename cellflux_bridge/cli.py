@@ -371,11 +371,11 @@ def _cellularity_of_images(args: argparse.Namespace, parameters) -> None:
 
     if args.images is not None:
         output = args.output or args.images.with_name(f"{args.images.name}_nuclei.csv")
-        too_small = counting.write_counts(
-            args.images, output, mpp=args.mpp, parameters=parameters, workers=args.workers
-        )
-        if too_small:
-            print(f"{too_small} images: nuclei under {counting.MIN_PIXELS:g} px, counts are left out")
+        tally = counting.write_counts(args.images, output, mpp=args.mpp, parameters=parameters, workers=args.workers)
+        if tally.too_small:
+            print(f"{tally.too_small} images: nuclei under {counting.MIN_PIXELS:g} px, counts are left out")
+        if tally.unmeasured:
+            print(f"{tally.unmeasured} images: could not be measured; the column reason says why")
         print(f"wrote: {output}")
     elif args.annotated is not None:
         found = validation.agree(args.annotated, mpp=args.mpp, parameters=parameters, workers=args.workers)
@@ -485,7 +485,7 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
             ("--images", {"type": Path, "metavar": "FOLDER", "help": "count in a folder's images instead"}),
             ("--annotated", {"type": Path, "metavar": "CSV", "help": "columns path, cellularity: how well they agree"}),
             ("--label-maps", {"type": Path, "metavar": "FOLDER", "help": "images/ and labels/: how well nuclei match"}),
-            ("--mpp", {"type": float, "help": "microns per pixel of the images that are counted"}),
+            ("--mpp", {"type": float, "help": "microns per pixel of what is counted (default: a trajectory's own)"}),
             (
                 "--instanseg",
                 {"type": Path, "metavar": "FILE", "help": "let InstanSeg's TorchScript file find the nuclei"},

@@ -20,24 +20,23 @@ class Guides:
 
     def __init__(self, config: Config, device: torch.device):
         self._config, self._device = config, device
-        self._loaded: dict[tuple[Path, str], PatchClassifier] = {}
+        self._loaded: dict[tuple[Path, str], tuple[str, PatchClassifier]] = {}
 
     def load(self, guidance: GuidanceConfig, *, sees: str) -> list[PatchClassifier]:
         """The guides of finished images ("image") or of states ("state"), at least one; UserError where there is none
         or one does not fit."""
-        return [self._load(run, sees=sees) for run in self._runs(guidance, sees=sees)]
+        return [self._load(run, sees=sees)[1] for run in self._runs(guidance, sees=sees)]
 
     def names(self, settings: TranslateConfig) -> list[str]:
-        """Names and steps of the guides that a translation heeds, so that others do not complete it."""
+        """Names, as `named` gives them, of the guides that a translation heeds, so that others do not complete it."""
         seen = {seen_by(settings.guidance)} if settings.guidance.form != "none" else set()
         if settings.needs_pilot or settings.calibrates_each:
             seen.add("image")
         return [name for sees in sorted(seen) for name in self.named(settings.guidance, sees=sees)]
 
     def named(self, guidance: GuidanceConfig, *, sees: str) -> list[str]:
-        """Names and steps of the guides that `load` would load."""
-        runs = self._runs(guidance, sees=sees)
-        return [f"{run.name}@{checkpoint.step_of(checkpoint.latest(run))}" for run in runs]
+        """Of the guides that `load` gives: name@step:weights, which tells one that was trained again from the first."""
+        return [self._load(run, sees=sees)[0] for run in self._runs(guidance, sees=sees)]
 
     def _runs(self, guidance: GuidanceConfig, *, sees: str) -> list[Path]:
         """Where guides are: those that the settings name, else all of the run."""
@@ -51,7 +50,7 @@ class Guides:
             )
         return runs
 
-    def _load(self, run: Path, *, sees: str) -> PatchClassifier:
+    def _load(self, run: Path, *, sees: str) -> tuple[str, PatchClassifier]:
         if (run, sees) not in self._loaded:
             folder = checkpoint.latest(run)
             trained = checkpoint.read_config(folder)
@@ -69,5 +68,7 @@ class Guides:
             ]
             if problems:
                 raise UserError(f"{run}: a guide that does not fit this flow: {'; '.join(problems)}")
-            self._loaded[run, sees] = classifier.load(folder, self._device)
+            guide = classifier.load(folder, self._device)
+            name = f"{run.name}@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(guide)[:16]}"
+            self._loaded[run, sees] = name, guide
         return self._loaded[run, sees]

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
 from cellflux_bridge import images as image_io
 from cellflux_bridge.classifier.model import PatchClassifier
@@ -46,8 +45,9 @@ class Pilot:
     """A progression of validation patches to conditions from 0 to 1, unguided, and what guides see in it.
 
     `patches()` are those of the run; `carry(x0, ids, settings, grid)` makes the progression of sources x0 (B, 3, S, S)
-    in [-1, 1] to conditions (G,) with `network`. What was measured is kept in the run's folder, where
-    there is one that can be written to, and holds for these weights, so that no patches are needed the next time.
+    in [-1, 1] to conditions (G,) with the network of the digest `weights`. What was measured is kept in the run's
+    folder, where there is one that can be written to, and holds for these weights, so that no patches are needed the
+    next time.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Pilot:
         *,
         config: Config,
         fabric: Fabric,
-        network: nn.Module,
+        weights: str,
         guides: Guides,
         patches: Callable[[], Patches],
         carry: Callable[..., stairs.Stair],
     ):
-        self._config, self._fabric, self._network, self._guides = config, fabric, network, guides
+        self._config, self._fabric, self._weights, self._guides = config, fabric, weights, guides
         self._patches, self._carry = patches, carry
         self._known: dict[tuple, Measured] = {}
 
@@ -129,8 +129,7 @@ class Pilot:
             self._known[self._key(settings)] = from_rank_zero(self._fabric, lambda: self._measured(settings))
 
     def _key(self, settings: TranslateConfig) -> tuple:
-        guides = (*settings.guidance.guides, *self._guides.named(settings.guidance, sees="image"))
-        return (*(getattr(settings, key) for key in _HEEDED), *guides)
+        return (*(getattr(settings, key) for key in _HEEDED), *self._guides.named(settings.guidance, sees="image"))
 
     def _measured(self, settings: TranslateConfig) -> Measured:
         key = self._key(settings)
@@ -161,15 +160,13 @@ class Pilot:
 
     def _made_with(self, settings: TranslateConfig) -> dict[str, Any]:
         """All that the measured numbers depend on. Not where the patches lie: validation patches are the run's own."""
-        names = self._guides.named(settings.guidance, sees="image")
-        guides = self._guides.load(settings.guidance, sees="image")
         return {
             **{key: getattr(settings, key) for key in _HEEDED},
             "seed": self._config.seed,
             "sources": _NUM_SOURCES,
             "conditions": _NUM_CONDITIONS,
-            "network": _fingerprint(self._network),
-            "guides": [f"{name} {_fingerprint(guide)}" for name, guide in zip(names, guides, strict=True)],
+            "network": self._weights,
+            "guides": self._guides.named(settings.guidance, sees="image"),
         }
 
     def _measure(self, settings: TranslateConfig) -> Measured:
@@ -197,11 +194,3 @@ class Pilot:
         with self._fabric.autocast():
             stair = self._carry(x0, [patches.ids[i] for i in chosen], unguided, grid)
         return image_io.decode(stair.frames[1:]).cpu().numpy()
-
-
-def _fingerprint(network: nn.Module) -> str:
-    """A short hash of a network's weights, so that another training of as many steps does not pass for it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

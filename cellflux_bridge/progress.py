@@ -29,18 +29,25 @@ def threaded(work: Callable[[Any], Any], items: Sequence, *, workers: int = 0, d
         return list(progress(results, total=len(items), desc=desc, unit="image"))
 
 
+def _begin_worker() -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 def in_processes(work: Callable[[Any], Any], items: Iterable, *, workers: int = 0, slab: int = _SLAB) -> Iterator:
     """`work` of every item, in order, by `workers` processes (0: one a core; with 1 it happens in this one).
 
     `items` may be a generator: at most `slab` of them are held at a time. Workers leave Ctrl-C to this process, which
-    then takes back what they have not begun.
+    then takes back what they have not begun, and run torch with one thread each.
     """
     workers = workers or os.cpu_count() or 1
     if workers == 1:
         yield from map(work, items)
         return
     items = iter(items)
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, initializer=_begin_worker)
     with pool:
         try:
             while part := list(islice(items, slab)):

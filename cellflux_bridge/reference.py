@@ -37,7 +37,7 @@ _NO_PART_IN_SEQUENCES = (
 class ReferenceBridge(Translator):
     """Cellflow's classifier-guided DDIM bridge: stairs of `translate.levels` levels, nominally k / K.
 
-    `denoiser` decodes, and encodes unless there is a `source_denoiser`; `weights_hash` identifies foreign weights.
+    `denoiser` decodes, and encodes unless there is a `source_denoiser`.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class ReferenceBridge(Translator):
         denoiser: Denoiser,
         source_denoiser: Denoiser | None = None,
         classifier: NoisyClassifier | None = None,
-        weights_hash: str = "",
         given: Mapping[str, Any] | None = None,
     ):
         super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
@@ -60,8 +59,12 @@ class ReferenceBridge(Translator):
             else network.to(fabric.device, memory_format=torch.channels_last).eval().requires_grad_(False)
             for network in (denoiser, source_denoiser, classifier)
         )
+        self._weights = [
+            "" if network is None else checkpoint.weights_digest(network)
+            for network in (denoiser, source_denoiser, classifier)
+        ]
         self._schedule = respaced(config.bridge.timesteps)
-        self._classifier, self._weights_hash = classifier, weights_hash
+        self._classifier = classifier
         self._decoder = self._predictor(denoiser)
         self._encoder = self._decoder if source_denoiser is None else self._predictor(source_denoiser)
 
@@ -101,7 +104,6 @@ class ReferenceBridge(Translator):
             denoiser=denoiser,
             source_denoiser=source_denoiser,
             classifier=classifier,
-            weights_hash=loader.weights_hash,
             given=parse_overrides(overrides).get("translate"),
         )
 
@@ -149,10 +151,10 @@ class ReferenceBridge(Translator):
         )
 
     def _digest(self, settings: TranslateConfig) -> str:
-        """A short hash of all that the sequences are made with, the content of foreign weights included."""
+        """A short hash of all that the sequences are made with, the weights of the networks included."""
         places = tuple(f"bridge.{name}.weights" for name in ("denoiser", "source_denoiser", "classifier"))
         used = self.config.flat(without=(*PLACES_AND_PACE, *_NO_PART_IN_SEQUENCES, *places))
-        canonical = json.dumps([used, settings.split, self._weights_hash], sort_keys=True)
+        canonical = json.dumps([used, settings.split, self._weights], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def _name(self, settings: TranslateConfig) -> str:
@@ -196,13 +198,8 @@ class _Loader:
 
     def __init__(self, config: Config):
         self._config = config
-        self._hash = hashlib.sha256()
         self._prepared: dict[Path, Preprocessing] = {}
         self.step = 0
-
-    @property
-    def weights_hash(self) -> str:
-        return self._hash.hexdigest()
 
     def denoiser(self) -> Denoiser:
         bridge = self._config.bridge
@@ -230,16 +227,12 @@ class _Loader:
         if weights is not None:
             return self._foreign(build_noisy_classifier(self._config), weights, "bridge.classifier")
         folder, trained = self._trained("noisy_classifier")
-        self._hash.update(f"noisy_classifier@{checkpoint.step_of(folder)}".encode())
         network = build_noisy_classifier(trained)
         checkpoint.load_weights(folder, network)
         return network
 
     def _foreign(self, network, path: Path, key: str):
-        path = path.expanduser()
-        load_foreign(network.net, path, key=key)
-        with open(path, "rb") as file:
-            self._hash.update(hashlib.file_digest(file, "sha256").digest())
+        load_foreign(network.net, path.expanduser(), key=key)
         return network
 
     def _trained(self, name: str) -> tuple[Path, Config]:

@@ -3,7 +3,7 @@
 Everything that makes sequences (a flow, a reference bridge, a user's own frames) writes Trajectories; everything that
 judges or shows them reads Trajectories and never sees a network. On disk a trajectory is a folder:
 
-    trajectory.json     what was made: method, source, target, classes, levels, config hash
+    trajectory.json     what was made: method, source, target, classes, levels, config hash; mpp, where it is known
     manifest.csv        one row a frame: file, source_id, level, nfe and gradients of its sequence, p_<class> for each
     frames/*.png        <running number>_<source stem>/<frame>.png
 
@@ -32,7 +32,9 @@ class TrajectoryHeader:
     """What all sequences of a trajectory share.
 
     `method` is "path" (states of the flow's ODE), "progression" or "depth" (stairs) or "ddim_bridge"; `levels` are
-    K+1 rising numbers in [0, 1], 0 the source and 1 the target.
+    K+1 rising numbers in [0, 1], 0 the source and 1 the target; `config_hash` tells settings and weights from others: a
+    hash of the settings @ step : hash of the network's weights, + the same of every guide; `mpp` is microns per pixel
+    of the frames, None where they are not known.
     """
 
     method: str
@@ -41,6 +43,7 @@ class TrajectoryHeader:
     classes: tuple[str, ...]
     levels: tuple[float, ...]
     config_hash: str
+    mpp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,11 @@ class TrajectoryWriter:
             found = read_header(folder)
             differing = [f.name for f in fields(header) if getattr(found, f.name) != getattr(header, f.name)]
             if differing:
+                hashes = f": {found.config_hash} there, {header.config_hash} here" * ("config_hash" in differing)
                 raise UserError(
-                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's); "
-                    "choose another --output, or replace it with --overwrite"
+                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's{hashes}), made "
+                    "with other settings, or before a network or guide was trained again; choose another --output, or "
+                    "replace it with --overwrite"
                 )
         elif folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".tmp"):
             raise UserError(f"{folder}: is not empty and holds no trajectory; choose another output folder")
@@ -187,10 +192,12 @@ def read_header(folder: Path) -> TrajectoryHeader:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     wanted = {f.name for f in fields(TrajectoryHeader)}
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT or set(data) != wanted:
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT or set(data) | {"mpp"} != wanted:
         raise UserError(f"{path}: expected format {FORMAT} with the keys {', '.join(sorted(wanted))}")
     if not all(isinstance(data[key], list) for key in ("classes", "levels")):
         raise UserError(f"{path}: expected lists of classes and levels")
+    if (mpp := data.get("mpp")) is not None and not (isinstance(mpp, (int, float)) and mpp > 0):
+        raise UserError(f"{path}: mpp {mpp!r}: expected microns per pixel, above 0, or null")
     data["classes"], data["levels"] = tuple(data["classes"]), tuple(data["levels"])
     return TrajectoryHeader(**data)
 

@@ -5,6 +5,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from cellflux_bridge import images as image_io
 from cellflux_bridge.config import Config, TranslateConfig, merged
 from cellflux_bridge.data.pairs import named_transitions
-from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.data.patches import Patches, frame_mpp, list_records, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.files import replace_text
@@ -156,6 +157,11 @@ class Translator(ABC):
         require_held_out(self.config.output, patches)
         return patches
 
+    def _mpp(self) -> float | None:
+        """Microns per pixel of the run's own patches, and of what is made of them."""
+        records, _ = list_records(self.config.data, seed=self.config.seed)
+        return frame_mpp(records, self.preprocessing)
+
     def translate_split(
         self,
         *,
@@ -176,7 +182,7 @@ class Translator(ABC):
         if len(chosen) == 0:
             raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
         folder = output or self.config.output / "trajectories" / self._name(settings)
-        header = from_rank_zero(fabric, lambda: self._header(settings))
+        header = from_rank_zero(fabric, lambda: replace(self._header(settings), mpp=self._mpp()))
 
         def open_folder() -> None:
             if overwrite and (folder / "trajectory.json").exists() and read_header(folder) != header:

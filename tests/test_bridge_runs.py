@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toy_bridge import shuffled
 
 from cellflux_bridge import cli
@@ -24,7 +25,7 @@ from cellflux_bridge.training.bridge import (
     build_denoiser,
     build_noisy_classifier,
 )
-from cellflux_bridge.training.checkpoint import load_state
+from cellflux_bridge.training.checkpoint import WEIGHTS, latest, load_state
 from cellflux_bridge.trajectory import load_trajectory
 
 # --- training and use -------------------------------------------------------------------------------------------------
@@ -156,6 +157,14 @@ def test_from_training_to_trajectories(tiny, tmp_path, capsys):
     unguided = ReferenceBridge.load(run, [*options, "bridge.scale=0"]).translate(sources, source="A", target="B")
     assert set(unguided.gradients) == {0}
     assert unguided.header.config_hash != sequences.header.config_hash
+
+    # Networks that were trained again, to the same step, make other sequences.
+    for stage in STAGES:
+        file = latest(run / stage) / WEIGHTS
+        save_file({name: tensor + 1e-3 for name, tensor in load_file(file).items()}, file)
+        with pytest.raises(UserError, match=r"holds another run .its config_hash differ"):
+            ReferenceBridge.load(run, options).translate_split(source="A", target="B")
+        ReferenceBridge.load(run, options).translate_split(source="A", target="B", overwrite=True)
 
 
 def test_what_does_not_fit_the_bridge_is_said(tiny, tmp_path):

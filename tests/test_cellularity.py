@@ -4,6 +4,7 @@ import csv
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
+from cellflux_bridge.progress import in_processes
 from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
@@ -312,11 +314,77 @@ def test_a_folder_becomes_a_table_whatever_the_number_of_processes(tmp_path):
     assert rows[0]["density_mm2"] == ""
 
 
-def test_a_grey_file_is_named(tmp_path):
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_images_that_cannot_be_measured_have_a_row_with_the_reason(tmp_path, capsys, workers):
+    folder, output = tmp_path / "in", tmp_path / "o.csv"
+    real_folder(folder, (24, 32))
+    write_png(folder / "grey.png", np.full((32, 32, 3), 128, np.uint8))
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    main(["cellularity", "--images", str(folder), "--output", str(output), "--workers", workers])
+    rows = {row.pop("path"): row for row in csv.DictReader(output.read_text().splitlines())}
+    assert [(path, row["count"]) for path, row in rows.items()] == [
+        ("0.png", "16"),
+        ("1.png", "9"),
+        ("cut.png", ""),
+        ("grey.png", ""),
+    ]
+    reasons = [row.pop("reason") for row in rows.values()]
+    assert reasons[:2] == ["", ""]
+    assert reasons[2].startswith("truncated or not an image")
+    assert reasons[3].startswith("a grey image")
+    assert not any(rows["grey.png"].values())
+    assert "2 images: could not be measured" in capsys.readouterr().out
+
+
+def test_a_stopped_count_goes_on_where_it_was(tmp_path, monkeypatch):
+    folder = Path(real_folder(tmp_path / "in", (24, 32, 48, 24)))
+    asked, count = [], counting._count_file
+
+    def stopping(file, **options):
+        if file.stem == stop_at:
+            raise KeyboardInterrupt
+        asked.append(file.stem)
+        return count(file, **options)
+
+    monkeypatch.setattr(counting, "_count_file", stopping)
+
+    def run(*, mpp: float | None = None) -> str:
+        output = tmp_path / "o.csv"
+        counting.write_counts(folder, output, mpp=mpp, parameters=Parameters(), workers=1)
+        return output.read_text()
+
+    stop_at = ""
+    whole = run()
+    asked.clear()
+    stop_at = "2"
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    (kept,) = tmp_path.glob("*.tmp")
+    kept.write_bytes(kept.read_bytes()[:-5])  # a kill may cut a line
+    stop_at = "3"
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    stop_at = ""
+    assert run() == whole
+    assert asked == ["0", "1", "1", "2", "3"]
+    # Rows of another setting, or made before a file changed, are no part of it.
+    for mpp in (0.5, None):
+        stop_at = "1"
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        if mpp is None:
+            write_png(folder / "0.png", discs(lattice(48))[0])
+        asked.clear()
+        stop_at = ""
+        run(mpp=mpp)
+        assert asked == ["0", "1", "2", "3"]
+        assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_folder_without_any_image_to_measure_is_an_error(tmp_path):
     write_png(tmp_path / "grey.png", np.full((32, 32, 3), 128, np.uint8))
-    with pytest.raises(SystemExit, match=r"grey\.png: a grey image"):
+    with pytest.raises(SystemExit, match=r"none of 1 images can be measured .*grey\.png: a grey image"):
         main(["cellularity", "--images", str(tmp_path), "--output", str(tmp_path / "o.csv"), "--workers", "1"])
-    assert not (tmp_path / "o.csv").exists()
     (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit, match="holds no images"):
         main(["cellularity", "--images", str(tmp_path / "none")])
@@ -341,12 +409,12 @@ def test_a_wrong_output_is_refused_before_anything_is_counted(tmp_path, monkeypa
 # Along trajectories
 
 
-def write_trajectory(folder, *, steps=(48, 32, 24), num: int = 3, grey_at: int | None = None):
+def write_trajectory(folder, *, steps=(48, 32, 24), num: int = 3, grey_at: int | None = None, mpp: float | None = None):
     """Sequences whose frames show 4, 9 and 16 discs by default."""
     frames = np.stack([np.stack([discs(lattice(step))[0].transpose(2, 0, 1)] * num) for step in steps])
     if grey_at is not None:
         frames[grey_at] = 128
-    header = replace(HEADER, levels=tuple(np.linspace(0, 1, len(steps)).tolist()))
+    header = replace(HEADER, levels=tuple(np.linspace(0, 1, len(steps)).tolist()), mpp=mpp)
     ids = tuple(f"test/A/{n}.png" for n in range(num))
     trajectory = Trajectory(header, frames, linear_soft_labels(header, num), ids, (1,) * num, (0,) * num)
     writer = TrajectoryWriter(folder, header)
@@ -409,6 +477,28 @@ def test_curves_of_a_trajectory_beside_real_patches(tmp_path, capsys):
     assert ends["count"] == "reached"
     assert {r["end"] for r in rows if r["what"] != "end_minus_target"} == {""}
     assert "reached" in capsys.readouterr().out
+
+
+def test_microns_are_those_of_the_trajectory(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "NUM_RESAMPLES", 20)
+    one, other = (write_trajectory(tmp_path / str(mpp), mpp=mpp) for mpp in (0.5, 0.25))
+    source, target = real_folder(tmp_path / "A", (48, 48)), real_folder(tmp_path / "B", (24, 24))
+    real = ["--real-source", source, "--real-target", target, "--workers", "1"]
+
+    def counted(*folders) -> dict:
+        main(["cellularity", *map(str, folders), *real, "--output", str(tmp_path / "c.json")])
+        return json.loads((tmp_path / "c.json").read_text())
+
+    content = counted(one)
+    density = [c["mean"] for c in content["trajectories"][0]["curves"] if c["quantity"] == "density_mm2"]
+    assert content["mpp"] == 0.5
+    assert density == pytest.approx([num / (96 * 0.5e-3) ** 2 for num in (4, 9, 16)])
+    (real_density,) = [r["mean"] for r in content["real"] if (r["class"], r["quantity"]) == ("B", "density_mm2")]
+    assert real_density == pytest.approx(density[2])
+    with pytest.raises(SystemExit, match=r"0\.25: 0\.25 microns per pixel, but .*0\.5 has 0\.5; count them apart"):
+        counted(one, other)
+    assert counted(one, other, "--mpp", "1")["mpp"] == 1
+    assert counted(one, write_trajectory(tmp_path / "unknown"))["mpp"] is None
 
 
 def test_an_end_short_of_the_target_and_levels_outside_are_told(tmp_path):
@@ -581,6 +671,20 @@ def test_images_are_read_as_they_are_counted():
     next(counted)
     assert len(given) == counting._SLAB
     assert len(list(counted)) == 3 * counting._SLAB - 1
+
+
+def num_threads(_) -> int:
+    return torch.get_num_threads()
+
+
+def test_each_of_several_processes_runs_torch_with_one_thread():
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert list(in_processes(num_threads, range(4), workers=2)) == [1] * 4
+        assert list(in_processes(num_threads, range(2), workers=1)) == [3] * 2
+    finally:
+        torch.set_num_threads(own)
 
 
 def test_the_benchmark_times_every_size_that_is_asked_for(capsys):

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from cellflux_bridge.data.check import check_data
-from cellflux_bridge.data.patches import list_records, load_patches
+from cellflux_bridge.data.patches import frame_mpp, list_records, load_patches
+from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS, PatchRecord, assign_splits
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import read_rgb, write_png
@@ -116,6 +117,31 @@ def test_a_manifest_names_patches_splits_groups_scores_and_scale(patch_folder, d
     ]
     scores = load_patches(data_config(patch_folder), seed=0).scores
     np.testing.assert_array_equal(scores, np.array([0.25, np.nan, np.nan, 1.0], np.float32))
+
+
+def test_microns_per_pixel_are_brought_to_the_networks_scale(tmp_path):
+    def record(name: str, height: int, width: int, mpp: float | None) -> PatchRecord:
+        file = tmp_path / f"{name}.png"
+        write_png(file, np.zeros((height, width, 3), np.uint8))
+        return PatchRecord(name, file, "A", mpp=mpp)
+
+    one, wide, near, far, unknown = (
+        record(name, height, width, mpp)
+        for name, height, width, mpp in (
+            ("one", 40, 40, 0.5),
+            ("wide", 20, 30, 1.0),
+            ("near", 40, 40, 0.52),
+            ("far", 40, 40, 0.6),
+            ("unknown", 40, 40, None),
+        )
+    )
+    # A network's pixel covers crop / image_size, or shorter side / image_size, of the file's.
+    assert frame_mpp([one], Preprocessing(16, 24)) == pytest.approx(0.75)
+    assert frame_mpp([one, wide], Preprocessing(16)) == pytest.approx(0.5 * 40 / 16)
+    assert frame_mpp([one, wide], Preprocessing(16, 16)) is None
+    assert frame_mpp([one, near], Preprocessing(80)) == pytest.approx(0.255)
+    for others in ([far], [unknown]):
+        assert frame_mpp([one, *others], Preprocessing(16, 24)) is None
 
 
 def test_a_manifest_with_byte_order_mark_is_read(patch_folder, data_config):
@@ -306,8 +332,13 @@ def test_a_check_counts_and_measures_and_draws_a_sheet(tmp_path, make_patches, d
     assert "unusable files: 0" in report
     assert "exact duplicates: 0 patches" in report
     assert "across" not in report
+    assert "microns" not in report
     # Rows of at most twelve tiles of 16 px, six times enlarged.
     assert read_rgb(tmp_path / "sheet.png").shape == ((2 * 18 - 2) * 6, (12 * 18 - 2) * 6, 3)
+    for other, told in ((0.4, "0.5"), (0.8, "not known")):
+        rows = [{"path": f"{label}/{label}000.png", "label": label, "mpp": 0.4} for label in "AB"]
+        write_manifest(root, [*rows, {"path": "B/B001.png", "label": "B", "mpp": other}])
+        assert f"microns per pixel at 16 px: {told}" in check(data_config(root), tmp_path)[0]
 
 
 def test_a_check_finds_duplicates_within_and_across_splits_and_classes(patch_folder, tmp_path, data_config):

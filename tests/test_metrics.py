@@ -906,10 +906,13 @@ def test_a_guide_is_refused_wherever_it_is_named(tiny, judged):
             evaluate([path], **{**judged, **wrong})
 
 
-def test_a_network_named_twice_is_refused(tiny, judged):
+def test_a_network_named_twice_is_refused(tiny, judged, tmp_path):
     path = tiny.trajectory("path")
     with pytest.raises(UserError, match=r"rgb: is named twice"):
         evaluate([path], **{**judged, "features": judged["judges"][0]})
+    copied = shutil.copytree(judged["judges"][0], tmp_path / "copied")
+    with pytest.raises(UserError, match=r"rgb: has the very weights of another network here"):
+        evaluate([path], **{**judged, "features": copied})
     with pytest.raises(UserError, match=r"a trajectory is named twice"):
         evaluate([path, path], **judged)
 

@@ -89,15 +89,12 @@ def pilot(config):
             frames = (1 - 2 * grid**2).view(-1, 1, 1, 1, 1).expand(len(grid), *x0.shape)
             return Stair(torch.cat([x0[None], frames]), 1, 0)
 
-        network = nn.Linear(1, 1)
-        nn.init.constant_(network.weight, weight)
-        nn.init.zeros_(network.bias)
         made = Pilot(
             config=config.model_copy(update={"seed": seed}),
             fabric=fabric or Processes(1)[0],
-            network=network,
+            weights=str(weight),
             guides=SimpleNamespace(
-                named=lambda guidance, *, sees: [guide], load=lambda guidance, *, sees: [Guide(power)]
+                named=lambda guidance, *, sees: [f"{guide}:{power}"], load=lambda guidance, *, sees: [Guide(power)]
             ),
             patches=patches,
             carry=carry,
@@ -121,7 +118,7 @@ def test_what_was_measured_is_kept_and_needs_no_patches(pilot, config):
     told = first.told(SETTINGS, LEVELS)
     torch.testing.assert_close(told, LEVELS ** (1 / 4), rtol=0, atol=0.1)
     (file,) = kept(config)
-    assert json.loads(file.read_text())["made_with"]["guides"][0].startswith("guide_rgb@9 ")
+    assert json.loads(file.read_text())["made_with"]["guides"][0] == "guide_rgb@9:2.0"
     assert torch.equal(second.told(SETTINGS, LEVELS), told)
     # One measurement serves every way of using it.
     for change in ({"calibrate": "distance"}, {"calibrate": "none", "spacing": "adaptive"}, {"batch_size": 1}):
@@ -157,6 +154,7 @@ def test_another_network_guide_or_setting_is_measured_anew(pilot, config, other,
 def test_guides_of_one_name_in_two_folders_are_two(pilot):
     one, powers = pilot(), {Path("a/guide_rgb"): 2.0, Path("b/guide_rgb"): 4.0}
     one._guides.load = lambda guidance, *, sees: [Guide(powers[guidance.guides[0]])]
+    one._guides.named = lambda guidance, *, sees: [f"guide_rgb@9:{powers[guidance.guides[0]]}"]
     both = [SETTINGS.model_copy(update={"guidance": GuidanceConfig(guides=[path])}) for path in powers]
     assert not torch.equal(*(one.told(settings, LEVELS) for settings in both))
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cellflux_bridge import Bridge, cli, images
 from cellflux_bridge.config import load_config
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.training import checkpoint, classifier
-from cellflux_bridge.trajectory import load_trajectory
+from cellflux_bridge.trajectory import load_trajectory, read_header
 from cellflux_bridge.transport import stairs
 
 LEVEL = {"target": "level", "source_image": True, "source_class": False}
@@ -215,6 +216,20 @@ def test_a_stair_stands_in_a_folder_of_its_method(flow):
     for method, num in (("path", "frames=3"), ("progression", "levels=2")):
         folder, _ = load(flow, f"translate.method={method}", "translate.num=1", f"translate.{num}").translate_split()
         assert folder == flow / "trajectories" / f"A_to_B_{method}"
+
+
+def test_a_translation_knows_its_microns_per_pixel(flow, tmp_path):
+    """Those of the manifest at the network's scale: here a file's shorter side is scaled to the network's 16 px."""
+    root = shutil.copytree(load_config(flow / "config.yaml").data.root, tmp_path / "patches")
+    rows = ["path,label,mpp"]
+    for file in sorted(root.glob("*/*.png")):
+        rows.append(f"{file.relative_to(root).as_posix()},{file.parent.name},{8 / min(images.read_size(file))}")
+    (root / "manifest.csv").write_text("\n".join(rows) + "\n")
+    bridge = load(flow, *TWO_LEVELS, f"data.root={root}")
+    assert read_header(bridge.translate_split(output=tmp_path / "t")[0]).mpp == pytest.approx(0.5)
+    assert bridge.translate_split(output=tmp_path / "t")[1]["made_now"] == 0
+    bridge = load(flow, *TWO_LEVELS)
+    assert read_header(bridge.translate_split(output=tmp_path / "u")[0]).mpp is None
 
 
 # Depth
@@ -619,6 +634,28 @@ def test_other_guides_do_not_complete_a_translation(flow):
     assert names
     assert all(name in bridge._header(settings).config_hash for name in names)
     assert bridge._guides.names(bridge._settings("A", "B", {"guidance": {"form": "none"}})) == []
+
+
+def test_a_guide_or_network_trained_again_does_not_complete_a_translation(flow, tmp_path):
+    """Of the same name, step and settings: what a translation holds was made with other weights."""
+    run = shutil.copytree(flow, tmp_path / "run", ignore=shutil.ignore_patterns("trajectories", "guide_rgb_state"))
+    command = ["translate", str(run), *STEPS, *TWO_LEVELS, "translate.guidance.form=endpoint"]
+    cli.main(command)
+    (trajectory,) = (run / "trajectories").iterdir()
+    first = load_trajectory(trajectory)
+    shutil.rmtree(run / "guide_rgb")
+    cli.main(["train-classifier", str(run), "classifier.role=guide", "classifier.seed=5"])
+    with pytest.raises(SystemExit, match=r"config_hash .*guide_rgb@12:\w{16} there, .* a network or guide was trained"):
+        cli.main(command)
+    cli.main([*command, "--overwrite"])
+    second = load_trajectory(trajectory)
+    assert not np.array_equal(second.frames, first.frames)
+    cli.main(command)
+    file = checkpoint.latest(run) / checkpoint.WEIGHTS
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(SystemExit, match="holds another run"):
+        cli.main(command)
+    assert np.array_equal(load_trajectory(trajectory).frames, second.frames)
 
 
 def test_options_of_guidance_are_added_to_those_of_the_run(flow):

@@ -193,6 +193,20 @@ def test_a_foreign_folder_and_a_file_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def test_microns_per_pixel_go_along_and_may_be_missing(tmp_path):
+    header = replace(HEADER, mpp=0.37)
+    TrajectoryWriter(tmp_path, header)
+    assert read_header(tmp_path) == header
+    path = tmp_path / "trajectory.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, "mpp": "small"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"trajectory\.json: mpp 'small': expected microns per pixel"):
+        read_header(tmp_path)
+    del content["mpp"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read_header(tmp_path) == HEADER
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"format": 1}', json.dumps({"format": 2, "method": 1, **dict.fromkeys(
         ("source", "target", "classes", "levels", "config_hash"), 3)})]

@@ -14,7 +14,7 @@ from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import read_rgb
 from cellflux_bridge.progress import progress
-from cellflux_bridge.trajectory import read_header
+from cellflux_bridge.trajectory import TrajectoryHeader, read_header
 
 _CHUNK = 64
 _Real = tuple[Iterator[np.ndarray], list[str]]
@@ -46,6 +46,20 @@ def _of_folder(folder: Path) -> _Real:
     return (read_rgb(file)[None] for file in files), [str(file) for file in files]
 
 
+def _scale(folders: Sequence[Path], headers: Sequence[TrajectoryHeader]) -> float | None:
+    """Microns per pixel of all frames, None where a trajectory does not know its own; UserError where they differ."""
+    known = [header.mpp for header in headers]
+    if None in known:
+        return None
+    for folder, mpp in zip(folders, known, strict=True):
+        if mpp != known[0]:
+            raise UserError(
+                f"{folder}: {mpp:g} microns per pixel, but {folders[0]} has {known[0]:g}; count them apart, or give "
+                "--mpp"
+            )
+    return known[0]
+
+
 def along_trajectories(
     folders: Sequence[Path],
     *,
@@ -59,8 +73,9 @@ def along_trajectories(
     """The content of cellularity.json of trajectory folders of one transition.
 
     Real patches come from the test split of `patches`, which also tell the sources' groups, or from `real_folders`
-    (source, target), or are left out. Raises UserError for trajectories of two transitions, and where all sources, or
-    all real patches of a class, are grey or inverted; single such images are left out and, in trajectories, counted.
+    (source, target), or are left out. `mpp` is microns per pixel of frames and real patches (None: what the
+    trajectories say). Raises UserError for trajectories of two transitions or scales, and where all sources, or all
+    real patches of a class, are grey or inverted; single such images are left out and, in trajectories, counted.
     """
     parameters = Parameters() if parameters is None else parameters
     headers = [read_header(folder) for folder in folders]
@@ -68,6 +83,7 @@ def along_trajectories(
     for folder, header in zip(folders, headers, strict=True):
         if (header.source, header.target) != (source, target):
             raise UserError(f"{folder}: {header.source} -> {header.target}, but {folders[0]} is {source} -> {target}")
+    mpp = _scale(folders, headers) if mpp is None else mpp
     found: dict[str, _Real] = {}
     if real_folders is not None:
         found = {label: _of_folder(folder) for label, folder in zip((source, target), real_folders, strict=True)}

@@ -1,21 +1,26 @@
 """Counting over many images: in parallel, under a bar, with memory that does not grow with their number."""
 
 import csv
+import glob
+import hashlib
+import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure_all, without_single_nuclei
-from cellflux_bridge.cellularity.nuclei import Parameters, segment
+from cellflux_bridge.cellularity.nuclei import NotBrightField, Parameters, segment
 from cellflux_bridge.errors import UserError
-from cellflux_bridge.images import SUFFIXES, read_rgb
+from cellflux_bridge.images import SUFFIXES, UnreadableImage, read_rgb
 from cellflux_bridge.progress import in_processes, progress
 
 _SLAB = 64
+_COLUMNS = ("path", "width", "height", "median_area", *QUANTITIES, "reason")
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -41,7 +46,7 @@ def segment_file(file: Path, *, mpp: float | None, parameters: Parameters) -> tu
     try:
         return rgb, segment(rgb, mpp=mpp, parameters=parameters)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise type(error)(f"{file}: {error}") from error
 
 
 def _count_file(file: Path, *, mpp: float | None, parameters: Parameters) -> dict[str, float]:
@@ -51,25 +56,72 @@ def _count_file(file: Path, *, mpp: float | None, parameters: Parameters) -> dic
     return size | asdict(without_single_nuclei(measured) if median_area < MIN_PIXELS else measured)
 
 
-def write_counts(folder: Path, output: Path, *, mpp: float | None, parameters: Parameters, workers: int = 0) -> int:
-    """Count every image under a folder into a CSV, a row an image, empty where a quantity does not exist.
+def _count_or_reason(file: Path, *, mpp: float | None, parameters: Parameters) -> list[str]:
+    """The cells of an image file after its path: what was counted, or nothing and the reason."""
+    try:
+        counted = _count_file(file, mpp=mpp, parameters=parameters)
+    except (UnreadableImage, NotBrightField) as error:
+        reason = " ".join(str(error).removeprefix(f"{file}: ").split())
+        return [*[""] * (len(_COLUMNS) - 2), reason]
+    return [*("" if isinstance(v, float) and np.isnan(v) else f"{v:.6g}" for v in counted.values()), ""]
 
-    Returns how many images had nuclei too small to be counted.
+
+class Tally(NamedTuple):
+    """Of a folder's images: how many have nuclei too small to be counted, and how many could not be measured at all."""
+
+    too_small: int
+    unmeasured: int
+
+
+def write_counts(folder: Path, output: Path, *, mpp: float | None, parameters: Parameters, workers: int = 0) -> Tally:
+    """Count every image under a folder into a CSV, a row an image, empty where a quantity does not exist; the row of an
+    image that cannot be read or is grey, dark or inverted holds the reason alone.
+
+    Rows are kept beside `output` as they are made: a run that was stopped goes on there, if files and settings are the
+    same. Raises UserError where no image could be measured, when the table is written.
     """
     files = list_images(folder)
-    temporary = output.with_name(output.name + ".tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
-    too_small = 0
-    with open(temporary, "w", newline="", encoding="utf-8") as stream:
+    kept = _kept_place(output, files, mpp=mpp, parameters=parameters)
+    num_lines = _num_whole_lines(kept)
+    done = max(0, num_lines - 1)
+    with open(kept, "a", buffering=1, newline="", encoding="utf-8") as stream:  # a line is written when it is whole
         writer = csv.writer(stream)
-        writer.writerow(["path", "width", "height", "median_area", *QUANTITIES])
-        counted = count_images(files, mpp=mpp, parameters=parameters, workers=workers)
-        for file, row in zip(files, progress(counted, total=len(files), desc="nuclei", unit="image"), strict=True):
-            too_small += row["median_area"] < MIN_PIXELS
-            values = ["" if isinstance(v, float) and np.isnan(v) else f"{v:.6g}" for v in row.values()]
-            writer.writerow([file.relative_to(folder).as_posix(), *values])
-    os.replace(temporary, output)
-    return too_small
+        if not num_lines:
+            writer.writerow(_COLUMNS)
+        work = partial(_count_or_reason, mpp=mpp, parameters=parameters)
+        counted = in_processes(work, files[done:], workers=workers)
+        bar = progress(counted, total=len(files), initial=done, desc="nuclei", unit="image")
+        for file, cells in zip(files[done:], bar, strict=True):
+            writer.writerow([file.relative_to(folder).as_posix(), *cells])
+    os.replace(kept, output)
+    for stale in output.parent.glob(f"{glob.escape(output.name)}.*.tmp"):  # of other files or settings
+        stale.unlink()
+    with open(output, newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if not row["count"]]
+    refused = [row for row in rows if row["reason"]]
+    if len(refused) == len(files):
+        path, reason = refused[0]["path"], refused[0]["reason"]
+        raise UserError(f"{folder}: none of {len(files)} images can be measured (see {output}); {path}: {reason}")
+    return Tally(too_small=len(rows) - len(refused), unmeasured=len(refused))
+
+
+def _kept_place(output: Path, files: list[Path], *, mpp: float | None, parameters: Parameters) -> Path:
+    """Where rows stand until all are there; the name is a key of all that they depend on."""
+    asked = [*files, *([Path(parameters.instanseg)] if parameters.instanseg else [])]
+    stamps = [(str(file), status.st_size, status.st_mtime_ns) for file in asked for status in (file.stat(),)]
+    key = hashlib.sha256(repr((mpp, parameters, stamps)).encode()).hexdigest()[:16]
+    return output.with_name(f"{output.name}.{key}.tmp")
+
+
+def _num_whole_lines(table: Path) -> int:
+    """The lines of a CSV, the heading with them, less one that a stop has cut, which is removed."""
+    if not table.exists():
+        return 0
+    content = table.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    os.truncate(table, len(whole))
+    return sum(1 for _ in csv.reader(io.StringIO(whole.decode(), newline="")))
 
 
 def count_arrays(
@@ -86,7 +138,7 @@ def _count_stack(stack: np.ndarray, *, mpp: float | None, parameters: Parameters
     for row, rgb in zip(rows, stack, strict=True):
         try:
             labels = segment(rgb, mpp=mpp, parameters=parameters)
-        except UserError:
+        except NotBrightField:
             continue
         measured, median_area = measure_all(rgb, labels, mpp=mpp)
         row[:] = [median_area, *asdict(measured).values()]

@@ -67,22 +67,28 @@ class Parameters:
             raise UserError(f"stains {self.stains!r}: expected {', '.join(STAINS)}")
 
 
+class NotBrightField(UserError):
+    """An image in which nuclei cannot be sought; the message says why."""
+
+
 def require_bright_field(rgb: np.ndarray) -> None:
-    """UserError for what is no RGB uint8 picture of dark nuclei on a light ground: grey, dark or inverted images.
+    """NotBrightField for what is no RGB uint8 picture of dark nuclei on a light ground: grey, dark, inverted images.
 
     Nearly white images pass: they show glass, and no nuclei.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
-        raise UserError(f"an image of {rgb.dtype}, shape {rgb.shape}: expected RGB uint8 (H, W, 3)")
+        raise NotBrightField(f"an image of {rgb.dtype}, shape {rgb.shape}: expected RGB uint8 (H, W, 3)")
     few = rgb[:: max(1, rgb.shape[0] // 128), :: max(1, rgb.shape[1] // 128)].astype(np.float32)
     brightest, darkest = few.max(axis=2), few.min(axis=2)
     if np.median(brightest) < _DARK:
-        raise UserError("a dark image: expected bright-field H&E (dark nuclei on light ground), not fluorescence")
+        raise NotBrightField("a dark image: expected bright-field H&E (dark nuclei on light ground), not fluorescence")
     if (brightest - darkest).mean() < _GREY and darkest.mean() < 230:
-        raise UserError("a grey image: expected H&E in colour; nuclei are told from the rest by their stain")
+        raise NotBrightField("a grey image: expected H&E in colour; nuclei are told from the rest by their stain")
     red, green, blue = few.mean(axis=(0, 1))
     if green > max(red, blue) + _GREENER:
-        raise UserError("more green than red and blue: expected H&E, which absorbs green most; is the image inverted?")
+        raise NotBrightField(
+            "more green than red and blue: expected H&E, which absorbs green most; is the image inverted?"
+        )
 
 
 def haematoxylin(rgb: np.ndarray, stains: str) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +145,7 @@ def segment(rgb: np.ndarray, *, mpp: float | None = None, parameters: Parameters
     """The nuclei of an RGB uint8 image (H, W, 3) as a label map (H, W) int32: 0 background, 1..n in no order.
 
     With `mpp` (microns per pixel) the nuclear radius is sought between 1.5 and 12 microns, and no nucleus is smaller
-    than `least_area` of the smallest such disc; without it between 2 and 40 px. Raises UserError for grey, dark
+    than `least_area` of the smallest such disc; without it between 2 and 40 px. Raises NotBrightField for grey, dark
     (fluorescence) and inverted images.
     """
     require_bright_field(rgb)

@@ -3,6 +3,7 @@
 cellularity.json, format 2; a number that does not exist is null:
 
     format, mpp, seed
+                  `mpp` microns per pixel, by which all was counted
     parameters    those of the segmentation, by name
     trajectories  [{trajectory, method, source, target, config_hash, n, levels, median_area, incomplete, unmeasured,
                     refused,

@@ -8,7 +8,7 @@ import numpy as np
 
 from cellflux_bridge import images
 from cellflux_bridge.config import DataConfig
-from cellflux_bridge.data.patches import list_records
+from cellflux_bridge.data.patches import frame_mpp, list_records
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS, PatchRecord, some
 from cellflux_bridge.progress import threaded
@@ -47,6 +47,10 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *unreadable[:20], *more]))
     lines += _duplicates(records, [fact[2] for fact in facts])
     readable = [record for record, fact in zip(records, facts, strict=True) if fact[0] is None]
+    if any(record.mpp is not None for record in records):
+        mpp = frame_mpp(readable, preprocessing)
+        unknown = "not known (missing for some patches, or more than 5 % apart); set --mpp where nuclei are counted"
+        lines.append(f"microns per pixel at {config.image_size} px: {unknown if mpp is None else f'{mpp:.4g}'}")
     if readable:
         images.write_png(sheet, _contact_sheet(readable, classes, preprocessing, seed=seed))
         lines.append(f"contact sheet: {sheet}")

@@ -125,6 +125,18 @@ def list_records(config: DataConfig, *, seed: int) -> tuple[list[PatchRecord], t
     return assign_splits(records, val=config.split.val, test=config.split.test, seed=seed), classes
 
 
+def frame_mpp(records: Sequence[PatchRecord], preprocessing: Preprocessing) -> float | None:
+    """Microns per pixel of patches at the network's scale: their median; None where the data does not tell them for
+    every patch, or where they differ by more than 5 %."""
+    if not records or any(record.mpp is None for record in records):
+        return None
+    sizes = [(0, 0)] * len(records)
+    if preprocessing.crop is None:
+        sizes = threaded(images.read_size, [record.file for record in records], desc="reading image sizes")
+    found = [r.mpp / preprocessing.scale_of(*size) for r, size in zip(records, sizes, strict=True)]
+    return float(np.median(found)) if max(found) <= 1.05 * min(found) else None
+
+
 def load_patches(
     config: DataConfig, *, seed: int, reference: stain.StainReference | None = None, build: bool = True
 ) -> Patches:

@@ -22,6 +22,10 @@ class Preprocessing:
     crop: int | None = None
     reference: stain.StainReference | None = None
 
+    def scale_of(self, height: int, width: int) -> float:
+        """The network's pixels for one of an image file's."""
+        return self.image_size / (self.crop or min(height, width))
+
     def scaled_size(self, height: int, width: int, *, name: str) -> tuple[int, int]:
         """Size of a whole image at the network's scale; UserError where it is smaller than one patch."""
         if self.crop is not None and min(height, width) < self.crop:
@@ -29,7 +33,7 @@ class Preprocessing:
                 f"{name}: {width} x {height} pixels, smaller than data.crop={self.crop}; "
                 "lower data.crop or leave such images out"
             )
-        scale = self.image_size / (self.crop or min(height, width))
+        scale = self.scale_of(height, width)
         return max(self.image_size, round(height * scale)), max(self.image_size, round(width * scale))
 
     def scale(self, rgb: np.ndarray, *, name: str) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The networks that look at frames: judges, the extractor that neither guided nor judged, the severity estimator."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -209,14 +208,15 @@ def load_networks(
     cache = FeatureCache() if cache is None else cache
     trained = [(use, Path(run)) for use, run in runs if not (use == "features" and is_name(str(run)))]
     folders = [checkpoint.latest(run) for _, run in trained]
-    _require_different([run for _, run in trained], folders)
+    _require_different([run for _, run in trained], [folder.resolve() for folder in folders], "is named twice")
     names = _names([folder.parent.parent if folder.parent.name == "checkpoints" else folder for folder in folders])
-    found = iter(
-        [
-            _load(use, name, folder, source, target, () if use == "scores" else overrides, device, cache)
-            for (use, _), name, folder in zip(trained, names, folders, strict=True)
-        ]
-    )
+    loaded = [
+        _load(use, name, folder, source, target, () if use == "scores" else overrides, device, cache)
+        for (use, _), name, folder in zip(trained, names, folders, strict=True)
+    ]
+    digests = [network.digest for network in loaded]
+    _require_different([run for _, run in trained], digests, "has the very weights of another network here")
+    found = iter(loaded)
     networks: list[Network] = []
     for use, run in runs:
         named = use == "features" and is_name(str(run))
@@ -227,33 +227,18 @@ def load_networks(
 def _load_named(name: str, judge: Network) -> Network:
     model = NamedExtractor(name).to(judge.device).eval()
     view = f"{type(model.net).__name__} at {model.size} px"
-    digest = _digest(model, view)
+    digest = checkpoint.weights_digest(model, view=view)
     return replace(
         judge, name=name, use="features", view=view, checkpoint=name, weights=None, model=model, digest=digest
     )
 
 
-def _digest(model: torch.nn.Module, view: str) -> str:
-    """Of a network's weights and of what it looks at."""
-    digest = hashlib.blake2b(view.encode(), digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _require_different(runs: list[Path], folders: list[Path]) -> None:
-    resolved = [folder.resolve() for folder in folders]
-    for run, folder in zip(runs, resolved, strict=True):
-        if resolved.count(folder) > 1:
+def _require_different(runs: list[Path], marks: list, problem: str) -> None:
+    for run, mark in zip(runs, marks, strict=True):
+        if marks.count(mark) > 1:
             raise UserError(
-                f"{run}: is named twice; judges, --features and --scores must be separately trained networks"
-            )
-    digests = [hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).digest() for folder in folders]
-    for run, digest in zip(runs, digests, strict=True):
-        if digests.count(digest) > 1:
-            raise UserError(
-                f"{run}: has the very weights of another network here; train it with another classifier.seed"
+                f"{run}: {problem}; judges, --features and --scores must be separately trained networks, each with a "
+                "classifier.seed of its own"
             )
 
 
@@ -295,7 +280,7 @@ def _load(use: str, name: str, folder: Path, source: str, target: str, overrides
         target=target,
         weights=weights,
         model=model,
-        digest=_digest(model, config.classifier.view),
+        digest=checkpoint.weights_digest(model, view=config.classifier.view),
         device=device,
         cache=cache,
     )

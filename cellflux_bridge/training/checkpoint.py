@@ -7,6 +7,7 @@
     state.pt              raw weights, optimiser, step, seconds (loaded weights-only)
 """
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -83,6 +84,16 @@ def step_of(checkpoint: Path) -> int:
 
 def read_config(checkpoint: Path) -> Config:
     return load_config(checkpoint / CONFIG)
+
+
+def weights_digest(model: nn.Module, *, view: str = "") -> str:
+    """A hash (32 hex digits) of a network's weights, and of what it looks at where that is no weight: another training
+    of as many steps does not pass for it."""
+    digest = hashlib.blake2b(view.encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:

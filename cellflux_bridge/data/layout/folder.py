@@ -17,9 +17,9 @@ class Folder:
     """Lists the patches under a root.
 
     With a `manifest.csv` its rows are the patches: columns path (relative to the root) and label, optionally split
-    (train, val, test), group, score in [0, 1] and mpp; other columns are ignored. Without one, the root's folders are
-    the splits or the classes; a folder inside a class folder is a group (one patient's or slide's patches), the same
-    one wherever its name stands again.
+    (train, val, test), group, score in [0, 1] and mpp (microns per pixel of the file); other columns are ignored.
+    Without one, the root's folders are the splits or the classes; a folder inside a class folder is a group (one
+    patient's or slide's patches), the same one wherever its name stands again.
     `ignore` names classes that are there and are to be left out.
     """
 
@@ -91,7 +91,7 @@ class Folder:
         if split is not None and split not in _SPLIT_NAMES:
             raise UserError(f"{where}: unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         score = _number(values["score"], where=f"{where}, score", low=0, high=1)
-        mpp = _number(values["mpp"], where=f"{where}, mpp", low=0, high=1000)
+        mpp = _number(values["mpp"], where=f"{where}, mpp", low=0.001, high=1000)
         return PatchRecord(
             relative.as_posix(), self.root / relative, label, _SPLIT_NAMES.get(split), values["group"], score, mpp
         )
