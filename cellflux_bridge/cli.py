@@ -294,6 +294,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         cycle=None if args.cycle is None else _trajectory(args.cycle),
         unguided=[_trajectory(text) for text in args.unguided],
         num_levels=args.levels,
+        max_real=args.max_real,
         overrides=overrides,
         device=fabric.device,
         cache=output.with_suffix(".cache"),
@@ -471,6 +472,10 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
             ),
             ("--cycle", {"metavar": "TRAJECTORY", "help": "carries the last frames of one of these back again"}),
             ("--levels", {"type": int, "default": 10, "help": "levels at which methods are compared (10)"}),
+            (
+                "--max-real",
+                {"type": int, "default": 10_000, "help": "real patches of a class to compare to, at most (10,000)"},
+            ),
             ("--output", {"type": Path, "help": "metrics.json to write, .csv and .md beside it"}),
         ],
         None,

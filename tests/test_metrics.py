@@ -642,6 +642,29 @@ def test_floors_stand_beside_the_figures_of_every_level(tiny, judged):
     assert "each level's own, mean over levels" in table
 
 
+def test_at_most_so_many_real_patches_are_compared_to(tiny, judged):
+    (network,) = load_networks([("judge", judged["judges"][0])], source="A", target="B", device=CPU)
+    everyone, drawn = network.real_patches(), [network.real_patches(num=5, seed=seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0].numbers, drawn[1].numbers)
+    assert set(drawn[0].numbers) != set(drawn[2].numbers)
+    for some in drawn:
+        assert set(some.numbers) <= set(everyone.numbers)
+        assert some.is_target.tolist() == [False] * 5 + [True] * 5
+        np.testing.assert_array_equal(some.groups, network.groups_of(some.numbers))
+    np.testing.assert_array_equal(network.real_patches(num=12, seed=3).numbers, everyone.numbers)
+
+    path, scores = tiny.trajectory("path"), tiny.classifier("severity", "classifier.labels=score", seed=4)
+    evaluation = evaluate([path], scores=scores, max_real=10, **judged)
+    assert as_json(evaluation)["max_real"] == 10
+    assert found(evaluation, "path", "kid_pooled", 0.5, "extractor").n_real == 20
+    assert found(evaluation, "path", "recall_target", 1.0, "extractor").n_real == 10
+    assert [found(evaluation, name, "contrast").n for name in ("real source", "real target")] == [10, 10]
+    assert found(evaluation, "real scored", "severity_error").n == 10
+    assert "real A (n = 10)" in markdown(evaluation)
+    with pytest.raises(UserError, match=r"--max-real 0: expected how many"):
+        evaluate([path], max_real=0, **judged)
+
+
 def test_all_frames_are_compared_to_both_classes(tiny, judged):
     evaluation = evaluate([tiny.trajectory("path")], **judged)
     features = evaluation.methods[0].seen[evaluation.networks[-1].name].features[:, 1:]

@@ -3,7 +3,7 @@ single frame in metrics.frames.csv (trajectory, source_id, judge, level, probabi
 
 metrics.json, format 1; a number that does not exist is null:
 
-    format, source, target, num_levels, seed
+    format, source, target, num_levels, seed, max_real (`metrics.evaluate`)
     networks      [{name, use: judge | features | scores, view, checkpoint, image_size, digest}], a folder and a digest
                   of its weights
     methods       [{name, trajectory, method, config_hash, n, split, levels, frame_levels, unguided}], baselines after
@@ -45,6 +45,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "target": evaluation.target,
             "num_levels": evaluation.num_levels,
             "seed": evaluation.seed,
+            "max_real": evaluation.max_real,
             "networks": [
                 {
                     "name": network.name,

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.cautions import NEAREST_TARGET
+from cellflux_bridge.metrics.memorisation import nearest
 from cellflux_bridge.metrics.networks import Network, Seen
 from cellflux_bridge.metrics.structure import recolour
 from cellflux_bridge.metrics.tissue import tissue_figures
@@ -155,9 +155,9 @@ def nearest_target(sequences: Sequences, networks: Sequence[Network], extractor:
         return None
     seen = {network.name: network.look_at_patches(extractor.patches, candidates) for network in networks}
     own = sequences.seen[extractor.name].features[:, 0]
-    nearest = cdist(own, seen[extractor.name].features).argmin(1)
-    patches = extractor.patches.centre(candidates[nearest]).numpy()
-    images = {name: s.at(nearest) for name, s in seen.items()}
+    _, chosen = nearest(own, seen[extractor.name].features)
+    patches = extractor.patches.centre(candidates[chosen]).numpy()
+    images = {name: s.at(chosen) for name, s in seen.items()}
     return _still(sequences, NEAREST_TARGET, images, tissue_figures(patches), patches, extractor)
 
 
