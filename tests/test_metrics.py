@@ -963,6 +963,20 @@ def test_sources_that_a_judge_trained_on_are_refused(tiny, judged):
         evaluate([tiny.trajectory("seen", split="train", num=6)], **judged)
 
 
+def test_classify_refuses_what_evaluate_refuses(tiny, capsys):
+    rgb = str(tiny.classifier("rgb", seed=1))
+    seen = str(tiny.trajectory("seen", split="train", num=6))
+    with pytest.raises(SystemExit, match=r"rgb: trained on sources of .*seen: train/A/A000\.png"):
+        main(["classify", seen, "--classifier", rgb])
+    path = tiny.trajectory("path")
+    main(["classify", str(path), "--classifier", rgb])
+    assert "fraction called B of 8 sequences" in capsys.readouterr().out
+    shutil.copytree(tiny.root / "patches", tiny.root / "elsewhere")
+    (path / "config.yaml").write_text(tiny._config([f"data.root={tiny.root / 'elsewhere'}"]).to_yaml())
+    with pytest.raises(SystemExit, match=r"was made from data\.root=.*elsewhere, but .*rgb would compare"):
+        main(["classify", str(path), "--classifier", rgb])
+
+
 def test_sources_that_a_judge_sees_otherwise_are_refused(tiny, judged):
     path = tiny.trajectory("path")
     for file in path.rglob("000.png"):
