@@ -22,6 +22,7 @@ from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
 from cellflux_bridge.metrics import panel, progression
+from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.metrics.evaluate import evaluate
 from cellflux_bridge.metrics.extractor import NamedExtractor
 from cellflux_bridge.metrics.fidelity import (
@@ -457,12 +458,27 @@ def test_every_figure_of_a_method_is_what_its_parts_say(tiny, judged):
 
     assert found(evaluation, "path", "contrast", 0.5).value == pytest.approx(tissue_figures(middle)[:, 1].mean())
     assert found(evaluation, "real target", "fine_detail").value == pytest.approx(tissue_figures(b)[:, 2].mean())
-    costs = [found(evaluation, "path", quantity).value for quantity in ("nfe", "gradients", "cpu_seconds")]
-    assert costs == [30, 6, 0.5]
+    costs = [found(evaluation, "path", quantity).value for quantity in ("nfe", "gradients", "seconds", "cpu_seconds")]
+    assert costs == [30, 6, 0.375, 0.5]
+    assert as_json(evaluation)["methods"][0]["device"] == "cpu"
 
 
 def partial_features(network):
     return lambda patches: classifier.features(network.model, torch.from_numpy(patches), device=CPU)
+
+
+def test_what_a_gpu_took_is_told_by_the_clock_alone(tiny, judged):
+    path = tiny.trajectory("path")
+    cost = {"sequences": 8, "device": "cuda: Some GPU", "seconds": 2.0}
+    (path / "cost.json").write_text(json.dumps(cost))
+    assert read_cost(path) == ("cuda: Some GPU", 0.25, None)
+    evaluation = evaluate([path], **judged)
+    assert found(evaluation, "path", "seconds").value == 0.25
+    assert not [value for value in evaluation.values if value.quantity == "cpu_seconds"]
+    methods = {of["name"]: of["device"] for of in as_json(evaluation)["methods"]}
+    assert methods == {"path": "cuda: Some GPU", **dict.fromkeys(list(methods)[1:])}
+    (row,) = (line for line in markdown(evaluation).splitlines() if "seconds a sequence" in line)
+    assert row.split(" | ")[:3] == ["| seconds a sequence", "0.25 (cuda: Some GPU)", ""]
 
 
 def test_copying_the_source_is_level_zero_at_every_level(tiny, judged):

@@ -31,7 +31,8 @@ precision_own, recall_own, density_own, coverage_own (level) and *_target: see `
 frechet_pooled, precision_pooled, recall_pooled, density_pooled, coverage_pooled    the same of all n frames after the
                                 sources as one set, to real source- and target-class patches together
 severity_error (level)          mean |severity estimate - s_k|; without a level over all levels
-nfe, gradients, cpu_seconds     means of a sequence
+nfe, gradients                  means of a sequence
+seconds, cpu_seconds            wall and CPU time a sequence, on the method's device; the second of a CPU alone
 haematoxylin_area, contrast, fine_detail (level)    see `metrics.tissue`
 guidance_kid_ratio, guidance_frechet_ratio (level)  kid_own and frechet_own with guidance over without, on common
                                 sources; without a level the mean of the levels' ratios, and *_of_means the ratio of the

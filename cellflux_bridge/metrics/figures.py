@@ -49,8 +49,10 @@ def add_figures(values: Values, of: Sequences, panel: Panel, *, recoloured: Sequ
     for quantity, counts in (("nfe", of.nfe), ("gradients", of.gradients)):
         if counts is not None:
             values.add(subject(of), quantity, counts.mean())
-    if of.cpu_seconds is not None:
-        values.add(subject(of), "cpu_seconds", of.cpu_seconds)
+    if of.cost is not None:
+        values.add(subject(of), "seconds", of.cost.seconds)
+        if of.cost.cpu_seconds is not None:
+            values.add(subject(of), "cpu_seconds", of.cost.cpu_seconds)
 
 
 def _add_judged(values: Values, of: Sequences, judge: Network, resamples: Resamples) -> None:
