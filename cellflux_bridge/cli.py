@@ -214,52 +214,27 @@ def classify_command(args: argparse.Namespace) -> None:
     """classify TRAJECTORY_OR_RUN: how many frames classifiers call the target class, beside a mere recolouring."""
     import json
     from dataclasses import asdict
-    from functools import partial
 
-    from cellflux_bridge.data.patches import load_patches
     from cellflux_bridge.files import replace_text
-    from cellflux_bridge.metrics.flip import flip_rate
-    from cellflux_bridge.training import checkpoint, classifier
-    from cellflux_bridge.training.classifier_scores import MOST_FOR_STATISTICS, image_scores
+    from cellflux_bridge.metrics.classify import classify
+    from cellflux_bridge.training import checkpoint
     from cellflux_bridge.training.loop import make_fabric
-    from cellflux_bridge.trajectory import iter_trajectory, load_trajectory, read_header
+    from cellflux_bridge.trajectory import read_header
 
     folder = _trajectory(args.config)
     header = read_header(folder)
-    classifiers = args.classifier or sorted(map(str, Path(args.config).glob("judge_*")))
-    if not classifiers:
+    runs = args.classifier or sorted(map(str, Path(args.config).glob("judge_*")))
+    if not runs:
         raise UserError(
             "--classifier: none given, and the run has none; train one with: cellflux-bridge train-classifier"
         )
+    fabric = make_fabric(_config(str(checkpoint.latest(Path(runs[0]))), args.overrides).classifier.train)
+    found = classify(folder, [Path(run) for run in runs], overrides=args.overrides, device=fabric.device)
     results = []
-    for run in classifiers:
-        newest = checkpoint.latest(Path(run))
-        config = _config(str(newest), args.overrides)
-        if config.classifier.role == "guide":
-            raise UserError(
-                f"{run}: is the guide: a judge must be another network; train one with classifier.role=judge"
-            )
-        frames = load_trajectory(folder, num=1).frames
-        if frames.shape[-1] != config.data.image_size:
-            raise UserError(
-                f"{run}: judges patches of {config.data.image_size} px, the frames of {folder} have "
-                f"{frames.shape[-1]}; train one with data.image_size={frames.shape[-1]}"
-            )
-        fabric = make_fabric(config.classifier.train)
-        patches = load_patches(config.data, seed=config.seed)
-        model = classifier.load(newest, fabric.device)
-        targets = patches.sample("train", header.target, num=MOST_FOR_STATISTICS, seed=config.seed)
-        real = patches.centre(targets).permute(0, 2, 3, 1).numpy()
-        rate = flip_rate(
-            iter_trajectory(folder),
-            partial(classifier.predict, model, device=fabric.device),
-            classes=patches.classes,
-            real_targets=real,
-        )
-        scores = image_scores(model, patches, device=fabric.device, labels=config.classifier.labels)
-        results.append({"classifier": str(newest), "view": config.classifier.view, **scores, **asdict(rate)})
-        view, accuracy, num = config.classifier.view, scores["test/accuracy"], scores["test/n"]
-        print(f"{run}: {view}, accuracy {accuracy:.3f} on {num} real patches")
+    for run, one in zip(runs, found, strict=True):
+        results.append(one.as_json())
+        accuracy, num, rate = one.scores["test/accuracy"], one.scores["test/n"], one.rate
+        print(f"{run}: {one.judge.view}, accuracy {accuracy:.3f} on {num} real patches")
         print(f"  fraction called {header.target} of {rate.num_sequences} sequences")
         print(f"    untranslated {header.source:<18} {rate.fraction[0]:.3f}")
         print(f"    Reinhard colour transfer       {rate.reinhard:.3f}")
@@ -294,6 +269,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         cycle=None if args.cycle is None else _trajectory(args.cycle),
         unguided=[_trajectory(text) for text in args.unguided],
         num_levels=args.levels,
+        max_real=args.max_real,
         overrides=overrides,
         device=fabric.device,
         cache=output.with_suffix(".cache"),
@@ -471,6 +447,10 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
             ),
             ("--cycle", {"metavar": "TRAJECTORY", "help": "carries the last frames of one of these back again"}),
             ("--levels", {"type": int, "default": 10, "help": "levels at which methods are compared (10)"}),
+            (
+                "--max-real",
+                {"type": int, "default": 10_000, "help": "real patches of a class to compare to, at most (10,000)"},
+            ),
             ("--output", {"type": Path, "help": "metrics.json to write, .csv and .md beside it"}),
         ],
         None,

@@ -62,16 +62,15 @@ def estimate(statistic: Callable[[np.ndarray], np.ndarray | float], resamples: R
 def estimate_mean(
     values: np.ndarray, groups: Sequence[str] | np.ndarray, *, num: int, generator: np.random.Generator
 ) -> Estimate:
-    """The mean of values (N,) with the cluster bootstrap's interval, of many items without an index for each draw.
-
-    NaN where there is no value.
+    """The mean of values (N,) with the cluster bootstrap's interval, on the very draws of `bootstrap`, of which one at
+    a time is in memory; NaN where there is no value.
     """
     if len(values) == 0:
         return Estimate(*(float("nan"),) * 3)
     _, numbers = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(numbers, values), np.bincount(numbers)
-    drawn = [generator.integers(len(sums), size=len(sums)) for _ in range(num)]
-    low, high = np.percentile([sums[draw].sum() / counts[draw].sum() for draw in drawn], COVERAGE)
+    draws = (generator.integers(len(sums), size=len(sums)) for _ in range(num))
+    low, high = np.percentile([sums[draw].sum() / counts[draw].sum() for draw in draws], COVERAGE)
     return Estimate(float(np.mean(values)), float(low), float(high))
 
 

@@ -35,6 +35,11 @@ def translation_fabric(config: Config) -> Fabric:
     return fabric
 
 
+def _device_name(device: torch.device) -> str:
+    """As cost.json has it: "cpu", "cuda: NAME"."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
 class Translator(ABC):
     """Carries images of one class to another.
 
@@ -208,13 +213,16 @@ class Translator(ABC):
             indices = chosen[numbers]
             trajectory = self._translate_batch(patches.centre(indices), [patches.ids[i] for i in indices], settings)
             writer.append(trajectory, numbers=numbers)
-        cost = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu_began}
+        cost = {"seconds": time.monotonic() - began}
+        if fabric.device.type == "cpu":  # elsewhere it tells how long a GPU was waited for
+            cost["cpu_seconds"] = time.process_time() - cpu_began
         fabric.barrier()
         if fabric.is_global_zero:
             writer.finish()
             used = self.config.model_copy(update={"translate": settings})
             replace_text(folder / "config.yaml", used.to_yaml())
             if todo:  # of this process, and of its last call where it was stopped and went on
-                replace_text(folder / "cost.json", json.dumps({"sequences": len(todo), **cost}) + "\n")
+                told = {"sequences": len(todo), "device": _device_name(fabric.device), **cost}
+                replace_text(folder / "cost.json", json.dumps(told) + "\n")
         figures = {"sequences": len(chosen), "made_now": len(missing), **cost}
         return folder, figures

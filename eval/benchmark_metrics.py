@@ -1,7 +1,7 @@
 """Time and peak memory of features and metrics, of noise instead of patches, by a classifier of random weights.
 
 python eval/benchmark_metrics.py                     # 10,000 images of 64 px, 2 threads
-python eval/benchmark_metrics.py --images 2000       # to see that it is linear
+python eval/benchmark_metrics.py --images 2000       # to see how it grows: features linearly, distances with the square
 """
 
 import sys

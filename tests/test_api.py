@@ -220,7 +220,9 @@ def test_a_run_of_several_devices_loads_on_one(train, files):
 def digest(folder: Path) -> dict[str, bytes]:
     """The files of a trajectory, less what it cost to make."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    assert json.loads(files.pop("cost.json"))["seconds"] > 0
+    cost = json.loads(files.pop("cost.json"))
+    assert cost["seconds"] > 0
+    assert cost["device"] == "cpu"
     return files
 
 

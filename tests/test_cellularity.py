@@ -533,6 +533,24 @@ def scored_patches(steps, scores) -> Patches:
     )
 
 
+def test_real_patches_are_counted_once_however_many_figures_they_enter(tmp_path, monkeypatch):
+    folder, seen = write_trajectory(tmp_path / "t"), []
+
+    def counted(stacks, **options):
+        stacks = list(stacks)
+        seen.append(len(stacks))
+        return counting.count_arrays(stacks, **options)
+
+    monkeypatch.setattr("cellflux_bridge.cellularity.along.count_arrays", counted)
+    patches = scored_patches((48, 32, 24, 24), (0.02, np.nan, 0.55, 0.97))  # one of A has no score
+    content = along_trajectories([folder], patches=patches, workers=1)
+    assert seen == [4]
+    real = {row["class"]: (row["n"], row["mean"]) for row in content["real"] if row["quantity"] == "count"}
+    assert real == {"A": (2, 6.5), "B": (2, 16)}
+    by_level = {row["level"]: row["n"] for row in content["real_by_level"] if row["quantity"] == "count"}
+    assert by_level == {0: 1, 0.5: 1, 1: 1}
+
+
 def test_levels_are_held_against_real_patches_of_their_score(tmp_path):
     folder = write_trajectory(tmp_path / "t", steps=(48, 32, 24))  # 4, 9, 16 discs
     patches = scored_patches((48, 32, 24, 24), (0.02, 0.5, 0.55, 0.97))

@@ -22,6 +22,7 @@ from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
 from cellflux_bridge.metrics import panel, progression
+from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.metrics.evaluate import evaluate
 from cellflux_bridge.metrics.extractor import NamedExtractor
 from cellflux_bridge.metrics.fidelity import (
@@ -457,12 +458,27 @@ def test_every_figure_of_a_method_is_what_its_parts_say(tiny, judged):
 
     assert found(evaluation, "path", "contrast", 0.5).value == pytest.approx(tissue_figures(middle)[:, 1].mean())
     assert found(evaluation, "real target", "fine_detail").value == pytest.approx(tissue_figures(b)[:, 2].mean())
-    costs = [found(evaluation, "path", quantity).value for quantity in ("nfe", "gradients", "cpu_seconds")]
-    assert costs == [30, 6, 0.5]
+    costs = [found(evaluation, "path", quantity).value for quantity in ("nfe", "gradients", "seconds", "cpu_seconds")]
+    assert costs == [30, 6, 0.375, 0.5]
+    assert as_json(evaluation)["methods"][0]["device"] == "cpu"
 
 
 def partial_features(network):
     return lambda patches: classifier.features(network.model, torch.from_numpy(patches), device=CPU)
+
+
+def test_what_a_gpu_took_is_told_by_the_clock_alone(tiny, judged):
+    path = tiny.trajectory("path")
+    cost = {"sequences": 8, "device": "cuda: Some GPU", "seconds": 2.0}
+    (path / "cost.json").write_text(json.dumps(cost))
+    assert read_cost(path) == ("cuda: Some GPU", 0.25, None)
+    evaluation = evaluate([path], **judged)
+    assert found(evaluation, "path", "seconds").value == 0.25
+    assert not [value for value in evaluation.values if value.quantity == "cpu_seconds"]
+    methods = {of["name"]: of["device"] for of in as_json(evaluation)["methods"]}
+    assert methods == {"path": "cuda: Some GPU", **dict.fromkeys(list(methods)[1:])}
+    (row,) = (line for line in markdown(evaluation).splitlines() if "seconds a sequence" in line)
+    assert row.split(" | ")[:3] == ["| seconds a sequence", "0.25 (cuda: Some GPU)", ""]
 
 
 def test_copying_the_source_is_level_zero_at_every_level(tiny, judged):
@@ -640,6 +656,29 @@ def test_floors_stand_beside_the_figures_of_every_level(tiny, judged):
     table = markdown(evaluation)
     assert "floors of halves of real B patches (6 against 6)" in table
     assert "each level's own, mean over levels" in table
+
+
+def test_at_most_so_many_real_patches_are_compared_to(tiny, judged):
+    (network,) = load_networks([("judge", judged["judges"][0])], source="A", target="B", device=CPU)
+    everyone, drawn = network.real_patches(), [network.real_patches(num=5, seed=seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0].numbers, drawn[1].numbers)
+    assert set(drawn[0].numbers) != set(drawn[2].numbers)
+    for some in drawn:
+        assert set(some.numbers) <= set(everyone.numbers)
+        assert some.is_target.tolist() == [False] * 5 + [True] * 5
+        np.testing.assert_array_equal(some.groups, network.groups_of(some.numbers))
+    np.testing.assert_array_equal(network.real_patches(num=12, seed=3).numbers, everyone.numbers)
+
+    path, scores = tiny.trajectory("path"), tiny.classifier("severity", "classifier.labels=score", seed=4)
+    evaluation = evaluate([path], scores=scores, max_real=10, **judged)
+    assert as_json(evaluation)["max_real"] == 10
+    assert found(evaluation, "path", "kid_pooled", 0.5, "extractor").n_real == 20
+    assert found(evaluation, "path", "recall_target", 1.0, "extractor").n_real == 10
+    assert [found(evaluation, name, "contrast").n for name in ("real source", "real target")] == [10, 10]
+    assert found(evaluation, "real scored", "severity_error").n == 10
+    assert "real A (n = 10)" in markdown(evaluation)
+    with pytest.raises(UserError, match=r"--max-real 0: expected how many"):
+        evaluate([path], max_real=0, **judged)
 
 
 def test_all_frames_are_compared_to_both_classes(tiny, judged):
@@ -941,6 +980,20 @@ def test_sequences_that_a_network_cannot_judge_are_refused(tiny, judged, make_pa
 def test_sources_that_a_judge_trained_on_are_refused(tiny, judged):
     with pytest.raises(UserError, match=r"trained on sources of .*train/A/A000\.png"):
         evaluate([tiny.trajectory("seen", split="train", num=6)], **judged)
+
+
+def test_classify_refuses_what_evaluate_refuses(tiny, capsys):
+    rgb = str(tiny.classifier("rgb", seed=1))
+    seen = str(tiny.trajectory("seen", split="train", num=6))
+    with pytest.raises(SystemExit, match=r"rgb: trained on sources of .*seen: train/A/A000\.png"):
+        main(["classify", seen, "--classifier", rgb])
+    path = tiny.trajectory("path")
+    main(["classify", str(path), "--classifier", rgb])
+    assert "fraction called B of 8 sequences" in capsys.readouterr().out
+    shutil.copytree(tiny.root / "patches", tiny.root / "elsewhere")
+    (path / "config.yaml").write_text(tiny._config([f"data.root={tiny.root / 'elsewhere'}"]).to_yaml())
+    with pytest.raises(SystemExit, match=r"was made from data\.root=.*elsewhere, but .*rgb would compare"):
+        main(["classify", str(path), "--classifier", rgb])
 
 
 def test_sources_that_a_judge_sees_otherwise_are_refused(tiny, judged):

@@ -214,6 +214,23 @@ def test_every_figure_stands_with_interval_and_floor(page):
     assert ">3.21<" in frechet
 
 
+def test_the_time_of_a_sequence_stands_with_its_device(tmp_path):
+    run = write_run(tmp_path / "run", names=("one", "two"), cellularity=False)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["values"].append(value("one", "seconds", None, "", 0.25, spread=None))
+    metrics["methods"][0]["device"] = "cuda: Some GPU"
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    cost = {"sequences": 8, "seconds": 2.0}
+    (run / "trajectories" / "one" / "cost.json").write_text(json.dumps({**cost, "device": "cuda: Some GPU"}))
+    (run / "trajectories" / "two" / "cost.json").write_text(json.dumps({**cost, "cpu_seconds": 4.0}))
+    (chapter,) = load_chapters([run])
+    (row,) = next(section for section in main_table(chapter) if section.title == "What does it cost?").rows
+    assert (row.cells[0].text, row.cells[0].remark) == ("0.25", "cuda: Some GPU")
+    page = report(run, output=tmp_path / "report.html")[0]
+    assert "0.25 s on cuda: Some GPU<" in page
+    assert "0.25 s on cpu (0.5 s of CPU time)<" in page
+
+
 def test_text_of_the_user_is_escaped_everywhere(tmp_path):
     bad = "</script><img src=x onerror=alert(1)>"
     ids = [f"{bad}{i}.png" for i in range(6)]

@@ -19,8 +19,9 @@ def test_the_nearest_is_found_in_blocks():
     rng = np.random.default_rng(0)
     x, others = rng.normal(size=(23, 4)), rng.normal(size=(31, 4))
     x[3] = others[7]
-    for block in (5, 512):
-        distances, numbers = nearest(x, others, block=block)
+    others[20] = others[7]  # of two as near the first is told
+    for block, others_block in ((5, 31), (512, 8), (7, 10), (512, 16384)):
+        distances, numbers = nearest(x, others, block=block, others_block=others_block)
         np.testing.assert_allclose(distances, cdist(x, others).min(1), atol=1e-12)
         np.testing.assert_array_equal(numbers, cdist(x, others).argmin(1))
     assert distances[3] == 0

@@ -20,17 +20,18 @@ _CHUNK = 64
 _Real = tuple[Iterator[np.ndarray], list[str]]
 
 
-def _of_class(patches: Patches, label: str) -> _Real:
-    """The middle test patches of a class, each a stack of one, and their groups."""
+def _of_class(patches: Patches, label: str) -> np.ndarray:
+    """The numbers of the test patches of a class."""
     numbers = patches.indices("test", label)
     if len(numbers) == 0:
         raise UserError(
             f"no real test patch of class {label!r}; set data.split.test, or give --real-source/--real-target"
         )
-    return _of_patches(patches, numbers)
+    return numbers
 
 
 def _of_patches(patches: Patches, numbers: np.ndarray) -> _Real:
+    """The middle patches of these numbers, each a stack of one, and their groups."""
     chunks = (numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK))
     images = (rgb[None] for part in chunks for rgb in patches.centre(part).permute(0, 2, 3, 1).numpy())
     return images, [_group(patches, number) for number in numbers]
@@ -84,28 +85,31 @@ def along_trajectories(
         if (header.source, header.target) != (source, target):
             raise UserError(f"{folder}: {header.source} -> {header.target}, but {folders[0]} is {source} -> {target}")
     mpp = _scale(folders, headers) if mpp is None else mpp
-    found: dict[str, _Real] = {}
-    if real_folders is not None:
-        found = {label: _of_folder(folder) for label, folder in zip((source, target), real_folders, strict=True)}
-    elif patches is not None:
-        found = {label: _of_class(patches, label) for label in (source, target)}
     groups = {} if patches is None else {id_: _group(patches, i) for i, id_ in enumerate(patches.ids)}
 
-    def count(images: Iterator[np.ndarray], own: list[str], label: str) -> Counted:
+    def count(images: Iterator[np.ndarray], own: list[str], label: str) -> list[np.ndarray]:
         rows = count_arrays(images, mpp=mpp, parameters=parameters, workers=workers)
-        return Counted.of(list(progress(rows, total=len(own), desc=f"nuclei of real {label}", unit="image")), own)
+        return list(progress(rows, total=len(own), desc=f"nuclei of real {label}", unit="image"))
 
-    real = {}
-    for label, of in found.items():
-        real[label] = count(*of, label)
-        real[label].require_some(0, of=f"real {label} patches")
-    scored = None
-    if patches is not None and real_folders is None:
-        numbers = patches.indices("test")
-        numbers = numbers[np.isfinite(patches.scores[numbers])]
-        if len(numbers):
-            counted = count(*_of_patches(patches, numbers), "scored patches")
-            scored = Scored(counted, patches.scores_towards(target, numbers))
+    real, scored = {}, None
+    if real_folders is not None:
+        found = {label: _of_folder(folder) for label, folder in zip((source, target), real_folders, strict=True)}
+        real = {label: Counted.of(count(images, own, label), own) for label, (images, own) in found.items()}
+    elif patches is not None:
+        by_class = {label: _of_class(patches, label) for label in (source, target)}
+        with_score = patches.indices("test")
+        with_score = with_score[np.isfinite(patches.scores[with_score])]
+        numbers = np.unique(np.concatenate([*by_class.values(), with_score]))
+        rows = dict(zip(numbers, count(*_of_patches(patches, numbers), "patches"), strict=True))  # each counted once
+
+        def counted(chosen: np.ndarray) -> Counted:
+            return Counted.of([rows[i] for i in chosen], [_group(patches, i) for i in chosen])
+
+        real = {label: counted(chosen) for label, chosen in by_class.items()}
+        if len(with_score):
+            scored = Scored(counted(with_score), patches.scores_towards(target, with_score))
+    for label, of_class in real.items():
+        of_class.require_some(0, of=f"real {label} patches")
     pair = (real[source], real[target]) if real else None
     options = {"mpp": mpp, "parameters": parameters, "seed": seed, "workers": workers}
     curves = [curves_of(folder, groups, pair, scored, **options) for folder in folders]

@@ -18,7 +18,7 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.progress import progress
 from cellflux_bridge.randomness import numpy_generator
 from cellflux_bridge.ranks import rank_correlation
-from cellflux_bridge.resampling import NUM_RESAMPLES, Estimate, bootstrap, estimate
+from cellflux_bridge.resampling import NUM_RESAMPLES, Estimate, bootstrap, estimate, estimate_mean
 from cellflux_bridge.trajectory import TrajectoryHeader, count_incomplete, iter_trajectory, read_header
 
 REACHED, MISSED, UNDECIDED = "reached", "missed", "undecided"
@@ -157,11 +157,8 @@ def _existing(counted: Counted) -> tuple[list[str], tuple[str, ...]]:
 def _mean_of(values: np.ndarray, groups: np.ndarray, *, seed: int, purpose: str) -> tuple[int, Estimate]:
     """The number of finite values among (N,), and their mean with its interval over groups."""
     finite = np.isfinite(values)
-    values, groups = values[finite], groups[finite]
-    if not len(values):
-        return 0, Estimate(np.nan, np.nan, np.nan)
-    resamples = bootstrap(groups, num=NUM_RESAMPLES, generator=numpy_generator(seed, "cellularity", purpose))
-    return len(values), Estimate(*map(float, estimate(lambda chosen: values[chosen].mean(), resamples)))
+    generator = numpy_generator(seed, "cellularity", purpose)
+    return int(finite.sum()), estimate_mean(values[finite], groups[finite], num=NUM_RESAMPLES, generator=generator)
 
 
 def points(counted: Counted, levels: Sequence[float | None], *, seed: int) -> tuple[Point, ...]:

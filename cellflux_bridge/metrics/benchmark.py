@@ -1,5 +1,8 @@
 """How long features of many images and their distances to real patches take, and the memory that they need at most.
 
+Features take time linear in the number of images. All but the Frechet distance compares pairs: time grows with the
+square, which `evaluate` bounds by the number of real patches (`--max-real`); these halves are not cut to it.
+
 Left out: reading and writing, several levels, judges and methods, intervals over sources, stain transfer, and what is
 computed from pixels (tissue figures, MS-SSIM, layer distances).
 """

@@ -31,7 +31,8 @@ precision_own, recall_own, density_own, coverage_own (level) and *_target: see `
 frechet_pooled, precision_pooled, recall_pooled, density_pooled, coverage_pooled    the same of all n frames after the
                                 sources as one set, to real source- and target-class patches together
 severity_error (level)          mean |severity estimate - s_k|; without a level over all levels
-nfe, gradients, cpu_seconds     means of a sequence
+nfe, gradients                  means of a sequence
+seconds, cpu_seconds            wall and CPU time a sequence, on the method's device; the second of a CPU alone
 haematoxylin_area, contrast, fine_detail (level)    see `metrics.tissue`
 guidance_kid_ratio, guidance_frechet_ratio (level)  kid_own and frechet_own with guidance over without, on common
                                 sources; without a level the mean of the levels' ratios, and *_of_means the ratio of the
@@ -57,7 +58,7 @@ from cellflux_bridge.metrics.cautions import cautions, incomplete, repeated
 from cellflux_bridge.metrics.cycle import add_cycle
 from cellflux_bridge.metrics.extractor import is_name
 from cellflux_bridge.metrics.feature_cache import FeatureCache
-from cellflux_bridge.metrics.figures import add_figures, near_copies
+from cellflux_bridge.metrics.figures import add_figures, memory_of, near_copies
 from cellflux_bridge.metrics.memorisation import NearCopy
 from cellflux_bridge.metrics.networks import Network, load_networks
 from cellflux_bridge.metrics.origin import require_same_data
@@ -80,6 +81,7 @@ class Evaluation:
     target: str
     num_levels: int
     seed: int
+    max_real: int
     networks: tuple[Network, ...]
     methods: tuple[Sequences, ...]
     baselines: tuple[Sequences, ...]
@@ -121,6 +123,7 @@ def evaluate(
     cycle: Path | None = None,
     num_levels: int = 10,
     overrides: Sequence[str] = (),
+    max_real: int = 10_000,
     seed: int = 0,
     device: torch.device,
     cache: Path | None = None,
@@ -130,12 +133,18 @@ def evaluate(
     `judges` are runs of classifiers, `features` of one that neither guided nor judges or an extractor's name
     (`metrics.extractor`); `scores` of one trained with classifier.labels=score on patches of the whole range, whose p
     is the severity of a frame. `unguided` are trajectories of the same method as one of the others, made unguided;
-    they are evaluated, too. `cycle` is a trajectory that carries a method's last frames back. What networks make of
-    images is kept in the folder `cache` (`metrics.feature_cache`). Raises UserError for a guide among the networks, and
-    for trajectories and networks that do not fit each other.
+    they are evaluated, too. `cycle` is a trajectory that carries a method's last frames back. Of the real patches of
+    either class, and of those with a score, at most `max_real` are compared to, drawn by the seed. What networks make
+    of images is kept in the folder `cache` (`metrics.feature_cache`). Raises UserError for a guide among the networks,
+    and for trajectories and networks that do not fit each other.
+
+    Time grows with the number of training patches, and with the square of the frames' and of the real patches' number,
+    up to `max_real`.
     """
     if num_levels < 1:
         raise UserError(f"--levels {num_levels}: expected at least one level after the source")
+    if max_real < 1:
+        raise UserError(f"--max-real {max_real}: expected how many real patches of a class to use at most, 1 or more")
     folders = [*trajectories, *unguided]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a trajectory is named twice; name each once, as a trajectory or with --unguided")
@@ -157,7 +166,7 @@ def evaluate(
         collect(folder, networks, name=name, num_levels=num_levels) for folder, name in zip(folders, names, strict=True)
     ]
     values = Values()
-    panel = Panel(networks, levels=looked[0].levels, seed=seed, values=values)
+    panel = Panel(networks, levels=looked[0].levels, seed=seed, max_real=max_real, values=values)
     reference = panel.stain_reference()
     recoloured = [stain_transfer(sequences, networks, reference) for sequences in looked]
     baselines = [
@@ -167,11 +176,14 @@ def evaluate(
     ]
     baselines = [sequences for sequences in baselines if sequences is not None]
     transfers = [*recoloured, *recoloured[:1] * len(baselines)]
+    copies: list[NearCopy] = []
     for sequences, transfer in zip((*looked, *baselines), transfers, strict=True):
-        add_figures(values, sequences, panel, recoloured=transfer)
+        memory = memory_of(sequences, panel)
+        add_figures(values, sequences, panel, recoloured=transfer, memory=memory)
+        if sequences.folder is not None:  # no baseline
+            copies += near_copies(sequences, panel, memory)
     if cycle is not None:
         add_cycle(values, looked, cycle, panel)
-    copies = tuple(copy for sequences in looked for copy in near_copies(sequences, panel))
     rivals = {}
     for without in looked[len(trajectories) :]:
         for guided in looked[: len(trajectories)]:
@@ -183,13 +195,14 @@ def evaluate(
         target=target,
         num_levels=num_levels,
         seed=seed,
+        max_real=max_real,
         networks=tuple(networks),
         methods=tuple(looked),
         baselines=tuple(baselines),
         unguided=rivals,
         values=tuple(values.rows),
         differences=tuple(row for other in looked[1:] for row in differences(looked[0], other, panel)),
-        near_copies=copies,
+        near_copies=tuple(copies),
         num_training=len(panel.training.ids),
         num_held_out=tuple(map(len, panel.training.held_out)),
         warnings=(*incomplete(folders), *repeated(panel.training.num_repeated), *cautions(values.rows)),

@@ -23,9 +23,9 @@ def subject(of: Sequences) -> Subject:
     return Subject(of.name, len(of.source_ids), of.folder, of.levels, of.split)
 
 
-def add_figures(values: Values, of: Sequences, panel: Panel, *, recoloured: Sequences) -> None:
+def add_figures(values: Values, of: Sequences, panel: Panel, *, recoloured: Sequences, memory: Memory) -> None:
     """All quantities of `metrics.evaluate` that a method has by itself; `recoloured` is the stain transfer of its own
-    sources."""
+    sources, `memory` that of its frames (`memory_of`)."""
     resamples = panel.resamples(panel.groups(of.source_ids))
     for judge in panel.judges:
         _add_judged(values, of, judge, resamples)
@@ -39,7 +39,7 @@ def add_figures(values: Values, of: Sequences, panel: Panel, *, recoloured: Sequ
     _add_all_frames(values, of, panel)
     if panel.estimator is not None:
         _add_severity(values, of, panel.estimator, resamples)
-    _add_memory(values, of, panel, resamples)
+    _add_memory(values, of, panel, memory, resamples)
     for number, figure in enumerate(FIGURES):
         column = of.tissue[:, :, number]
         values.add_levels(subject(of), figure, estimate(lambda i, column=column: column[i].mean(0), resamples))
@@ -49,8 +49,10 @@ def add_figures(values: Values, of: Sequences, panel: Panel, *, recoloured: Sequ
     for quantity, counts in (("nfe", of.nfe), ("gradients", of.gradients)):
         if counts is not None:
             values.add(subject(of), quantity, counts.mean())
-    if of.cpu_seconds is not None:
-        values.add(subject(of), "cpu_seconds", of.cpu_seconds)
+    if of.cost is not None:
+        values.add(subject(of), "seconds", of.cost.seconds)
+        if of.cost.cpu_seconds is not None:
+            values.add(subject(of), "cpu_seconds", of.cost.cpu_seconds)
 
 
 def _add_judged(values: Values, of: Sequences, judge: Network, resamples: Resamples) -> None:
@@ -95,8 +97,7 @@ def memory_of(of: Sequences, panel: Panel) -> Memory:
     return panel.training.memory(of.seen[panel.extractor.name].features[:, 1:])
 
 
-def _add_memory(values: Values, of: Sequences, panel: Panel, resamples: Resamples) -> None:
-    memory = memory_of(of, panel)
+def _add_memory(values: Values, of: Sequences, panel: Panel, memory: Memory, resamples: Resamples) -> None:
     fewest = min(map(len, memory.held_out))
     copied, closer = memory.is_near_copy().T, memory.closer().T
     for quantity, found in (
@@ -109,9 +110,8 @@ def _add_memory(values: Values, of: Sequences, panel: Panel, resamples: Resample
     values.add(subject(of), "near_copy_share", found, by=panel.extractor, n_real=fewest)
 
 
-def near_copies(of: Sequences, panel: Panel) -> list[NearCopy]:
+def near_copies(of: Sequences, panel: Panel, memory: Memory) -> list[NearCopy]:
     """The near copies of a method, those that lie the farthest below held-out patches first."""
-    memory = memory_of(of, panel)
     least = memory.least()
     found = [
         NearCopy(

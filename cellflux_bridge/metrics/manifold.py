@@ -34,9 +34,10 @@ class Neighbourhoods(NamedTuple):
     coverage: np.ndarray
 
 
-def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """|x_i - y_j|^2 of float64 features (N, D) and (M, D), (N, M)."""
-    return np.maximum((x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T, 0)
+def squared_distances(x: np.ndarray, y: np.ndarray, y_squared: np.ndarray | None = None) -> np.ndarray:
+    """|x_i - y_j|^2 of float64 features (N, D) and (M, D), (N, M); `y_squared` (M,) is |y_j|^2 where it is known."""
+    y_squared = (y**2).sum(1) if y_squared is None else y_squared
+    return np.maximum((x**2).sum(1)[:, None] + y_squared - 2 * x @ y.T, 0)
 
 
 def _radii(x: np.ndarray, codes: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:

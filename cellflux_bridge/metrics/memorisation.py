@@ -13,7 +13,7 @@ import numpy as np
 from cellflux_bridge.metrics.manifold import squared_distances
 from cellflux_bridge.metrics.networks import Network
 
-_BLOCK = 512
+_BLOCK, _OTHERS = 512, 16384  # rows and columns of the distances that are in memory at once
 # Distance, as a share of a training patch's typical length in features, up to which two images are the same one: what
 # the rounding of float32 features comes to.
 _ROUNDING = 1e-5
@@ -75,11 +75,22 @@ class Memory(NamedTuple):
         return (self.distances < self.least()) | (self.distances <= self.same)
 
 
-def nearest(x: np.ndarray, others: np.ndarray, *, block: int = _BLOCK) -> tuple[np.ndarray, np.ndarray]:
-    """Distances (N,) of features (N, D) to their nearest of others (M, D), and its numbers; in blocks of rows."""
-    x, others = np.asarray(x, np.float64), np.asarray(others, np.float64)
-    numbers = [squared_distances(x[i : i + block], others).argmin(1) for i in range(0, len(x), block)]
-    numbers = np.concatenate([np.empty(0, int), *numbers])
+def nearest(
+    x: np.ndarray, others: np.ndarray, *, block: int = _BLOCK, others_block: int = _OTHERS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances (N,) of features (N, D) to their nearest of others (M, D), and its numbers; in blocks of both."""
+    x = np.asarray(x, np.float64)
+    least, numbers = np.full(len(x), np.inf), np.zeros(len(x), int)
+    for first in range(0, len(others), others_block):
+        part = np.asarray(others[first : first + others_block], np.float64)
+        part_squared = (part**2).sum(1)
+        for start in range(0, len(x), block):
+            rows = slice(start, start + block)
+            squared = squared_distances(x[rows], part, part_squared)
+            found = squared.argmin(1)
+            squared = squared[np.arange(len(found)), found]
+            nearer = squared < least[rows]
+            least[rows][nearer], numbers[rows][nearer] = squared[nearer], first + found[nearer]
     return np.linalg.norm(x - others[numbers], axis=1), numbers  # exact for a copy, whose expanded square is not
 
 

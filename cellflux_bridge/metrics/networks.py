@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from cellflux_bridge.metrics.feature_cache import FeatureCache
 from cellflux_bridge.metrics.fidelity import require_finite
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distance
 from cellflux_bridge.progress import progress
+from cellflux_bridge.randomness import numpy_generator
 from cellflux_bridge.training import checkpoint, classifier
 
 _CHUNK = 256
@@ -85,6 +87,11 @@ class Network:
     def image_size(self) -> int:
         return self.patches.preprocessing.image_size
 
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """The number of each of its patches by id."""
+        return {source_id: number for number, source_id in enumerate(self.patches.ids)}
+
     def look(self, batch: np.ndarray | torch.Tensor, *, origin: str) -> Seen:
         """What it makes of uint8 patches (N, 3, S, S); UserError, naming `origin`, where that is not finite."""
         batch = torch.as_tensor(batch)
@@ -125,9 +132,8 @@ class Network:
 
     def groups_of_sources(self, source_ids: Sequence[str]) -> np.ndarray:
         """The group of each source; one that is not among the network's patches is a group of its own."""
-        known = {source_id: number for number, source_id in enumerate(self.patches.ids)}
         names = self.patches.group_names
-        found = (known.get(source_id) for source_id in source_ids)
+        found = map(self._numbers.get, source_ids)
         return np.array(
             [
                 source_id if number is None else names[self.patches.groups[number]]
@@ -137,17 +143,22 @@ class Network:
 
     def split_of(self, source_ids: Sequence[str]) -> str:
         """The split of the sources, several joined by a comma; "" where none of them is among the network's patches."""
-        known = {source_id: self.patches.splits[number] for number, source_id in enumerate(self.patches.ids)}
-        found = {int(known[source_id]) for source_id in source_ids if source_id in known}
+        numbers = (self._numbers[source_id] for source_id in source_ids if source_id in self._numbers)
+        found = {int(self.patches.splits[number]) for number in numbers}
         return ", ".join(SPLITS[number] for number in sorted(found))
 
-    def real_patches(self) -> RealPatches:
-        """Test patches: of the source and the target class; of a severity estimator all that have a score."""
+    def real_patches(self, *, num: int | None = None, seed: int = 0) -> RealPatches:
+        """Test patches: of the source and of the target class, at most `num` of each (None: all), drawn by the seed; of
+        a severity estimator at most `num` of all that have a score."""
         if self.use == "scores":
             numbers = self.patches.indices("test")
-            numbers = numbers[np.isfinite(self.patches.scores[numbers])]
+            sets = {"scored": numbers[np.isfinite(self.patches.scores[numbers])]}
         else:
-            numbers = np.concatenate([self.patches.indices("test", label) for label in (self.source, self.target)])
+            sets = {label: self.patches.indices("test", label) for label in (self.source, self.target)}
+        draws = (
+            numpy_generator(seed, "evaluate", "real", name).permutation(numbers)[:num] for name, numbers in sets.items()
+        )
+        numbers = np.concatenate([np.sort(drawn) for drawn in draws])
         is_target = self.patches.labels[numbers] == self.patches.class_index(self.target)
         if len(numbers) == 0 or (self.use != "scores" and len(np.unique(is_target)) < 2):
             wanted = "patches with a score" if self.use == "scores" else f"{self.source} and {self.target}"
@@ -171,7 +182,7 @@ class Network:
                 f"{origin}: frames of {sources.shape[-1]} x {sources.shape[-2]} px, {self.name} was trained on "
                 f"{self.image_size} px; evaluate with classifiers of the frames' size (data.image_size)"
             )
-        known = {source_id: number for number, source_id in enumerate(self.patches.ids)}
+        known = self._numbers
         pairs = [(b, known[source_id]) for b, source_id in enumerate(source_ids) if source_id in known]
         if self.use == "scores" or not pairs:
             return

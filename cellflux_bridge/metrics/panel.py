@@ -16,7 +16,7 @@ from cellflux_bridge.metrics.structure import FIGURES as STRUCTURE
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
 from cellflux_bridge.metrics.values import Subject, Values
 from cellflux_bridge.randomness import numpy_generator
-from cellflux_bridge.resampling import NUM_RESAMPLES, Estimate, Resamples, bootstrap, estimate, estimate_mean
+from cellflux_bridge.resampling import NUM_RESAMPLES, Estimate, Resamples, bootstrap, estimate_mean
 from cellflux_bridge.stain import StainReference, fit_reference
 
 NUM_SUBSAMPLES = 100
@@ -46,12 +46,14 @@ class Panel:
     """Networks with what they make of real patches, whose figures go to `values`.
 
     `judges` give probabilities, `extractor` is the network that neither guided nor judges, `estimator` (or None) tells
-    severities. `levels` are those whose own real patches are told a floor of. Every draw is seeded by `seed` and a
-    purpose.
+    severities. `levels` are those whose own real patches are told a floor of; at most `max_real` real patches of a
+    class, or with a score, are looked at. Every draw is seeded by `seed` and a purpose.
     """
 
-    def __init__(self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, values: Values):
-        self.networks, self.seed, self._values = tuple(networks), seed, values
+    def __init__(
+        self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, max_real: int | None, values: Values
+    ):
+        self.networks, self.seed, self._max_real, self._values = tuple(networks), seed, max_real, values
         self.judges = [network for network in networks if network.use == "judge"]
         self.extractor = next(network for network in networks if network.use == "features")
         self.estimator = next((network for network in networks if network.use == "scores"), None)
@@ -107,16 +109,15 @@ class Panel:
         return real.seen.features, real.patches.groups
 
     def _look(self, network: Network) -> Real:
-        patches = network.real_patches()
+        patches = network.real_patches(num=self._max_real, seed=self.seed)
         seen = network.look_at_patches(network.patches, patches.numbers)
         floor = kid_floor(seen.features, patches.groups, generator=self.generator("floor", REAL_POOLED, "kid"))
         self._add_floor(REAL_POOLED, "kid", floor, by=network, num=len(seen.features))
         for name, chosen in _by_class(patches):
             of = Subject(name, int(chosen.sum()))
-            resamples = self.resamples(patches.groups[chosen])
             known = {} if network.weights is None else {"probability": seen.value, "flip_rate": seen.is_target}
-            for quantity, each in ((quantity, values[chosen]) for quantity, values in known.items()):
-                self._values.add(of, quantity, estimate(lambda i, each=each: each[i].mean(), resamples), by=network)
+            for quantity, each in known.items():
+                self._values.add(of, quantity, self.mean(each[chosen], patches.groups[chosen]), by=network)
         return Real(patches, seen, floor)
 
     def _add_floor(self, name: str, kind: str, floor: Floor, *, by: Network, num: int, level=None) -> None:
@@ -154,9 +155,8 @@ class Panel:
         parts = [real.numbers[i : i + _CHUNK] for i in range(0, len(real.numbers), _CHUNK)]
         figures = np.concatenate([tissue_figures(self.extractor.patches.centre(part).numpy()) for part in parts])
         for name, chosen in _by_class(real):
-            found = estimate(lambda i, own=figures[chosen]: own[i].mean(0), self.resamples(real.groups[chosen]))
-            for figure, *one in zip(FIGURES, *found, strict=True):
-                self._values.add(Subject(name, int(chosen.sum())), figure, Estimate(*one))
+            for figure, each in zip(FIGURES, figures[chosen].T, strict=True):
+                self._values.add(Subject(name, int(chosen.sum())), figure, self.mean(each, real.groups[chosen]))
 
     def _add_structure(self) -> None:
         """How far real source patches of different groups are apart, which is what a frame keeps that keeps nothing."""
@@ -176,10 +176,10 @@ class Panel:
             )
 
     def _look_at_scored(self, estimator: Network) -> Scored:
-        real, patches = estimator.real_patches(), estimator.patches
+        real, patches = estimator.real_patches(num=self._max_real, seed=self.seed), estimator.patches
         scores = estimator.scores(real.numbers)
         error = np.abs(estimator.look_at_patches(patches, real.numbers).value - scores)
-        found = estimate(lambda i: error[i].mean(), self.resamples(real.groups))
+        found = self.mean(error, real.groups)
         self._values.add(Subject(REAL_SCORED, len(error)), "severity_error", found, by=estimator)
         return Scored(real, scores, self.extractor.look_at_patches(patches, real.numbers).features)
 

@@ -3,12 +3,13 @@ single frame in metrics.frames.csv (trajectory, source_id, judge, level, probabi
 
 metrics.json, format 1; a number that does not exist is null:
 
-    format, source, target, num_levels, seed
+    format, source, target, num_levels, seed, max_real (`metrics.evaluate`)
     networks      [{name, use: judge | features | scores, view, checkpoint, image_size, digest}], a folder and a digest
                   of its weights
-    methods       [{name, trajectory, method, config_hash, n, split, levels, frame_levels, unguided}], baselines after
-                  them, with a null trajectory; `frame_levels` are the soft labels of the frames that stand for
-                  `levels`; `unguided` names the method that a guided one is compared to
+    methods       [{name, trajectory, method, config_hash, n, split, levels, frame_levels, device, unguided}], baselines
+                  after them, with a null trajectory; `frame_levels` are the soft labels of the frames that stand for
+                  `levels`; `device` is that of `seconds` ("cpu", "cuda: NAME", or null); `unguided` names the method
+                  that a guided one is compared to
     values        [{trajectory, method, quantity, level, extractor, n, n_real, split, value, low, high}], as in
                   metrics.csv and `metrics.values`; the quantities are listed in `metrics.evaluate`
     differences   [{first, second, quantity, extractor, n, difference, low, high, p, num_groups}], p of Wilcoxon's
@@ -45,6 +46,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "target": evaluation.target,
             "num_levels": evaluation.num_levels,
             "seed": evaluation.seed,
+            "max_real": evaluation.max_real,
             "networks": [
                 {
                     "name": network.name,
@@ -66,6 +68,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
                     "split": of.split,
                     "levels": of.levels,
                     "frame_levels": of.frame_levels,
+                    "device": None if of.cost is None else of.cost.device,
                     "unguided": evaluation.unguided.get(of.name),
                 }
                 for of in (*evaluation.methods, *evaluation.baselines)

@@ -1,15 +1,15 @@
 """One pass over a trajectory: what every network makes of its frames, at the levels on which methods are compared."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.cautions import NEAREST_TARGET
+from cellflux_bridge.metrics.cost import Cost, read_cost
+from cellflux_bridge.metrics.memorisation import nearest
 from cellflux_bridge.metrics.networks import Network, Seen
 from cellflux_bridge.metrics.structure import recolour
 from cellflux_bridge.metrics.tissue import tissue_figures
@@ -17,7 +17,6 @@ from cellflux_bridge.progress import progress
 from cellflux_bridge.stain import StainReference
 from cellflux_bridge.trajectory import TrajectoryHeader, iter_trajectory, read_header
 
-COST = "cost.json"
 _BATCH = 32
 
 
@@ -29,7 +28,7 @@ class Sequences:
     that stand for them. `seen[network]` holds (N, K+1) values and (N, K+1, D) features; `tissue` (N, K+1, 3) the
     figures of `metrics.tissue`, `structure` (N, K+1, 2) those of `metrics.structure`, to the source. `sources` and
     `last` (N, 3, S, S) uint8 are the frames 0 and K. `split` is that of the sources (`metrics.values`).
-    `nfe`, `gradients` (N,) and `cpu_seconds` a sequence are None where nothing was translated or it is not known.
+    `nfe`, `gradients` (N,) and `cost` are None where nothing was translated or it is not known.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Sequences:
     last: np.ndarray
     nfe: np.ndarray | None = None
     gradients: np.ndarray | None = None
-    cpu_seconds: float | None = None
+    cost: Cost | None = None
 
     def rows(self, chosen: np.ndarray) -> "Sequences":
         """The sequences of the given numbers."""
@@ -79,18 +78,6 @@ def choose_frames(levels: Sequence[float], num: int, *, folder: Path) -> list[in
             f"{len(levels) - 1} or fewer"
         )
     return chosen
-
-
-def _cpu_seconds(folder: Path) -> float | None:
-    """CPU seconds a sequence, as `translate` wrote them; None without its file."""
-    path = folder / COST
-    if not path.exists():
-        return None
-    try:
-        cost = json.loads(path.read_text(encoding="utf-8"))
-        return float(cost["cpu_seconds"]) / int(cost["sequences"])
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: expected sequences, seconds and cpu_seconds ({error!r}); remove it") from error
 
 
 def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels: int, fair: bool = True) -> Sequences:
@@ -137,7 +124,7 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
         last=np.concatenate([both[:, 1] for both in ends]),
         nfe=np.array(nfe),
         gradients=np.array(gradients),
-        cpu_seconds=_cpu_seconds(folder),
+        cost=read_cost(folder),
     )
 
 
@@ -155,9 +142,9 @@ def nearest_target(sequences: Sequences, networks: Sequence[Network], extractor:
         return None
     seen = {network.name: network.look_at_patches(extractor.patches, candidates) for network in networks}
     own = sequences.seen[extractor.name].features[:, 0]
-    nearest = cdist(own, seen[extractor.name].features).argmin(1)
-    patches = extractor.patches.centre(candidates[nearest]).numpy()
-    images = {name: s.at(nearest) for name, s in seen.items()}
+    _, chosen = nearest(own, seen[extractor.name].features)
+    patches = extractor.patches.centre(candidates[chosen]).numpy()
+    images = {name: s.at(chosen) for name, s in seen.items()}
     return _still(sequences, NEAREST_TARGET, images, tissue_figures(patches), patches, extractor)
 
 
@@ -208,5 +195,5 @@ def _still(
         last=patches,
         nfe=None,
         gradients=None,
-        cpu_seconds=None,
+        cost=None,
     )

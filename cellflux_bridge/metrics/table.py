@@ -20,6 +20,7 @@ class _Lookup:
 
     def __init__(self, evaluation: Evaluation):
         self._rows = {(v.method, v.quantity, v.level, v.extractor): v for v in evaluation.values}
+        self._devices = {of.name: of.cost.device for of in evaluation.methods if of.cost is not None}
         self.levels = [(k + 1) / evaluation.num_levels for k in range(evaluation.num_levels)]
 
     def get(self, method: str, quantity: str, level: float | None = None, by: str = "") -> Value | None:
@@ -31,6 +32,10 @@ class _Lookup:
     def at_end(self, method: str, quantity: str, by: str = "") -> str:
         """At level 1; of real patches, which have no level, the value itself."""
         return self.text(method, quantity, None if method in (REAL_SOURCE, REAL_TARGET) else 1.0, by)
+
+    def seconds(self, method: str) -> str:
+        """With the device that took them."""
+        return f"{self.text(method, 'seconds')} ({self._devices[method]})" if method in self._devices else ""
 
     def both(self, method: str, quantities: Sequence[str], by: str) -> str:
         return "; ".join(filter(None, (self.text(method, quantity, None, by) for quantity in quantities)))
@@ -136,6 +141,7 @@ def _rows(evaluation: Evaluation, look: _Lookup) -> Iterator[_Row]:
         cycle = partial(look.text, quantity="cycle_preservation", by=by)
         yield f"there and back: distance to own source / to a random one, {by}", cycle
     yield "there and back: MS-SSIM of haematoxylin", partial(look.text, quantity="cycle_ms_ssim")
+    yield "seconds a sequence", look.seconds
     for quantity, label in (
         ("nfe", "network forwards a sequence"),
         ("gradients", "classifier gradients a sequence"),

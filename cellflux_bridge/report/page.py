@@ -205,10 +205,10 @@ def _facts(method: Method) -> list[tuple[str, str]]:
     for label, quantity in (("Network forwards", "nfe"), ("Classifier gradients", "gradients")):
         if (value := method.value(quantity)) and value["value"] is not None:
             facts.append((f"{label} a sequence", number(value["value"])))
-    if method.cost is not None and method.cost["sequences"]:
-        each = method.cost["seconds"] / method.cost["sequences"]
-        cpu = method.cost["cpu_seconds"] / method.cost["sequences"]
-        facts.append(("Time a sequence", f"{each:.3g} s ({cpu:.3g} s of CPU)"))
+    if method.cost is not None:
+        device, each, cpu = method.cost
+        of_cpu = "" if cpu is None else f" ({cpu:.3g} s of CPU time)"
+        facts.append(("Time a sequence", f"{each:.3g} s on {device}{of_cpu}"))
     if (config := method.config) is not None:
         facts += [
             ("Data", f"{config.data.root} ({config.data.layout['name']}), {config.data.image_size} px"),

@@ -10,7 +10,6 @@ from cellflux_bridge.cellularity.results import FORMAT as CELLULARITY_FORMAT
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.results import FORMAT
 
-_COST = {"sequences": int, "seconds": float, "cpu_seconds": float}
 _METRICS = {
     "format": int, "source": str, "target": str, "networks": list, "methods": list, "values": list, "differences": list,
 }  # fmt: skip
@@ -45,11 +44,6 @@ def read_cellularity(file: Path) -> dict[str, Any]:
     if unknown:
         raise UserError(f"{file}: unknown parameters {', '.join(sorted(unknown))}; {anew}")
     return data
-
-
-def read_cost(file: Path) -> dict[str, Any]:
-    """cost.json."""
-    return _read(file, _COST, "remove it: only the time a sequence took is then unknown")
 
 
 def _read(file: Path, shape: dict[str, type], remedy: str) -> dict[str, Any]:

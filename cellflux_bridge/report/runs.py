@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.results import FRAMES_SUFFIX
-from cellflux_bridge.report.reading import read_cellularity, read_cost, read_metrics
+from cellflux_bridge.report.reading import read_cellularity, read_metrics
 from cellflux_bridge.trajectory import HEADER, TrajectoryHeader, read_header
 
 METRICS, CELLULARITY, VIDEO = "metrics.json", "cellularity.json", "interpolation.mp4"
@@ -53,9 +54,8 @@ class Method:
         return load_config(path) if path and path.exists() else None
 
     @cached_property
-    def cost(self) -> dict[str, float] | None:
-        path = self.trajectory and self.trajectory / "cost.json"
-        return read_cost(path) if path and path.exists() else None
+    def cost(self) -> Cost | None:
+        return self.trajectory and read_cost(self.trajectory)
 
     @property
     def video(self) -> Path | None:

@@ -56,7 +56,8 @@ def levels_of(chapter: Chapter) -> list[float]:
 
 def _main(method: Method, quantity: str, by: Network, where: str, levels: list[float]) -> Cell | None:
     if where == "whole":
-        return cell(find(method, quantity, by, None))
+        device = method.record.get("device") if quantity == "seconds" else None
+        return cell(find(method, quantity, by, None), device or "")
     if where == "end":
         return cell(find(method, quantity, by, 1.0))
     found = [value for level in levels if level > 0 and (value := find(method, quantity, by, level)) is not None]

@@ -80,6 +80,7 @@ QUANTITIES = {
     "fine_detail": Words("tissue", "fine detail", "mean difference of neighbouring pixels, grey levels"),
     "nfe": Words("cost", "network forwards", "a sequence", "whole"),
     "gradients": Words("cost", "classifier gradients", "a sequence", "whole"),
+    "seconds": Words("cost", "seconds", "a sequence, by the clock", "whole"),
     "cpu_seconds": Words("cost", "CPU seconds", "a sequence", "whole"),
 }
 

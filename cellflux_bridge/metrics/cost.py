@@ -1,0 +1,38 @@
+"""What sequences cost to make, as `translate` left it in their folder's cost.json."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from cellflux_bridge.errors import UserError
+
+COST = "cost.json"
+
+
+class Cost(NamedTuple):
+    """Wall `seconds` a sequence on a `device` ("cpu", "cuda: NAME"), and CPU seconds, None where that is another: they
+    would tell how long the GPU was waited for."""
+
+    device: str
+    seconds: float
+    cpu_seconds: float | None
+
+
+def read_cost(folder: Path) -> Cost | None:
+    """The cost of a trajectory folder's sequences; None without its file, UserError for a damaged one.
+
+    A file that names no device is of the CPU.
+    """
+    path = folder / COST
+    if not path.exists():
+        return None
+    try:
+        cost = json.loads(path.read_text(encoding="utf-8"))
+        num, device = int(cost["sequences"]), str(cost.get("device", "cpu"))
+        cpu_seconds = float(cost["cpu_seconds"]) / num if device == "cpu" else None
+        return Cost(device, float(cost["seconds"]) / num, cpu_seconds)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path}: expected sequences, seconds and, of a CPU, cpu_seconds ({error!r}); remove it: only the time a "
+            "sequence took is then unknown"
+        ) from error
