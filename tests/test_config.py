@@ -1,5 +1,6 @@
 """Configuration: what wins, what is refused and in which words, and that a saved run says all that it was made with."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -38,6 +39,20 @@ def test_defaults_yield_to_the_file_and_the_file_to_the_command_line(load):
     assert (config.train.lr, config.train.steps, config.train.batch_size) == (0.25, 7, 64)
 
 
+def test_a_key_set_to_its_default_leaves_all_others_at_theirs(load):
+    default = load()
+    for key, value in default.flat(without=()).items():
+        assert load("", f"{key}={json.dumps(value)}") == default, key
+
+
+def test_the_sections_of_classifiers_keep_their_own_defaults(load):
+    config = load("classifier: {train: {batch_size: 32}}\nbridge: {classifier: {train: {steps: 7}}}\n")
+    train, bridge = config.classifier.train, config.bridge.classifier
+    assert (train.batch_size, train.steps, train.lr, train.ema_decay) == (32, 1500, 1e-3, 0.99)
+    assert (bridge.train.steps, bridge.train.weight_decay, bridge.multipliers) == (7, 1e-2, (1, 2, 2))
+    assert load("", "bridge.denoiser.train.steps=7").bridge.denoiser.train.sample_every == 0
+
+
 def test_the_last_of_two_overrides_wins(load):
     assert load("", "train.steps=2", "train.steps=3").train.steps == 3
 
@@ -67,6 +82,11 @@ def test_words_that_yaml_1_1_takes_for_booleans_stay_class_names(load):
         ("trian: {lr: 1}", "trian: unknown key", "did you mean 'train'?"),
         ("train: {lrr: 1}", "train.lrr: unknown key", "did you mean 'train.lr'?"),
         ("classifier: {train: {stepz: 1}}", "classifier.train.stepz: unknown key", "'classifier.train.steps'?"),
+        (
+            "bridge: {classifier: {train: {stepz: 1}}}",
+            "bridge.classifier.train.stepz: unknown key",
+            "'bridge.classifier.train.steps'?",
+        ),
         ("coupling: {cots: pixels}", "coupling.cots: unknown key", "did you mean 'coupling.cost'?"),
         ("coupling: minibatch_to", "coupling.name: no coupling called 'minibatch_to'", "did you mean 'minibatch_ot'?"),
         ("path: {name: noised_sauce}", "path.name: no path called 'noised_sauce'", "did you mean 'noised_source'?"),
