@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class ReferenceBridge(Translator):
         self._depths(settings)
         return settings
 
-    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+    def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         for key in sorted(set(given) - set(_HEEDED)):
             raise UserError(
                 f"translate.{key}: has no part in the reference bridge, which heeds {', '.join(_HEEDED)}, and the keys "

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Translator(ABC):
         """The sequences of sources (B, 3, S, S) uint8."""
 
     @abstractmethod
-    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+    def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         """UserError for a key of `translate` that was set for this use and is not read in making these sequences."""
 
     def _prepare(self, settings: TranslateConfig) -> None:
