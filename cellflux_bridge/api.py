@@ -90,7 +90,7 @@ class Bridge(Translator):
             network=network,
             step=checkpoint.step_of(folder),
             preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
-            fabric=fabric or translation_fabric(config),
+            fabric=fabric or translation_fabric(config.train, section="train"),
             given=parse_overrides(overrides).get("translate"),
         )
 

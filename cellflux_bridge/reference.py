@@ -92,7 +92,7 @@ class ReferenceBridge(Translator):
         source_denoiser = None if config.bridge.source_denoiser is None else loader.source_denoiser()
         classifier = loader.classifier() if config.bridge.guidance == "classifier" else None
         if fabric is None:
-            fabric = translation_fabric(config.model_copy(update={"train": config.bridge.denoiser.train}))
+            fabric = translation_fabric(config.bridge.denoiser.train, section="bridge.denoiser.train")
         return cls(
             config=config,
             preprocessing=loader.preprocessing(),

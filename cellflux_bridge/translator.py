@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 from pydantic import ValidationError
 
 from cellflux_bridge import images as image_io
-from cellflux_bridge.config import Config, TranslateConfig, merged
+from cellflux_bridge.config import Config, TrainConfig, TranslateConfig, merged
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
@@ -27,9 +27,10 @@ from cellflux_bridge.training.run import require_held_out
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, read_header
 
 
-def translation_fabric(config: Config) -> Fabric:
-    """Fabric of one device, or of torchrun's processes where it started this one."""
-    fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"}))
+def translation_fabric(train: TrainConfig, *, section: str) -> Fabric:
+    """Fabric of one device of a training's kind, or of torchrun's processes where it started this one."""
+    one_device = train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"})
+    fabric = make_fabric(one_device, section=section)
     fabric.launch()
     return fabric
 
@@ -89,9 +90,11 @@ class Translator(ABC):
         if source is None and target is None and len(self.classes) == 2:
             source, target = self.classes
         for key, label in (("source", source), ("target", target)):
+            known = ", ".join(self.classes)
+            if label is None:
+                raise UserError(f"translate.{key}: not named; give --source and --target, each one of {known}")
             if label not in self.classes:
-                hint = nearest(label, self.classes) if label else ""
-                known = ", ".join(self.classes)
+                hint = nearest(label, self.classes)
                 raise UserError(f"translate.{key}: {label!r} is no class of this run{hint}; known: {known}")
         if source == target and (source, target) not in named_transitions(self.classes, self.config.pairs):
             raise UserError(f"translate.target: {target!r} is the source, too; choose another class")

@@ -98,7 +98,7 @@ def test_both_directions_and_a_named_target(bridge, files):
     ("options", "message"),
     [
         ({"source": "A", "target": "b"}, r"translate\.target: 'b' is no class of this run.*known: A, B"),
-        ({"source": "A"}, r"translate\.target: None is no class"),
+        ({"source": "A"}, r"translate\.target: not named; give --source and --target, each one of A, B"),
         ({"source": "A", "target": "A"}, r"translate\.target: 'A' is the source, too"),
         ({"step": 4}, r"translate\.step: unknown key; did you mean 'translate\.steps'"),
         ({"frames": 1}, r"translate\.frames: .*found 1"),

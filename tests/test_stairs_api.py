@@ -140,6 +140,10 @@ def test_three_classes_are_mixed_two_at_a_time(three, asked):
         )
         torch.testing.assert_close(asked[-1]["told"], expected)
         np.testing.assert_allclose(found.soft_labels[1:, 0], expected, atol=1e-6)
+    with pytest.raises(
+        UserError, match=r"translate\.source: not named; give --source and --target, each one of A, B, C"
+    ):
+        bridge.translate(x, ids=ids)
 
 
 @pytest.mark.parametrize(

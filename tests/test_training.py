@@ -566,6 +566,20 @@ def test_impossible_devices_are_refused_by_name(config, override):
         make_fabric(config.train.model_copy(update={key: value}))
 
 
+@pytest.mark.parametrize(
+    ("command", "section"),
+    [
+        ("train", "train"),
+        ("train-classifier", "classifier.train"),
+        ("train-bridge", "bridge.denoiser.train"),
+    ],
+)
+def test_impossible_devices_are_refused_with_the_training_that_asked(tmp_path, write_config, command, section):
+    asked = [f"{key}.accelerator=abacus" for key in (section, "bridge.classifier.train")]
+    with pytest.raises(SystemExit, match=rf"^error: {section}\.accelerator=abacus.*not possible here"):
+        cli.main([command, str(write_config(tmp_path)), *asked])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_goes_on_on_a_gpu(demanding, tmp_path):
     train(demanding, tmp_path / "run", "train.steps=2", "train.accelerator=cuda")
