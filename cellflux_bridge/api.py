@@ -81,7 +81,7 @@ class Bridge(Translator):
             config = load_config(folder / checkpoint.CONFIG, overrides)
         else:
             config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=Path(run))
-        differing = differences(trained, config, ignore=("train", "classifier", "bridge", "data.root"))
+        differing = differences(trained, config, ignore=("train", "classifier", "bridge"))
         if differing:
             raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
         return cls(

@@ -246,7 +246,7 @@ class _Loader:
         folder = checkpoint.latest(self._config.output / name)
         trained = checkpoint.read_config(folder)
         key = "denoiser" if name == "denoiser" else "classifier"
-        other = ("bridge.guidance", f"bridge.{key}.train", "data.root")
+        other = ("bridge.guidance", f"bridge.{key}.train")
         differing = differences(trained, self._config, ignore=(*STAGES[name].unused, *other))
         if differing:
             raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")

@@ -24,7 +24,17 @@ from cellflux_bridge.progress import progress
 from cellflux_bridge.schema import explain, nearest
 from cellflux_bridge.training.loop import from_rank_zero, make_fabric, on_rank_zero
 from cellflux_bridge.training.run import require_held_out
-from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, read_header
+from cellflux_bridge.trajectory import (
+    Trajectory,
+    TrajectoryHeader,
+    TrajectoryWriter,
+    load_trajectory,
+    read_header,
+    read_source_ids,
+)
+
+# Sequences whose sources are looked at before a folder is completed: moved patches are, others of the same names not.
+_NUM_COMPARED = 8
 
 
 def translation_fabric(train: TrainConfig, *, section: str) -> Fabric:
@@ -33,6 +43,16 @@ def translation_fabric(train: TrainConfig, *, section: str) -> Fabric:
     fabric = make_fabric(one_device, section=section)
     fabric.launch()
     return fabric
+
+
+def _begins_with(folder: Path, patches: Patches, chosen: np.ndarray) -> bool:
+    """Whether the first sequences of a folder begin with the chosen patches that their names mean."""
+    index_of = {patches.ids[i]: i for i in chosen}
+    begun = [name for name in read_source_ids(folder) if name in index_of][:_NUM_COMPARED]
+    if not begun:
+        return True
+    made = load_trajectory(folder, source_ids=begun)
+    return np.array_equal(made.frames[0], patches.centre([index_of[name] for name in made.source_ids]))
 
 
 class Translator(ABC):
@@ -182,9 +202,15 @@ class Translator(ABC):
         header = from_rank_zero(fabric, lambda: self._header(settings))
 
         def open_folder() -> None:
-            if overwrite and (folder / "trajectory.json").exists() and read_header(folder) != header:
+            is_trajectory = overwrite and (folder / "trajectory.json").exists()
+            if is_trajectory and (read_header(folder) != header or not _begins_with(folder, patches, chosen)):
                 shutil.rmtree(folder)
             TrajectoryWriter(folder, header)
+            if not _begins_with(folder, patches, chosen):
+                raise UserError(
+                    f"{folder}: holds sequences of other images, which have the same names as those at data.root; "
+                    "choose another --output, or replace it with --overwrite"
+                )
 
         on_rank_zero(fabric, open_folder)
         writer = TrajectoryWriter(folder, header, rank=fabric.global_rank)

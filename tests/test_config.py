@@ -296,12 +296,18 @@ def test_a_value_is_found_by_its_key_and_a_section_is_a_mapping(load):
 def test_the_digest_follows_what_sequences_are_made_with_and_nothing_else(load):
     digest = load().digest()
     same = ["name=other", "output=there", "video.fps=5", "translate.num=3", "translate.batch_size=2"]
-    moved = ["data.cache_dir=there", "data.workers=3", "train.steps=3", "train.accelerator=cpu"]
+    moved = [
+        "data.root=there",
+        "data.cache_dir=there",
+        "data.workers=3",
+        "train.steps=3",
+        "train.accelerator=cpu",
+        "train.validate_pairs=8",
+    ]
     for override in [*same, *moved, "classifier.jitter=0.5"]:
         assert load("", override).digest() == digest, override
     for override in [
         "seed=1",
-        "data.root=there",
         "train.lr=3",
         "data.image_size=32",
         "translate.steps=7",
