@@ -1,6 +1,6 @@
 """A trained bridge as a Python object: `Bridge.load("runs/lung").translate(images)`."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from cellflux_bridge.transport import stairs
 from cellflux_bridge.transport.morph import Morph, morph, morph_levels, source_noise
 from cellflux_bridge.velocity.condition import Condition
 
-# Keys of `translate` that not every method reads, and values that ask for nothing.
+# Keys of `translate` that not every method reads, and those of them whose default asks for nothing.
 _READ_BY = {
     "path": ("frames",),
     "progression": ("levels", "spacing", "calibrate", "calibrate_each", "renewal"),
     "depth": ("levels", "depths", "conditions"),
 }
-_ASK_NOTHING = ("uniform", "none", None, False)
+_OFF_BY_DEFAULT = ("spacing", "calibrate", "calibrate_each", "renewal")
 
 
 class Bridge(Translator):
@@ -82,7 +82,7 @@ class Bridge(Translator):
             config = load_config(folder / checkpoint.CONFIG, overrides)
         else:
             config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=Path(run))
-        differing = differences(trained, config, ignore=("train", "classifier", "bridge", "data.root"))
+        differing = differences(trained, config, ignore=("train", "classifier", "bridge"))
         if differing:
             raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
         return cls(
@@ -91,7 +91,7 @@ class Bridge(Translator):
             network=network,
             step=checkpoint.step_of(folder),
             preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
-            fabric=fabric or translation_fabric(config),
+            fabric=fabric or translation_fabric(config.train, section="train"),
             given=parse_overrides(overrides).get("translate"),
         )
 
@@ -110,15 +110,24 @@ class Bridge(Translator):
         self._require_possible(settings)
         return settings
 
-    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+    def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         for key in sorted(given):
             readers = [method for method, keys in _READ_BY.items() if key in keys]
-            if readers and settings.method not in readers and getattr(settings, key) not in _ASK_NOTHING:
+            is_off = key in _OFF_BY_DEFAULT and getattr(settings, key) == TranslateConfig.model_fields[key].default
+            if readers and settings.method not in readers and not is_off:
                 raise UserError(
                     f"translate.{key}: has no part in translate.method={settings.method}, which reads "
                     f"{', '.join(_READ_BY[settings.method])}; leave it out, or set method={' or '.join(readers)}"
                 )
-
+        steers = settings.guidance.form != "none"
+        measures = settings.needs_pilot or settings.calibrates_each  # by guides that need not steer
+        for key in given.get("guidance", {}):
+            is_read = key == "form" or steers or (key == "guides" and measures)
+            if not is_read and getattr(settings.guidance, key) != []:
+                raise UserError(
+                    f"translate.guidance.{key}: has no part in translate.guidance.form=none; leave it out, or set "
+                    "form=endpoint, score or bridge"
+                )
         if settings.calibrate_each and "calibrate_each" in given and settings.calibrate == "none":
             raise UserError("translate.calibrate_each=true: set translate.calibrate=probability or distance, too")
 

@@ -31,12 +31,12 @@ def _config(where: str, overrides: Sequence[str]):
     return load_config(path / "config.yaml" if path.is_dir() else path, overrides, output=moved_to)
 
 
-def _start(config, train):
+def _start(config, train, *, section):
     """The processes of a training, its configuration with the classes that the patches turned out to have, and them."""
     from cellflux_bridge.data.patches import load_patches
     from cellflux_bridge.training.loop import make_fabric, on_rank_zero
 
-    fabric = make_fabric(train)
+    fabric = make_fabric(train, section=section)
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     on_rank_zero(fabric, lambda: load_patches(config.data, seed=config.seed))  # fills the cache for all
@@ -91,7 +91,7 @@ def train_command(args: argparse.Namespace) -> None:
     config = _config(args.config, args.overrides)
     if config.data.classes is not None:
         build_flow(config)  # what cannot fit is said before anything is decoded
-    fabric, config, patches = _start(config, config.train)
+    fabric, config, patches = _start(config, config.train, section="train")
     by_level = config.condition.target == "level"
     crossfit = by_level and config.condition.level == "crossfit"
 
@@ -125,7 +125,7 @@ def train_classifier_command(args: argparse.Namespace) -> None:
     train = config.classifier.train
     of_states = config.classifier.sees == "state"
     folder = config.output / f"{config.classifier.role}_{config.classifier.view}{'_state' if of_states else ''}"
-    fabric, config, patches = _start(config, train)
+    fabric, config, patches = _start(config, train, section="classifier.train")
     unused = ("train", "velocity", "bridge") + (() if of_states else ("coupling", "path", "condition", "pairs"))
 
     def prepare() -> None:
@@ -164,7 +164,7 @@ def train_bridge_command(args: argparse.Namespace) -> None:
 
     config = _config(args.config, args.overrides)
     refuse_unfit(config)
-    fabric, config, patches = _start(config, config.bridge.denoiser.train)
+    fabric, config, patches = _start(config, config.bridge.denoiser.train, section="bridge.denoiser.train")
     tasks = {name: STAGES[name].task(config, patches) for name in used_stages(config)}
 
     def prepare() -> None:
@@ -228,7 +228,8 @@ def classify_command(args: argparse.Namespace) -> None:
         raise UserError(
             "--classifier: none given, and the run has none; train one with: cellflux-bridge train-classifier"
         )
-    fabric = make_fabric(_config(str(checkpoint.latest(Path(runs[0]))), args.overrides).classifier.train)
+    judge = _config(str(checkpoint.latest(Path(runs[0]))), args.overrides)
+    fabric = make_fabric(judge.classifier.train, section="classifier.train")
     found = classify(folder, [Path(run) for run in runs], overrides=args.overrides, device=fabric.device)
     results = []
     for run, one in zip(runs, found, strict=True):
@@ -260,7 +261,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
             raise UserError(f"{flag}: none given; name the run of a classifier (cellflux-bridge train-classifier)")
     output = args.output or folders[0] / "metrics.json"
     require_json(output)
-    fabric = make_fabric(_config(str(checkpoint.latest(args.judge[0])), overrides).classifier.train)
+    judge = _config(str(checkpoint.latest(args.judge[0])), overrides)
+    fabric = make_fabric(judge.classifier.train, section="classifier.train")
     evaluation = evaluate(
         folders,
         judges=args.judge,
@@ -548,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in _USERS_ERRNO:
             raise
-        raise SystemExit(f"error: cannot write {error.filename or 'a file'}: {error.strerror}") from None
+        raise SystemExit(f"error: cannot access {error.filename or 'a file'}: {error.strerror}") from None
     except Exception as error:
         code = getattr(error, "code", None)  # training.loop.Stopped, without importing torch for it
         if type(error).__name__ != "Stopped":

@@ -129,9 +129,23 @@ class TrainConfig(Section):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
-_CLASSIFIER_TRAIN = TrainConfig(
-    steps=1500, lr=1e-3, weight_decay=1e-2, ema_decay=0.99, warmup_steps=100, validate_every=250, sample_every=0
-)
+# A section with other defaults is a type of its own, so that one key that is set leaves the others at these defaults.
+class ClassifierTrainConfig(TrainConfig):
+    """The training of a classifier: shorter than that of a flow, and without sheets of samples."""
+
+    steps: Count = 1500
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: NonNegative = 1e-2
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    validate_every: Count = 250
+    sample_every: Annotated[int, Field(ge=0)] = 0
+
+
+class DenoiserTrainConfig(TrainConfig):
+    """The training of the reference bridge's denoiser: without sheets of samples."""
+
+    sample_every: Annotated[int, Field(ge=0)] = 0
 
 
 class ClassifierConfig(Section):
@@ -149,7 +163,7 @@ class ClassifierConfig(Section):
     mixup: NonNegative = 0.0
     seed: int = 0  # of this training alone: the run's own seed also decides the splits
     folds: Annotated[int, Field(ge=2)] = 3  # of the cross-fitting that condition.level asks for
-    train: TrainConfig = _CLASSIFIER_TRAIN
+    train: ClassifierTrainConfig = ClassifierTrainConfig()
 
     @model_validator(mode="after")
     def _only_guides_see_states(self):
@@ -243,7 +257,7 @@ class ADMConfig(Section):
     resblock_updown: bool = True
     new_attention_order: bool = False
     weights: Path | None = None  # a guided-diffusion or Cellflow .pt file, used instead of a training
-    train: TrainConfig = TrainConfig(sample_every=0)
+    train: DenoiserTrainConfig = DenoiserTrainConfig()
 
     @model_validator(mode="after")
     def _attention_order_is_stated(self):
@@ -255,13 +269,20 @@ class ADMConfig(Section):
         return self
 
 
+class NoisyClassifierConfig(ADMConfig):
+    """Size and training of the reference bridge's classifier of noised images."""
+
+    multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2)
+    train: ClassifierTrainConfig = ClassifierTrainConfig()
+
+
 class BridgeConfig(Section):
     """The reference: Cellflow's classifier-guided DDIM bridge (`bridge/`)."""
 
     learn_sigma: bool = False
     denoiser: ADMConfig = ADMConfig()
     source_denoiser: ADMConfig | None = None  # weights of a network that encodes; null: the denoiser does
-    classifier: ADMConfig = ADMConfig(multipliers=(1, 2, 2), train=_CLASSIFIER_TRAIN)
+    classifier: NoisyClassifierConfig = NoisyClassifierConfig()
     timesteps: Annotated[int, Field(ge=2, le=1000)] = 100  # of the respaced schedule
     depths: Literal["uniform", "fourier", "fourier_unmirrored"] | list[Annotated[int, Field(ge=1)]] = "uniform"
     guidance: Literal["classifier", "classifier_free", "none"] = "classifier"
@@ -307,8 +328,10 @@ _PACE = (
 )
 _TRAININGS = ("train", "classifier.train", "bridge.denoiser.train", "bridge.classifier.train")
 PLACES_AND_PACE = (
-    *("name", "output", "data.cache_dir", "data.workers"),
+    *("name", "output", "data.root", "data.cache_dir", "data.workers"),
     *(f"{section}.{key}" for section in _TRAININGS for key in _PACE),
+    # Of classifier.train they are more than a figure in the log: a guide of states has its temperatures from them.
+    *(f"{section}.validate_pairs" for section in _TRAININGS if section != "classifier.train"),
 )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class ReferenceBridge(Translator):
         source_denoiser = None if config.bridge.source_denoiser is None else loader.source_denoiser()
         classifier = loader.classifier() if config.bridge.guidance == "classifier" else None
         if fabric is None:
-            fabric = translation_fabric(config.model_copy(update={"train": config.bridge.denoiser.train}))
+            fabric = translation_fabric(config.bridge.denoiser.train, section="bridge.denoiser.train")
         return cls(
             config=config,
             preprocessing=loader.preprocessing(),
@@ -112,7 +112,7 @@ class ReferenceBridge(Translator):
         self._depths(settings)
         return settings
 
-    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+    def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         for key in sorted(set(given) - set(_HEEDED)):
             raise UserError(
                 f"translate.{key}: has no part in the reference bridge, which heeds {', '.join(_HEEDED)}, and the keys "
@@ -239,7 +239,7 @@ class _Loader:
         folder = checkpoint.latest(self._config.output / name)
         trained = checkpoint.read_config(folder)
         key = "denoiser" if name == "denoiser" else "classifier"
-        other = ("bridge.guidance", f"bridge.{key}.train", "data.root")
+        other = ("bridge.guidance", f"bridge.{key}.train")
         differing = differences(trained, self._config, ignore=(*STAGES[name].unused, *other))
         if differing:
             raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from pydantic import ValidationError
 
 from cellflux_bridge import images as image_io
-from cellflux_bridge.config import Config, TranslateConfig, merged
+from cellflux_bridge.config import Config, TrainConfig, TranslateConfig, merged
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.patches import Patches, frame_mpp, list_records, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
@@ -25,12 +25,23 @@ from cellflux_bridge.progress import progress
 from cellflux_bridge.schema import explain, nearest
 from cellflux_bridge.training.loop import from_rank_zero, make_fabric, on_rank_zero
 from cellflux_bridge.training.run import require_held_out
-from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, read_header
+from cellflux_bridge.trajectory import (
+    Trajectory,
+    TrajectoryHeader,
+    TrajectoryWriter,
+    load_trajectory,
+    read_header,
+    read_source_ids,
+)
+
+# Sequences whose sources are looked at before a folder is completed: moved patches are, others of the same names not.
+_NUM_COMPARED = 8
 
 
-def translation_fabric(config: Config) -> Fabric:
-    """Fabric of one device, or of torchrun's processes where it started this one."""
-    fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"}))
+def translation_fabric(train: TrainConfig, *, section: str) -> Fabric:
+    """Fabric of one device of a training's kind, or of torchrun's processes where it started this one."""
+    one_device = train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"})
+    fabric = make_fabric(one_device, section=section)
     fabric.launch()
     return fabric
 
@@ -38,6 +49,16 @@ def translation_fabric(config: Config) -> Fabric:
 def _device_name(device: torch.device) -> str:
     """As cost.json has it: "cpu", "cuda: NAME"."""
     return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+def _begins_with(folder: Path, patches: Patches, chosen: np.ndarray) -> bool:
+    """Whether the first sequences of a folder begin with the chosen patches that their names mean."""
+    index_of = {patches.ids[i]: i for i in chosen}
+    begun = [name for name in read_source_ids(folder) if name in index_of][:_NUM_COMPARED]
+    if not begun:
+        return True
+    made = load_trajectory(folder, source_ids=begun)
+    return np.array_equal(made.frames[0], patches.centre([index_of[name] for name in made.source_ids]))
 
 
 class Translator(ABC):
@@ -69,7 +90,7 @@ class Translator(ABC):
         """The sequences of sources (B, 3, S, S) uint8."""
 
     @abstractmethod
-    def _require_read(self, settings: TranslateConfig, given: Collection[str]) -> None:
+    def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         """UserError for a key of `translate` that was set for this use and is not read in making these sequences."""
 
     def _prepare(self, settings: TranslateConfig) -> None:
@@ -95,9 +116,11 @@ class Translator(ABC):
         if source is None and target is None and len(self.classes) == 2:
             source, target = self.classes
         for key, label in (("source", source), ("target", target)):
+            known = ", ".join(self.classes)
+            if label is None:
+                raise UserError(f"translate.{key}: not named; give --source and --target, each one of {known}")
             if label not in self.classes:
-                hint = nearest(label, self.classes) if label else ""
-                known = ", ".join(self.classes)
+                hint = nearest(label, self.classes)
                 raise UserError(f"translate.{key}: {label!r} is no class of this run{hint}; known: {known}")
         if source == target and (source, target) not in named_transitions(self.classes, self.config.pairs):
             raise UserError(f"translate.target: {target!r} is the source, too; choose another class")
@@ -190,9 +213,15 @@ class Translator(ABC):
         header = from_rank_zero(fabric, lambda: replace(self._header(settings), mpp=self._mpp()))
 
         def open_folder() -> None:
-            if overwrite and (folder / "trajectory.json").exists() and read_header(folder) != header:
+            is_trajectory = overwrite and (folder / "trajectory.json").exists()
+            if is_trajectory and (read_header(folder) != header or not _begins_with(folder, patches, chosen)):
                 shutil.rmtree(folder)
             TrajectoryWriter(folder, header)
+            if not _begins_with(folder, patches, chosen):
+                raise UserError(
+                    f"{folder}: holds sequences of other images, which have the same names as those at data.root; "
+                    "choose another --output, or replace it with --overwrite"
+                )
 
         on_rank_zero(fabric, open_folder)
         writer = TrajectoryWriter(folder, header, rank=fabric.global_rank)

@@ -98,7 +98,7 @@ def test_both_directions_and_a_named_target(bridge, files):
     ("options", "message"),
     [
         ({"source": "A", "target": "b"}, r"translate\.target: 'b' is no class of this run.*known: A, B"),
-        ({"source": "A"}, r"translate\.target: None is no class"),
+        ({"source": "A"}, r"translate\.target: not named; give --source and --target, each one of A, B"),
         ({"source": "A", "target": "A"}, r"translate\.target: 'A' is the source, too"),
         ({"step": 4}, r"translate\.step: unknown key; did you mean 'translate\.steps'"),
         ({"frames": 1}, r"translate\.frames: .*found 1"),
@@ -264,6 +264,32 @@ def test_a_split_is_extended_and_resumed(train, tmp_path):
     (part / "manifest.csv").write_text("\n".join(manifest[:-2]) + "\n")
     assert carry(8, part)["made_now"] == 1
     assert load_trajectory(part).source_ids == load_trajectory(whole).source_ids
+
+
+def test_moved_patches_complete_a_translation_and_others_of_the_same_names_do_not(
+    train, patch_folder, tmp_path, make_patches
+):
+    run, output = train(), tmp_path / "out"
+
+    def carry(root: Path, num: int, **options) -> int:
+        bridge = Bridge.load(run, [f"data.root={root}", f"translate.num={num}"])
+        return bridge.translate_split(output=output, **options)[1]["made_now"]
+
+    assert carry(patch_folder, 2) == 2
+    assert carry(patch_folder.rename(tmp_path / "moved"), 4) == 2
+    other = make_patches(tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match="holds sequences of other images, which have the same names"):
+        carry(other, 6)
+    assert len(load_trajectory(output).source_ids) == 4
+    assert carry(other, 6, overwrite=True) == 6
+
+
+@pytest.mark.parametrize("path", ["straight", "brownian", "smooth"])
+def test_a_translation_along_any_path_is_completed(train, tmp_path, path):
+    run = train(f"path={path}", "velocity.predict=velocity")
+    for num in (2, 3):
+        bridge = Bridge.load(run, [f"translate.num={num}"])
+        assert bridge.translate_split(output=tmp_path / "out")[1]["sequences"] == num
 
 
 def test_another_translation_is_overwritten_only_when_asked(train, tmp_path):

@@ -319,6 +319,10 @@ def test_states_are_the_paths_and_labels_are_their_targets(configured):
     again = ClassifierTask(config, patches).batch(3, rank=0)
     assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
     assert not torch.equal(batch.x, task.batch(4, rank=0).x)
+    other = configured(*STATE, "path=straight", "condition.source_image=true", "classifier.seed=1")[0]
+    drawn = ClassifierTask(other, patches).batch(3, rank=0)
+    assert not torch.equal(batch.x0, drawn.x0)
+    assert not torch.equal(batch.t, drawn.t)
     without = ClassifierTask(configured(*STATE, "path=brownian")[0], patches).batch(0, rank=0)
     assert without.x0 is None
     assert without.t.min() >= 0.02

@@ -103,7 +103,7 @@ def test_signals_and_full_disks_end_without_a_traceback(monkeypatch, capsys):
     assert end_with(KeyboardInterrupt()) == 130
     assert "interrupted" in capsys.readouterr().err
     full = OSError(errno.ENOSPC, "No space left on device", "runs/x")
-    assert end_with(full) == "error: cannot write runs/x: No space left on device"
+    assert end_with(full) == "error: cannot access runs/x: No space left on device"
     assert end_with(UserError("data.root: no")) == "error: data.root: no"
     with pytest.raises(ZeroDivisionError):  # a fault of the program keeps its traceback
         end_with(ZeroDivisionError())

@@ -1,5 +1,6 @@
 """Configuration: what wins, what is refused and in which words, and that a saved run says all that it was made with."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -38,6 +39,25 @@ def test_defaults_yield_to_the_file_and_the_file_to_the_command_line(load):
     assert (config.train.lr, config.train.steps, config.train.batch_size) == (0.25, 7, 64)
 
 
+def test_a_key_set_to_its_default_leaves_all_others_at_theirs(load):
+    default = load()
+    values = default.flat(without=())
+    one_a_section = {key.rpartition(".")[0]: key for key in values}
+    assert {"classifier.train", "bridge.denoiser.train", "bridge.classifier", "translate.guidance"} <= set(
+        one_a_section
+    )
+    for key in one_a_section.values():
+        assert load("", f"{key}={json.dumps(values[key])}") == default, key
+
+
+def test_the_sections_of_classifiers_keep_their_own_defaults(load):
+    config = load("classifier: {train: {batch_size: 32}}\nbridge: {classifier: {train: {steps: 7}}}\n")
+    train, bridge = config.classifier.train, config.bridge.classifier
+    assert (train.batch_size, train.steps, train.lr, train.ema_decay) == (32, 1500, 1e-3, 0.99)
+    assert (bridge.train.steps, bridge.train.weight_decay, bridge.multipliers) == (7, 1e-2, (1, 2, 2))
+    assert load("", "bridge.denoiser.train.steps=7").bridge.denoiser.train.sample_every == 0
+
+
 def test_the_last_of_two_overrides_wins(load):
     assert load("", "train.steps=2", "train.steps=3").train.steps == 3
 
@@ -67,6 +87,11 @@ def test_words_that_yaml_1_1_takes_for_booleans_stay_class_names(load):
         ("trian: {lr: 1}", "trian: unknown key", "did you mean 'train'?"),
         ("train: {lrr: 1}", "train.lrr: unknown key", "did you mean 'train.lr'?"),
         ("classifier: {train: {stepz: 1}}", "classifier.train.stepz: unknown key", "'classifier.train.steps'?"),
+        (
+            "bridge: {classifier: {train: {stepz: 1}}}",
+            "bridge.classifier.train.stepz: unknown key",
+            "'bridge.classifier.train.steps'?",
+        ),
         ("coupling: {cots: pixels}", "coupling.cots: unknown key", "did you mean 'coupling.cost'?"),
         ("coupling: minibatch_to", "coupling.name: no coupling called 'minibatch_to'", "did you mean 'minibatch_ot'?"),
         ("path: {name: noised_sauce}", "path.name: no path called 'noised_sauce'", "did you mean 'noised_source'?"),
@@ -271,12 +296,18 @@ def test_a_value_is_found_by_its_key_and_a_section_is_a_mapping(load):
 def test_the_digest_follows_what_sequences_are_made_with_and_nothing_else(load):
     digest = load().digest()
     same = ["name=other", "output=there", "video.fps=5", "translate.num=3", "translate.batch_size=2"]
-    moved = ["data.cache_dir=there", "data.workers=3", "train.steps=3", "train.accelerator=cpu"]
+    moved = [
+        "data.root=there",
+        "data.cache_dir=there",
+        "data.workers=3",
+        "train.steps=3",
+        "train.accelerator=cpu",
+        "train.validate_pairs=8",
+    ]
     for override in [*same, *moved, "classifier.jitter=0.5"]:
         assert load("", override).digest() == digest, override
     for override in [
         "seed=1",
-        "data.root=there",
         "train.lr=3",
         "data.image_size=32",
         "translate.steps=7",

@@ -141,6 +141,10 @@ def test_three_classes_are_mixed_two_at_a_time(three, asked):
         )
         torch.testing.assert_close(asked[-1]["told"], expected)
         np.testing.assert_allclose(found.soft_labels[1:, 0], expected, atol=1e-6)
+    with pytest.raises(
+        UserError, match=r"translate\.source: not named; give --source and --target, each one of A, B, C"
+    ):
+        bridge.translate(x, ids=ids)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +276,8 @@ def test_the_two_dials_of_a_depth_stair(from_noise, asked, options, depths, told
 def test_a_depth_stair_is_guided_by_its_states_forward_only(from_noise):
     bridge = load(from_noise, "translate.method=depth", "translate.levels=2")
     x, ids = patches_of(bridge, num=3)
-    plain, found = (bridge.translate(x, ids=ids, guidance={"form": form, "weight": 99.0}) for form in ("none", "score"))
+    plain = bridge.translate(x, ids=ids, guidance={"form": "none"})
+    found = bridge.translate(x, ids=ids, guidance={"form": "score", "weight": 99.0})
     assert not nearly_equal(found.frames, plain.frames)
     assert found.nfe == plain.nfe == ((2 + 2 * 2) * 2,) * 3
     assert found.gradients == (2 * 2 * 2,) * 3
@@ -546,6 +551,8 @@ UNREAD = [
     ("path", "levels", 5, "reads frames; leave it out, or set method=progression or depth"),
     ("path", "calibrate", "probability", "reads frames; leave it out, or set method=progression"),
     ("path", "spacing", "adaptive", "reads frames"),
+    ("path", "renewal", 0, "reads frames"),
+    ("path", "renewal", 0.0, "reads frames"),
     ("path", "depths", "full", "reads frames"),
     (
         "progression",
@@ -568,6 +575,26 @@ def test_a_setting_of_this_use_that_the_method_does_not_read_is_refused(flow, tm
     with pytest.raises(UserError, match=named):
         bridge.translate_split(output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 3.0), ("start", 0.1), ("guides", ["elsewhere"])])
+def test_a_setting_of_guidance_without_guidance_is_refused(flow, tmp_path, key, value):
+    named = rf"translate\.guidance\.{key}: has no part in translate\.guidance\.form=none.*form=endpoint"
+    patches = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(UserError, match=named):
+        load(flow).translate(patches, guidance={key: value})
+    with pytest.raises(UserError, match=named):
+        load(flow, f"translate.guidance.{key}={value}").translate_split(output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_asks_for_nothing_or_is_read_is_no_mistake(flow):
+    """Turning off what a run's file turns on; and guides that only measure."""
+    bridge = load(flow)
+    off = {"renewal": None, "calibrate": "none", "calibrate_each": False, "spacing": "uniform"}
+    assert bridge._settings("A", "B", {"method": "path", **off, "guidance": {"guides": []}}).method == "path"
+    measuring = {"method": "progression", "calibrate": "distance", "guidance": {"guides": [flow / "guide_rgb"]}}
+    assert bridge._settings("A", "B", measuring).guidance.form == "none"
 
 
 def test_settings_of_the_run_or_of_other_uses_may_go_unread(flow, tmp_path):

@@ -24,7 +24,7 @@ from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.ema import averaged
 from cellflux_bridge.training.flow import FlowTask, build_flow
 from cellflux_bridge.training.loop import Stopped, fit, make_fabric
-from cellflux_bridge.training.run import Log
+from cellflux_bridge.training.run import Log, differences
 
 # Dropout, accumulation and a warm-up, so that everything a resume could forget is there.
 DEMANDING = {
@@ -434,6 +434,18 @@ def test_a_run_goes_on_from_its_own_folder(demanding, tmp_path):
     assert_same_checkpoint(checkpoint.latest(tmp_path / "run"), train(demanding, tmp_path / "whole", "train.steps=4"))
 
 
+def test_moved_patches_and_another_number_of_logged_pairs_are_the_same_run(tmp_path, write_config):
+    """Where validation pairs set a classifier's temperatures their number is no mere figure in the log."""
+    file = write_config(tmp_path)
+
+    def differing(override: str) -> list[str]:
+        return differences(load_config(file), load_config(file, [override]), ignore=())
+
+    same = ["data.root=moved", *(f"{key}.validate_pairs=8" for key in ("train", "bridge.denoiser.train"))]
+    assert not any(differing(override) for override in same)
+    assert differing("classifier.train.validate_pairs=8") == ["classifier.train.validate_pairs (256 there, 8 here)"]
+
+
 def test_resume_never_refuses_a_run(demanding, tmp_path):
     train(demanding, tmp_path / "run", "train.steps=2", "train.resume=never")
     with pytest.raises(SystemExit, match="holds a run already"):
@@ -564,6 +576,20 @@ def test_impossible_devices_are_refused_by_name(config, override):
     key, value = override.split("=")
     with pytest.raises(UserError, match=rf"train\.accelerator.*{value}"):
         make_fabric(config.train.model_copy(update={key: value}))
+
+
+@pytest.mark.parametrize(
+    ("command", "section"),
+    [
+        ("train", "train"),
+        ("train-classifier", "classifier.train"),
+        ("train-bridge", "bridge.denoiser.train"),
+    ],
+)
+def test_impossible_devices_are_refused_with_the_training_that_asked(tmp_path, write_config, command, section):
+    asked = [f"{key}.accelerator=abacus" for key in (section, "bridge.classifier.train")]
+    with pytest.raises(SystemExit, match=rf"^error: {section}\.accelerator=abacus.*not possible here"):
+        cli.main([command, str(write_config(tmp_path)), *asked])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

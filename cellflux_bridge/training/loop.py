@@ -53,8 +53,8 @@ class Stopped(Exception):
 _ONE_KEYPRESS = 1.0
 
 
-def make_fabric(config: TrainConfig) -> Fabric:
-    """Fabric from the `train` section; under torchrun the number of processes is torchrun's."""
+def make_fabric(config: TrainConfig, *, section: str = "train") -> Fabric:
+    """Fabric for a training, whose section an error names; under torchrun the number of processes is torchrun's."""
     devices, num_nodes, strategy = config.devices, config.num_nodes, config.strategy
     if "LOCAL_WORLD_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -70,7 +70,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
         )
     except Exception as error:  # Fabric raises many kinds for values that only it knows
         raise UserError(
-            f"train.accelerator={config.accelerator}, devices={devices}, strategy={strategy}, "
+            f"{section}.accelerator={config.accelerator}, devices={devices}, strategy={strategy}, "
             f"precision={config.precision}: not possible here ({error})"
         ) from error
     # Fabric would round the inputs as well; a time in bfloat16 has three digits. Autocast is for inside the network.

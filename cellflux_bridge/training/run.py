@@ -34,7 +34,7 @@ def require_free(folder: Path, config: Config, *, ignore: tuple[str, ...], resum
     if saved.exists():
         if resume == "never":
             raise UserError(f"{folder}: holds a run already; set train.resume=auto, another output, or remove it")
-        differing = differences(load_config(saved), config, ignore=(*ignore, "data.root"))
+        differing = differences(load_config(saved), config, ignore=ignore)
         if differing:
             raise UserError(
                 f"{folder}: holds another run; they differ in {', '.join(differing[:5])}"

@@ -34,7 +34,9 @@ class States:
     def __init__(
         self, config: Config, patches: Patches, labels: np.ndarray, *, split: str, levels: np.ndarray | None = None
     ):
-        self._seed, self._split = derive_seed(config.seed, "states of the guide"), split
+        own = config.classifier.seed  # lest guides that are pooled have learnt from the very same states
+        self._seed = derive_seed(config.seed, "states of the guide", *([own] if own else []))
+        self._split = split
         self._labels = torch.from_numpy(labels)
         self._source_image = config.condition.source_image
         self.path: Path = registry.build("path", config.path)
