@@ -22,7 +22,7 @@ from cellflux_bridge.progress import threaded
 from cellflux_bridge.randomness import numpy_generator
 from cellflux_bridge.schema import nearest
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _NUM_REFERENCE_IMAGES = 256
 
 # A patch is of a level where its score differs by no more.
