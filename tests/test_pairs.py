@@ -203,8 +203,8 @@ def test_no_patch_stands_twice_on_a_side_of_a_block_where_there_are_enough(data)
         assert set(rows.values()) == {1}
 
 
-def test_matched_groups_stay_together(data):
-    groups = np.repeat(np.arange(5), 12)
+@pytest.mark.parametrize("groups", [np.arange(60) // 12, np.arange(60) // 3 % 5], ids=["in a row", "interleaved"])
+def test_matched_groups_stay_together(data, groups):
     patches = numbered(60, groups=groups)
     pairs = make_pairs(patches, data, batch_size=48, match_group=True, coupling=MinibatchOT(cost="pixels"))
     seen = set()
