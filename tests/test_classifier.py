@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.stats import norm
 
 from cellflux_bridge.classifier.model import TIME_BINS, PatchClassifier, grey_view
 from cellflux_bridge.config import load_config
-from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.flip import flip_rate
 from cellflux_bridge.training import checkpoint, classifier, classifier_scores
@@ -183,6 +185,27 @@ def test_an_empty_split_is_refused_before_training(patch_folder, tmp_path, write
     config = load_config(file, ["data.classes=[A, B]"])
     with pytest.raises(UserError, match=f"the {split} split is empty"):
         ClassifierTask(config, load_patches(config.data, seed=0))
+
+
+def test_the_colour_baseline_weights_rare_classes_as_the_classifier_does():
+    """Of 2,000 patches 5 % are of class B, darker by two of their standard deviations: half-way between, 84 % of either
+    class are told. Unweighted, a regression calls nearly all of them A."""
+    rng = np.random.default_rng(0)
+    labels = (np.arange(2000) % 20 == 0).astype(int)
+    grey = rng.normal(150 - 20 * labels, 10)[:, None, None, None].round().clip(0, 255).astype(np.uint8)
+    patches = Patches(
+        pixels=np.broadcast_to(grey, (2000, 16, 16, 3)),
+        ids=tuple(map(str, range(2000))),
+        labels=labels,
+        splits=np.arange(2000) // 1000 * 2,
+        groups=np.arange(2000),
+        group_names=tuple(map(str, range(2000))),
+        scores=np.full(2000, np.nan, np.float32),
+        classes=("A", "B"),
+        preprocessing=Preprocessing(16),
+    )
+    scores = classifier_scores.image_scores(PatchClassifier(2), patches, device=CPU)
+    assert scores["test/colour_only_balanced_accuracy"] == pytest.approx(norm.cdf(1), abs=0.06)
 
 
 def test_colour_statistics_are_means_and_spreads():
