@@ -354,6 +354,25 @@ def test_states_stand_at_the_time_that_is_asked_for(configured):
     assert states.batch(0, time=0.0).t.unique().item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("options", [(), ("classifier.role=guide", "classifier.mixup=0.5")], ids=["judge", "mixed"])
+def test_stain_is_jittered_in_training_and_nothing_else_is_drawn_anew(configured, options):
+    config, patches = configured(*options)
+    jittered, _ = configured(*options, "data.stain.mode=augment", "data.stain.strength=0.3")
+    plain, task = ClassifierTask(config, patches), ClassifierTask(jittered, patches)
+    before, after = plain.batch(3, rank=0), task.batch(3, rank=0)
+    assert torch.equal(before.y, after.y)
+    # The jitter moves every patch, each by a draw of its own, and leaves what it shows.
+    moved = (after.x - before.x).mean((2, 3))
+    assert (moved.abs().amax(1) > 1e-3).all()
+    assert len(moved.unique(dim=0)) == len(moved)
+    for one, other in zip(before.x, after.x, strict=True):
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.95
+    assert torch.equal(after.x, ClassifierTask(jittered, patches).batch(3, rank=0).x)
+    # Validation sees patches as they are.
+    model = plain.model.eval()
+    assert plain.validate(model, CPU) == task.validate(model, CPU)
+
+
 def test_mixup_mixes_patches_and_labels_by_one_share(configured):
     config, patches = configured("classifier.mixup=1", "data.flips=false")
     plain, mixed = (

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from cellflux_bridge import images
 from cellflux_bridge.classifier.model import TIME_BINS, PatchClassifier, time_bin
 from cellflux_bridge.config import Config
+from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.soft_labels import soft_labels
 from cellflux_bridge.errors import UserError
@@ -60,7 +61,7 @@ class ClassifierTask:
         stream: str = "",
         levels: np.ndarray | None = None,
     ):
-        self._patches, self._seed, self._flips = patches, config.seed, config.data.flips
+        self._patches, self._seed = patches, config.seed
         self._config = c = config.classifier
         self._stream = ("classifier", c.role, c.sees, c.view, stream, *([c.seed] if c.seed else []))
         self.preprocessing = patches.preprocessing
@@ -71,10 +72,7 @@ class ClassifierTask:
         self._val = patches.indices("val")
         needed = np.concatenate([train, self._val, *([patches.indices("test")] if not stream else [])])
         self._labels = soft_labels(patches, c.labels, needed=needed, key="classifier.labels")
-        self._train = [train[patches.labels[train] == number] for number in range(len(patches.classes))]
-        for label, indices in zip(patches.classes, self._train, strict=True):
-            if len(indices) == 0:
-                raise UserError(f"class {label!r} has no patch in the train split; see `cellflux-bridge data check`")
+        self._train = BalancedPatches(patches, train, data=config.data)
         # Hard labels of images are smoothed, lest certainty take the gradient away; the temperature undoes the bias.
         self._smoothing = 0.05 if c.labels == "class" and c.sees == "image" else 0.0
         self._states, self._val_states = None, None
@@ -90,10 +88,8 @@ class ClassifierTask:
         if self._states is not None:
             return self._states.batch(index, rank=rank)
         generator = torch_generator(self._seed, *self._stream, index, rank)
-        y = torch.randint(len(self._train), (self._config.train.batch_size,), generator=generator)
-        draws = torch.rand(len(y), generator=generator)
-        chosen = [self._train[c][int(u * len(self._train[c]))] for c, u in zip(y.tolist(), draws.tolist(), strict=True)]
-        x = images.encode(self._patches.random(chosen, flips=self._flips, generator=generator))
+        jitter = torch_generator(self._seed, *self._stream, "stain", index, rank)
+        x, _, chosen = self._train.draw(self._config.train.batch_size, generator=generator, jitter=jitter)
         y = torch.from_numpy(self._labels[chosen])
         if self._config.mixup:
             order = torch.randperm(len(y), generator=generator)
