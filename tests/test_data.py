@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cellflux_bridge.data.check import check_data
-from cellflux_bridge.data.patches import list_records, load_patches
+from cellflux_bridge.data.patches import list_records, load_patches, taken_from_training
 from cellflux_bridge.data.records import SPLITS, PatchRecord, assign_splits
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import read_rgb, write_png
@@ -178,6 +178,26 @@ def test_a_missing_split_is_made_from_training_and_the_given_one_is_left(given, 
     assigned = splits_of(assign_splits(named + train, val=0.2, test=0.2, seed=0))
     assert all(assigned[record.id] == given for record in named)
     assert {assigned[record.id] for record in train} == {"train", made}
+
+
+def test_a_named_training_split_that_gives_up_patches_is_told_and_can_stay_whole(tmp_path, make_patches, data_config):
+    for split, count in (("train", 40), ("val", 10)):
+        make_patches(tmp_path / "root" / split, num={"A": count, "B": count})
+    config = data_config(tmp_path / "root")
+    records, _ = list_records(config, seed=0)
+    assert Counter(record.split for record in records) == {"train": 64, "test": 16, "val": 20}
+    told = taken_from_training(config, seed=0)
+    assert told.startswith("WARNING: the data names 80 patches train and none test: of these 16 test;")
+    assert "set data.split.test=0" in told
+    assert told in check(config, tmp_path)[0].splitlines()
+    whole = data_config(tmp_path / "root", split={"test": 0})
+    assert Counter(record.split for record in list_records(whole, seed=0)[0]) == {"train": 80, "val": 20}
+    assert taken_from_training(whole, seed=0) is None
+    assert "WARNING" not in check(whole, tmp_path)[0]
+
+
+def test_nothing_is_told_where_the_data_names_no_training_split(patch_folder, data_config):
+    assert taken_from_training(data_config(patch_folder), seed=0) is None
 
 
 def test_splits_that_are_all_given_stay():

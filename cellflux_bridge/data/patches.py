@@ -125,6 +125,22 @@ def list_records(config: DataConfig, *, seed: int) -> tuple[list[PatchRecord], t
     return assign_splits(records, val=config.split.val, test=config.split.test, seed=seed), classes
 
 
+def taken_from_training(config: DataConfig, *, seed: int) -> str | None:
+    """What to tell of patches that the data itself names `train` and that were taken for a split it does not name."""
+    named = registry.build("layout", config.layout, config.root.expanduser()).records()
+    assigned, _ = list_records(config, seed=seed)
+    of_train = [now.split for was, now in zip(named, assigned, strict=True) if was.split == "train"]
+    taken = Counter(split for split in of_train if split != "train")
+    if not taken:
+        return None
+    splits = " and ".join(f"{count} {split}" for split, count in taken.items())
+    keys = " ".join(f"data.split.{split}=0" for split in taken)
+    return (
+        f"WARNING: the data names {len(of_train)} patches train and none {' or '.join(taken)}: of these {splits}; "
+        f"name such a split, or set {keys} to train on all (judges need a test split)"
+    )
+
+
 def load_patches(
     config: DataConfig, *, seed: int, reference: stain.StainReference | None = None, build: bool = True
 ) -> Patches:
