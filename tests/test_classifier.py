@@ -179,6 +179,36 @@ def test_batches_are_balanced_and_depend_on_their_number_alone(tmp_path, make_pa
     assert means[0] > means[1] + 0.2  # labels belong to their patches: A is the pale class
 
 
+@pytest.mark.parametrize("mixup", [0, 1])
+def test_a_large_validation_split_is_seen_by_a_balanced_sample(
+    tmp_path, make_patches, write_config, monkeypatch, mixup
+):
+    make_patches(tmp_path / "patches", num={"A": 30, "B": 150})
+    file = write_config(tmp_path, data={"split": {"val": 0.4, "test": 0.1}}, classifier={"mixup": mixup})
+    config = load_config(file, ["data.classes=[A, B]", "classifier.train.validate_pairs=20"])
+    patches = load_patches(config.data, seed=0)
+    assert np.bincount(patches.labels[patches.indices("val")]).tolist() == [12, 60]
+    seen = []
+    monkeypatch.setattr(Patches, "centre", lambda self, rows, see=Patches.centre: seen.append(rows) or see(self, rows))
+
+    def validated() -> np.ndarray:
+        seen.clear()
+        task = ClassifierTask(config, patches)
+        figures = [task.validate(task.model.eval(), CPU) for _ in range(2)]
+        assert figures[0] == figures[1]
+        return np.concatenate([np.ravel(rows) for rows in seen[: len(seen) // 2]])
+
+    if not mixup:
+        np.testing.assert_array_equal(validated(), patches.indices("val"))
+    monkeypatch.setattr(classifier, "_ENOUGH_TO_VALIDATE", 8)  # validate_pairs are more
+    sample = validated()
+    assert set(sample) <= set(patches.indices("val"))
+    if mixup:
+        assert len(sample) == 2 * 20
+    else:
+        assert np.bincount(patches.labels[sample]).tolist() == [10, 10]
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_an_empty_split_is_refused_before_training(patch_folder, tmp_path, write_config, split):
     file = write_config(tmp_path, data={"split": {"val": 0.2, "test": 0.2, split: 0.0}})
