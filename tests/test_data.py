@@ -11,9 +11,11 @@ from PIL import Image
 
 from cellflux_bridge.data.check import check_data
 from cellflux_bridge.data.patches import list_records, load_patches, taken_from_training
+from cellflux_bridge.data.phantom import make_phantom
 from cellflux_bridge.data.records import SPLITS, PatchRecord, assign_splits
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import read_rgb, write_png
+from cellflux_bridge.randomness import derive_seed
 
 PHANTOM = {"name": "phantom", "size": 16, "num_train": 3, "num_val": 1, "num_test": 1, "num_range": 3}
 
@@ -255,10 +257,11 @@ def test_phantoms_are_made_once_read_again_and_their_range_is_no_class(tmp_path,
     with open(root / "range" / "range.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["score"]) for row in rows] == [0.0, 0.5, 1.0]
-    for row in rows:
-        assert read_rgb(root / row["path"]).shape == (16, 16, 3)
-        assert int(row["num_nuclei"]) >= 0
-        assert 0 <= float(row["area_fraction"]) <= 1
+    for number, row in enumerate(rows):
+        phantom = make_phantom(float(row["score"]), size=16, seed=derive_seed(0, "range", number))
+        np.testing.assert_array_equal(read_rgb(root / row["path"]), phantom.image)
+        assert int(row["num_nuclei"]) == len(np.unique(phantom.labels)) - 1 > 0
+        assert float(row["area_fraction"]) == pytest.approx((phantom.labels > 0).mean(), abs=1e-6)
 
 
 def test_phantoms_of_the_whole_range_are_another_data_set(tmp_path, data_config):
