@@ -33,13 +33,20 @@ def _config(where: str, overrides: Sequence[str]):
 
 def _start(config, train, *, section):
     """The processes of a training, its configuration with the classes that the patches turned out to have, and them."""
-    from cellflux_bridge.data.patches import load_patches
+    from cellflux_bridge.data.patches import load_patches, taken_from_training
     from cellflux_bridge.training.loop import make_fabric, on_rank_zero
 
     fabric = make_fabric(train, section=section)
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
-    on_rank_zero(fabric, lambda: load_patches(config.data, seed=config.seed))  # fills the cache for all
+
+    def fill_cache() -> None:
+        taken = taken_from_training(config.data, seed=config.seed)
+        if taken:
+            print(taken)
+        load_patches(config.data, seed=config.seed)
+
+    on_rank_zero(fabric, fill_cache)
     patches = load_patches(config.data, seed=config.seed)
     data = config.data.model_copy(update={"classes": list(patches.classes)})
     return fabric, config.model_copy(update={"data": data}), patches

@@ -48,7 +48,10 @@ class StainConfig(Section):
 
 
 class SplitConfig(Section):
-    """Fractions of groups for validation and test where the data names no splits."""
+    """Fractions of groups for a validation or test split that the data does not name.
+
+    They are taken from the patches that would train, named so or not; 0 takes none and leaves that split empty.
+    """
 
     val: Fraction = 0.1
     test: Fraction = 0.2

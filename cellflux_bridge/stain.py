@@ -18,6 +18,10 @@ RUIFROK_HE /= np.linalg.norm(RUIFROK_HE, axis=1, keepdims=True)
 
 # An image whose 95th percentile of mean density lies below this shows glass.
 _BLANK_DENSITY = 0.1
+# Two stains of one image differ by more degrees, and its density varies by a larger share of its mean.
+_LEAST_ANGLE, _LEAST_VARIATION = 10.0, 0.1
+# The factor by which normalising may strengthen a stain; between whole tiles of one data set they stay under it.
+_MOST_GAIN = 4.0
 
 
 def optical_density(rgb: np.ndarray) -> np.ndarray:
@@ -52,19 +56,22 @@ def _lab_statistics(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return lab.mean(axis=0), lab.std(axis=0)
 
 
-def macenko_stains(rgb: np.ndarray, *, min_density: float = 0.15, percentile: float = 1.0) -> np.ndarray:
+def two_stains(rgb: np.ndarray, *, min_density: float = 0.15, percentile: float = 1.0) -> np.ndarray | None:
     """Haematoxylin and eosin unit vectors (2, 3) of one RGB uint8 image, estimated from its own pixels.
 
     Macenko et al., "A method for normalizing histology slides for quantitative analysis" (ISBI 2009): the plane of
-    the two leading singular vectors of the optical density, and the extreme angles in it. An image with too little
-    stain to tell (under 32 pixels above `min_density`, the mean over channels) gets the Ruifrok vectors.
+    the two leading singular vectors of the optical density, and the extreme angles in it. None where the image does
+    not show both stains: fewer than 32 pixels above `min_density` (the mean over channels), an even density, or two
+    vectors that are one stain and its noise. Unmixing by those would share the one stain out between both.
     """
     density = optical_density(rgb).reshape(-1, 3)
     # Not every channel: pale eosin hardly absorbs red, and its pixels show which way its vector points.
     density = density[density.mean(axis=1) > min_density]
     if len(density) < 32:
-        return RUIFROK_HE.copy()
-    _, vectors = np.linalg.eigh(np.cov(density.T))
+        return None
+    variances, vectors = np.linalg.eigh(np.cov(density.T))
+    if variances[2] < (_LEAST_VARIATION * np.linalg.norm(density.mean(axis=0))) ** 2:
+        return None
     plane = vectors[:, [2, 1]]
     plane *= np.where(plane.sum(axis=0) < 0, -1.0, 1.0)
     angles = np.arctan2(*(density @ plane).T[::-1])
@@ -72,19 +79,36 @@ def macenko_stains(rgb: np.ndarray, *, min_density: float = 0.15, percentile: fl
     stains = np.abs(np.stack([np.cos(extremes), np.sin(extremes)], axis=1) @ plane.T)
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
     # Haematoxylin absorbs red far more strongly than eosin does.
-    return stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()
+    stains = stains if stains[0, 0] >= stains[1, 0] else stains[::-1].copy()
+    (own, to_eosin), (to_haematoxylin, _) = stains @ RUIFROK_HE.T
+    # Real eosin, with nuclei's blue about it, may lie nearer to the published haematoxylin than to the published eosin.
+    alike = np.cos(np.radians(_LEAST_ANGLE))
+    is_one = stains[0] @ stains[1] > alike or to_eosin > own or to_haematoxylin > alike
+    return None if is_one else stains
+
+
+def macenko_stains(rgb: np.ndarray) -> np.ndarray:
+    """The vectors (2, 3) of `two_stains`, or those of Ruifrok where an image does not show both stains."""
+    found = two_stains(rgb)
+    return RUIFROK_HE.copy() if found is None else found
+
+
+def _strengths(amounts: np.ndarray) -> np.ndarray:
+    """The robust maximum of either stain's concentration, (2,)."""
+    return np.percentile(amounts.reshape(-1, 2), 99, axis=0)
 
 
 def fit_reference(method: str, images: Sequence[np.ndarray]) -> StainReference:
-    """The reference of a set of RGB uint8 images: the mean over images of what `method` measures on each."""
+    """The reference of a set of RGB uint8 images: the mean over images of what `method` measures on each.
+
+    Macenko's is of the images that show both stains, or, where none does, of all by Ruifrok's vectors.
+    """
     if method == "reinhard":
         measured = [np.concatenate(_lab_statistics(image)) for image in images]
     elif method == "macenko":
-        measured = []
-        for image in images:
-            stains = macenko_stains(image)
-            strength = np.percentile(concentrations(image, stains).reshape(-1, 2), 99, axis=0)
-            measured.append(np.concatenate([stains.ravel(), strength]))
+        found = [(image, two_stains(image)) for image in images]
+        found = [pair for pair in found if pair[1] is not None] or [(image, RUIFROK_HE) for image in images]
+        measured = [np.concatenate([s.ravel(), _strengths(concentrations(image, s))]) for image, s in found]
     else:
         raise ValueError(f"stain method {method!r}: expected 'reinhard' or 'macenko'")
     return StainReference(method, tuple(float(v) for v in np.mean(measured, axis=0)))
@@ -99,8 +123,10 @@ def normalise(rgb: np.ndarray, reference: StainReference) -> np.ndarray:
     """An RGB uint8 image (H, W, 3) with the stain of `reference`.
 
     Reinhard: CIELAB mean and spread matched channel by channel (Reinhard et al., "Color transfer between images",
-    2001). Macenko: concentrations in the image's own stain vectors, rescaled to the reference's 99th percentile and
-    mixed again with the reference's vectors. An image that shows glass and no tissue is returned as it is.
+    2001). Macenko: concentrations in the image's own stain vectors, rescaled to the reference's 99th percentile (by at
+    most 4, lest noise become a stain) and mixed again with the reference's vectors. An image that does not show both
+    stains (see `two_stains`) is unmixed by the reference's vectors, too, and not rescaled: it stays what it is. So does
+    an image that shows glass and no tissue, to the pixel.
     """
     values = np.asarray(reference.values)
     if _is_blank(rgb):
@@ -109,11 +135,13 @@ def normalise(rgb: np.ndarray, reference: StainReference) -> np.ndarray:
         mean, std = _lab_statistics(rgb)
         lab = (rgb2lab(rgb) - mean) / np.maximum(std, 1e-6) * values[3:] + values[:3]
         return np.clip(np.rint(lab2rgb(lab) * 255.0), 0, 255).astype(np.uint8)
-    stains = macenko_stains(rgb)
-    amounts = np.maximum(concentrations(rgb, stains), 0.0)
-    strength = np.maximum(np.percentile(amounts.reshape(-1, 2), 99, axis=0), 1e-3)
     target = values[:6].reshape(2, 3)
     target = target / np.linalg.norm(target, axis=1, keepdims=True)
+    stains = two_stains(rgb)
+    if stains is None:
+        return from_optical_density(np.maximum(concentrations(rgb, target), 0.0) @ target)
+    amounts = np.maximum(concentrations(rgb, stains), 0.0)
+    strength = np.maximum(_strengths(amounts), np.float32(values[6:] / _MOST_GAIN))
     return from_optical_density(amounts / strength * values[6:] @ target)
 
 

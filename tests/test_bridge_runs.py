@@ -49,6 +49,18 @@ def tiny(patch_folder, tmp_path, write_config):
     return make
 
 
+@pytest.mark.parametrize("task", [DenoiserTask, NoisyClassifierTask])
+def test_stain_is_jittered_in_training_and_nothing_else_is_drawn_anew(tiny, task):
+    config, jittered = (load_config(tiny(), options) for options in ([], ["data.stain.mode=augment"]))
+    patches = load_patches(config.data, seed=0)
+    before, after, again = (task(c, patches).batch(2, rank=0) for c in (config, jittered, jittered))
+    assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
+    moved = (after.x0 - before.x0).mean((2, 3))
+    assert (moved.abs().amax(1) > 1e-3).all()
+    assert len(moved.unique(dim=0)) == len(moved)
+    assert torch.equal(after.x0, again.x0)
+
+
 @pytest.mark.parametrize(("learn_sigma", "guidance"), [(False, "classifier"), (True, "classifier_free")])
 def test_denoisers_learn(tiny, learn_sigma, guidance):
     torch.manual_seed(0)

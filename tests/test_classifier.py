@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.stats import norm
 
 from cellflux_bridge.classifier.model import TIME_BINS, PatchClassifier, grey_view
 from cellflux_bridge.config import load_config
-from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.flip import flip_rate
 from cellflux_bridge.training import checkpoint, classifier, classifier_scores
@@ -177,12 +179,63 @@ def test_batches_are_balanced_and_depend_on_their_number_alone(tmp_path, make_pa
     assert means[0] > means[1] + 0.2  # labels belong to their patches: A is the pale class
 
 
+@pytest.mark.parametrize("mixup", [0, 1])
+def test_a_large_validation_split_is_seen_by_a_balanced_sample(
+    tmp_path, make_patches, write_config, monkeypatch, mixup
+):
+    make_patches(tmp_path / "patches", num={"A": 30, "B": 150})
+    file = write_config(tmp_path, data={"split": {"val": 0.4, "test": 0.1}}, classifier={"mixup": mixup})
+    config = load_config(file, ["data.classes=[A, B]", "classifier.train.validate_pairs=20"])
+    patches = load_patches(config.data, seed=0)
+    assert np.bincount(patches.labels[patches.indices("val")]).tolist() == [12, 60]
+    seen = []
+    monkeypatch.setattr(Patches, "centre", lambda self, rows, see=Patches.centre: seen.append(rows) or see(self, rows))
+
+    def validated() -> np.ndarray:
+        seen.clear()
+        task = ClassifierTask(config, patches)
+        figures = [task.validate(task.model.eval(), CPU) for _ in range(2)]
+        assert figures[0] == figures[1]
+        return np.concatenate([np.ravel(rows) for rows in seen[: len(seen) // 2]])
+
+    if not mixup:
+        np.testing.assert_array_equal(validated(), patches.indices("val"))
+    monkeypatch.setattr(classifier, "_ENOUGH_TO_VALIDATE", 8)  # validate_pairs are more
+    sample = validated()
+    assert set(sample) <= set(patches.indices("val"))
+    if mixup:
+        assert len(sample) == 2 * 20
+    else:
+        assert np.bincount(patches.labels[sample]).tolist() == [10, 10]
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_an_empty_split_is_refused_before_training(patch_folder, tmp_path, write_config, split):
     file = write_config(tmp_path, data={"split": {"val": 0.2, "test": 0.2, split: 0.0}})
     config = load_config(file, ["data.classes=[A, B]"])
     with pytest.raises(UserError, match=f"the {split} split is empty"):
         ClassifierTask(config, load_patches(config.data, seed=0))
+
+
+def test_the_colour_baseline_weights_rare_classes_as_the_classifier_does():
+    """Of 2,000 patches 5 % are of class B, darker by two of their standard deviations: half-way between, 84 % of either
+    class are told. Unweighted, a regression calls nearly all of them A."""
+    rng = np.random.default_rng(0)
+    labels = (np.arange(2000) % 20 == 0).astype(int)
+    grey = rng.normal(150 - 20 * labels, 10)[:, None, None, None].round().clip(0, 255).astype(np.uint8)
+    patches = Patches(
+        pixels=np.broadcast_to(grey, (2000, 16, 16, 3)),
+        ids=tuple(map(str, range(2000))),
+        labels=labels,
+        splits=np.arange(2000) // 1000 * 2,
+        groups=np.arange(2000),
+        group_names=tuple(map(str, range(2000))),
+        scores=np.full(2000, np.nan, np.float32),
+        classes=("A", "B"),
+        preprocessing=Preprocessing(16),
+    )
+    scores = classifier_scores.image_scores(PatchClassifier(2), patches, device=CPU)
+    assert scores["test/colour_only_balanced_accuracy"] == pytest.approx(norm.cdf(1), abs=0.06)
 
 
 def test_colour_statistics_are_means_and_spreads():
@@ -333,6 +386,25 @@ def test_states_stand_at_the_time_that_is_asked_for(configured):
     states = States(config, patches, np.eye(2, dtype=np.float32)[patches.labels], split="test")
     assert states.batch(0, time=0.5).t.unique().item() == pytest.approx(0.5)
     assert states.batch(0, time=0.0).t.unique().item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("options", [(), ("classifier.role=guide", "classifier.mixup=0.5")], ids=["judge", "mixed"])
+def test_stain_is_jittered_in_training_and_nothing_else_is_drawn_anew(configured, options):
+    config, patches = configured(*options)
+    jittered, _ = configured(*options, "data.stain.mode=augment", "data.stain.strength=0.3")
+    plain, task = ClassifierTask(config, patches), ClassifierTask(jittered, patches)
+    before, after = plain.batch(3, rank=0), task.batch(3, rank=0)
+    assert torch.equal(before.y, after.y)
+    # The jitter moves every patch, each by a draw of its own, and leaves what it shows.
+    moved = (after.x - before.x).mean((2, 3))
+    assert (moved.abs().amax(1) > 1e-3).all()
+    assert len(moved.unique(dim=0)) == len(moved)
+    for one, other in zip(before.x, after.x, strict=True):
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.95
+    assert torch.equal(after.x, ClassifierTask(jittered, patches).batch(3, rank=0).x)
+    # Validation sees patches as they are.
+    model = plain.model.eval()
+    assert plain.validate(model, CPU) == task.validate(model, CPU)
 
 
 def test_mixup_mixes_patches_and_labels_by_one_share(configured):

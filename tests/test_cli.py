@@ -231,6 +231,14 @@ def test_frames_of_ones_own_take_video_settings_from_the_command_line(patch_fold
         cli.main(["video", str(folder), "video.fsp=3"])
 
 
+def test_a_training_that_takes_patches_from_a_named_split_says_so(tmp_path, make_patches, write_config, capsys):
+    for split, count in (("train", 16), ("val", 8)):
+        make_patches(tmp_path / "patches" / split, num={"A": count, "B": count})
+    file = str(write_config(tmp_path, train={"steps": 1, "validate_pairs": 8}))
+    cli.main(["train", file])
+    assert capsys.readouterr().out.count("the data names 32 patches train and none test: of these 8 test") == 1
+
+
 def test_data_that_cannot_be_used_fails_the_check(patch_folder, tmp_path, write_config, capsys):
     (patch_folder / "A" / "broken.png").write_bytes(b"no image")
     with pytest.raises(SystemExit, match="some files cannot be used"):

@@ -7,6 +7,7 @@ import torch
 
 from cellflux_bridge import registry
 from cellflux_bridge.config import Config, load_config
+from cellflux_bridge.guidance.classifier import require_form
 from cellflux_bridge.training.classifier import build_classifier
 from cellflux_bridge.training.flow import IMAGE_CHANNELS, build_flow
 from cellflux_bridge.training.loop import make_fabric
@@ -28,7 +29,7 @@ def test_configurations_are_found():
 
 def test_the_network_turns_states_into_velocities(config):
     with torch.device("meta"):
-        path, network = build_flow(config)
+        _, network = build_flow(config)
         size = config.data.image_size
         x = torch.empty(2, IMAGE_CHANNELS, size, size)
         cond = Condition(
@@ -39,7 +40,13 @@ def test_the_network_turns_states_into_velocities(config):
             dropped=torch.empty(2, dtype=torch.bool),
         )
         assert network.eval()(torch.empty(2), x, cond).shape == x.shape
-    assert path.from_data or config.translate.source is None
+
+
+def test_the_path_fits_the_translation_and_its_guidance(config):
+    path, translate = registry.build("path", config.path), config.translate
+    assert path.from_data == (translate.method != "depth")
+    if translate.guidance.form != "none":
+        require_form(translate.guidance.form, path, sees_source=config.condition.source_image)
 
 
 def test_the_coupling_permutes_a_batch(config):

@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from cellflux_bridge.data.check import check_data
-from cellflux_bridge.data.patches import frame_mpp, list_records, load_patches
+from cellflux_bridge.data.patches import frame_mpp, list_records, load_patches, taken_from_training
+from cellflux_bridge.data.phantom import make_phantom
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS, PatchRecord, assign_splits
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import read_rgb, write_png
+from cellflux_bridge.randomness import derive_seed
 
 PHANTOM = {"name": "phantom", "size": 16, "num_train": 3, "num_val": 1, "num_test": 1, "num_range": 3}
 
@@ -206,6 +208,26 @@ def test_a_missing_split_is_made_from_training_and_the_given_one_is_left(given, 
     assert {assigned[record.id] for record in train} == {"train", made}
 
 
+def test_a_named_training_split_that_gives_up_patches_is_told_and_can_stay_whole(tmp_path, make_patches, data_config):
+    for split, count in (("train", 40), ("val", 10)):
+        make_patches(tmp_path / "root" / split, num={"A": count, "B": count})
+    config = data_config(tmp_path / "root")
+    records, _ = list_records(config, seed=0)
+    assert Counter(record.split for record in records) == {"train": 64, "test": 16, "val": 20}
+    told = taken_from_training(config, seed=0)
+    assert told.startswith("WARNING: the data names 80 patches train and none test: of these 16 test;")
+    assert "set data.split.test=0" in told
+    assert told in check(config, tmp_path)[0].splitlines()
+    whole = data_config(tmp_path / "root", split={"test": 0})
+    assert Counter(record.split for record in list_records(whole, seed=0)[0]) == {"train": 80, "val": 20}
+    assert taken_from_training(whole, seed=0) is None
+    assert "WARNING" not in check(whole, tmp_path)[0]
+
+
+def test_nothing_is_told_where_the_data_names_no_training_split(patch_folder, data_config):
+    assert taken_from_training(data_config(patch_folder), seed=0) is None
+
+
 def test_splits_that_are_all_given_stay():
     records = [r for s, g in zip(SPLITS, ("A1", "A2", "A3"), strict=True) for r in records_of({g: ("A", 2)}, split=s)]
     assert assign_splits(records, val=0.5, test=0.4, seed=0) == records
@@ -261,10 +283,11 @@ def test_phantoms_are_made_once_read_again_and_their_range_is_no_class(tmp_path,
     with open(root / "range" / "range.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["score"]) for row in rows] == [0.0, 0.5, 1.0]
-    for row in rows:
-        assert read_rgb(root / row["path"]).shape == (16, 16, 3)
-        assert int(row["num_nuclei"]) >= 0
-        assert 0 <= float(row["area_fraction"]) <= 1
+    for number, row in enumerate(rows):
+        phantom = make_phantom(float(row["score"]), size=16, seed=derive_seed(0, "range", number))
+        np.testing.assert_array_equal(read_rgb(root / row["path"]), phantom.image)
+        assert int(row["num_nuclei"]) == len(np.unique(phantom.labels)) - 1 > 0
+        assert float(row["area_fraction"]) == pytest.approx((phantom.labels > 0).mean(), abs=1e-6)
 
 
 def test_phantoms_of_the_whole_range_are_another_data_set(tmp_path, data_config):

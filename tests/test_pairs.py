@@ -12,6 +12,7 @@ from cellflux_bridge.config import PairsConfig
 from cellflux_bridge.coupling.base import Coupling
 from cellflux_bridge.coupling.independent import Independent
 from cellflux_bridge.coupling.minibatch_ot import MinibatchOT
+from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.pairs import PairBatch, Pairs
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.preprocessing import Preprocessing
@@ -72,6 +73,23 @@ def test_random_patches_follow_their_generator():
     image = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), dtype=np.uint8)
     assert draw(hand_made(image), 9, flips=True) == draw(hand_made(image), 9, flips=True)
     assert draw(hand_made(image), 9, flips=True) != draw(hand_made(image), 9, flips=True, seed=1)
+
+
+def test_balanced_draws_are_even_between_classes_and_within_them(data_config, tmp_path):
+    labels = np.array([0] * 4 + [1] * 20 + [2] * 6)
+    pixels = np.arange(30, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
+    balanced = BalancedPatches(hand_made(pixels, labels=labels), np.arange(1, 29), data=data_config(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    x, y, chosen = balanced.draw(6000, generator=generator, jitter=generator)
+    assert torch.equal(numbers(x), torch.tensor(chosen))
+    assert torch.equal(y, torch.from_numpy(labels[chosen]))
+    assert chisquare(np.bincount(y)).pvalue > 0.01
+    for number, members in enumerate((np.arange(1, 4), np.arange(4, 24), np.arange(24, 29))):
+        counts = np.bincount(np.array(chosen)[y == number], minlength=30)
+        assert counts[members].sum() == counts.sum()
+        assert chisquare(counts[members]).pvalue > 0.01
+    with pytest.raises(UserError, match="class 'B' has no patch in the train split"):
+        BalancedPatches(hand_made(pixels, labels=labels), np.array([0, 25]), data=data_config(tmp_path))
 
 
 # Pairs
@@ -203,8 +221,8 @@ def test_no_patch_stands_twice_on_a_side_of_a_block_where_there_are_enough(data)
         assert set(rows.values()) == {1}
 
 
-def test_matched_groups_stay_together(data):
-    groups = np.repeat(np.arange(5), 12)
+@pytest.mark.parametrize("groups", [np.arange(60) // 12, np.arange(60) // 3 % 5], ids=["in a row", "interleaved"])
+def test_matched_groups_stay_together(data, groups):
     patches = numbered(60, groups=groups)
     pairs = make_pairs(patches, data, batch_size=48, match_group=True, coupling=MinibatchOT(cost="pixels"))
     seen = set()

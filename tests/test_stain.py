@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cellflux_bridge import stain
+from cellflux_bridge.data.phantom import make_phantom
 from cellflux_bridge.images import encode
 
 STAINS = np.array([[0.60, 0.72, 0.35], [0.15, 0.95, 0.27]])
@@ -150,3 +151,73 @@ def test_glass_is_not_made_into_tissue(method):
     tissue = np.clip(np.array([190.0, 120, 180]) + rng.normal(0, 30, (32, 32, 3)), 0, 255).astype(np.uint8)
     reference = stain.fit_reference(method, [tissue])
     np.testing.assert_array_equal(stain.normalise(glass, reference), glass)
+
+
+def unevenly(amount: float, vector: np.ndarray, *, noise: float, seed: int = 0) -> np.ndarray:
+    """A 64 px patch of one stain, by half more and less of it, with noise in its optical density."""
+    rng = np.random.default_rng(seed)
+    density = amount * rng.uniform(0.5, 1.5, (64, 64, 1)) * vector + noise * rng.standard_normal((64, 64, 3))
+    return stain.from_optical_density(np.maximum(density, 0))
+
+
+@pytest.fixture(scope="module")
+def phantom_reference() -> stain.StainReference:
+    phantoms = [make_phantom(n / 19, size=64, seed=n).image for n in range(20)]
+    return stain.fit_reference("macenko", phantoms)
+
+
+@pytest.mark.parametrize("noise", [0.005, 0.01, 0.02])
+@pytest.mark.parametrize("amount", [0.46, 1.5])
+@pytest.mark.parametrize("kind", [0, 1], ids=["haematoxylin", "eosin"])
+def test_a_patch_of_one_stain_stays_of_that_stain(phantom_reference, kind, amount, noise):
+    vectors = np.reshape(phantom_reference.values[:6], (2, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    patch = unevenly(amount, vectors[kind], noise=noise)
+    np.testing.assert_array_equal(stain.macenko_stains(patch), stain.RUIFROK_HE)
+    normalised = stain.normalise(patch, phantom_reference)
+    assert np.abs(normalised.astype(int) - patch).mean((0, 1)).max() < 8
+    # The other stain, of which there is only noise.
+    other = stain.concentrations(normalised, vectors)[..., 1 - kind]
+    assert np.abs(other).max() < 0.1 + 15 * noise
+
+
+def test_an_even_patch_has_no_stains_of_its_own(phantom_reference):
+    rng = np.random.default_rng(0)
+    for noise in (0.005, 0.01, 0.02):
+        patch = stain.from_optical_density(0.5 * stain.RUIFROK_HE[1] + noise * rng.standard_normal((64, 64, 3)))
+        assert stain.two_stains(patch) is None
+        assert (stain.concentrations(stain.normalise(patch, phantom_reference))[..., 0] < 0.3).all()
+
+
+def test_a_stain_that_hardly_any_pixel_holds_is_not_made_of_the_others_noise():
+    """Pale eosin with too few nuclei for the 99th percentile: both stains are known, one is weak."""
+    rng = np.random.default_rng(0)
+    amounts = np.stack([np.zeros((64, 64)), rng.uniform(0.05, 0.4, (64, 64))], axis=-1)
+    amounts[:4, :9] = [1.2, 0.1]  # of 4,096 pixels 36; of those that are stained enough to be looked at, above 1 %
+    patch = stain.from_optical_density(amounts @ STAINS + 0.01 * rng.standard_normal((64, 64, 3)).clip(-2, 2))
+    assert stain.two_stains(patch) is not None
+    reference = stain.fit_reference("macenko", [tissue(seed) for seed in range(6)])
+    normalised = stain.normalise(patch, reference)
+    nuclear = np.zeros((64, 64), bool)
+    nuclear[:4, :9] = True
+    haematoxylin = stain.concentrations(normalised, STAINS)[..., 0]
+    assert haematoxylin[~nuclear].max() < 0.5
+    assert haematoxylin[nuclear].min() > 1
+
+
+def test_a_reference_is_of_the_images_that_show_both_stains():
+    both = [tissue(seed) for seed in range(3)]
+    eosin = [unevenly(0.8, STAINS[1], noise=0.01, seed=seed) for seed in range(3)]
+    assert stain.fit_reference("macenko", [*both, *eosin]) == stain.fit_reference("macenko", both)
+    vectors = np.reshape(stain.fit_reference("macenko", eosin).values[:6], (2, 3))
+    np.testing.assert_allclose(vectors, stain.RUIFROK_HE)
+
+
+def test_patches_of_two_stains_are_normalised_by_the_equations(phantom_reference):
+    reference = np.array(phantom_reference.values)
+    target = reference[:6].reshape(2, 3) / np.linalg.norm(reference[:6].reshape(2, 3), axis=1, keepdims=True)
+    for image in (tissue(0), tissue(1, strength=1.3), make_phantom(0.3, size=64, seed=50).image):
+        amounts = np.maximum(stain.optical_density(image) @ np.linalg.pinv(stain.macenko_stains(image)), 0)
+        scaled = amounts / np.percentile(amounts.reshape(-1, 2), 99, axis=0) * reference[6:]
+        expected = 255 * np.exp(-scaled @ target)
+        np.testing.assert_allclose(stain.normalise(image, phantom_reference), expected, atol=0.51)

@@ -17,8 +17,6 @@ from cellflux_bridge.errors import UserError
 from cellflux_bridge.stain import RUIFROK_HE, macenko_stains
 
 STAINS = ("red", "ruifrok", "macenko")
-# Between two stain vectors of one image, in degrees: less, and the image shows one stain only.
-_LEAST_ANGLE = 10.0
 # Mean difference of the largest and smallest channel below which an image is grey, median brightness below which it is
 # dark, and how much more green than red and blue an inverted H&E image shows on average, all in grey levels.
 _GREY, _DARK, _GREENER = 3.0, 50.0, 8.0
@@ -99,11 +97,7 @@ def haematoxylin(rgb: np.ndarray, stains: str) -> tuple[np.ndarray, np.ndarray]:
     if stains == "red":
         red = rgb[..., 0]
         return _ABSORPTION[red], _DENSITY[red]
-    vectors = RUIFROK_HE
-    if stains == "macenko":
-        own = macenko_stains(rgb)
-        if own[0] @ own[1] < np.cos(np.radians(_LEAST_ANGLE)):
-            vectors = own
+    vectors = macenko_stains(rgb) if stains == "macenko" else RUIFROK_HE
     # Channel by channel: the threads of a matrix product wait on those of other processes.
     weights = (np.linalg.pinv(vectors)[:, 0] * vectors[0, 0]).astype(np.float32)
     density = np.maximum(sum(w * _DENSITY[rgb[..., c]] for c, w in enumerate(weights)), 0)

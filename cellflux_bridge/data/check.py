@@ -8,7 +8,7 @@ import numpy as np
 
 from cellflux_bridge import images
 from cellflux_bridge.config import DataConfig
-from cellflux_bridge.data.patches import frame_mpp, list_records
+from cellflux_bridge.data.patches import frame_mpp, list_records, taken_from_training
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS, PatchRecord, some
 from cellflux_bridge.progress import threaded
@@ -30,6 +30,9 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines.append("  " + " " * width + "".join(f"{split:>9}" for split in SPLITS))
     for label in classes:
         lines.append(f"  {label:<{width}}" + "".join(f"{counts[label, split]:>9}" for split in SPLITS))
+    taken = taken_from_training(config, seed=seed)
+    if taken:
+        lines.append(taken)
     groups = {record.group for record in records if record.group is not None}
     lines.append(f"groups: {len(groups) or 'none named; every patch counts as its own'}")
     sizes = Counter(fact[1] for fact in facts if fact[0] is None)

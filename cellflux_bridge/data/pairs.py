@@ -137,14 +137,14 @@ class Pairs:
         """The bin of each patch: its level rounded to 1 / num for each class, numbered as they occur."""
         return np.unique(np.rint(self._levels[indices] * num), axis=0, return_inverse=True)[1].ravel()
 
-    def _shared_groups(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-        """For each kind, the (sources, targets) of every group that holds both."""
+    def _shared_groups(self) -> list[tuple[list[tuple[np.ndarray, np.ndarray]], torch.Tensor]]:
+        """For each kind, the (sources, targets) of every group that holds both, and how often each is drawn."""
         groups, shared, kept = self._patches.groups, [], []
         for kind in self._kinds:
-            of = [{g: m[groups[m] == g] for g in np.unique(groups[m])} for m in (kind.source, kind.target)]
-            both = [(of[0][g], of[1][g]) for g in of[0] if g in of[1]]
+            sources, targets = _by_group(kind.source, groups), _by_group(kind.target, groups)
+            both = [(sources[g], targets[g]) for g in sources if g in targets]
             if both:
-                shared.append(both)
+                shared.append((both, torch.tensor([float(min(len(a), len(b))) for a, b in both])))
                 kept.append(kind)
             elif not self._by_level:
                 names = " and ".join(repr(self._patches.classes[self._patches.labels[m[0]]]) for m in kind[:2])
@@ -153,7 +153,7 @@ class Pairs:
                     "plate, batch) in the manifest or set pairs.match_group=false"
                 )
         # By level a source is a target, too: where it is alone in its group, it could only become itself.
-        if not any(len(np.union1d(*pools)) > 1 for both in shared for pools in both):
+        if not any(len(a) > 1 or len(b) > 1 or a[0] != b[0] for both, _ in shared for a, b in both):
             raise UserError(
                 f"pairs.match_group: no group of the {self._split} split holds a source and another patch as target; "
                 "name groups (slide, plate, batch) in the manifest or set pairs.match_group=false"
@@ -237,11 +237,17 @@ class Pairs:
         """(group, sources, targets, how many to draw), several where groups are matched."""
         if self._groups is None:
             return [(0, *self._kinds[kind][:2], num)]
-        shared = self._groups[kind]
-        weights = torch.tensor([float(min(len(a), len(b))) for a, b in shared])
+        shared, weights = self._groups[kind]
         sizes = [len(part) for part in np.array_split(np.arange(num), -(-num // _ROWS_PER_DRAW))]
         chosen = torch.multinomial(weights, len(sizes), replacement=True, generator=generator).tolist()
         return [(group, *shared[group], size) for group, size in zip(chosen, sizes, strict=True)]
+
+
+def _by_group(members: np.ndarray, groups: np.ndarray) -> dict[int, np.ndarray]:
+    """The members of each group, in their order; groups ascend."""
+    order = members[np.argsort(groups[members], kind="stable")]
+    names, starts = np.unique(groups[order], return_index=True)
+    return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True))
 
 
 def _numbered_blocks(kind: np.ndarray, group: np.ndarray) -> np.ndarray:

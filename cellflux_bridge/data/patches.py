@@ -22,7 +22,7 @@ from cellflux_bridge.progress import threaded
 from cellflux_bridge.randomness import numpy_generator
 from cellflux_bridge.schema import nearest
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _NUM_REFERENCE_IMAGES = 256
 
 # A patch is of a level where its score differs by no more.
@@ -135,6 +135,22 @@ def frame_mpp(records: Sequence[PatchRecord], preprocessing: Preprocessing) -> f
         sizes = threaded(images.read_size, [record.file for record in records], desc="reading image sizes")
     found = [r.mpp / preprocessing.scale_of(*size) for r, size in zip(records, sizes, strict=True)]
     return float(np.median(found)) if max(found) <= 1.05 * min(found) else None
+
+
+def taken_from_training(config: DataConfig, *, seed: int) -> str | None:
+    """What to tell of patches that the data itself names `train` and that were taken for a split it does not name."""
+    named = registry.build("layout", config.layout, config.root.expanduser()).records()
+    assigned, _ = list_records(config, seed=seed)
+    of_train = [now.split for was, now in zip(named, assigned, strict=True) if was.split == "train"]
+    taken = Counter(split for split in of_train if split != "train")
+    if not taken:
+        return None
+    splits = " and ".join(f"{count} {split}" for split, count in taken.items())
+    keys = " ".join(f"data.split.{split}=0" for split in taken)
+    return (
+        f"WARNING: the data names {len(of_train)} patches train and none {' or '.join(taken)}: of these {splits}; "
+        f"name such a split, or set {keys} to train on all (judges need a test split)"
+    )
 
 
 def load_patches(

@@ -51,7 +51,8 @@ def assign_splits(records: Sequence[PatchRecord], *, val: float, test: float, se
     Groups go whole: a record that names no split follows the rest of its group. For each class (a group's own is its
     most frequent one) groups stand in an order that the seed and each group's name decide, so that a new group moves
     no more than its neighbours, and are given to `test`, then `val`, until the wanted fraction of that class's patches
-    is reached; the rest trains. A split that the data names itself is left as it is.
+    is reached; the rest trains. A `val` or `test` that the data names is left as it is; one that it does not name is
+    taken from `train` also where the data names that, unless its fraction is 0.
     """
     of_group = {r.group: r.split for r in records if r.group is not None and r.split is not None}
     records = [replace(r, split=of_group.get(r.group)) if r.split is None else r for r in records]

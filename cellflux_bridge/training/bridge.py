@@ -12,6 +12,7 @@ from cellflux_bridge.bridge.networks import Denoiser, NoisyClassifier
 from cellflux_bridge.bridge.schedule import NUM_STEPS, add_noise
 from cellflux_bridge.bridge.variational import VLB_WEIGHT, step_bound
 from cellflux_bridge.config import ADMConfig, Config
+from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.randomness import torch_generator
@@ -46,21 +47,15 @@ class _NoisyPatches:
 
     def __init__(self, config: Config, patches: Patches, *, purpose: str, batch_size: int):
         self._patches, self._seed, self._purpose, self._batch_size = patches, config.seed, purpose, batch_size
-        self._flips = config.data.flips
-        self._train = [patches.indices("train", label) for label in patches.classes]
-        for label, indices in zip(patches.classes, self._train, strict=True):
-            if len(indices) == 0:
-                raise UserError(f"class {label!r} has no patch in the train split; see `cellflux-bridge data check`")
+        self._train = BalancedPatches(patches, patches.indices("train"), data=config.data)
         if len(patches.indices("val")) == 0:
             raise UserError("the val split is empty; raise data.split.val or name splits in the data")
 
     def batch(self, index: int, *, rank: int, dropout: float = 0.0, null_class: int = 0) -> NoisyBatch:
         generator = torch_generator(self._seed, self._purpose, index, rank)
         num = self._batch_size
-        y = torch.randint(len(self._train), (num,), generator=generator)
-        draws = torch.rand(num, generator=generator)
-        chosen = [self._train[c][int(u * len(self._train[c]))] for c, u in zip(y.tolist(), draws.tolist(), strict=True)]
-        x0 = images.encode(self._patches.random(chosen, flips=self._flips, generator=generator))
+        jitter = torch_generator(self._seed, self._purpose, "stain", index, rank)
+        x0, y, _ = self._train.draw(num, generator=generator, jitter=jitter)
         tau = torch.randint(NUM_STEPS, (num,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         dropped = torch.rand(num, generator=generator) < dropout

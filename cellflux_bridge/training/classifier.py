@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from cellflux_bridge import images
 from cellflux_bridge.classifier.model import TIME_BINS, PatchClassifier, time_bin
 from cellflux_bridge.config import Config
+from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.soft_labels import soft_labels
 from cellflux_bridge.errors import UserError
@@ -20,6 +21,8 @@ from cellflux_bridge.training.calibration import balanced_weights, fit_temperatu
 from cellflux_bridge.training.states import LabelledBatch, States
 
 _CHUNK = 256
+# Validation patches that tell a temperature to within some 3 % (standard error): of more, so many are looked at.
+_ENOUGH_TO_VALIDATE = 4096
 
 
 def build_classifier(config: Config, *, download: bool = True) -> PatchClassifier:
@@ -60,7 +63,7 @@ class ClassifierTask:
         stream: str = "",
         levels: np.ndarray | None = None,
     ):
-        self._patches, self._seed, self._flips = patches, config.seed, config.data.flips
+        self._patches, self._seed = patches, config.seed
         self._config = c = config.classifier
         self._stream = ("classifier", c.role, c.sees, c.view, stream, *([c.seed] if c.seed else []))
         self.preprocessing = patches.preprocessing
@@ -68,13 +71,10 @@ class ClassifierTask:
             if len(patches.indices(split)) == 0:
                 raise UserError(f"the {split} split is empty; raise data.split.{split} or name splits in the data")
         train = patches.indices("train") if train is None else train
-        self._val = patches.indices("val")
-        needed = np.concatenate([train, self._val, *([patches.indices("test")] if not stream else [])])
+        needed = np.concatenate([train, patches.indices("val"), *([patches.indices("test")] if not stream else [])])
         self._labels = soft_labels(patches, c.labels, needed=needed, key="classifier.labels")
-        self._train = [train[patches.labels[train] == number] for number in range(len(patches.classes))]
-        for label, indices in zip(patches.classes, self._train, strict=True):
-            if len(indices) == 0:
-                raise UserError(f"class {label!r} has no patch in the train split; see `cellflux-bridge data check`")
+        self._val = _validation_patches(patches, most=max(c.train.validate_pairs, _ENOUGH_TO_VALIDATE), seed=self._seed)
+        self._train = BalancedPatches(patches, train, data=config.data)
         # Hard labels of images are smoothed, lest certainty take the gradient away; the temperature undoes the bias.
         self._smoothing = 0.05 if c.labels == "class" and c.sees == "image" else 0.0
         self._states, self._val_states = None, None
@@ -90,10 +90,8 @@ class ClassifierTask:
         if self._states is not None:
             return self._states.batch(index, rank=rank)
         generator = torch_generator(self._seed, *self._stream, index, rank)
-        y = torch.randint(len(self._train), (self._config.train.batch_size,), generator=generator)
-        draws = torch.rand(len(y), generator=generator)
-        chosen = [self._train[c][int(u * len(self._train[c]))] for c, u in zip(y.tolist(), draws.tolist(), strict=True)]
-        x = images.encode(self._patches.random(chosen, flips=self._flips, generator=generator))
+        jitter = torch_generator(self._seed, *self._stream, "stain", index, rank)
+        x, _, chosen = self._train.draw(self._config.train.batch_size, generator=generator, jitter=jitter)
         y = torch.from_numpy(self._labels[chosen])
         if self._config.mixup:
             order = torch.randperm(len(y), generator=generator)
@@ -110,9 +108,10 @@ class ClassifierTask:
 
     def validate(self, model: PatchClassifier, device: torch.device) -> dict[str, float]:
         """Accuracy on the validation split and the temperature fitted there, which `model` has from now on: training
-        validates before it saves, so that the last checkpoint is calibrated. Of states, `validate_pairs` stand behind
-        each of the temperatures. With mixup both are of mixtures of two patches, as training is: a temperature of the
-        unmixed would sharpen what mixup has made linear."""
+        validates before it saves, so that the last checkpoint is calibrated. Of a split of more patches than 4,096 (or
+        `validate_pairs`, where that is more) so many are looked at, the same each time, of every class alike. Of
+        states, `validate_pairs` stand behind each of the temperatures. With mixup both are of mixtures of two patches,
+        as training is: a temperature of the unmixed would sharpen what mixup has made linear."""
         if self._config.mixup:
             logits, targets = self._mixed_val_logits(model, device)
             bins, weights = np.zeros(len(logits), int), np.ones(len(logits))
@@ -150,6 +149,15 @@ class ClassifierTask:
 
     def sheet(self, model: nn.Module, device: torch.device) -> None:
         return None
+
+
+def _validation_patches(patches: Patches, *, most: int, seed: int) -> np.ndarray:
+    """The validation split, or of a split of more than `most` patches at most equal shares of every class."""
+    val = patches.indices("val")
+    if len(val) <= most:
+        return val
+    share = most // len(patches.classes)
+    return np.sort(np.concatenate([patches.sample("val", c, num=share, seed=seed) for c in patches.classes]))
 
 
 def mixup(one: torch.Tensor, other: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,39 @@
+"""Random patches of which every class is as frequent as any other."""
+
+import numpy as np
+import torch
+
+from cellflux_bridge import images, stain
+from cellflux_bridge.config import DataConfig
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.errors import UserError
+
+
+class BalancedPatches:
+    """Draws classes evenly, then patches of them with replacement, in training's crops, symmetries and stain jitter.
+
+    `indices` are the numbers of the training patches. Raises UserError for a class that has none.
+    """
+
+    def __init__(self, patches: Patches, indices: np.ndarray, *, data: DataConfig):
+        self._patches, self._data = patches, data
+        self._of_class = [indices[patches.labels[indices] == number] for number in range(len(patches.classes))]
+        for label, members in zip(patches.classes, self._of_class, strict=True):
+            if len(members) == 0:
+                raise UserError(f"class {label!r} has no patch in the train split; see `cellflux-bridge data check`")
+
+    def draw(
+        self, num: int, *, generator: torch.Generator, jitter: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Patches (num, 3, S, S) float32 in [-1, 1], their classes (num,) int64 and their numbers in the data set.
+
+        Stain is jittered where data.stain.mode says so, by draws of `jitter` alone.
+        """
+        y = torch.randint(len(self._of_class), (num,), generator=generator)
+        places = torch.rand(num, generator=generator)
+        members = [self._of_class[c] for c in y.tolist()]
+        chosen = [int(of[int(u * len(of))]) for of, u in zip(members, places.tolist(), strict=True)]
+        x = images.encode(self._patches.random(chosen, flips=self._data.flips, generator=generator))
+        if self._data.stain.mode == "augment":
+            x = stain.augment(x, strength=self._data.stain.strength, generator=jitter)
+        return x, y, chosen
