@@ -26,7 +26,7 @@ from cellflux_bridge.data.records import SPLITS
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
 from cellflux_bridge.progress import in_processes
-from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
+from cellflux_bridge.stain import RUIFROK_HE, from_optical_density, two_stains
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
 HEADER = TrajectoryHeader("progression", "A", "B", ("A", "B"), (0.0, 0.5, 1.0), "none")
@@ -132,6 +132,17 @@ def test_every_separation_finds_the_nuclei_and_not_the_eosin(stains):
 def test_one_stain_only_is_unmixed_by_fixed_vectors():
     rgb = from_optical_density(np.linspace(0.1, 2, 64 * 64).reshape(64, 64, 1) * RUIFROK_HE[0])
     assert np.allclose(haematoxylin(rgb, "macenko")[1], haematoxylin(rgb, "ruifrok")[1])
+
+
+def test_vectors_that_do_not_tell_nuclei_from_the_rest_are_not_used():
+    # Thick, purple tissue: its extreme hues are of pale blue and of pink, and nuclei a violet between them.
+    pale_blue, violet, pink = np.array([[0.8, 0.52, 0.3], [0.6, 0.78, 0.2], [0.36, 0.91, 0.2]])
+    density = np.full((64, 64, 3), 0.35 * pale_blue) + 0.01 * np.random.default_rng(0).standard_normal((64, 64, 3))
+    density[:, 48:] += 0.25 * pink
+    density[16:32, 8:40] = 1.4 * violet
+    rgb = from_optical_density(density)
+    assert two_stains(rgb) is not None
+    assert np.array_equal(haematoxylin(rgb, "macenko")[0], haematoxylin(rgb, "ruifrok")[0])
 
 
 def test_microns_bound_the_size():

@@ -22,6 +22,7 @@ STAINS = ("red", "ruifrok", "macenko")
 _GREY, _DARK, _GREENER = 3.0, 50.0, 8.0
 # Absorption below which nothing is stained: glass, whose noise must not be thresholded.
 _LEAST_CONTRAST = 0.06
+_LEAST_SHARE = 0.5  # of the contrast by fixed stain vectors, that an image's own must reach to be used
 _RADII = (2.0, 40.0)  # px, between which a nuclear radius is sought
 _RADII_UM = (1.5, 12.0)  # microns, where microns per pixel are known
 
@@ -31,7 +32,7 @@ class Parameters:
     """How nuclei are sought; lengths are shares of the typical nuclear radius, which each image tells itself.
 
     stains            "red": absorption of the red channel; "ruifrok", "macenko": of haematoxylin, unmixed by fixed or
-                      by the image's own stain vectors (fixed ones where it shows one stain only)
+                      by the image's own stain vectors (fixed ones where those are unfit: see `haematoxylin`)
     smoothing         px, of absorption before it is thresholded
     threshold         share of the way from the background's mean to Otsu's threshold from which a pixel is nuclear
     landscape_smoothing, density_smoothing, density_reach, density_weight, split_depth, neck_power: see `splitting`
@@ -92,16 +93,26 @@ def require_bright_field(rgb: np.ndarray) -> None:
 def haematoxylin(rgb: np.ndarray, stains: str) -> tuple[np.ndarray, np.ndarray]:
     """Absorption in [0, 1] and optical density >= 0 of haematoxylin in the red channel, (H, W) float32 each.
 
-    "red" takes the channel as it is; the others leave out what eosin absorbs of it, by unmixing.
+    "red" takes the channel as it is; the others leave out what eosin absorbs of it, by unmixing. Where an image's own
+    vectors tell dark from pale pixels less than half as well as the fixed ones, nuclei are not what sets those vectors
+    apart (in thick, purple tissue it is pale blue from saturated violet), and the fixed ones are taken.
     """
+    red = _DENSITY[rgb[..., 0]]
     if stains == "red":
-        red = rgb[..., 0]
-        return _ABSORPTION[red], _DENSITY[red]
-    vectors = macenko_stains(rgb) if stains == "macenko" else RUIFROK_HE
+        return _ABSORPTION[rgb[..., 0]], red
+    density = _unmixed(rgb, RUIFROK_HE)
+    if stains == "macenko":
+        own, dark = _unmixed(rgb, macenko_stains(rgb)), red > red.mean()
+        by_own, by_fixed = (of[dark].mean() - of[~dark].mean() if dark.any() else 0 for of in (own, density))
+        density = own if by_own >= _LEAST_SHARE * by_fixed else density
+    return 1 - np.exp(-density), density
+
+
+def _unmixed(rgb: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Optical density (H, W) of haematoxylin in the red channel, by stain vectors (2, 3)."""
     # Channel by channel: the threads of a matrix product wait on those of other processes.
     weights = (np.linalg.pinv(vectors)[:, 0] * vectors[0, 0]).astype(np.float32)
-    density = np.maximum(sum(w * _DENSITY[rgb[..., c]] for c, w in enumerate(weights)), 0)
-    return 1 - np.exp(-density), density
+    return np.maximum(sum(w * _DENSITY[rgb[..., c]] for c, w in enumerate(weights)), 0)
 
 
 _ABSORPTION = (1 - np.arange(256) / 255).astype(np.float32)
