@@ -603,3 +603,29 @@ def test_two_processes_average_their_gradients(demanding, tmp_path):
     expected = checkpoint.load_state(one)["model"]
     for name, tensor in checkpoint.load_state(checkpoint.latest(tmp_path / "two"))["model"].items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_processes_wait_a_day_for_the_first_and_end_with_it(tmp_path):
+    """`auto` with two devices; a validation, a cache or a pilot may outlast half an hour, and must not be waited for
+    where it failed."""
+    script = tmp_path / "processes.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "import torch.distributed\n"
+        "from cellflux_bridge.config import TrainConfig\n"
+        "from cellflux_bridge.training.loop import make_fabric, on_rank_zero\n"
+        "fabric = make_fabric(TrainConfig(accelerator='cpu', devices=2))\n"
+        "fabric.launch()\n"
+        "group = torch.distributed.group.WORLD._get_backend(fabric.device)\n"
+        "written = Path(__file__).with_name(f'{fabric.global_rank}.txt')\n"
+        "try:\n"
+        "    on_rank_zero(fabric, lambda: 1 / 0)\n"
+        "except Exception as error:\n"
+        "    written.write_text(f'{group.options._timeout} {type(error).__name__} {error}')\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, timeout=240, check=True)
+    assert (tmp_path / "0.txt").read_text() == "1 day, 0:00:00 ZeroDivisionError division by zero"
+    assert (tmp_path / "1.txt").read_text() == (
+        "1 day, 0:00:00 RuntimeError the first process failed: ZeroDivisionError: division by zero"
+    )

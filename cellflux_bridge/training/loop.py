@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
 from cellflux_bridge.config import Config, TrainConfig
@@ -51,6 +53,8 @@ class Stopped(Exception):
 
 # Seconds in which signals are one: torchrun forwards the Ctrl-C that the terminal has already sent to all.
 _ONE_KEYPRESS = 1.0
+# How long processes wait for one that works alone: a cache, cross-fitted levels, a validation. Fabric: half an hour.
+_PATIENCE = timedelta(days=1)
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -75,24 +79,30 @@ def make_fabric(config: TrainConfig) -> Fabric:
         ) from error
     # Fabric would round the inputs as well; a time in bfloat16 has three digits. Autocast is for inside the network.
     fabric.strategy.precision.convert_input = lambda data: data
+    if isinstance(fabric.strategy, DDPStrategy):  # `auto` with several devices, too; read when processes are launched
+        fabric.strategy._timeout = _PATIENCE
     return fabric
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], None]) -> None:
-    """Let one process do `work` while the others wait; its UserError is raised by all, so that none waits for ever."""
-    message = None
+    """Let one process do `work` while the others wait; where it fails all raise, so that none waits for ever: a
+    UserError alike, anything else as it is in that process and as a RuntimeError in the others."""
+    failure = None
     if fabric.is_global_zero:
         try:
             work()
         except UserError as error:
-            message = str(error)
-    message = fabric.broadcast(message)
-    if message is not None:
-        raise UserError(message)
+            failure = error
+        except BaseException as error:
+            fabric.broadcast(RuntimeError(f"the first process failed: {type(error).__name__}: {error}"))
+            raise
+    failure = fabric.broadcast(failure)
+    if failure is not None:
+        raise failure
 
 
 def from_rank_zero(fabric: Fabric, work: Callable[[], _T]) -> _T:
-    """What `work` returns in one process, for all of them; its UserError is raised by all."""
+    """What `work` returns in one process, for all of them; where it fails all raise, as in `on_rank_zero`."""
     found: list[_T] = []
     on_rank_zero(fabric, lambda: found.append(work()))
     return fabric.broadcast(found[0] if found else None)
@@ -293,18 +303,22 @@ class _Trainer:
 
     def _periodic(self, done: bool) -> None:
         train = self.train
-        if not self.fabric.is_global_zero:
-            return
-        with warnings.catch_warnings(), torch.no_grad(), self.fabric.autocast():
-            warnings.simplefilter("ignore", UserWarning)
-            self.ema.eval()
-            if done or self.step % train.validate_every == 0:
-                self.log.write(self.step, self.task.validate(self.ema.module, self.fabric.device))
-            if train.sample_every and (done or self.step % train.sample_every == 0):
-                sheet = self.task.sheet(self.ema.module, self.fabric.device)
+        is_validated = done or self.step % train.validate_every == 0
+        is_sampled = train.sample_every and (done or self.step % train.sample_every == 0)
+
+        def report() -> None:
+            with warnings.catch_warnings(), torch.no_grad(), self.fabric.autocast():
+                warnings.simplefilter("ignore", UserWarning)
+                self.ema.eval()
+                if is_validated:
+                    self.log.write(self.step, self.task.validate(self.ema.module, self.fabric.device))
+                sheet = self.task.sheet(self.ema.module, self.fabric.device) if is_sampled else None
                 if sheet is not None:
                     (self.folder / "samples").mkdir(exist_ok=True)
                     write_png(self.folder / "samples" / f"step-{self.step:08d}.png", sheet)
+
+        if is_validated or is_sampled:
+            on_rank_zero(self.fabric, report)
 
     def _save(self) -> None:
         state = {
