@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.progress import ahead
 from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.ema import averaged
 from cellflux_bridge.training.flow import FlowTask, build_flow
@@ -376,6 +378,21 @@ def test_the_log_drops_what_a_resume_will_repeat(tmp_path):
     )
     Log(tmp_path, from_step=2, tensorboard=False).write(3, {"loss": 0.5})
     assert metrics(tmp_path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": 0.5}]
+
+
+def test_batches_made_ahead_come_in_order_and_no_more_are_begun_than_asked_for():
+    begun = []
+
+    def work(number):
+        begun.append(number)
+        time.sleep(0.002 * (number % 3))
+        return number
+
+    assert list(ahead(work, range(20), num=4)) == list(range(20))
+    begun.clear()
+    with closing(ahead(work, range(20), num=4)) as upcoming:
+        assert [next(upcoming) for _ in range(3)] == [0, 1, 2]
+    assert max(begun) <= 2 + 4
 
 
 # Exponential moving average

@@ -5,8 +5,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from cellflux_bridge.config import Config, TrainConfig
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
-from cellflux_bridge.progress import progress
+from cellflux_bridge.progress import ahead, progress
 from cellflux_bridge.randomness import derive_seed
 from cellflux_bridge.training import checkpoint
 from cellflux_bridge.training.ema import averaged
@@ -32,7 +31,7 @@ _T = TypeVar("_T")
 
 
 class Task(Protocol):
-    """What is trained. `batch` runs in a background thread and depends on its arguments alone."""
+    """What is trained. `batch` runs in several threads at once and depends on its arguments alone."""
 
     model: nn.Module
     preprocessing: Preprocessing
@@ -55,6 +54,8 @@ class Stopped(Exception):
 _ONE_KEYPRESS = 1.0
 # How long processes wait for one that works alone: a cache, cross-fitted levels, a validation. Fabric: half an hour.
 _PATIENCE = timedelta(days=1)
+# Updates whose batches are made beforehand, each by a thread of its own.
+_NUM_AHEAD = 4
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -150,8 +151,8 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
         fabric.print(f"{folder}: trained already ({step} steps); raise its steps or minutes to go on")
         return checkpoint.latest(folder)
     trainer = _Trainer(task, config, train, folder, fabric, wrapped, optimiser, ema, step, spent)
-    with _caught_signals() as caught, ThreadPoolExecutor(1) as background:
-        return trainer.run(caught, background)
+    with _caught_signals() as caught:
+        return trainer.run(caught)
 
 
 class _Spent(NamedTuple):
@@ -199,9 +200,8 @@ class _Trainer:
         self.signalled = 0
         self.is_finite = torch.ones((), dtype=torch.bool, device=fabric.device)
 
-    def run(self, caught: list[int], background: ThreadPoolExecutor) -> Path:
+    def run(self, caught: list[int]) -> Path:
         train, fabric = self.train, self.fabric
-        upcoming = background.submit(self._batches, self.step)
         bar = progress(
             total=train.steps,
             initial=self.step,
@@ -210,12 +210,11 @@ class _Trainer:
             smoothing=0.05,
             disable=not fabric.is_global_zero,
         )
-        with bar:
+        upcoming = ahead(self._batches, range(self.step, train.steps), num=_NUM_AHEAD)
+        with bar, closing(upcoming):
             while True:
                 began = _Spent.now()
-                batches = upcoming.result()
-                if self.step + 1 < train.steps:
-                    upcoming = background.submit(self._batches, self.step + 1)
+                batches = next(upcoming)
                 loss, norm = self._update(batches)
                 self.step += 1
                 bar.update()
