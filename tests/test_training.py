@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from cellflux_bridge import cli
 from cellflux_bridge.config import load_config
@@ -23,7 +24,7 @@ from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.progress import ahead
 from cellflux_bridge.training import checkpoint
-from cellflux_bridge.training.ema import averaged
+from cellflux_bridge.training.ema import Average
 from cellflux_bridge.training.flow import FlowTask, build_flow
 from cellflux_bridge.training.loop import Stopped, fit, make_fabric
 from cellflux_bridge.training.run import Log
@@ -400,11 +401,11 @@ def test_batches_made_ahead_come_in_order_and_no_more_are_begun_than_asked_for()
 
 def test_the_average_follows_its_closed_form():
     decay, model = 0.6, nn.Linear(1, 1, bias=False)
-    ema = averaged(model, decay)
+    ema = Average(model, decay)
     values = torch.linspace(-1, 2, 12).tolist()
     for value in values:
         nn.init.constant_(model.weight, value)
-        ema.update_parameters(model)
+        ema.update(model)
     # Update n >= 1 moves by 1 - d_n, d_n = min(decay, (1 + n) / (10 + n)); update 0 takes the first value.
     factors = [min(decay, (1 + n) / (10 + n)) for n in range(len(values))]
     weights = [1 - d for d in factors]
@@ -419,13 +420,35 @@ def test_the_average_follows_its_closed_form():
 
 def test_the_average_copies_buffers_and_forgets_at_decay_zero():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    ema = averaged(model, 0.0)
+    ema = Average(model, 0.0)
     for _ in range(3):
         nn.init.normal_(model[0].weight)
         model(torch.randn(8, 2))
-        ema.update_parameters(model)
+        ema.update(model)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(ema.module.state_dict()[name], tensor)
+
+
+def test_the_average_is_bit_for_bit_torchs_also_where_it_is_taken_up_again():
+    def update(averages, values, n):
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, 1 - min(0.5, (1 + int(n)) / (10 + int(n))))
+        else:
+            torch._foreach_copy_(averages, values)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    expected = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    ema = Average(model, 0.5)
+    for step in range(15):
+        nn.init.normal_(model[0].weight)
+        model(torch.randn(2, 3, 8, 8))
+        expected.update_parameters(model)
+        if step == 7:
+            resumed = Average(ema.module, 0.5)
+            resumed.num_updates, ema = step, resumed
+        ema.update(model)
+        for name, tensor in expected.module.state_dict().items():
+            assert torch.equal(ema.module.state_dict()[name], tensor)
 
 
 # The folder of a run

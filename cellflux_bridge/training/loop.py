@@ -24,7 +24,7 @@ from cellflux_bridge.images import write_png
 from cellflux_bridge.progress import ahead, progress
 from cellflux_bridge.randomness import derive_seed
 from cellflux_bridge.training import checkpoint
-from cellflux_bridge.training.ema import averaged
+from cellflux_bridge.training.ema import Average
 from cellflux_bridge.training.run import Log
 
 _T = TypeVar("_T")
@@ -144,7 +144,7 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
     model = task.model.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
     wrapped, optimiser = fabric.setup(model, optimiser)
-    ema = averaged(model, train.ema_decay)
+    ema = Average(model, train.ema_decay)
     # After the set-up, because an optimiser's state is laid where its parameters are when it is loaded.
     step, spent = _restore(folder, model, optimiser, ema)
     if step >= train.steps or spent.exceeds(train):
@@ -178,7 +178,7 @@ class _Spent(NamedTuple):
         return self.share(train) >= 1
 
 
-def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: nn.Module) -> tuple[int, _Spent]:
+def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: Average) -> tuple[int, _Spent]:
     if not any((folder / "checkpoints").glob("step-*[0-9]")):
         return 0, _Spent()
     newest = checkpoint.latest(folder)
@@ -186,7 +186,7 @@ def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, e
     model.load_state_dict(state["model"], strict=True)
     optimiser.load_state_dict(state["optimiser"])
     checkpoint.load_weights(newest, ema.module)
-    ema.n_averaged.fill_(state["step"])
+    ema.num_updates = state["step"]
     return state["step"], _Spent(state["seconds"], state.get("cpu_seconds", 0.0))
 
 
@@ -266,7 +266,7 @@ class _Trainer:
             )
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.ema.update_parameters(self.model.module)
+        self.ema.update(self.model.module)
         return total, norm
 
     def _agreed_stop(self, caught: list[int], began: _Spent) -> bool:
@@ -308,7 +308,7 @@ class _Trainer:
         def report() -> None:
             with warnings.catch_warnings(), torch.no_grad(), self.fabric.autocast():
                 warnings.simplefilter("ignore", UserWarning)
-                self.ema.eval()
+                self.ema.module.eval()
                 if is_validated:
                     self.log.write(self.step, self.task.validate(self.ema.module, self.fabric.device))
                 sheet = self.task.sheet(self.ema.module, self.fabric.device) if is_sampled else None
