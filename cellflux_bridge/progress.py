@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -27,6 +28,20 @@ def threaded(work: Callable[[Any], Any], items: Sequence, *, workers: int = 0, d
         slabs = (items[start : start + _SLAB] for start in range(0, len(items), _SLAB))
         results = (result for slab in slabs for result in pool.map(work, slab))
         return list(progress(results, total=len(items), desc=desc, unit="image"))
+
+
+def ahead(work: Callable[[Any], Any], items: Iterable, *, num: int) -> Iterator:
+    """`work` of every item, in order, by `num` threads that make as many beforehand and stop when this is closed."""
+    pool, under_way = ThreadPoolExecutor(num), deque[Future]()
+    try:
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) > num:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:

@@ -51,7 +51,9 @@ def test_the_path_fits_the_translation_and_its_guidance(config):
 
 def test_the_coupling_permutes_a_batch(config):
     coupling = registry.build("coupling", config.coupling)
-    x0, x1 = torch.randn(2, 6, IMAGE_CHANNELS, 32, 32, generator=torch.Generator().manual_seed(0))
+    x0, x1 = map(
+        coupling.features, torch.randn(2, 6, IMAGE_CHANNELS, 32, 32, generator=torch.Generator().manual_seed(0))
+    )
     i, j = coupling.pair(x0, x1, blocks=torch.zeros(6), generator=torch.Generator().manual_seed(0))
     assert sorted(i.tolist()) == sorted(j.tolist()) == list(range(6))
 

@@ -17,7 +17,8 @@ def pictures(num: int, *, seed: int, size: int = 16) -> torch.Tensor:
 
 
 def pairs(coupling, x0, x1, *, blocks, seed: int = 0):
-    return coupling.pair(x0, x1, blocks=blocks, generator=torch.Generator().manual_seed(seed))
+    features = coupling.features(x0), coupling.features(x1)
+    return coupling.pair(*features, blocks=blocks, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", registry.names("coupling"))

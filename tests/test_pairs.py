@@ -1,6 +1,7 @@
 """Patches as they are drawn, cut and coupled into batches."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.records import SPLITS
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.randomness import torch_generator
 
 # Drawing
 
@@ -237,21 +239,25 @@ def test_matched_groups_stay_together(data, groups):
 
 
 class Turned(Coupling):
-    """Turns the targets of every block by one, and notes the (sources, targets) of each, as numbers of patches."""
+    """Turns the targets of every block by one, and notes the (sources, targets) of each of a pool, as numbers of
+    patches."""
 
     def __init__(self):
-        self.blocks = []
+        self.pools = []
+
+    def pair(self, x0, x1, *, blocks, generator):
+        self.pools.append([])
+        return super().pair(x0, x1, blocks=blocks, generator=generator)
 
     def permutation(self, x0, x1, *, generator):
-        self.blocks.append((numbers(x0).numpy(), numbers(x1).numpy()))
+        self.pools[-1].append((numbers(x0).numpy(), numbers(x1).numpy()))
         return torch.arange(len(x0)).roll(1)
 
 
-def by_block(pairs: Pairs, coupling: Turned, steps: int):
-    coupling.blocks.clear()
+def by_block(pairs: Pairs, coupling: Turned, steps: int, *, pool: int = 1):
     for step in range(steps):
         pairs.batch(step)
-    return coupling.blocks
+    return [block for blocks in coupling.pools[: steps // pool] for block in blocks]  # the next one is made beforehand
 
 
 def test_any_source_goes_to_any_level_evenly(data):
@@ -282,7 +288,7 @@ def test_levels_of_a_block_are_nearly_the_same(data):
         spreads = [np.ptp(c[target]) for _, target in by_block(pairs, coupling, 10)]
         assert max(spreads) <= width + 1e-6
         assert max(spreads) > width / 2
-    mixed = soft_levels(90)
+    mixed, coupling = soft_levels(90), Turned()
     pairs = make_pairs(numbered(90), data, coupling=coupling, batch_size=30, levels=mixed)
     assert max(np.ptp(mixed[target], axis=0).max() for _, target in by_block(pairs, coupling, 10)) <= 0.25 + 1e-6
 
@@ -419,10 +425,79 @@ def test_a_pooled_batch_is_a_function_of_seed_step_and_rank(data):
     assert equal(make().batch(6, rank=1), first)
 
 
+def straightforward(pairs: Pairs, patches: Patches, data, coupling, *, split: str, number: int, size: int, pool: int):
+    """x0, x1 (pool * size, 3, S, S) in [-1, 1] and patches' numbers of the batches of a pool: all pixels are drawn,
+    and all images encoded and coupled at once."""
+    sources, targets, x0, x1, blocks = [], [], [], [], []
+    for step in range(number * pool, (number + 1) * pool):
+        generator = torch_generator(0, "pairs", split, step, 0)
+        source, target, _, kind, _ = pairs._draw_indices(generator)
+        for indices, x in ((source, x0), (target, x1)):
+            is_train = split == "train"
+            x.append(
+                patches.random(indices, flips=data.flips, generator=generator) if is_train else patches.centre(indices)
+            )
+        x1[-1][source == target] = x0[-1][source == target]
+        for found, rows in ((sources, source), (targets, target), (blocks, kind)):
+            found.append(torch.from_numpy(rows))
+    source, target, block = map(torch.cat, (sources, targets, blocks))
+    x0, x1 = images.encode(torch.cat(x0)), images.encode(torch.cat(x1))
+    moves = torch.nonzero(source != target).squeeze(1)
+    found = torch.arange(len(source))
+    generator = torch_generator(0, "coupling", split, number, 0)
+    _, j = coupling.pair(
+        coupling.features(x0[moves]), coupling.features(x1[moves]), blocks=block[moves], generator=generator
+    )
+    found[moves] = moves[j]
+    return x0, x1[found], source, target[found]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    "coupling", [Independent(), MinibatchOT(), MinibatchOT(cost="thumbnail", thumbnail=5)], ids=["none", "grey", "rgb"]
+)
+def test_pairs_are_bit_for_bit_those_of_all_images_at_once(data, coupling, split):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 23, 20, 3), dtype=np.uint8)
+    patches = hand_made(pixels, labels=np.arange(60) % 3, splits=np.full(60, SPLITS.index(split)))
+    size, pool, levels = 10, 4, soft_levels(60)
+    pairs = make_pairs(
+        patches, data, coupling=coupling, split=split, batch_size=size, levels=levels, self_pairs=0.5, pool=pool
+    )
+    for number in (0, 1):
+        whole = straightforward(pairs, patches, data, coupling, split=split, number=number, size=size, pool=pool)
+        for place, expected in enumerate(zip(*(part.split(size) for part in whole), strict=True)):
+            batch = pairs.batch(number * pool + place)
+            for found, one in zip((batch.x0, batch.x1, batch.source_index, batch.target_index), expected, strict=True):
+                assert torch.equal(found, one)
+
+
+def test_a_coupling_is_never_shown_more_images_than_a_batch_has(data):
+    class Watched(MinibatchOT):
+        shown = 0
+
+        def features(self, images):
+            self.shown = max(self.shown, len(images))
+            return super().features(images)
+
+    coupling = Watched()
+    make_pairs(numbered(60), data, coupling=coupling, batch_size=12, pool=8).batch(0)
+    assert coupling.shown == 12
+
+
+def test_batches_that_threads_ask_for_at_once_are_those_of_one_after_another(data):
+    def make() -> Pairs:
+        return make_pairs(numbered(60), data, coupling=MinibatchOT(cost="pixels"), pool=3)
+
+    pairs, alone = make(), make()
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(pairs.batch, range(20)))
+    assert all(equal(batch, alone.batch(step)) for step, batch in enumerate(together))
+
+
 def test_an_assignment_is_never_larger_than_1024(data):
     coupling = Turned()
     pairs = make_pairs(numbered(30), data, coupling=coupling, batch_size=10, transitions=[("A", "B")], pool=240)
-    assert [len(source) for source, _ in by_block(pairs, coupling, 240)] == [1024, 1024, 352]
+    assert [len(source) for source, _ in by_block(pairs, coupling, 240, pool=240)] == [1024, 1024, 352]
 
 
 def test_splits_do_not_mix(data):

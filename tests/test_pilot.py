@@ -213,12 +213,14 @@ def test_nothing_is_measured_where_nothing_needs_it(pilot):
     assert torch.equal(one.told(SETTINGS.model_copy(update={"calibrate": "none"}), LEVELS), LEVELS)
 
 
-def test_what_one_process_cannot_do_is_told_by_all():
+@pytest.mark.parametrize("error", [UserError, OSError, KeyboardInterrupt])
+def test_what_one_process_cannot_do_is_told_by_all(error):
     def work(rank, fabric):
         def fail():
-            raise UserError("no such thing")
+            raise error("no such thing")
 
-        with pytest.raises(UserError, match="no such thing"):
+        is_told_alike = rank == 0 or error is UserError
+        with pytest.raises(error if is_told_alike else RuntimeError, match="no such thing"):
             from_rank_zero(fabric, fail)
         return from_rank_zero(fabric, lambda: rank)
 

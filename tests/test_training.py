@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from cellflux_bridge import cli
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
+from cellflux_bridge.progress import ahead
 from cellflux_bridge.training import checkpoint
-from cellflux_bridge.training.ema import averaged
+from cellflux_bridge.training.ema import Average
 from cellflux_bridge.training.flow import FlowTask, build_flow
 from cellflux_bridge.training.loop import Stopped, fit, make_fabric
 from cellflux_bridge.training.run import Log, differences
@@ -378,16 +381,31 @@ def test_the_log_drops_what_a_resume_will_repeat(tmp_path):
     assert metrics(tmp_path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": 0.5}]
 
 
+def test_batches_made_ahead_come_in_order_and_no_more_are_begun_than_asked_for():
+    begun = []
+
+    def work(number):
+        begun.append(number)
+        time.sleep(0.002 * (number % 3))
+        return number
+
+    assert list(ahead(work, range(20), num=4)) == list(range(20))
+    begun.clear()
+    with closing(ahead(work, range(20), num=4)) as upcoming:
+        assert [next(upcoming) for _ in range(3)] == [0, 1, 2]
+    assert max(begun) <= 2 + 4
+
+
 # Exponential moving average
 
 
 def test_the_average_follows_its_closed_form():
     decay, model = 0.6, nn.Linear(1, 1, bias=False)
-    ema = averaged(model, decay)
+    ema = Average(model, decay)
     values = torch.linspace(-1, 2, 12).tolist()
     for value in values:
         nn.init.constant_(model.weight, value)
-        ema.update_parameters(model)
+        ema.update(model)
     # Update n >= 1 moves by 1 - d_n, d_n = min(decay, (1 + n) / (10 + n)); update 0 takes the first value.
     factors = [min(decay, (1 + n) / (10 + n)) for n in range(len(values))]
     weights = [1 - d for d in factors]
@@ -402,13 +420,35 @@ def test_the_average_follows_its_closed_form():
 
 def test_the_average_copies_buffers_and_forgets_at_decay_zero():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    ema = averaged(model, 0.0)
+    ema = Average(model, 0.0)
     for _ in range(3):
         nn.init.normal_(model[0].weight)
         model(torch.randn(8, 2))
-        ema.update_parameters(model)
+        ema.update(model)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(ema.module.state_dict()[name], tensor)
+
+
+def test_the_average_is_bit_for_bit_torchs_also_where_it_is_taken_up_again():
+    def update(averages, values, n):
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, 1 - min(0.5, (1 + int(n)) / (10 + int(n))))
+        else:
+            torch._foreach_copy_(averages, values)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    expected = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    ema = Average(model, 0.5)
+    for step in range(15):
+        nn.init.normal_(model[0].weight)
+        model(torch.randn(2, 3, 8, 8))
+        expected.update_parameters(model)
+        if step == 7:
+            resumed = Average(ema.module, 0.5)
+            resumed.num_updates, ema = step, resumed
+        ema.update(model)
+        for name, tensor in expected.module.state_dict().items():
+            assert torch.equal(ema.module.state_dict()[name], tensor)
 
 
 # The folder of a run
@@ -629,3 +669,29 @@ def test_two_processes_average_their_gradients(demanding, tmp_path):
     expected = checkpoint.load_state(one)["model"]
     for name, tensor in checkpoint.load_state(checkpoint.latest(tmp_path / "two"))["model"].items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_processes_wait_a_day_for_the_first_and_end_with_it(tmp_path):
+    """`auto` with two devices; a validation, a cache or a pilot may outlast half an hour, and must not be waited for
+    where it failed."""
+    script = tmp_path / "processes.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "import torch.distributed\n"
+        "from cellflux_bridge.config import TrainConfig\n"
+        "from cellflux_bridge.training.loop import make_fabric, on_rank_zero\n"
+        "fabric = make_fabric(TrainConfig(accelerator='cpu', devices=2))\n"
+        "fabric.launch()\n"
+        "group = torch.distributed.group.WORLD._get_backend(fabric.device)\n"
+        "written = Path(__file__).with_name(f'{fabric.global_rank}.txt')\n"
+        "try:\n"
+        "    on_rank_zero(fabric, lambda: 1 / 0)\n"
+        "except Exception as error:\n"
+        "    written.write_text(f'{group.options._timeout} {type(error).__name__} {error}')\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, timeout=240, check=True)
+    assert (tmp_path / "0.txt").read_text() == "1 day, 0:00:00 ZeroDivisionError division by zero"
+    assert (tmp_path / "1.txt").read_text() == (
+        "1 day, 0:00:00 RuntimeError the first process failed: ZeroDivisionError: division by zero"
+    )

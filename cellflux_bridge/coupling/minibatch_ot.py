@@ -27,7 +27,7 @@ class MinibatchOT(Coupling):
     ):
         self._cost, self._thumbnail = cost, thumbnail
 
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images):
         if self._cost == "pixels":
             return images.flatten(1)
         if self._cost == "structure":
@@ -38,6 +38,6 @@ class MinibatchOT(Coupling):
         return cells
 
     def permutation(self, x0, x1, *, generator):
-        distances = torch.cdist(self._features(x0.float()), self._features(x1.float())).square()
+        distances = torch.cdist(x0, x1).square()
         _, columns = linear_sum_assignment(distances.cpu().numpy())
         return torch.from_numpy(columns).long()

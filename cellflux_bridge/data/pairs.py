@@ -1,7 +1,9 @@
 """Batches of coupled (source, target) patches, each a function of (seed, step, rank) alone."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import permutations
+from threading import Lock
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,10 +19,14 @@ from cellflux_bridge.randomness import torch_generator
 _ROWS_PER_DRAW = 8
 # Rows that are coupled at once, at most: an exact assignment takes time that grows with their cube (1,024: 0.07 s).
 _ROWS_PER_BLOCK = 1024
+# Pools whose rows are remembered: more than the batches that are made at once belong to.
+_NUM_POOLS = 32
 
 
 class Coupling(Protocol):
     """What pairs the sources and targets of a batch: see `coupling.base`."""
+
+    def features(self, images: torch.Tensor) -> torch.Tensor: ...
 
     def pair(
         self, x0: torch.Tensor, x1: torch.Tensor, *, blocks: torch.Tensor, generator: torch.Generator
@@ -48,17 +54,17 @@ class _Kind(NamedTuple):
     weight: float
 
 
-class _Drawn(NamedTuple):
+class _Rows(NamedTuple):
     """Rows before or after they are coupled: numbers of patches (n,) that are sources, that are targets, and whose
-    levels the targets are said to have; the kind and the group of each row; x0, x1 (n, 3, S, S) uint8."""
+    levels the targets are said to have; the kind and the group of each row; where both are cut (n, 3)."""
 
     source: np.ndarray
     target: np.ndarray
     told: np.ndarray
     kind: np.ndarray
     group: np.ndarray
-    x0: torch.Tensor
-    x1: torch.Tensor
+    source_place: np.ndarray
+    target_place: np.ndarray
 
 
 class Pairs:
@@ -113,7 +119,8 @@ class Pairs:
             pools = [(members[source], members[target], 1.0) for source, target in self.transitions]
         self._kinds = [_Kind(*pool) for pool in pools]
         self._groups = self._shared_groups() if pairs.match_group else None
-        self._pool: tuple[tuple[int, int], list[_Drawn]] | None = None
+        self._coupled_pools: dict[tuple[int, int], Future[list[_Rows]]] = {}
+        self._lock, self._background = Lock(), ThreadPoolExecutor(1)
 
     def _members(self, *, rows: int) -> dict[int, np.ndarray]:
         """The patches of every class that a transition names; `rows` of one class are drawn at once."""
@@ -162,54 +169,68 @@ class Pairs:
         return shared
 
     def batch(self, step: int, *, rank: int = 0) -> PairBatch:
-        """The batch of a step: random crops, symmetries and stain jitter in training, middle crops elsewhere."""
+        """The batch of a step: random crops, symmetries and stain jitter in training, middle crops elsewhere.
+
+        Threads may ask for several at once. A pool's pairs are chosen in the background, in training those of the next
+        pool, too, while batches of this one are made.
+        """
         number, place = divmod(step, self._config.pool)
-        if self._pool is None or self._pool[0] != (number, rank):
-            self._pool = (number, rank), self._coupled(number, rank)
-        drawn = self._pool[1][place]
-        x0, x1 = images.encode(drawn.x0), images.encode(drawn.x1)
+        with self._lock:
+            for upcoming in (number, number + 1) if self._split == "train" else (number,):
+                if (upcoming, rank) not in self._coupled_pools:
+                    self._coupled_pools[upcoming, rank] = self._background.submit(self._coupled, upcoming, rank)
+            pool = self._coupled_pools[number, rank]
+            for oldest in list(self._coupled_pools)[:-_NUM_POOLS]:
+                del self._coupled_pools[oldest]
+        rows = pool.result()[place]
+        x0 = images.encode(self._patches.cut(rows.source, rows.source_place))
+        x1 = images.encode(self._patches.cut(rows.target, rows.target_place))
         if self._split == "train" and self._data.stain.mode == "augment":
             generator = torch_generator(self._seed, "stain", step, rank)
             both = stain.augment(torch.stack([x0, x1], dim=1), strength=self._data.stain.strength, generator=generator)
             x0, x1 = both.unbind(1)
         labels = torch.from_numpy(self._patches.labels)
-        levels = torch.from_numpy(self._levels[drawn.told])
-        source, target = torch.from_numpy(drawn.source), torch.from_numpy(drawn.target)
+        levels = torch.from_numpy(self._levels[rows.told])
+        source, target = torch.from_numpy(rows.source), torch.from_numpy(rows.target)
         return PairBatch(x0, x1, labels[source], labels[target], levels, source, target)
 
-    def _coupled(self, number: int, rank: int) -> list[_Drawn]:
+    def _coupled(self, number: int, rank: int) -> list[_Rows]:
         """The batches of a pool, each with the targets that the coupling gave to its sources."""
         first = number * self._config.pool
-        batches = [self._drawn(step, rank) for step in range(first, first + self._config.pool)]
-        source, target, told, kind, group, x0, x1 = (
-            torch.cat(part) if isinstance(part[0], torch.Tensor) else np.concatenate(part)
-            for part in zip(*batches, strict=True)
-        )
-        moves = np.flatnonzero(source != target)  # the others are their own targets
-        blocks = _numbered_blocks(kind[moves], group[moves])
-        generator = torch_generator(self._seed, "coupling", self._split, number, rank)
-        i, j = self._coupling.pair(
-            images.encode(x0[moves]), images.encode(x1[moves]), blocks=torch.from_numpy(blocks), generator=generator
-        )
-        i, j = moves[i.numpy()], moves[j.numpy()]
-        target[i], told[i], x1[i] = target[j], told[j], x1[j]
-        parts = (np.split(part, self._config.pool) for part in (source, target, told, kind, group))
-        return [_Drawn(*of) for of in zip(*parts, *(x.split(self._batch_size) for x in (x0, x1)), strict=True)]
+        drawn = [self._drawn(step, rank) for step in range(first, first + self._config.pool)]
+        rows = _Rows(*map(np.concatenate, zip(*drawn, strict=True)))
+        moves = np.flatnonzero(rows.source != rows.target)  # the others are their own targets
+        if len(moves):
+            i, j = self._coupling.pair(
+                self._features(rows.source[moves], rows.source_place[moves]),
+                self._features(rows.target[moves], rows.target_place[moves]),
+                blocks=torch.from_numpy(_numbered_blocks(rows.kind[moves], rows.group[moves])),
+                generator=torch_generator(self._seed, "coupling", self._split, number, rank),
+            )
+            i, j = moves[i.numpy()], moves[j.numpy()]
+            for of_target in (rows.target, rows.told, rows.target_place):
+                of_target[i] = of_target[j]
+        return [_Rows(*of) for of in zip(*(np.split(part, self._config.pool) for part in rows), strict=True)]
 
-    def _drawn(self, step: int, rank: int) -> _Drawn:
+    def _features(self, indices: np.ndarray, places: np.ndarray) -> torch.Tensor:
+        """What the coupling sees of patches, of which a batch at a time is in memory: a pool of large ones takes GB."""
+        starts = range(0, len(indices), self._batch_size)
+        parts = ((indices[i : i + self._batch_size], places[i : i + self._batch_size]) for i in starts)
+        return torch.cat([self._coupling.features(images.encode(self._patches.cut(*part))) for part in parts])
+
+    def _drawn(self, step: int, rank: int) -> _Rows:
         """The rows of a batch before they are coupled."""
         generator = torch_generator(self._seed, "pairs", self._split, step, rank)
         source, target, told, kind, group = self._draw_indices(generator)
         if self._split == "train":
-            x0, x1 = (
-                self._patches.random(indices, flips=self._data.flips, generator=generator)
-                for indices in (source, target)
+            source_place, target_place = (
+                self._patches.random_places(self._batch_size, flips=self._data.flips, generator=generator)
+                for _ in range(2)
             )
         else:
-            x0, x1 = self._patches.centre(source), self._patches.centre(target)
-        is_self = torch.from_numpy(source == target)
-        x1 = torch.where(is_self[:, None, None, None], x0, x1)  # the same crop of it
-        return _Drawn(source, target, told, kind, group, x0, x1)
+            source_place = target_place = self._patches.middle_places(self._batch_size)
+        target_place = np.where((source == target)[:, None], source_place, target_place)  # the same crop of it
+        return _Rows(source, target, told, kind, group, source_place, target_place)
 
     def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, ...]:
         """Of each row of a batch: source, target, the patch whose level is told, kind and group (0 if unmatched)."""

@@ -77,25 +77,32 @@ class Patches:
 
     def centre(self, indices: Sequence[int]) -> torch.Tensor:
         """The middle patch of each image: (B, 3, S, S) uint8."""
-        size = self.preprocessing.image_size
-        return _stack([images.centre_crop(self.pixels[i], size, size) for i in indices])
+        return self.cut(indices, self.middle_places(len(indices)))
 
     def random(self, indices: Sequence[int], *, flips: bool, generator: torch.Generator) -> torch.Tensor:
         """A random patch of each image, (B, 3, S, S) uint8, with `flips` in one of the square's eight symmetries."""
+        return self.cut(indices, self.random_places(len(indices), flips=flips, generator=generator))
+
+    def middle_places(self, num: int) -> np.ndarray:
+        """Where the middle patches of `num` images are: see `cut`."""
         size = self.preprocessing.image_size
-        room = (self.pixels.shape[1] - size + 1, self.pixels.shape[2] - size + 1, 8)
-        draws = torch.rand(len(indices), 3, generator=generator).numpy()
+        return np.tile([(self.pixels.shape[1] - size) // 2, (self.pixels.shape[2] - size) // 2, 0], (num, 1))
+
+    def random_places(self, num: int, *, flips: bool, generator: torch.Generator) -> np.ndarray:
+        """Where random patches of `num` images are, with `flips` in one of the square's eight symmetries: see `cut`."""
+        size = self.preprocessing.image_size
+        room = (self.pixels.shape[1] - size + 1, self.pixels.shape[2] - size + 1, 8 if flips else 1)
+        return (torch.rand(num, 3, generator=generator).numpy() * room).astype(int)
+
+    def cut(self, indices: Sequence[int], places: np.ndarray) -> torch.Tensor:
+        """The patch of each image at a place, (B, 3, S, S) uint8; `places` (B, 3) int64 hold top, left and symmetry:
+        that many quarter turns, from 4 on of the mirrored patch."""
+        size = self.preprocessing.image_size
         crops = []
-        for index, (top, left, symmetry) in zip(indices, (draws * room).astype(int), strict=True):
+        for index, (top, left, symmetry) in zip(indices, places, strict=True):
             crop = self.pixels[index, top : top + size, left : left + size]
-            if flips:
-                crop = np.rot90(crop if symmetry < 4 else crop[:, ::-1], symmetry % 4)
-            crops.append(crop)
-        return _stack(crops)
-
-
-def _stack(crops: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())
+            crops.append(np.rot90(crop if symmetry < 4 else crop[:, ::-1], symmetry % 4))
+        return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())
 
 
 def list_records(config: DataConfig, *, seed: int) -> tuple[list[PatchRecord], tuple[str, ...]]:

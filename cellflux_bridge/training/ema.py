@@ -1,23 +1,33 @@
 """Exponential moving average of weights, with warm-up."""
 
+from copy import deepcopy
+from itertools import chain
+
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of a model whose `update_parameters` moves it by 1 - min(decay, (1 + n) / (10 + n)) at update n.
+class Average:
+    """A copy `module` of a model, which update n >= 1 moves towards it by 1 - min(decay, (1 + n) / (10 + n)).
 
-    The warm-up keeps the random initial weights from lingering in short runs. Buffers are averaged alike, so that the
-    statistics of a batch normalisation are not those of the last few batches; counters are copied.
+    The warm-up keeps the random initial weights from lingering in short runs; update 0 takes the model's. Buffers are
+    averaged alike, so that the statistics of a batch normalisation are not those of the last few batches; counters are
+    copied. Unlike torch's `AveragedModel` it counts updates in Python: a counter that is read back from a GPU makes
+    every update wait for it.
     """
 
-    @torch.no_grad()
-    def update(averages, values, num_averaged) -> None:
-        n = float(num_averaged)
-        if averages[0].is_floating_point():  # tensors come in groups of one type
-            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
-        else:
-            torch._foreach_copy_(averages, values)
+    def __init__(self, model: nn.Module, decay: float):
+        self.module, self.num_updates, self._decay = deepcopy(model), 0, decay
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        n = self.num_updates
+        share = 1 - min(self._decay, (1 + n) / (10 + n))
+        tensors = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model)), strict=True))
+        moved = [pair for pair in tensors if n and pair[0].is_floating_point()]
+        taken = [pair for pair in tensors if not (n and pair[0].is_floating_point())]
+        if moved:
+            torch._foreach_lerp_(*map(list, zip(*moved, strict=True)), share)
+        if taken:
+            torch._foreach_copy_(*map(list, zip(*taken, strict=True)))
+        self.num_updates += 1

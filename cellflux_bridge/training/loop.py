@@ -5,8 +5,8 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -14,23 +14,24 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
 from cellflux_bridge.config import Config, TrainConfig
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
-from cellflux_bridge.progress import progress
+from cellflux_bridge.progress import ahead, progress
 from cellflux_bridge.randomness import derive_seed
 from cellflux_bridge.training import checkpoint
-from cellflux_bridge.training.ema import averaged
+from cellflux_bridge.training.ema import Average
 from cellflux_bridge.training.run import Log
 
 _T = TypeVar("_T")
 
 
 class Task(Protocol):
-    """What is trained. `batch` runs in a background thread and depends on its arguments alone."""
+    """What is trained. `batch` runs in several threads at once and depends on its arguments alone."""
 
     model: nn.Module
     preprocessing: Preprocessing
@@ -51,6 +52,10 @@ class Stopped(Exception):
 
 # Seconds in which signals are one: torchrun forwards the Ctrl-C that the terminal has already sent to all.
 _ONE_KEYPRESS = 1.0
+# How long processes wait for one that works alone: a cache, cross-fitted levels, a validation. Fabric: half an hour.
+_PATIENCE = timedelta(days=1)
+# Updates whose batches are made beforehand, each by a thread of its own.
+_NUM_AHEAD = 4
 
 
 def make_fabric(config: TrainConfig, *, section: str = "train") -> Fabric:
@@ -75,24 +80,30 @@ def make_fabric(config: TrainConfig, *, section: str = "train") -> Fabric:
         ) from error
     # Fabric would round the inputs as well; a time in bfloat16 has three digits. Autocast is for inside the network.
     fabric.strategy.precision.convert_input = lambda data: data
+    if isinstance(fabric.strategy, DDPStrategy):  # `auto` with several devices, too; read when processes are launched
+        fabric.strategy._timeout = _PATIENCE
     return fabric
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], None]) -> None:
-    """Let one process do `work` while the others wait; its UserError is raised by all, so that none waits for ever."""
-    message = None
+    """Let one process do `work` while the others wait; where it fails all raise, so that none waits for ever: a
+    UserError alike, anything else as it is in that process and as a RuntimeError in the others."""
+    failure = None
     if fabric.is_global_zero:
         try:
             work()
         except UserError as error:
-            message = str(error)
-    message = fabric.broadcast(message)
-    if message is not None:
-        raise UserError(message)
+            failure = error
+        except BaseException as error:
+            fabric.broadcast(RuntimeError(f"the first process failed: {type(error).__name__}: {error}"))
+            raise
+    failure = fabric.broadcast(failure)
+    if failure is not None:
+        raise failure
 
 
 def from_rank_zero(fabric: Fabric, work: Callable[[], _T]) -> _T:
-    """What `work` returns in one process, for all of them; its UserError is raised by all."""
+    """What `work` returns in one process, for all of them; where it fails all raise, as in `on_rank_zero`."""
     found: list[_T] = []
     on_rank_zero(fabric, lambda: found.append(work()))
     return fabric.broadcast(found[0] if found else None)
@@ -133,15 +144,15 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
     model = task.model.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
     wrapped, optimiser = fabric.setup(model, optimiser)
-    ema = averaged(model, train.ema_decay)
+    ema = Average(model, train.ema_decay)
     # After the set-up, because an optimiser's state is laid where its parameters are when it is loaded.
     step, spent = _restore(folder, model, optimiser, ema)
     if step >= train.steps or spent.exceeds(train):
         fabric.print(f"{folder}: trained already ({step} steps); raise its steps or minutes to go on")
         return checkpoint.latest(folder)
     trainer = _Trainer(task, config, train, folder, fabric, wrapped, optimiser, ema, step, spent)
-    with _caught_signals() as caught, ThreadPoolExecutor(1) as background:
-        return trainer.run(caught, background)
+    with _caught_signals() as caught:
+        return trainer.run(caught)
 
 
 class _Spent(NamedTuple):
@@ -167,7 +178,7 @@ class _Spent(NamedTuple):
         return self.share(train) >= 1
 
 
-def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: nn.Module) -> tuple[int, _Spent]:
+def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: Average) -> tuple[int, _Spent]:
     if not any((folder / "checkpoints").glob("step-*[0-9]")):
         return 0, _Spent()
     newest = checkpoint.latest(folder)
@@ -175,7 +186,7 @@ def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, e
     model.load_state_dict(state["model"], strict=True)
     optimiser.load_state_dict(state["optimiser"])
     checkpoint.load_weights(newest, ema.module)
-    ema.n_averaged.fill_(state["step"])
+    ema.num_updates = state["step"]
     return state["step"], _Spent(state["seconds"], state.get("cpu_seconds", 0.0))
 
 
@@ -189,9 +200,8 @@ class _Trainer:
         self.signalled = 0
         self.is_finite = torch.ones((), dtype=torch.bool, device=fabric.device)
 
-    def run(self, caught: list[int], background: ThreadPoolExecutor) -> Path:
+    def run(self, caught: list[int]) -> Path:
         train, fabric = self.train, self.fabric
-        upcoming = background.submit(self._batches, self.step)
         bar = progress(
             total=train.steps,
             initial=self.step,
@@ -200,12 +210,11 @@ class _Trainer:
             smoothing=0.05,
             disable=not fabric.is_global_zero,
         )
-        with bar:
+        upcoming = ahead(self._batches, range(self.step, train.steps), num=_NUM_AHEAD)
+        with bar, closing(upcoming):
             while True:
                 began = _Spent.now()
-                batches = upcoming.result()
-                if self.step + 1 < train.steps:
-                    upcoming = background.submit(self._batches, self.step + 1)
+                batches = next(upcoming)
                 loss, norm = self._update(batches)
                 self.step += 1
                 bar.update()
@@ -257,7 +266,7 @@ class _Trainer:
             )
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.ema.update_parameters(self.model.module)
+        self.ema.update(self.model.module)
         return total, norm
 
     def _agreed_stop(self, caught: list[int], began: _Spent) -> bool:
@@ -293,18 +302,22 @@ class _Trainer:
 
     def _periodic(self, done: bool) -> None:
         train = self.train
-        if not self.fabric.is_global_zero:
-            return
-        with warnings.catch_warnings(), torch.no_grad(), self.fabric.autocast():
-            warnings.simplefilter("ignore", UserWarning)
-            self.ema.eval()
-            if done or self.step % train.validate_every == 0:
-                self.log.write(self.step, self.task.validate(self.ema.module, self.fabric.device))
-            if train.sample_every and (done or self.step % train.sample_every == 0):
-                sheet = self.task.sheet(self.ema.module, self.fabric.device)
+        is_validated = done or self.step % train.validate_every == 0
+        is_sampled = train.sample_every and (done or self.step % train.sample_every == 0)
+
+        def report() -> None:
+            with warnings.catch_warnings(), torch.no_grad(), self.fabric.autocast():
+                warnings.simplefilter("ignore", UserWarning)
+                self.ema.module.eval()
+                if is_validated:
+                    self.log.write(self.step, self.task.validate(self.ema.module, self.fabric.device))
+                sheet = self.task.sheet(self.ema.module, self.fabric.device) if is_sampled else None
                 if sheet is not None:
                     (self.folder / "samples").mkdir(exist_ok=True)
                     write_png(self.folder / "samples" / f"step-{self.step:08d}.png", sheet)
+
+        if is_validated or is_sampled:
+            on_rank_zero(self.fabric, report)
 
     def _save(self) -> None:
         state = {
