@@ -9,6 +9,7 @@ import pytest
 from scipy.special import softmax
 
 from cellflux_bridge.config import load_config
+from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.soft_labels import from_scores
 from cellflux_bridge.errors import UserError
@@ -161,19 +162,13 @@ def test_folds_hold_out_whole_groups_and_every_training_patch_once(slides):
 def test_no_classifier_scores_a_group_that_it_trained_on(slides, tmp_path, monkeypatch):
     config, patches = slides()
     trained, scored = [], []
-    batch, mean_logits = ClassifierTask.batch, levels._mean_logits
-    drawn: dict[int, set[int]] = {}
+    draw, mean_logits = BalancedPatches.draw, levels._mean_logits
+    drawn: dict[BalancedPatches, set[int]] = {}
 
-    def spy_batch(self, index, *, rank):
-        random = type(self._patches).random
-
-        def spy_random(patches, chosen, **options):
-            drawn.setdefault(id(self), set()).update(chosen)
-            return random(patches, chosen, **options)
-
-        with monkeypatch.context() as inner:
-            inner.setattr(type(self._patches), "random", spy_random)
-            return batch(self, index, rank=rank)
+    def spy_draw(self, num, **options):
+        found = draw(self, num, **options)
+        drawn.setdefault(self, set()).update(found[-1])
+        return found
 
     def spy_logits(model, patches, indices, **options):
         scored.append(set(indices.tolist()))
@@ -186,13 +181,13 @@ def test_no_classifier_scores_a_group_that_it_trained_on(slides, tmp_path, monke
         trained.append(self)
 
     monkeypatch.setattr(ClassifierTask, "__init__", spy_init)
-    monkeypatch.setattr(ClassifierTask, "batch", spy_batch)
+    monkeypatch.setattr(BalancedPatches, "draw", spy_draw)
     monkeypatch.setattr(levels, "_mean_logits", spy_logits)
     found = made(config, patches, tmp_path / "run")
     others = {*patches.indices("val").tolist(), *patches.indices("test").tolist()}
     assert [part == others for part in scored] == [False, True] * 3
     for task, held_out in zip(trained, scored[::2], strict=True):
-        seen = drawn[id(task)]
+        seen = drawn[task._train]
         assert len(seen) > 12
         assert not {patches.groups[i] for i in seen} & {patches.groups[i] for i in held_out | others}
     assert set.union(*scored[::2]) == set(patches.indices("train").tolist())
