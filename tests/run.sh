@@ -7,4 +7,6 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 extra=dev source "$here/setup.sh"
 cd "$here"
+# The tests' arrays are tiny: threads that wait for each other cost more than they bring.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python -m pytest "$@"
