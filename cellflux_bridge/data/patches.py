@@ -147,7 +147,7 @@ def frame_mpp(records: Sequence[PatchRecord], preprocessing: Preprocessing) -> f
 def taken_from_training(config: DataConfig, *, seed: int) -> str | None:
     """What to tell of patches that the data itself names `train` and that were taken for a split it does not name."""
     named = registry.build("layout", config.layout, config.root.expanduser()).records()
-    assigned, _ = list_records(config, seed=seed)
+    assigned = assign_splits(named, val=config.split.val, test=config.split.test, seed=seed)
     of_train = [now.split for was, now in zip(named, assigned, strict=True) if was.split == "train"]
     taken = Counter(split for split in of_train if split != "train")
     if not taken:
