@@ -9,32 +9,33 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from cellflux_bridge import checkpoint
 from cellflux_bridge import images as image_io
-from cellflux_bridge.config import Config, TranslateConfig, load_config, parse_overrides
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.classifier.guides import Guides, seen_by
+from cellflux_bridge.condition.base import Condition
+from cellflux_bridge.config import Config, load_config, parse_overrides
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.guidance.classifier import ClassifierGuided, pooled, require_form
-from cellflux_bridge.guidance.classifier_free import ClassifierFree
-from cellflux_bridge.guides import Guides, seen_by
+from cellflux_bridge.field.classifier_free import ClassifierFree
+from cellflux_bridge.field.classifier_guided import ClassifierGuided, pooled, require_form
+from cellflux_bridge.flow.task import build_flow
 from cellflux_bridge.path.base import Path as FlowPath
-from cellflux_bridge.pilot import Pilot
-from cellflux_bridge.training import checkpoint
-from cellflux_bridge.training.flow import build_flow
 from cellflux_bridge.training.run import differences
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
-from cellflux_bridge.translator import Translator, translation_fabric
+from cellflux_bridge.translation.base import Translator, translation_fabric
+from cellflux_bridge.translation.level_calibration import LevelCalibration
+from cellflux_bridge.translation.settings import TranslateConfig
 from cellflux_bridge.transport import stairs
-from cellflux_bridge.transport.morph import Morph, morph, morph_levels, source_noise
-from cellflux_bridge.velocity.condition import Condition
+from cellflux_bridge.transport.path import Morph, morph, morph_levels, source_noise
 
 # Keys of `translate` that not every method reads, and those of them whose default asks for nothing.
 _READ_BY = {
     "path": ("frames",),
-    "progression": ("levels", "spacing", "calibrate", "calibrate_each", "renewal"),
+    "progression": ("levels", "spacing", "calibrate", "calibrate_each", "noise_resampling"),
     "depth": ("levels", "depths", "conditions"),
 }
-_OFF_BY_DEFAULT = ("spacing", "calibrate", "calibrate_each", "renewal")
+_OFF_BY_DEFAULT = ("spacing", "calibrate", "calibrate_each", "noise_resampling")
 
 
 class Bridge(Translator):
@@ -56,7 +57,7 @@ class Bridge(Translator):
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
         self._weights = checkpoint.weights_digest(self._network)[:16]
         self._guides = Guides(config, fabric.device)
-        self._pilot = Pilot(
+        self._pilot = LevelCalibration(
             config=config,
             fabric=fabric,
             weights=self._weights,
@@ -82,7 +83,7 @@ class Bridge(Translator):
             config = load_config(folder / checkpoint.CONFIG, overrides)
         else:
             config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=Path(run))
-        differing = differences(trained, config, ignore=("train", "classifier", "bridge"))
+        differing = differences(trained, config, ignore=("train", "classifier", "ddim"))
         if differing:
             raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
         return cls(
@@ -284,7 +285,7 @@ class Bridge(Translator):
             self._field(settings, source=self.classes.index(settings.source)),
             self.path,
             x0,
-            inversion=None if own is None else stairs.Inversion(own, settings.renewal * told),
+            inversion=None if own is None else stairs.Inversion(own, settings.noise_resampling * told),
             told=self._labels(settings, told),
             wanted=self._labels(settings, wanted),
             noise=source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0),
@@ -295,7 +296,7 @@ class Bridge(Translator):
 
     def _inverted(self, x0: torch.Tensor, settings: TranslateConfig) -> tuple[torch.Tensor | None, int]:
         """The states that give sources x0 back, where start noise is renewed rather than random, and their forwards."""
-        if settings.renewal is None:
+        if settings.noise_resampling is None:
             return None, 0
         return stairs.invert(
             self._field(settings, source=self.classes.index(settings.source)),

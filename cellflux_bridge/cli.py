@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 
 # What a run folder holds: checkpoints of a flow or a classifier, or the reference bridge's two trainings.
 _REFERENCE = ("denoiser", "noisy_classifier")
@@ -33,7 +33,8 @@ def _config(where: str, overrides: Sequence[str]):
 
 def _start(config, train, *, section):
     """The processes of a training, its configuration with the classes that the patches turned out to have, and them."""
-    from cellflux_bridge.data.patches import load_patches, taken_from_training
+    from cellflux_bridge.data.index import taken_from_training
+    from cellflux_bridge.data.patches import load_patches
     from cellflux_bridge.training.loop import make_fabric, on_rank_zero
 
     fabric = make_fabric(train, section=section)
@@ -90,8 +91,8 @@ def data_command(args: argparse.Namespace) -> None:
 
 def train_command(args: argparse.Namespace) -> None:
     """train CONFIG_OR_RUN: train the flow, or go on where its run was stopped."""
-    from cellflux_bridge.training.flow import FlowTask, build_flow
-    from cellflux_bridge.training.levels import target_levels
+    from cellflux_bridge.flow.levels import target_levels
+    from cellflux_bridge.flow.task import FlowTask, build_flow
     from cellflux_bridge.training.loop import fit, on_rank_zero
     from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
 
@@ -105,7 +106,7 @@ def train_command(args: argparse.Namespace) -> None:
     def prepare() -> None:
         if any((config.output / part).is_dir() for part in _REFERENCE):
             raise UserError(f"{config.output}: holds a reference bridge's run; choose another output for the flow")
-        unused = ("bridge",) if crossfit else ("bridge", "classifier")
+        unused = ("ddim",) if crossfit else ("ddim", "classifier")
         require_free(config.output, config, ignore=unused, resume=config.train.resume)
         record_splits(config.output, patches)
         claim(config.output, config)
@@ -123,8 +124,11 @@ def train_command(args: argparse.Namespace) -> None:
 
 def train_classifier_command(args: argparse.Namespace) -> None:
     """train-classifier CONFIG_OR_RUN: train a judge of translated patches, or a guide (classifier.role=guide)."""
-    from cellflux_bridge.training import checkpoint, classifier, classifier_scores
-    from cellflux_bridge.training.levels import read_levels, target_levels
+    from cellflux_bridge import checkpoint
+    from cellflux_bridge.classifier import inference
+    from cellflux_bridge.classifier import scores as classifier_scores
+    from cellflux_bridge.classifier.task import ClassifierTask
+    from cellflux_bridge.flow.levels import read_levels, target_levels
     from cellflux_bridge.training.loop import fit, on_rank_zero
     from cellflux_bridge.training.run import Log, claim, require_free, require_held_out
 
@@ -133,7 +137,7 @@ def train_classifier_command(args: argparse.Namespace) -> None:
     of_states = config.classifier.sees == "state"
     folder = config.output / f"{config.classifier.role}_{config.classifier.view}{'_state' if of_states else ''}"
     fabric, config, patches = _start(config, train, section="classifier.train")
-    unused = ("train", "velocity", "bridge") + (() if of_states else ("coupling", "path", "condition", "pairs"))
+    unused = ("train", "velocity", "ddim") + (() if of_states else ("coupling", "path", "condition", "pairs"))
 
     def prepare() -> None:
         require_free(folder, config, ignore=unused, resume=train.resume)
@@ -146,11 +150,11 @@ def train_classifier_command(args: argparse.Namespace) -> None:
             levels = read_levels(of_flow, patches)
         else:
             levels = target_levels(config, patches, folder=config.output, fabric=fabric)
-    task = classifier.ClassifierTask(config, patches, levels=levels)
+    task = ClassifierTask(config, patches, levels=levels)
     on_rank_zero(fabric, prepare)
     newest = fit(task, config, train, folder=folder, fabric=fabric)
     if fabric.is_global_zero:
-        model = classifier.load(newest, fabric.device)
+        model = inference.load(newest, fabric.device)
         if of_states:
             scores = classifier_scores.state_scores(model, config, patches, device=fabric.device, levels=levels)
             if not scores["test/n"]:
@@ -163,15 +167,15 @@ def train_classifier_command(args: argparse.Namespace) -> None:
         print(f"trained: {newest}\n" + "\n".join(f"  {name:<38} {value:.4g}" for name, value in scores.items()))
 
 
-def train_bridge_command(args: argparse.Namespace) -> None:
-    """train-bridge CONFIG_OR_RUN: train the reference bridge's denoiser, then its noisy classifier."""
-    from cellflux_bridge.training.bridge import STAGES, refuse_unfit, used_stages
+def train_ddim_command(args: argparse.Namespace) -> None:
+    """train-ddim CONFIG_OR_RUN: train the reference bridge's denoiser, then its noisy classifier."""
+    from cellflux_bridge.ddim.task import STAGES, refuse_unfit, used_stages
     from cellflux_bridge.training.loop import fit, on_rank_zero
     from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
 
     config = _config(args.config, args.overrides)
     refuse_unfit(config)
-    fabric, config, patches = _start(config, config.bridge.denoiser.train, section="bridge.denoiser.train")
+    fabric, config, patches = _start(config, config.ddim.denoiser.train, section="ddim.denoiser.train")
     tasks = {name: STAGES[name].task(config, patches) for name in used_stages(config)}
 
     def prepare() -> None:
@@ -202,9 +206,9 @@ def translate_command(args: argparse.Namespace) -> None:
     if where.is_file():
         config = _config(args.config, args.overrides)
         # A file that names weights is a reference bridge itself; another one stands for the run that it made.
-        where = where if config.bridge.denoiser.weights is not None else config.output
+        where = where if config.ddim.denoiser.weights is not None else config.output
     if where.is_file() or any((where / part).is_dir() for part in _REFERENCE):
-        from cellflux_bridge.reference import ReferenceBridge as Kind
+        from cellflux_bridge.translation.ddim import DDIMTranslator as Kind
     else:
         from cellflux_bridge.api import Bridge as Kind
 
@@ -222,9 +226,9 @@ def classify_command(args: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from cellflux_bridge.files import replace_text
+    from cellflux_bridge import checkpoint
+    from cellflux_bridge.base.files import replace_text
     from cellflux_bridge.metrics.classify import classify
-    from cellflux_bridge.training import checkpoint
     from cellflux_bridge.training.loop import make_fabric
     from cellflux_bridge.trajectory import read_header
 
@@ -255,10 +259,10 @@ def classify_command(args: argparse.Namespace) -> None:
 
 def evaluate_command(args: argparse.Namespace) -> None:
     """evaluate TRAJECTORY_OR_RUN ...: fidelity, calibration, preservation and cost of methods side by side."""
-    from cellflux_bridge.files import require_json
+    from cellflux_bridge import checkpoint
+    from cellflux_bridge.base.files import require_json
     from cellflux_bridge.metrics.evaluate import evaluate
     from cellflux_bridge.metrics.results import write_results
-    from cellflux_bridge.training import checkpoint
     from cellflux_bridge.training.loop import make_fabric
 
     overrides = [text for text in args.overrides if "=" in text]
@@ -319,9 +323,9 @@ def cellularity_command(args: argparse.Namespace) -> None:
             raise UserError(f"--output: {asked[0]} prints its figures and writes nothing")
         _cellularity_of_images(args, parameters)
         return
+    from cellflux_bridge.base.files import require_json
     from cellflux_bridge.cellularity.along import along_trajectories
-    from cellflux_bridge.cellularity.results import summary, write_results
-    from cellflux_bridge.files import require_json
+    from cellflux_bridge.cellularity.export import summary, write_results
 
     overrides = [text for text in args.overrides if "=" in text]
     folders = [_trajectory(text) for text in (args.config, *args.overrides) if text not in overrides]
@@ -382,10 +386,11 @@ def video_command(args: argparse.Namespace) -> None:
     """video TRAJECTORY_OR_RUN: write mp4, WebP, GIF or strip of the sequences."""
     from pydantic import ValidationError
 
-    from cellflux_bridge.config import VideoConfig, parse_overrides
-    from cellflux_bridge.schema import explain
+    from cellflux_bridge.config import parse_overrides
+    from cellflux_bridge.config.schema import explain
     from cellflux_bridge.trajectory import load_trajectory
-    from cellflux_bridge.video import write_all
+    from cellflux_bridge.video.encode import write_all
+    from cellflux_bridge.video.settings import VideoConfig
 
     folder = _trajectory(args.config)
     if (folder / "config.yaml").exists():
@@ -419,7 +424,7 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
     "config": (config_command, "CONFIG_OR_RUN", [("--key", {"help": "print the value of one key only"})], "show"),
     "train": (train_command, "CONFIG_OR_RUN", [], None),
     "train-classifier": (train_classifier_command, "CONFIG_OR_RUN", [], None),
-    "train-bridge": (train_bridge_command, "CONFIG_OR_RUN", [], None),
+    "train-ddim": (train_ddim_command, "CONFIG_OR_RUN", [], None),
     "translate": (
         translate_command,
         "RUN",
@@ -506,7 +511,7 @@ _USERS_ERRNO = (
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
 )
 # Commands whose work several processes share; of the others one is enough.
-_SHARED = (train_command, train_classifier_command, train_bridge_command, translate_command)
+_SHARED = (train_command, train_classifier_command, train_ddim_command, translate_command)
 
 
 def _usage() -> str:

@@ -1,5 +1,5 @@
-"""The one exception that a user's mistake raises; the command line prints it without a traceback."""
+"""`UserError`, which callers catch; it lives in `base.errors`."""
 
+from cellflux_bridge.base.errors import UserError
 
-class UserError(ValueError):
-    """A mistake in a file, key or value that the user can mend; the message says which and how."""
+__all__ = ["UserError"]

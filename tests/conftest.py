@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from cellflux_bridge.config import DataConfig
+from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.images import write_png
 
 torch.set_num_threads(1)

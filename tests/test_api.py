@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from cellflux_bridge import Bridge, cli
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.data.patches import load_patches
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import read_rgb, write_png
 from cellflux_bridge.trajectory import load_trajectory
 

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 from test_images import bomb
 
-from cellflux_bridge.config import PairsConfig
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.coupling.independent import Independent
 from cellflux_bridge.data.check import check_data
 from cellflux_bridge.data.pairs import Pairs
 from cellflux_bridge.data.patches import load_patches
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.data.settings import PairsConfig
 from cellflux_bridge.images import write_png
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellflux_bridge import images, stain
-from cellflux_bridge.data import patches as patches_module
+from cellflux_bridge import images
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.data import cache as cache_module
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.images import read_rgb, write_png
+from cellflux_bridge.images import read_rgb, stain, write_png
 
 # Cache
 
@@ -120,7 +120,7 @@ def test_a_build_that_fails_leaves_nothing_behind_and_the_next_one_works(patch_f
         raise error
 
     with monkeypatch.context() as broken:
-        broken.setattr(patches_module.Preprocessing, "save", fail)
+        broken.setattr(cache_module.Preprocessing, "save", fail)
         with pytest.raises(type(error)):
             load_patches(config, seed=0)
     assert list(config.cache_dir.iterdir()) == []
@@ -129,13 +129,13 @@ def test_a_build_that_fails_leaves_nothing_behind_and_the_next_one_works(patch_f
 
 def test_a_process_that_finishes_second_takes_the_cache_of_the_first(patch_folder, data_config, monkeypatch):
     config = data_config(patch_folder)
-    build = patches_module._build_cache
+    build = cache_module._build_cache
 
     def overtaken(folder, config, records, *, seed, reference):
         build(folder, config, records, seed=seed, reference=reference)
-        shutil.copytree(folder, patches_module.cache_folder(config, records, seed=seed))
+        shutil.copytree(folder, cache_module.cache_folder(config, records, seed=seed))
 
-    monkeypatch.setattr(patches_module, "_build_cache", overtaken)
+    monkeypatch.setattr(cache_module, "_build_cache", overtaken)
     assert len(load_patches(config, seed=0).ids) == 48
     assert len(list(config.cache_dir.iterdir())) == 1
 

@@ -13,20 +13,20 @@ from PIL import Image
 from skimage.draw import ellipse
 from skimage.measure import regionprops
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.cellularity import benchmark, counting, curves, splitting, validation
 from cellflux_bridge.cellularity.along import along_trajectories
+from cellflux_bridge.cellularity.export import write_results
 from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure, measure_all
 from cellflux_bridge.cellularity.nuclei import Parameters, haematoxylin, require_bright_field, segment
-from cellflux_bridge.cellularity.results import write_results
 from cellflux_bridge.cli import main
+from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.phantom import make_phantom
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.data.records import SPLITS
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
-from cellflux_bridge.progress import in_processes
-from cellflux_bridge.stain import RUIFROK_HE, from_optical_density, two_stains
+from cellflux_bridge.images.stain import RUIFROK_HE, from_optical_density, two_stains
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
 HEADER = TrajectoryHeader("progression", "A", "B", ("A", "B"), (0.0, 0.5, 1.0), "none")
@@ -688,7 +688,7 @@ def test_two_transitions_are_refused(tmp_path):
 
 
 def test_images_are_read_as_they_are_counted():
-    """Memory stays flat: no more than a slab of images is held at a time."""
+    """NearestTraining stays flat: no more than a slab of images is held at a time."""
     given = []
 
     def stacks():

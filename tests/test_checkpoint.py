@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from cellflux_bridge import checkpoint
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.stain import StainReference
-from cellflux_bridge.training import checkpoint
+from cellflux_bridge.images.stain import StainReference
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(save, tmp_path, monkeypatch, w
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"cellflux_bridge.training.checkpoint.{where}", full)
+    monkeypatch.setattr(f"cellflux_bridge.checkpoint.{where}", full)
     kept = "the last good checkpoint is .*step-00000003" if earlier else "no earlier checkpoint exists"
     with pytest.raises(UserError, match=rf"step-00000005: cannot be written.*is the disk full\? {kept}"):
         save(5)

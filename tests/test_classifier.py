@@ -8,18 +8,21 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import norm
 
+from cellflux_bridge import checkpoint
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.classifier import inference
+from cellflux_bridge.classifier import scores as classifier_scores
+from cellflux_bridge.classifier.calibration import fit_temperature
+from cellflux_bridge.classifier.inference import predict
 from cellflux_bridge.classifier.model import TIME_BINS, PatchClassifier, grey_view
+from cellflux_bridge.classifier.scores import colour_statistics
+from cellflux_bridge.classifier.states import States
+from cellflux_bridge.classifier.task import ClassifierTask
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.flip import flip_rate
-from cellflux_bridge.training import checkpoint, classifier, classifier_scores
-from cellflux_bridge.training.calibration import fit_temperature
-from cellflux_bridge.training.classifier import ClassifierTask, predict
-from cellflux_bridge.training.classifier_scores import colour_statistics
 from cellflux_bridge.training.loop import fit, make_fabric
-from cellflux_bridge.training.states import States
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
 
 CPU = torch.device("cpu")
@@ -122,7 +125,7 @@ def judged(patch_folder, tmp_path, write_config):
         newest = fit(
             ClassifierTask(config, patches), config, train, folder=tmp_path / "judge", fabric=make_fabric(train)
         )
-        model = classifier.load(newest, CPU)
+        model = inference.load(newest, CPU)
         return model, patches, classifier_scores.image_scores(model, patches, device=CPU), newest
 
     return judge
@@ -200,7 +203,7 @@ def test_a_large_validation_split_is_seen_by_a_balanced_sample(
 
     if not mixup:
         np.testing.assert_array_equal(validated(), patches.indices("val"))
-    monkeypatch.setattr(classifier, "_ENOUGH_TO_VALIDATE", 8)  # validate_pairs are more
+    monkeypatch.setattr("cellflux_bridge.classifier.task._ENOUGH_TO_VALIDATE", 8)  # validate_pairs are more
     sample = validated()
     assert set(sample) <= set(patches.indices("val"))
     if mixup:
@@ -264,9 +267,9 @@ def test_features_are_what_the_last_layer_sees(backbone):
     assert found.ndim == 2
     torch.testing.assert_close(head(found), model(x))
     batch = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    in_chunks = classifier.features(model, batch, device=CPU, chunk=2)
+    in_chunks = inference.features(model, batch, device=CPU, chunk=2)
     assert in_chunks.dtype == np.float32
-    np.testing.assert_allclose(in_chunks, classifier.features(model, batch, device=CPU), atol=1e-5)
+    np.testing.assert_allclose(in_chunks, inference.features(model, batch, device=CPU), atol=1e-5)
     np.testing.assert_allclose(in_chunks, model.features(batch / 127.5 - 1).detach(), atol=1e-5)
 
 
@@ -490,7 +493,7 @@ def test_a_resumed_classifier_repeats_an_uninterrupted_one_temperature_included(
     assert (weights["temperature"] != 1).all()
     one, two = checkpoint.load_state(whole)["model"], checkpoint.load_state(parts)["model"]
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
-    model = classifier.load(parts, CPU)
+    model = inference.load(parts, CPU)
     assert torch.equal(model.temperature, weights["temperature"])
     if overrides:
         scores = classifier_scores.state_scores(model, config, patches, device=CPU)
@@ -502,7 +505,7 @@ def test_a_resumed_classifier_repeats_an_uninterrupted_one_temperature_included(
         assert classifier_scores.state_scores(model, config, patches, device=CPU, levels=levels) == {"test/n": 0}
     else:  # on the validation split the temperature is the best one
         val = patches.indices("val")
-        logits, targets = classifier.patch_logits(model, patches, val, device=CPU), np.eye(2)[patches.labels[val]]
+        logits, targets = inference.patch_logits(model, patches, val, device=CPU), np.eye(2)[patches.labels[val]]
         best = fit_temperature(logits, targets, np.ones(len(val)))
         assert model.temperature.item() == pytest.approx(best, rel=1e-3)
 

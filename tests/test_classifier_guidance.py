@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.guidance.classifier import FORMS, ClassifierGuided, pooled, require_form
-from cellflux_bridge.guidance.classifier_free import ClassifierFree
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.condition.base import Condition
+from cellflux_bridge.field.classifier_free import ClassifierFree
+from cellflux_bridge.field.classifier_guided import FORMS, ClassifierGuided, pooled, require_form
 from cellflux_bridge.path.brownian import Brownian
 from cellflux_bridge.path.gaussian_source import GaussianSource
 from cellflux_bridge.path.noised_source import NoisedSource
 from cellflux_bridge.path.smooth import Smooth
 from cellflux_bridge.path.straight import Straight
 from cellflux_bridge.transport.integrate import integrate
-from cellflux_bridge.velocity.condition import Condition
 
 SCALE, START, CLASSES = 0.7, 0.02, 3
 PATHS = {

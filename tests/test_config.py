@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cellflux_bridge import registry
-from cellflux_bridge.config import Config, load_config, parse_overrides
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.schema import dump_yaml, parse_yaml
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.config import Config, load_config, parse_overrides, registry
+from cellflux_bridge.config.schema import dump_yaml, parse_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
 
@@ -43,19 +42,17 @@ def test_a_key_set_to_its_default_leaves_all_others_at_theirs(load):
     default = load()
     values = default.flat(without=())
     one_a_section = {key.rpartition(".")[0]: key for key in values}
-    assert {"classifier.train", "bridge.denoiser.train", "bridge.classifier", "translate.guidance"} <= set(
-        one_a_section
-    )
+    assert {"classifier.train", "ddim.denoiser.train", "ddim.classifier", "translate.guidance"} <= set(one_a_section)
     for key in one_a_section.values():
         assert load("", f"{key}={json.dumps(values[key])}") == default, key
 
 
 def test_the_sections_of_classifiers_keep_their_own_defaults(load):
-    config = load("classifier: {train: {batch_size: 32}}\nbridge: {classifier: {train: {steps: 7}}}\n")
-    train, bridge = config.classifier.train, config.bridge.classifier
+    config = load("classifier: {train: {batch_size: 32}}\nddim: {classifier: {train: {steps: 7}}}\n")
+    train, bridge = config.classifier.train, config.ddim.classifier
     assert (train.batch_size, train.steps, train.lr, train.ema_decay) == (32, 1500, 1e-3, 0.99)
     assert (bridge.train.steps, bridge.train.weight_decay, bridge.multipliers) == (7, 1e-2, (1, 2, 2))
-    assert load("", "bridge.denoiser.train.steps=7").bridge.denoiser.train.sample_every == 0
+    assert load("", "ddim.denoiser.train.steps=7").ddim.denoiser.train.sample_every == 0
 
 
 def test_the_last_of_two_overrides_wins(load):
@@ -88,9 +85,9 @@ def test_words_that_yaml_1_1_takes_for_booleans_stay_class_names(load):
         ("train: {lrr: 1}", "train.lrr: unknown key", "did you mean 'train.lr'?"),
         ("classifier: {train: {stepz: 1}}", "classifier.train.stepz: unknown key", "'classifier.train.steps'?"),
         (
-            "bridge: {classifier: {train: {stepz: 1}}}",
-            "bridge.classifier.train.stepz: unknown key",
-            "'bridge.classifier.train.steps'?",
+            "ddim: {classifier: {train: {stepz: 1}}}",
+            "ddim.classifier.train.stepz: unknown key",
+            "'ddim.classifier.train.steps'?",
         ),
         ("coupling: {cots: pixels}", "coupling.cots: unknown key", "did you mean 'coupling.cost'?"),
         ("coupling: minibatch_to", "coupling.name: no coupling called 'minibatch_to'", "did you mean 'minibatch_ot'?"),

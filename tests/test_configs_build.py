@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cellflux_bridge import registry
-from cellflux_bridge.config import Config, load_config
-from cellflux_bridge.guidance.classifier import require_form
-from cellflux_bridge.training.classifier import build_classifier
-from cellflux_bridge.training.flow import IMAGE_CHANNELS, build_flow
+from cellflux_bridge.classifier.inference import build_classifier
+from cellflux_bridge.condition.base import Condition
+from cellflux_bridge.config import Config, load_config, registry
+from cellflux_bridge.field.classifier_guided import require_form
+from cellflux_bridge.flow.task import IMAGE_CHANNELS, build_flow
 from cellflux_bridge.training.loop import make_fabric
-from cellflux_bridge.velocity.condition import Condition
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

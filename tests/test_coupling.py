@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from cellflux_bridge import registry
+from cellflux_bridge.config import registry
 from cellflux_bridge.coupling.independent import Independent
 from cellflux_bridge.coupling.minibatch_ot import MinibatchOT
 

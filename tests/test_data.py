@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.data.check import check_data
-from cellflux_bridge.data.patches import frame_mpp, list_records, load_patches, taken_from_training
+from cellflux_bridge.data.index import frame_mpp, list_records, taken_from_training
+from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
+from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.phantom import make_phantom
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.data.records import SPLITS, PatchRecord, assign_splits
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.data.split import assign_splits
 from cellflux_bridge.images import read_rgb, write_png
-from cellflux_bridge.randomness import derive_seed
 
 PHANTOM = {"name": "phantom", "size": 16, "num_train": 3, "num_val": 1, "num_test": 1, "num_range": 3}
 

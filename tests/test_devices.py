@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 from pretended_gpu import GPU, PretendedGPU
-from toy_bridge import shuffled
+from toy_ddim import shuffled
 
 from cellflux_bridge import cli
 from cellflux_bridge.api import Bridge
+from cellflux_bridge.classifier.inference import build_classifier
+from cellflux_bridge.classifier.task import ClassifierTask
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.reference import ReferenceBridge
-from cellflux_bridge.training.bridge import build_denoiser, build_noisy_classifier
-from cellflux_bridge.training.classifier import ClassifierTask, build_classifier
-from cellflux_bridge.training.flow import FlowTask, build_flow
+from cellflux_bridge.ddim.task import build_denoiser, build_noisy_classifier
+from cellflux_bridge.flow.task import FlowTask, build_flow
 from cellflux_bridge.trajectory import load_trajectory
+from cellflux_bridge.translation.ddim import DDIMTranslator
 
 PATCHES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8))
 FABRIC = SimpleNamespace(device=GPU, autocast=nullcontext, is_global_zero=True)
@@ -46,10 +47,10 @@ def test_the_pretended_gpu_notices(mistake):
         ({"method": "path", "reverse": True}, {"condition": {"target": "class"}, "path": {"name": "straight"}}),
         ({"method": "path", "solver": "dopri5", "guidance_scale": 2.0}, {}),
         ({"method": "progression", "guidance_scale": 2.0}, {"path": {"name": "brownian"}}),
-        ({"method": "progression", "guidance": {"form": "endpoint"}, "renewal": 1.0}, {}),
+        ({"method": "progression", "guidance": {"form": "endpoint"}, "noise_resampling": 1.0}, {}),
         ({"method": "progression", "guidance": {"form": "endpoint"}}, {"path": {"name": "brownian"}}),
         ({"method": "progression", "guidance": {"form": "bridge"}}, {}),
-        ({"method": "progression", "calibrate": "probability", "calibrate_each": True, "renewal": 0.5}, {}),
+        ({"method": "progression", "calibrate": "probability", "calibrate_each": True, "noise_resampling": 0.5}, {}),
         (
             {"method": "progression", "calibrate": "distance", "calibrate_each": True},
             {"velocity": {"name": "adm", "channels": 32, "head_channels": 16}},
@@ -80,10 +81,10 @@ def test_a_flow_stays_on_its_device(tmp_path, write_config, options, sections):
 @pytest.mark.parametrize("guidance", ["classifier", "classifier_free"])
 def test_the_reference_bridge_stays_on_its_device(tmp_path, write_config, guidance, depths):
     section = {"timesteps": 10, "denoiser": ADM, "classifier": ADM, "guidance": guidance, "depths": depths}
-    file = write_config(tmp_path, bridge=section, data={"image_size": 32})
+    file = write_config(tmp_path, ddim=section, data={"image_size": 32})
     config = load_config(file, ["data.classes=[A, B]"])
     with PretendedGPU():
-        bridge = ReferenceBridge(
+        bridge = DDIMTranslator(
             config=config,
             preprocessing=Preprocessing(32),
             step=0,
@@ -145,7 +146,7 @@ def test_a_guided_progression_is_made_and_judged_on_a_gpu(tmp_path, make_patches
     for choice in classifiers.values():
         cli.main(["train-classifier", str(run), f"classifier.{choice}"])
     cli.main(["train-classifier", str(run), "classifier.seed=1", f"output={tmp_path / 'other'}"])
-    guided = ("method=progression", "guidance.form=endpoint", "calibrate=distance", "renewal=1.0")
+    guided = ("method=progression", "guidance.form=endpoint", "calibrate=distance", "noise_resampling=1.0")
     folder = translated(run, STEPS, *(f"translate.{key}" for key in (*guided, "calibrate_each=true")))
     judges = [word for name in ("judge_rgb", "judge_grey") for word in ("--judge", str(run / name))]
     features = ["--features", str(tmp_path / "other" / "judge_rgb")]
@@ -165,4 +166,4 @@ def test_a_guided_depth_stair_is_made_on_a_gpu(tmp_path, make_patches, write_con
 def test_the_reference_bridge_is_trained_and_used_on_a_gpu(tmp_path, make_patches, write_config):
     network = {**ADM, "train": QUICK}
     bridge = {"timesteps": 10, "denoiser": network, "classifier": network}
-    translated(trained(tmp_path, make_patches, write_config, "train-bridge", bridge=bridge))
+    translated(trained(tmp_path, make_patches, write_config, "train-ddim", ddim=bridge))

@@ -14,12 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import cdist
 
+from cellflux_bridge import checkpoint
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.statistics import half_splits
+from cellflux_bridge.classifier import inference
 from cellflux_bridge.cli import main
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
-from cellflux_bridge.metrics import panel, progression
+from cellflux_bridge.images.stain import fit_reference
+from cellflux_bridge.metrics import progression
+from cellflux_bridge.metrics import reference_set as panel
 from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.metrics.evaluate import evaluate
 from cellflux_bridge.metrics.extractor import NamedExtractor
@@ -30,9 +35,6 @@ from cellflux_bridge.metrics.results import as_json
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour
 from cellflux_bridge.metrics.table import markdown
 from cellflux_bridge.metrics.tissue import tissue_figures
-from cellflux_bridge.resampling import half_splits
-from cellflux_bridge.stain import fit_reference
-from cellflux_bridge.training import checkpoint, classifier
 from cellflux_bridge.trajectory import (
     Trajectory,
     TrajectoryHeader,
@@ -74,7 +76,7 @@ class Tiny:
     def classifier(self, name: str, *overrides: str, seed: int, spoil: bool = False) -> Path:
         config = self._config(overrides)
         torch.manual_seed(seed)
-        model = classifier.build_classifier(config)
+        model = inference.build_classifier(config)
         if spoil:
             next(model.parameters()).data[:] = float("nan")
         return checkpoint.save(
@@ -142,9 +144,9 @@ def test_every_figure_of_a_method_is_what_its_parts_say(tiny, judged):
     (of,) = evaluation.methods
     a, b = tiny.images("test", "A")[1], tiny.images("test", "B")[1]
 
-    model = classifier.load(own["rgb"].checkpoint, CPU)
+    model = inference.load(own["rgb"].checkpoint, CPU)
     middle = np.rint((a[:8].astype(float) + b[:8]) / 2).astype(np.uint8)
-    p = classifier.predict(model, torch.from_numpy(middle), device=CPU)[:, 1]
+    p = inference.predict(model, torch.from_numpy(middle), device=CPU)[:, 1]
     value = found(evaluation, "path", "probability", 0.5, "rgb")
     assert value.value == pytest.approx(p.mean(), abs=1e-5)
     assert value.low < value.value < value.high
@@ -155,7 +157,7 @@ def test_every_figure_of_a_method_is_what_its_parts_say(tiny, judged):
         progression.calibration_of_means(seen.value, np.array([0.25, 0.5, 0.75, 1])), rel=1e-6
     )
 
-    real = classifier.features(model, torch.from_numpy(np.concatenate([a, b])), device=CPU)
+    real = inference.features(model, torch.from_numpy(np.concatenate([a, b])), device=CPU)
     groups = [f"{label}{n // 2}" for label in "AB" for n in range(12)]
     expected = kid(seen.features[:, 2], real, groups=groups[:8], real_groups=groups).value
     value = found(evaluation, "path", "kid_pooled", 0.5, "rgb")
@@ -188,7 +190,7 @@ def test_every_figure_of_a_method_is_what_its_parts_say(tiny, judged):
 
 
 def partial_features(network):
-    return lambda patches: classifier.features(network.model, torch.from_numpy(patches), device=CPU)
+    return lambda patches: inference.features(network.model, torch.from_numpy(patches), device=CPU)
 
 
 def test_what_a_gpu_took_is_told_by_the_clock_alone(tiny, judged):
@@ -239,8 +241,8 @@ def test_severity_is_judged_by_scores_and_frames_are_compared_to_their_own(tiny,
     assert found(evaluation, "path", "severity_error").value == pytest.approx(np.mean(errors), rel=1e-6)
 
     (a, b), score = (tiny.images("test", label)[1] for label in "AB"), (np.arange(24) + 0.5) / 24
-    model = classifier.load(evaluation.networks[-1].checkpoint, CPU)
-    real = classifier.predict(model, torch.from_numpy(np.concatenate([a, b])), device=CPU)[:, 1]
+    model = inference.load(evaluation.networks[-1].checkpoint, CPU)
+    real = inference.predict(model, torch.from_numpy(np.concatenate([a, b])), device=CPU)[:, 1]
     value = found(evaluation, "real scored", "severity_error")
     assert (value.value, value.n) == (pytest.approx(np.abs(real - score).mean(), abs=1e-5), 24)
 
@@ -502,7 +504,7 @@ def test_a_mere_recolouring_is_explained_by_the_stain(tiny, judged):
 def test_a_stopped_evaluation_goes_on_from_its_cache(tiny, judged, monkeypatch):
     path, cache = tiny.trajectory("path"), tiny.root / "cache_of_features"
     looked = []
-    real = classifier.features
+    real = inference.features
 
     def counted(model, batch, **options):
         looked.append(len(batch))
@@ -510,7 +512,7 @@ def test_a_stopped_evaluation_goes_on_from_its_cache(tiny, judged, monkeypatch):
             raise KeyboardInterrupt
         return real(model, batch, **options)
 
-    monkeypatch.setattr(classifier, "features", counted)
+    monkeypatch.setattr(inference, "features", counted)
     cache_done = False
     with pytest.raises(KeyboardInterrupt):
         evaluate([path], cache=cache, **judged)

@@ -7,12 +7,12 @@ from sklearn.neighbors import NearestNeighbors
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from cellflux_bridge.base.statistics import bootstrap, estimate, estimate_mean, half_splits
 from cellflux_bridge.metrics import benchmark
-from cellflux_bridge.metrics.cautions import cautions
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.manifold import FIGURES, manifold_floors, neighbourhoods
 from cellflux_bridge.metrics.values import Value
-from cellflux_bridge.resampling import bootstrap, estimate, estimate_mean, half_splits
+from cellflux_bridge.metrics.warnings import cautions
 
 
 class Features(torch.nn.Module):

@@ -7,39 +7,49 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "cellflux_bridge"
-# Above the ground, on which every other module of the package's own folder stands.
+# What stands on each floor: rooms (folders), single files, and files that stand higher than their room does.
 FLOORS = (
-    {"data", "coupling", "path", "velocity"},
-    {"guidance", "classifier", "transport", "bridge"},
+    {"base", "config", "images", "trajectory", "errors", "stain"},
+    {"data", "coupling", "path", "condition", "codec"},
+    {"velocity", "field", "checkpoint"},
+    {"transport", "classifier", "ddim"},
     {"training"},
-    {"metrics", "cellularity", "augmentation", "video"},
-    {"study"},
-    {"report", "translator", "guides", "pilot", "api", "reference", "cli", "__main__"},
+    {"classifier.task", "classifier.scores", "ddim.task"},
+    {"flow"},
+    {"translation", "metrics", "cellularity", "video", "augmentation"},
+    {"study", "report"},
+    {"api", "cli", "translator", "__main__"},
 )
+# A room's settings are read by the configuration's root, so they stand on the ground and import nothing but it.
+SETTINGS = "settings"
 MODULES = sorted(path for path in (ROOT / PACKAGE).rglob("*.py") if path != ROOT / PACKAGE / "__init__.py")
-GROUND = {path.stem for path in (ROOT / PACKAGE).glob("*.py")} - set.union({"__init__"}, *FLOORS)
-FLOOR = {room: number for number, rooms in enumerate((GROUND, *FLOORS)) for room in rooms}
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 SCRIPTS = sorted(path for folder in ("train", "eval") for path in (ROOT / folder).glob("*.py"))
 
 
-def imported_rooms(source: str, *, package: tuple[str, ...]) -> set[str]:
-    """Rooms of this package that a module's text imports, wherever the import stands; `package` is where it lies."""
-    rooms = set()
+def imported(source: str, *, package: tuple[str, ...]) -> set[str]:
+    """Modules of this package, as dotted names below it, that a module's text imports, wherever the import stands;
+    `package` is where it lies. Of `from x import y` both x and x.y, since y may be a module."""
+    found = set()
     for node in ast.walk(ast.parse(source)):
-        found = []
+        names = []
         if isinstance(node, ast.Import):
-            found = [alias.name.split(".") for alias in node.names]
+            names = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else ()
             base = [*start, *(node.module.split(".") if node.module else ())]
-            found = [[*base, alias.name] for alias in node.names]
-        rooms |= {parts[1] for parts in found if parts[0] == PACKAGE and len(parts) > 1}
-    return rooms
+            names = [[*base, alias.name] for alias in node.names]
+        found |= {".".join(parts[1:]) for parts in names if parts[0] == PACKAGE and len(parts) > 1}
+    return found - {"__version__"}
 
 
-def room_of(path: Path) -> str:
-    first = path.relative_to(ROOT / PACKAGE).parts[0]
-    return first.removesuffix(".py")
+def floor_of(name: str) -> int | None:
+    """The floor of a module, or of a name in one: that of the longest beginning which stands in FLOORS."""
+    parts = name.split(".")
+    if SETTINGS in parts:
+        return 0
+    known = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((FLOOR[prefix] for prefix in known if prefix in FLOOR), None)
 
 
 def test_imports_are_found_wherever_and_however_they_are_written():
@@ -54,24 +64,25 @@ def test_imports_are_found_wherever_and_however_they_are_written():
             "    from .. import video",
         ]
     )
-    package = (PACKAGE, "training")
-    expected = {"data", "images", "stain", "path", "training", "coupling", "video"}
-    assert imported_rooms(source, package=package) == expected
+    expected = {"data.pairs", "images", "stain", "path.base.Path", "training.sibling", "coupling.base", "video"}
+    assert imported(source, package=(PACKAGE, "training")) == expected
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
 def test_a_module_imports_only_from_lower_floors_or_its_own_room(path):
-    room = room_of(path)
-    assert room in FLOOR, f"{room} is a new room: name its floor in FLOORS"
-    package = (PACKAGE, *path.relative_to(ROOT / PACKAGE).parts[:-1])
-    # The lowest and the top floor are one room each: modules of the package's own folder.
-    own = next((floor for floor in (GROUND, FLOORS[-1]) if room in floor), {room})
-    names = imported_rooms(path.read_text(encoding="utf-8"), package=package) - own - {"__version__"}
-    assert not {name for name in names if FLOOR.get(name, len(FLOORS)) >= FLOOR[room]}
+    parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+    own = floor_of(".".join(parts))
+    assert own is not None, f"{parts[0]} is a new room: name its floor in FLOORS"
+    for name in imported(path.read_text(encoding="utf-8"), package=(PACKAGE, *parts[:-1])):
+        floor, sibling = floor_of(name), own == 0 or own == len(FLOORS) - 1 or name.split(".")[0] == parts[0]
+        assert floor is not None, f"{name}: no such room"
+        assert floor < own or (sibling and floor == own), f"{'.'.join(parts)} (floor {own}) imports {name} ({floor})"
 
 
-def test_the_rooms_that_all_others_stand_on_are_there():
-    assert {room_of(path) for path in MODULES} >= {"errors", "config", "images", "trajectory"} | FLOORS[0]
+def test_every_name_in_the_floors_is_there():
+    for name in FLOOR.keys() - {"augmentation", "study", "__main__"}:
+        place = ROOT / PACKAGE / name.replace(".", "/")
+        assert place.is_dir() or place.with_suffix(".py").exists(), name
 
 
 def test_scripts_define_nothing():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cellflux_bridge.guidance.classifier_free import ClassifierFree
-from cellflux_bridge.velocity.condition import Condition
+from cellflux_bridge.condition.base import Condition
+from cellflux_bridge.field.classifier_free import ClassifierFree
 
 
 class Recorded:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cellflux_bridge import images
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 
 
 def read_back(image: Image.Image, path, **options) -> np.ndarray:

@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from cellflux_bridge.config import load_config
-from cellflux_bridge.data.balanced import BalancedPatches
-from cellflux_bridge.data.patches import load_patches
-from cellflux_bridge.data.soft_labels import from_scores
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.training import classifier, levels
-from cellflux_bridge.training.calibration import (
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.classifier import inference
+from cellflux_bridge.classifier.calibration import (
     area_under_curve,
     balanced_weights,
     expected_calibration_error,
     fit_temperature,
     negative_log_likelihood,
 )
-from cellflux_bridge.training.classifier import ClassifierTask
-from cellflux_bridge.training.levels import assign_folds, target_levels
+from cellflux_bridge.classifier.task import ClassifierTask
+from cellflux_bridge.config import load_config
+from cellflux_bridge.data.balanced import BalancedPatches
+from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.soft_labels import from_scores
+from cellflux_bridge.flow import levels
+from cellflux_bridge.flow.levels import assign_folds, target_levels
 from cellflux_bridge.training.loop import make_fabric
 
 # Calibration
@@ -240,7 +241,7 @@ def test_levels_tell_the_classes_apart_and_of_held_out_patches_they_are_the_mean
     assert report["out_of_fold"]["auc"] > 0.9
     expected = []
     for name in report["checkpoints"]:
-        logits = classifier.patch_logits(classifier.load(tmp_path / name, "cpu"), patches, others, device="cpu")
+        logits = inference.patch_logits(inference.load(tmp_path / name, "cpu"), patches, others, device="cpu")
         expected.append(softmax(logits / report["out_of_fold"]["temperature"], axis=1))
     np.testing.assert_allclose(found[others], np.mean(expected, axis=0), atol=1e-5)
 

@@ -8,7 +8,9 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from scipy.stats import spearmanr
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.statistics import bootstrap, estimate, half_splits, paired_difference, rank_correlation
+from cellflux_bridge.images.stain import RUIFROK_HE, from_optical_density
 from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.fidelity import (
     frechet_distance,
@@ -20,9 +22,6 @@ from cellflux_bridge.metrics.fidelity import (
 )
 from cellflux_bridge.metrics.sequences import choose_frames
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
-from cellflux_bridge.ranks import rank_correlation
-from cellflux_bridge.resampling import bootstrap, estimate, half_splits, paired_difference
-from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
 
 
 def draw(seed: int = 0) -> np.random.Generator:

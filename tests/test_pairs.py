@@ -9,17 +9,17 @@ import torch
 from scipy.stats import chi2_contingency, chisquare
 
 from cellflux_bridge import images
-from cellflux_bridge.config import PairsConfig
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.seeds import torch_generator
 from cellflux_bridge.coupling.base import Coupling
 from cellflux_bridge.coupling.independent import Independent
 from cellflux_bridge.coupling.minibatch_ot import MinibatchOT
 from cellflux_bridge.data.balanced import BalancedPatches
+from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.pairs import PairBatch, Pairs
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.data.records import SPLITS
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.randomness import torch_generator
+from cellflux_bridge.data.settings import PairsConfig
 
 # Drawing
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from cellflux_bridge import registry
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.config import registry
 from cellflux_bridge.path.brownian import Brownian
 from cellflux_bridge.path.gaussian_source import GaussianSource
 from cellflux_bridge.path.noised_source import NoisedSource

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cellflux_bridge.data.phantom import Phantom, make_phantom, nucleus_diameter_for
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.stain import concentrations, optical_density
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.data.phantom import Phantom, make_phantom
+from cellflux_bridge.data.phantom.drawing import nucleus_diameter_for
+from cellflux_bridge.images.stain import concentrations, optical_density
 
 SEVERITIES = (0.0, 0.5, 1.0)
 

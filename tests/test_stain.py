@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cellflux_bridge import stain
 from cellflux_bridge.data.phantom import make_phantom
-from cellflux_bridge.images import encode
+from cellflux_bridge.images import encode, stain
 
 STAINS = np.array([[0.60, 0.72, 0.35], [0.15, 0.95, 0.27]])
 STAINS /= np.linalg.norm(STAINS, axis=1, keepdims=True)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.guidance.classifier import ClassifierGuided
-from cellflux_bridge.guidance.classifier_free import ClassifierFree
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.condition.base import Condition
+from cellflux_bridge.field.classifier_free import ClassifierFree
+from cellflux_bridge.field.classifier_guided import ClassifierGuided
 from cellflux_bridge.path.brownian import Brownian
 from cellflux_bridge.path.gaussian_source import GaussianSource
 from cellflux_bridge.path.noised_source import NoisedSource
@@ -13,9 +14,8 @@ from cellflux_bridge.path.smooth import Smooth
 from cellflux_bridge.path.straight import Straight
 from cellflux_bridge.transport import stairs
 from cellflux_bridge.transport.integrate import integrate
-from cellflux_bridge.transport.morph import source_noise
+from cellflux_bridge.transport.path import source_noise
 from cellflux_bridge.transport.stairs import Field, condition_for, equidistant_levels
-from cellflux_bridge.velocity.condition import Condition
 
 FROM_DATA = {
     "straight": Straight(),

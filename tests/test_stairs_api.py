@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cellflux_bridge import Bridge, cli, images
+from cellflux_bridge import Bridge, checkpoint, cli, images
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.classifier import inference
 from cellflux_bridge.config import load_config
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.training import checkpoint, classifier
 from cellflux_bridge.trajectory import load_trajectory, read_header
 from cellflux_bridge.transport import stairs
 
@@ -348,10 +348,8 @@ def test_calibrated_levels_are_what_the_guide_sees(painter):
 
 
 def test_what_calibration_needs_is_measured_once(painter, monkeypatch):
-    asked_for, predict = [], classifier.predict
-    monkeypatch.setattr(
-        classifier, "predict", lambda *args, **options: asked_for.append(1) or predict(*args, **options)
-    )
+    asked_for, predict = [], inference.predict
+    monkeypatch.setattr(inference, "predict", lambda *args, **options: asked_for.append(1) or predict(*args, **options))
     reached(painter, levels=2, calibrate="probability", batch_size=1)
     assert len(asked_for) == 11
 
@@ -392,7 +390,7 @@ def test_the_pilot_is_held_out_and_unguided(painter, asked):
 def test_what_is_told_decides_how_much_of_the_start_noise_is_renewed(painter, asked):
     """So that what was measured of a told level holds, which calibration tells for another one."""
     painter._network = Still()  # which can be carried back, too
-    reached(painter, levels=[0.25, 1.0], calibrate="distance", renewal=0.6)
+    reached(painter, levels=[0.25, 1.0], calibrate="distance", noise_resampling=0.6)
     pilot, first, _ = asked
     torch.testing.assert_close(pilot["inversion"].renewed, 0.6 * torch.linspace(0, 1, 11))
     torch.testing.assert_close(first["inversion"].renewed, 0.6 * first["told"][:, 1])
@@ -400,12 +398,12 @@ def test_what_is_told_decides_how_much_of_the_start_noise_is_renewed(painter, as
     batch = len(first["inversion"].states)
     assert torch.equal(first["inversion"].states, images.encode(x[:batch]))  # a flow that goes nowhere
     asked.clear()
-    reached(painter, levels=[0.25, 1.0], calibrate="distance", renewal=0.2)  # measured anew
+    reached(painter, levels=[0.25, 1.0], calibrate="distance", noise_resampling=0.2)  # measured anew
     assert len(asked) == 3
-    with pytest.raises(UserError, match=r"translate\.renewal"):
-        reached(painter, renewal=1.5)
-    with pytest.raises(UserError, match=r"translate\.renewal: has no part in translate\.method=path"):
-        painter.translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), method="path", renewal=0.5)
+    with pytest.raises(UserError, match=r"translate\.noise_resampling"):
+        reached(painter, noise_resampling=1.5)
+    with pytest.raises(UserError, match=r"translate\.noise_resampling: has no part in translate\.method=path"):
+        painter.translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), method="path", noise_resampling=0.5)
 
 
 class FromSource(nn.Module):
@@ -551,14 +549,14 @@ UNREAD = [
     ("path", "levels", 5, "reads frames; leave it out, or set method=progression or depth"),
     ("path", "calibrate", "probability", "reads frames; leave it out, or set method=progression"),
     ("path", "spacing", "adaptive", "reads frames"),
-    ("path", "renewal", 0, "reads frames"),
-    ("path", "renewal", 0.0, "reads frames"),
+    ("path", "noise_resampling", 0, "reads frames"),
+    ("path", "noise_resampling", 0.0, "reads frames"),
     ("path", "depths", "full", "reads frames"),
     (
         "progression",
         "frames",
         5,
-        "reads levels, spacing, calibrate, calibrate_each, renewal",
+        "reads levels, spacing, calibrate, calibrate_each, noise_resampling",
     ),
     ("progression", "depths", [0.5, 1.0], "reads levels"),
     ("progression", "conditions", "rising", "reads levels"),
@@ -591,7 +589,7 @@ def test_a_setting_of_guidance_without_guidance_is_refused(flow, tmp_path, key, 
 def test_what_asks_for_nothing_or_is_read_is_no_mistake(flow):
     """Turning off what a run's file turns on; and guides that only measure."""
     bridge = load(flow)
-    off = {"renewal": None, "calibrate": "none", "calibrate_each": False, "spacing": "uniform"}
+    off = {"noise_resampling": None, "calibrate": "none", "calibrate_each": False, "spacing": "uniform"}
     assert bridge._settings("A", "B", {"method": "path", **off, "guidance": {"guides": []}}).method == "path"
     measuring = {"method": "progression", "calibrate": "distance", "guidance": {"guides": [flow / "guide_rgb"]}}
     assert bridge._settings("A", "B", measuring).guidance.form == "none"

@@ -8,11 +8,11 @@ from scipy.stats import mannwhitneyu
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as multiscale_ssim
 
 from cellflux_bridge.classifier.model import PatchClassifier
-from cellflux_bridge.metrics.cautions import cautions
-from cellflux_bridge.metrics.memorisation import Memory, held_out_distances, nearest
+from cellflux_bridge.images.stain import RUIFROK_HE, from_optical_density
+from cellflux_bridge.metrics.memorisation import NearestTraining, held_out_distances, nearest
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distance, num_scales, stain_share
 from cellflux_bridge.metrics.values import Value
-from cellflux_bridge.stain import RUIFROK_HE, from_optical_density
+from cellflux_bridge.metrics.warnings import cautions
 
 
 def test_the_nearest_is_found_in_blocks():
@@ -32,7 +32,7 @@ def test_memory_compares_frames_with_held_out_patches():
     held_out = [np.sort(rng.uniform(1, 3, 50)), np.array([1.0, 2.0, 2.0, 4.0])]
     distances = np.stack([rng.uniform(0.5, 2, 30), np.full(30, 2.0)])
     kinds = np.stack([np.zeros(30, int), np.ones(30, int)])
-    memory = Memory(distances, np.zeros((2, 30), int), kinds, held_out)
+    memory = NearestTraining(distances, np.zeros((2, 30), int), kinds, held_out)
     chosen = np.arange(30)
     np.testing.assert_allclose(memory.ratio(chosen), [np.median(distances[0]) / np.median(held_out[0]), 1.0])
     expected = mannwhitneyu(held_out[0], distances[0]).statistic / (50 * 30)
@@ -49,7 +49,7 @@ def test_a_leak_between_the_splits_hides_no_copy():
     assert num_repeated == 1
     assert [list(each) for each in held_out] == [[2.0], [3.0]]
     distances = np.array([[0.0, 1.0, 2.5, 5e-7]])
-    memory = Memory(distances, np.zeros((1, 4), int), np.zeros((1, 4), int), held_out, same=1e-6)
+    memory = NearestTraining(distances, np.zeros((1, 4), int), np.zeros((1, 4), int), held_out, same=1e-6)
     assert memory.is_near_copy().tolist() == [[True, True, False, True]]
     held_out, num_repeated = held_out_distances(training, training, is_target, same=1e-6)
     assert num_repeated == 3

@@ -17,15 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from cellflux_bridge import cli
+from cellflux_bridge import checkpoint, cli
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.parallel import prefetch
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.progress import ahead
-from cellflux_bridge.training import checkpoint
-from cellflux_bridge.training.ema import Average
-from cellflux_bridge.training.flow import FlowTask, build_flow
+from cellflux_bridge.flow.task import FlowTask, build_flow
+from cellflux_bridge.training.ema import EMA
 from cellflux_bridge.training.loop import Stopped, fit, make_fabric
 from cellflux_bridge.training.run import Log, differences
 
@@ -389,9 +388,9 @@ def test_batches_made_ahead_come_in_order_and_no_more_are_begun_than_asked_for()
         time.sleep(0.002 * (number % 3))
         return number
 
-    assert list(ahead(work, range(20), num=4)) == list(range(20))
+    assert list(prefetch(work, range(20), num=4)) == list(range(20))
     begun.clear()
-    with closing(ahead(work, range(20), num=4)) as upcoming:
+    with closing(prefetch(work, range(20), num=4)) as upcoming:
         assert [next(upcoming) for _ in range(3)] == [0, 1, 2]
     assert max(begun) <= 2 + 4
 
@@ -401,7 +400,7 @@ def test_batches_made_ahead_come_in_order_and_no_more_are_begun_than_asked_for()
 
 def test_the_average_follows_its_closed_form():
     decay, model = 0.6, nn.Linear(1, 1, bias=False)
-    ema = Average(model, decay)
+    ema = EMA(model, decay)
     values = torch.linspace(-1, 2, 12).tolist()
     for value in values:
         nn.init.constant_(model.weight, value)
@@ -420,7 +419,7 @@ def test_the_average_follows_its_closed_form():
 
 def test_the_average_copies_buffers_and_forgets_at_decay_zero():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    ema = Average(model, 0.0)
+    ema = EMA(model, 0.0)
     for _ in range(3):
         nn.init.normal_(model[0].weight)
         model(torch.randn(8, 2))
@@ -438,13 +437,13 @@ def test_the_average_is_bit_for_bit_torchs_also_where_it_is_taken_up_again():
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     expected = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    ema = Average(model, 0.5)
+    ema = EMA(model, 0.5)
     for step in range(15):
         nn.init.normal_(model[0].weight)
         model(torch.randn(2, 3, 8, 8))
         expected.update_parameters(model)
         if step == 7:
-            resumed = Average(ema.module, 0.5)
+            resumed = EMA(ema.module, 0.5)
             resumed.num_updates, ema = step, resumed
         ema.update(model)
         for name, tensor in expected.module.state_dict().items():
@@ -481,7 +480,7 @@ def test_moved_patches_and_another_number_of_logged_pairs_are_the_same_run(tmp_p
     def differing(override: str) -> list[str]:
         return differences(load_config(file), load_config(file, [override]), ignore=())
 
-    same = ["data.root=moved", *(f"{key}.validate_pairs=8" for key in ("train", "bridge.denoiser.train"))]
+    same = ["data.root=moved", *(f"{key}.validate_pairs=8" for key in ("train", "ddim.denoiser.train"))]
     assert not any(differing(override) for override in same)
     assert differing("classifier.train.validate_pairs=8") == ["classifier.train.validate_pairs (256 there, 8 here)"]
 
@@ -623,11 +622,11 @@ def test_impossible_devices_are_refused_by_name(config, override):
     [
         ("train", "train"),
         ("train-classifier", "classifier.train"),
-        ("train-bridge", "bridge.denoiser.train"),
+        ("train-ddim", "ddim.denoiser.train"),
     ],
 )
 def test_impossible_devices_are_refused_with_the_training_that_asked(tmp_path, write_config, command, section):
-    asked = [f"{key}.accelerator=abacus" for key in (section, "bridge.classifier.train")]
+    asked = [f"{key}.accelerator=abacus" for key in (section, "ddim.classifier.train")]
     with pytest.raises(SystemExit, match=rf"^error: {section}\.accelerator=abacus.*not possible here"):
         cli.main([command, str(write_config(tmp_path)), *asked])
 
@@ -678,7 +677,7 @@ def test_processes_wait_a_day_for_the_first_and_end_with_it(tmp_path):
     script.write_text(
         "from pathlib import Path\n"
         "import torch.distributed\n"
-        "from cellflux_bridge.config import TrainConfig\n"
+        "from cellflux_bridge.training.settings import TrainConfig\n"
         "from cellflux_bridge.training.loop import make_fabric, on_rank_zero\n"
         "fabric = make_fabric(TrainConfig(accelerator='cpu', devices=2))\n"
         "fabric.launch()\n"

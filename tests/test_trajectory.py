@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.images import write_png
 from cellflux_bridge.trajectory import (
     Trajectory,

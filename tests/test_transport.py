@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.guidance.classifier_free import ClassifierFree
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.field.classifier_free import ClassifierFree
 from cellflux_bridge.path.brownian import Brownian
 from cellflux_bridge.path.gaussian_source import GaussianSource
 from cellflux_bridge.path.noised_source import NoisedSource
 from cellflux_bridge.path.smooth import Smooth
 from cellflux_bridge.path.straight import Straight
 from cellflux_bridge.transport.integrate import frame_times, integrate
-from cellflux_bridge.transport.morph import morph, morph_levels, source_noise
-from cellflux_bridge.velocity.condition import Condition, ConditionSpec
+from cellflux_bridge.transport.path import morph, morph_levels, source_noise
 from cellflux_bridge.velocity.unet import UNet
 
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}

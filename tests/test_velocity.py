@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.condition.base import Condition, ConditionSpec, sinusoidal
 from cellflux_bridge.velocity.adm import ADM
 from cellflux_bridge.velocity.base import _MIN_REMAINING, as_velocity
-from cellflux_bridge.velocity.condition import Condition, ConditionSpec, sinusoidal
 from cellflux_bridge.velocity.unet import UNet
 
 CLASSES = 3

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellflux_bridge.config import VideoConfig
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.images import resize
-from cellflux_bridge.panels import MAX_SIDE, Grid, draw_strip
+from cellflux_bridge.images.panels import MAX_SIDE, Grid, draw_strip
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
-from cellflux_bridge.video import playback, write_all, write_video
+from cellflux_bridge.video.encode import playback, write_all, write_video
+from cellflux_bridge.video.settings import VideoConfig
 
 BARE = {"caption": False, "show_source": False}
 CAPTIONED = {"sequences": 12, "columns": None, "tile": 32, "caption": True, "show_source": True}

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.progress import progress
 from cellflux_bridge.cellularity.counting import count_arrays, list_images
 from cellflux_bridge.cellularity.curves import Counted, Scored, curves_of, points
+from cellflux_bridge.cellularity.export import as_json
 from cellflux_bridge.cellularity.nuclei import Parameters
-from cellflux_bridge.cellularity.results import as_json
 from cellflux_bridge.data.patches import Patches
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import read_rgb
-from cellflux_bridge.progress import progress
 from cellflux_bridge.trajectory import TrajectoryHeader, read_header
 
 _CHUNK = 64

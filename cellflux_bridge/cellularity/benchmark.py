@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cellflux_bridge.base.progress import progress
 from cellflux_bridge.cellularity.measurement import measure
 from cellflux_bridge.cellularity.nuclei import segment
 from cellflux_bridge.data.phantom import make_phantom
-from cellflux_bridge.progress import progress
 
 # Height, width and how many images of that size.
 SIZES = ((32, 32, 200), (64, 64, 100), (256, 320, 20), (1024, 1024, 3), (4096, 4096, 1))

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.parallel import in_processes
+from cellflux_bridge.base.progress import progress
 from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure_all, without_single_nuclei
 from cellflux_bridge.cellularity.nuclei import NotBrightField, Parameters, segment
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import SUFFIXES, UnreadableImage, read_rgb
-from cellflux_bridge.progress import in_processes, progress
 
 _SLAB = 64
 _COLUMNS = ("path", "width", "height", "median_area", *QUANTITIES, "reason")

@@ -10,15 +10,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.progress import progress
+from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.base.statistics import (
+    NUM_RESAMPLES,
+    Estimate,
+    bootstrap,
+    estimate,
+    estimate_mean,
+    rank_correlation,
+)
 from cellflux_bridge.cellularity.counting import count_arrays
 from cellflux_bridge.cellularity.measurement import MIN_PIXELS, OF_SINGLE_NUCLEI, QUANTITIES
 from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.data.patches import near_level
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.progress import progress
-from cellflux_bridge.randomness import numpy_generator
-from cellflux_bridge.ranks import rank_correlation
-from cellflux_bridge.resampling import NUM_RESAMPLES, Estimate, bootstrap, estimate, estimate_mean
 from cellflux_bridge.trajectory import TrajectoryHeader, count_incomplete, iter_trajectory, read_header
 
 REACHED, MISSED, UNDECIDED = "reached", "missed", "undecided"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 
 _MPP = 0.5
 _PERCENTILES = (0.1, 99.9)

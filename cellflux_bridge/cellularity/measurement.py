@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from cellflux_bridge.stain import RUIFROK_HE, optical_density
+from cellflux_bridge.images.stain import RUIFROK_HE, optical_density
 
 # Below this median area of an image's nuclei, in px, neighbours run into one another and counts are refused.
 MIN_PIXELS = 16.0

@@ -12,9 +12,9 @@ import numpy as np
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cellularity.splitting import split
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.stain import RUIFROK_HE, macenko_stains
+from cellflux_bridge.images.stain import RUIFROK_HE, macenko_stains
 
 STAINS = ("red", "ruifrok", "macenko")
 # Mean difference of the largest and smallest channel below which an image is grey, median brightness below which it is
@@ -155,7 +155,7 @@ def segment(rgb: np.ndarray, *, mpp: float | None = None, parameters: Parameters
     """
     require_bright_field(rgb)
     if parameters.instanseg:
-        from cellflux_bridge.cellularity import instanseg  # torch, which nuclei otherwise do without
+        from cellflux_bridge.cellularity import instanseg
 
         return instanseg.segment(rgb, file=parameters.instanseg, mpp=mpp)
     nothing = np.zeros(rgb.shape[:2], np.int32)

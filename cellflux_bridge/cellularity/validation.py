@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.parallel import in_processes
+from cellflux_bridge.base.progress import progress
+from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.base.statistics import NUM_RESAMPLES, Estimate, bootstrap, estimate
 from cellflux_bridge.cellularity.counting import count_images, list_images, segment_file
 from cellflux_bridge.cellularity.nuclei import Parameters
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.progress import in_processes, progress
-from cellflux_bridge.randomness import numpy_generator
-from cellflux_bridge.resampling import NUM_RESAMPLES, Estimate, bootstrap, estimate
 
 
 class Compared(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 
 _GREY = (0.299, 0.587, 0.114)
 # A classifier of states has one temperature for each of this many equal intervals of the time.

@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 
-from cellflux_bridge import images, stain
-from cellflux_bridge.config import DataConfig
+from cellflux_bridge import images
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.data.patches import Patches
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.data.settings import DataConfig
+from cellflux_bridge.images import stain
 
 
 class BalancedPatches:

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from cellflux_bridge import images
-from cellflux_bridge.config import DataConfig
-from cellflux_bridge.data.patches import frame_mpp, list_records, taken_from_training
+from cellflux_bridge.base.errors import abbreviate
+from cellflux_bridge.base.parallel import threaded
+from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.data.index import frame_mpp, list_records, taken_from_training
+from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.data.records import SPLITS, PatchRecord, some
-from cellflux_bridge.progress import threaded
-from cellflux_bridge.randomness import numpy_generator
+from cellflux_bridge.data.settings import DataConfig
 
 
 def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool]:
@@ -38,7 +39,7 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     sizes = Counter(fact[1] for fact in facts if fact[0] is None)
     shown = [f"{w} x {h} ({n})" for (h, w), n in sizes.most_common()]
     seen = f"{config.crop} px of a file" if config.crop else "a file's shorter side"
-    lines.append(f"sizes: {some(shown)}; one patch shows {seen} at {config.image_size} px")
+    lines.append(f"sizes: {abbreviate(shown)}; one patch shows {seen} at {config.image_size} px")
     scaled = [preprocessing.scaled_size(*size, name="") for size in sizes.elements()]
     if scaled:
         (height, width), (usual_height, usual_width) = np.min(scaled, axis=0), np.median(scaled, axis=0)
@@ -82,7 +83,7 @@ def _duplicates(records: list[PatchRecord], hashes: list[str | None]) -> list[st
         crossing = [m for m in sets if len({getattr(record, attribute) for record in m}) > 1]
         if crossing:
             examples = [" = ".join(f"{record.id} ({getattr(record, attribute)})" for record in m[:2]) for m in crossing]
-            lines.append(f"  {title}: {len(crossing)} sets: {some(examples, limit=3)}")
+            lines.append(f"  {title}: {len(crossing)} sets: {abbreviate(examples, limit=3)}")
     return lines
 
 

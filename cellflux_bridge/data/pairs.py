@@ -9,11 +9,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from cellflux_bridge import images, stain
-from cellflux_bridge.config import DataConfig, PairsConfig
+from cellflux_bridge import images
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.seeds import torch_generator
 from cellflux_bridge.data.patches import Patches
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.randomness import torch_generator
+from cellflux_bridge.data.settings import DataConfig, PairsConfig
+from cellflux_bridge.images import stain
 
 # Rows of a batch that share one group, or one level, so that the coupling has a choice.
 _ROWS_PER_DRAW = 8

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cellflux_bridge import images, stain
-from cellflux_bridge.errors import UserError
+from cellflux_bridge import images
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.images import stain
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.data.patches import Patches
-from cellflux_bridge.data.records import some
-from cellflux_bridge.errors import UserError
 
 
 def from_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -38,7 +37,7 @@ def soft_labels(patches: Patches, kind: str, *, needed: Sequence[int], key: str)
         if wrong.any():
             names = [patches.ids[i] for i in np.asarray(needed)[wrong]]
             raise UserError(
-                f"{key}=score: {len(names)} patches have {what}: {some(names)}; give every patch a score from 0 "
+                f"{key}=score: {len(names)} patches have {what}: {abbreviate(names)}; give every patch a score from 0 "
                 f"({patches.classes[0]}) to 1 ({patches.classes[-1]}) in the manifest, or set {key}=class"
             )
     return from_scores(patches.scores, num_classes)

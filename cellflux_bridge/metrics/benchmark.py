@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from cellflux_bridge.base.statistics import NUM_RESAMPLES, estimate_mean
+from cellflux_bridge.classifier import inference
 from cellflux_bridge.classifier.model import PatchClassifier
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_floor
 from cellflux_bridge.metrics.manifold import manifold_floors, neighbourhoods
 from cellflux_bridge.metrics.memorisation import nearest
 from cellflux_bridge.metrics.networks import FORWARD
-from cellflux_bridge.metrics.panel import NUM_SUBSAMPLES
-from cellflux_bridge.resampling import NUM_RESAMPLES, estimate_mean
-from cellflux_bridge.training import classifier
+from cellflux_bridge.metrics.reference_set import NUM_SUBSAMPLES
 
 _CHUNK = 256
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     for start in range(0, args.images, _CHUNK):
         shape = (min(_CHUNK, args.images - start), 3, args.size, args.size)
         batch = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
-        parts.append(classifier.features(model, batch, device=torch.device("cpu"), chunk=FORWARD))
+        parts.append(inference.features(model, batch, device=torch.device("cpu"), chunk=FORWARD))
     features = np.concatenate(parts)
     _tell("features", began)
     frames, real = np.array_split(features, 2)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from cellflux_bridge import checkpoint
+from cellflux_bridge.classifier import inference
+from cellflux_bridge.classifier.scores import MOST_FOR_STATISTICS, image_scores
 from cellflux_bridge.config import load_config
 from cellflux_bridge.metrics.flip import FlipRate, flip_rate
 from cellflux_bridge.metrics.networks import Network, load_networks
-from cellflux_bridge.metrics.origin import require_same_data
-from cellflux_bridge.training import checkpoint, classifier
-from cellflux_bridge.training.classifier_scores import MOST_FOR_STATISTICS, image_scores
+from cellflux_bridge.metrics.provenance import require_same_data
 from cellflux_bridge.trajectory import Trajectory, iter_trajectory, read_header
 
 
@@ -58,7 +59,7 @@ def classify(
         targets = patches.sample("train", header.target, num=MOST_FOR_STATISTICS, seed=config.seed)
         rate = flip_rate(
             _fair(folder, judge),
-            partial(classifier.predict, judge.model, device=device),
+            partial(inference.predict, judge.model, device=device),
             classes=patches.classes,
             real_targets=patches.centre(targets).permute(0, 2, 3, 1).numpy(),
         )

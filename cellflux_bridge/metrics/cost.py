@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 
 COST = "cost.json"
 

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.metrics.figures import source_distances, subject
-from cellflux_bridge.metrics.panel import Panel
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.statistics import estimate
+from cellflux_bridge.metrics.quantities import source_distances, subject
+from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect
 from cellflux_bridge.metrics.structure import FIGURES
 from cellflux_bridge.metrics.values import Values
-from cellflux_bridge.resampling import estimate
 from cellflux_bridge.trajectory import read_header
 
 
-def add_cycle(values: Values, methods: list[Sequences], folder: Path, panel: Panel) -> None:
+def add_cycle(values: Values, methods: list[Sequences], folder: Path, panel: ReferenceSet) -> None:
     """Cycle figures of the method whose last frames are the first ones of the trajectory in `folder`, pixel by pixel.
 
     Raises UserError where it does not lead back or starts from no method's last frames.
@@ -44,7 +44,7 @@ def _digests(images: np.ndarray) -> list[bytes]:
     return [hashlib.blake2b(image.tobytes()).digest() for image in images]
 
 
-def _add(values: Values, of: Sequences, back: Sequences, panel: Panel) -> None:
+def _add(values: Values, of: Sequences, back: Sequences, panel: ReferenceSet) -> None:
     resamples = panel.resamples(panel.groups(of.source_ids))
     for network in (*panel.judges, panel.extractor):
         features = of.seen[network.name].features

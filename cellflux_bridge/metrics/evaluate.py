@@ -53,19 +53,19 @@ from pathlib import Path
 
 import torch
 
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.metrics.cautions import cautions, incomplete, repeated
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.metrics.comparisons import Difference, add_guidance, differences
 from cellflux_bridge.metrics.cycle import add_cycle
 from cellflux_bridge.metrics.extractor import is_name
 from cellflux_bridge.metrics.feature_cache import FeatureCache
-from cellflux_bridge.metrics.figures import add_figures, memory_of, near_copies
 from cellflux_bridge.metrics.memorisation import NearCopy
 from cellflux_bridge.metrics.networks import Network, load_networks
-from cellflux_bridge.metrics.origin import require_same_data
-from cellflux_bridge.metrics.panel import Panel
-from cellflux_bridge.metrics.rivals import Difference, add_guidance, differences
+from cellflux_bridge.metrics.provenance import require_same_data
+from cellflux_bridge.metrics.quantities import add_figures, memory_of, near_copies
+from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target, stain_transfer
 from cellflux_bridge.metrics.values import Value, Values
+from cellflux_bridge.metrics.warnings import cautions, incomplete, repeated
 from cellflux_bridge.trajectory import read_header
 
 
@@ -166,7 +166,7 @@ def evaluate(
         collect(folder, networks, name=name, num_levels=num_levels) for folder, name in zip(folders, names, strict=True)
     ]
     values = Values()
-    panel = Panel(networks, levels=looked[0].levels, seed=seed, max_real=max_real, values=values)
+    panel = ReferenceSet(networks, levels=looked[0].levels, seed=seed, max_real=max_real, values=values)
     reference = panel.stain_reference()
     recoloured = [stain_transfer(sequences, networks, reference) for sequences in looked]
     baselines = [

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 
 PREFIXES = ("timm:", "hf-hub:", "local-dir:")
 

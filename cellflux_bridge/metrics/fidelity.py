@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import eigh
 
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.resampling import COVERAGE, Estimate, half_splits
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.statistics import COVERAGE, Estimate, half_splits
 
 _BLOCK = 1024
 

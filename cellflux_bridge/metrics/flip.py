@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.images.stain import fit_reference
 from cellflux_bridge.metrics.structure import recolour
-from cellflux_bridge.stain import fit_reference
 from cellflux_bridge.trajectory import Trajectory
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellflux_bridge.base.statistics import half_splits
 from cellflux_bridge.metrics.fidelity import Floor, floor_of, group_codes
-from cellflux_bridge.resampling import half_splits
 
 # k of precision and recall (Kynkaanniemi et al. 2019), and of density and coverage (Naeem et al. 2020).
 NUM_NEIGHBOURS, NUM_NEIGHBOURS_OF_DENSITY = 3, 5

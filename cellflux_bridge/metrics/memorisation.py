@@ -37,7 +37,7 @@ class NearCopy(NamedTuple):
         return self.distance / self.held_out if self.distance else 0.0
 
 
-class Memory(NamedTuple):
+class NearestTraining(NamedTuple):
     """Of L levels and N sequences: distances (L, N) to the nearest training patch, whose numbers are (L, N) and classes
     `kinds` (L, N) int, and for either class the sorted distances of the held-out patches nearest to a patch of it;
     up to `same` apart, two images are one.
@@ -120,11 +120,11 @@ class Training:
         held_out, num_repeated = held_out_distances(real_features, features, is_target, same=same)
         return Training(tuple(patches.ids[i] for i in numbers), features, is_target, held_out, same, num_repeated)
 
-    def memory(self, frames: np.ndarray) -> Memory:
+    def memory(self, frames: np.ndarray) -> NearestTraining:
         """Of frames (N, L, D)."""
         found = [nearest(level, self.features) for level in frames.swapaxes(0, 1)]
         distances, numbers = (np.stack(parts) for parts in zip(*found, strict=True))
-        return Memory(distances, numbers, self.is_target[numbers].astype(int), self.held_out, self.same)
+        return NearestTraining(distances, numbers, self.is_target[numbers].astype(int), self.held_out, self.same)
 
 
 def held_out_distances(

@@ -9,18 +9,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cellflux_bridge import checkpoint
+from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.progress import progress
+from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.classifier import inference
 from cellflux_bridge.config import load_config
+from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches, load_patches
-from cellflux_bridge.data.records import SPLITS, some
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import encode
 from cellflux_bridge.metrics.extractor import NamedExtractor, is_name
 from cellflux_bridge.metrics.feature_cache import FeatureCache
 from cellflux_bridge.metrics.fidelity import require_finite
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distance
-from cellflux_bridge.progress import progress
-from cellflux_bridge.randomness import numpy_generator
-from cellflux_bridge.training import checkpoint, classifier
 
 _CHUNK = 256
 # Images a network is given at once: on a CPU more are slower, for the memory that their maps take.
@@ -30,7 +31,7 @@ _SAME_PATCH = 8.0
 
 
 @dataclass(frozen=True)
-class Seen:
+class NetworkOutputs:
     """What a network makes of images.
 
     `value` (...) is p(target class), or of a severity estimator the severity in the direction of the target;
@@ -42,15 +43,17 @@ class Seen:
     is_target: np.ndarray
     features: np.ndarray
 
-    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Seen":
-        return Seen(function(self.value), function(self.is_target), function(self.features))
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "NetworkOutputs":
+        return NetworkOutputs(function(self.value), function(self.is_target), function(self.features))
 
-    def at(self, index) -> "Seen":
+    def at(self, index) -> "NetworkOutputs":
         return self.map(lambda array: array[index])
 
     @staticmethod
-    def cat(parts: "Sequence[Seen]") -> "Seen":
-        return Seen(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Seen)))
+    def cat(parts: "Sequence[NetworkOutputs]") -> "NetworkOutputs":
+        return NetworkOutputs(
+            *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(NetworkOutputs))
+        )
 
 
 class RealPatches(NamedTuple):
@@ -65,8 +68,8 @@ class RealPatches(NamedTuple):
 class Network:
     """A trained classifier in one `use` ("judge", "features" or "scores"), and the patches of its own configuration.
 
-    `name` tells it apart from the others; `weights` (C,) turn class probabilities into `Seen.value`, and are None for
-    an extractor that is no classifier, whose patches are those of the first judge. `checkpoint` is the folder of its
+    `name` tells it apart from the others; `weights` (C,) turn class probabilities into `NetworkOutputs.value`, and are None
+    for an extractor that is no classifier, whose patches are those of the first judge. `checkpoint` is the folder of its
     weights, or the extractor's name; `digest` that of the weights.
     """
 
@@ -92,23 +95,23 @@ class Network:
         """The number of each of its patches by id."""
         return {source_id: number for number, source_id in enumerate(self.patches.ids)}
 
-    def look(self, batch: np.ndarray | torch.Tensor, *, origin: str) -> Seen:
+    def look(self, batch: np.ndarray | torch.Tensor, *, origin: str) -> NetworkOutputs:
         """What it makes of uint8 patches (N, 3, S, S); UserError, naming `origin`, where that is not finite."""
         batch = torch.as_tensor(batch)
 
         def answer() -> dict[str, np.ndarray]:
-            features = classifier.features(self.model, batch, device=self.device, chunk=FORWARD)
+            features = inference.features(self.model, batch, device=self.device, chunk=FORWARD)
             p = np.empty((len(batch), 0), np.float32)
             if self.weights is not None:
-                p = classifier.predict(self.model, batch, device=self.device, chunk=FORWARD)
+                p = inference.predict(self.model, batch, device=self.device, chunk=FORWARD)
             require_finite(np.column_stack([p, features]), name=f"{self.name}, looking at {origin}")
             return {"p": p, "features": features}
 
         found = self.cache.remember(self.digest, "features", batch.numpy(), answer)
         p, features = found["p"], found["features"]
         if self.weights is None:
-            return Seen(np.full(len(p), np.nan), np.zeros(len(p), bool), features)
-        return Seen(p @ self.weights, p.argmax(1) == self.patches.class_index(self.target), features)
+            return NetworkOutputs(np.full(len(p), np.nan), np.zeros(len(p), bool), features)
+        return NetworkOutputs(p @ self.weights, p.argmax(1) == self.patches.class_index(self.target), features)
 
     def structure(self, frames: np.ndarray) -> np.ndarray:
         """Figures of `metrics.structure`, (N, L, 2), of uint8 sequences (N, L, 3, S, S) to their own first frames."""
@@ -122,10 +125,12 @@ class Network:
 
         return self.cache.remember(self.digest, "structure", frames, answer)["structure"]
 
-    def look_at_patches(self, patches: Patches, numbers: np.ndarray, *, desc: str = "real patches") -> Seen:
+    def look_at_patches(self, patches: Patches, numbers: np.ndarray, *, desc: str = "real patches") -> NetworkOutputs:
         """What it makes of the middle patches of a data set, never more than a chunk of them in memory."""
         starts = progress(range(0, len(numbers), _CHUNK), desc=f"{self.name}: {desc}", unit="batch", leave=False)
-        return Seen.cat([self.look(patches.centre(numbers[i : i + _CHUNK]), origin="real patches") for i in starts])
+        return NetworkOutputs.cat(
+            [self.look(patches.centre(numbers[i : i + _CHUNK]), origin="real patches") for i in starts]
+        )
 
     def groups_of(self, numbers: np.ndarray) -> np.ndarray:
         return np.array(self.patches.group_names)[self.patches.groups[numbers]]
@@ -197,8 +202,8 @@ class Network:
         if trained.any():
             names = [source_ids[b] for b in rows[trained]]
             raise UserError(
-                f"{self.name}: trained on sources of {origin}: {some(names, limit=3)}; translate patches of the test "
-                "split, and train classifiers with the flow's seed and data.split, which decide the splits"
+                f"{self.name}: trained on sources of {origin}: {abbreviate(names, limit=3)}; translate patches of the "
+                "test split, and train classifiers with the flow's seed and data.split, which decide the splits"
             )
 
 
@@ -280,7 +285,7 @@ def _load(use: str, name: str, folder: Path, source: str, target: str, overrides
             )
         weights = np.linspace(0, 1, len(classes), dtype=np.float32)
         weights = weights if target == classes[-1] else 1 - weights
-    model = classifier.load(folder, device)
+    model = inference.load(folder, device)
     return Network(
         name=name,
         use=use,

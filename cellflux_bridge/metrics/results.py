@@ -27,7 +27,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cellflux_bridge.files import replace_text, require_json, without_nan
+from cellflux_bridge.base.files import replace_text, require_json, without_nan
 from cellflux_bridge.metrics.evaluate import Evaluation
 from cellflux_bridge.metrics.table import by_level, markdown
 from cellflux_bridge.metrics.values import Value

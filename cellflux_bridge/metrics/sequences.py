@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.metrics.cautions import NEAREST_TARGET
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.progress import progress
+from cellflux_bridge.images.stain import StainReference
 from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.memorisation import nearest
-from cellflux_bridge.metrics.networks import Network, Seen
+from cellflux_bridge.metrics.networks import Network, NetworkOutputs
 from cellflux_bridge.metrics.structure import recolour
 from cellflux_bridge.metrics.tissue import tissue_figures
-from cellflux_bridge.progress import progress
-from cellflux_bridge.stain import StainReference
+from cellflux_bridge.metrics.warnings import NEAREST_TARGET
 from cellflux_bridge.trajectory import TrajectoryHeader, iter_trajectory, read_header
 
 _BATCH = 32
@@ -38,7 +38,7 @@ class Sequences:
     frame_levels: tuple[float, ...]
     source_ids: tuple[str, ...]
     split: str
-    seen: dict[str, Seen]
+    seen: dict[str, NetworkOutputs]
     tissue: np.ndarray
     structure: np.ndarray
     sources: np.ndarray
@@ -117,7 +117,7 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
         frame_levels=tuple(header.levels[i] for i in chosen[1:]),
         source_ids=tuple(ids),
         split=extractor.split_of(ids),
-        seen={key: Seen.cat(parts) for key, parts in seen.items()},
+        seen={key: NetworkOutputs.cat(parts) for key, parts in seen.items()},
         tissue=np.concatenate(tissue),
         structure=np.concatenate(structure),
         sources=np.concatenate([both[:, 0] for both in ends]),
@@ -162,7 +162,7 @@ def stain_transfer(sequences: Sequences, networks: Sequence[Network], reference:
 def _still(
     sequences: Sequences,
     name: str,
-    images: dict[str, Seen],
+    images: dict[str, NetworkOutputs],
     tissue: np.ndarray,
     patches: np.ndarray,
     extractor: Network,
@@ -175,7 +175,7 @@ def _still(
         return np.concatenate([first[:, :1], np.repeat(rest[:, None], num, axis=1)], axis=1)
 
     seen = {
-        key: Seen(
+        key: NetworkOutputs(
             follow(own.value, images[key].value),
             follow(own.is_target, images[key].is_target),
             follow(own.features, images[key].features),

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as multiscale_ssim
 
-from cellflux_bridge.stain import StainReference, concentrations, normalise
+from cellflux_bridge.images.stain import StainReference, concentrations, normalise
 
 FIGURES = ("ms_ssim", "layer_distance")
 # Weights of the scales, finest first (Wang, Simoncelli & Bovik 2003), and the side of the window.

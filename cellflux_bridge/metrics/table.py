@@ -8,7 +8,7 @@ import numpy as np
 from cellflux_bridge.data.patches import SCORE_WINDOW
 from cellflux_bridge.metrics.evaluate import Evaluation
 from cellflux_bridge.metrics.manifold import FIGURES as MANIFOLD
-from cellflux_bridge.metrics.panel import REAL_OWN, REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET
+from cellflux_bridge.metrics.reference_set import REAL_OWN, REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET
 from cellflux_bridge.metrics.tissue import FIGURES
 from cellflux_bridge.metrics.values import Value
 

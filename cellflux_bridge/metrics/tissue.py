@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cellflux_bridge.stain import concentrations
+from cellflux_bridge.images.stain import concentrations
 
 FIGURES = ("haematoxylin_area", "contrast", "fine_detail")
 # Concentration, in natural units of optical density, from which a pixel counts as haematoxylin's.

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellflux_bridge.base.statistics import Estimate
 from cellflux_bridge.metrics.networks import Network
-from cellflux_bridge.resampling import Estimate
 
 
 class Value(NamedTuple):

@@ -3,7 +3,7 @@
 import torch
 from torchcfm import SchrodingerBridgeConditionalFlowMatcher
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.path.base import Path, PathSample
 
 

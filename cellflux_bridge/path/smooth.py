@@ -6,7 +6,7 @@ import torch
 from torchcfm import ConditionalFlowMatcher
 from torchcfm.conditional_flow_matching import pad_t_like_x
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.path.base import Path, PathSample
 
 

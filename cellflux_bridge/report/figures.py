@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cellflux_bridge.files import replace_text
+from cellflux_bridge.base.files import replace_text
 from cellflux_bridge.report import tables
 from cellflux_bridge.report.charts import Chart
+from cellflux_bridge.report.gallery import Gallery
 from cellflux_bridge.report.runs import Chapter
-from cellflux_bridge.report.sequences import Gallery
 
 # Okabe and Ito's palette, told apart by all; with the markers and dashes of the page.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellflux_bridge.report.gallery import data_uri, encode_rows, levels_shown
 from cellflux_bridge.report.real import NearCopy, near_copies, real_patches
 from cellflux_bridge.report.runs import Chapter
-from cellflux_bridge.report.sequences import data_uri, encode_rows, levels_shown
 
 _PICTURED = 8
 

@@ -14,15 +14,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cellflux_bridge import __version__
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import replace_text
 from cellflux_bridge.cellularity.nuclei import segment as segment_nuclei
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.files import replace_text
-from cellflux_bridge.report import charts, sequences, tables
-from cellflux_bridge.report.cautions import cautions
+from cellflux_bridge.report import charts, tables
+from cellflux_bridge.report import gallery as sequences
 from cellflux_bridge.report.figures import write_figures
+from cellflux_bridge.report.gallery import Gallery, Segment
 from cellflux_bridge.report.media import Stills, films, stills
 from cellflux_bridge.report.runs import Chapter, Method, load_chapters
-from cellflux_bridge.report.sequences import Gallery, Segment
+from cellflux_bridge.report.warnings import cautions
 from cellflux_bridge.report.words import NUCLEI, interval, number
 
 # Bytes of the page; of them what is seen, which leaves the rest to words, curves and numbers; of that again what real
@@ -216,7 +217,7 @@ def _facts(method: Method) -> list[tuple[str, str]]:
             ("Stain", config.data.stain.mode),
             ("Seed", str(config.seed)),
         ]
-        if method.record["method"] != "ddim_bridge":
+        if method.record["method"] != "ddim":
             names = (section["name"] for section in (config.path, config.coupling, config.velocity))
             facts.append(("Path, coupling, network", ", ".join(names)))
     facts += [("Configuration", method.record["config_hash"]), ("Folder", method.record["trajectory"])]

@@ -5,9 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.cellularity.export import FORMAT as CELLULARITY_FORMAT
 from cellflux_bridge.cellularity.nuclei import Parameters
-from cellflux_bridge.cellularity.results import FORMAT as CELLULARITY_FORMAT
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.results import FORMAT
 
 _METRICS = {

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.data.patches import SCORE_WINDOW, Patches, load_patches, near_level
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.randomness import numpy_generator
+from cellflux_bridge.report.gallery import rgb_frames
 from cellflux_bridge.report.runs import Chapter
-from cellflux_bridge.report.sequences import rgb_frames
 from cellflux_bridge.trajectory import load_trajectory, read_source_ids
 
 

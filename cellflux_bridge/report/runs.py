@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.config import Config, load_config
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.results import FRAMES_SUFFIX
 from cellflux_bridge.report.reading import read_cellularity, read_metrics

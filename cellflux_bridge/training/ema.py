@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 
-class Average:
+class EMA:
     """A copy `module` of a model, which update n >= 1 moves towards it by 1 - min(decay, (1 + n) / (10 + n)).
 
     The warm-up keeps the random initial weights from lingering in short runs; update 0 takes the model's. Buffers are

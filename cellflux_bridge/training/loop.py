@@ -17,15 +17,17 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
-from cellflux_bridge.config import Config, TrainConfig
+from cellflux_bridge import checkpoint
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.parallel import prefetch
+from cellflux_bridge.base.progress import progress
+from cellflux_bridge.base.seeds import derive_seed
+from cellflux_bridge.config import Config
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.errors import UserError
 from cellflux_bridge.images import write_png
-from cellflux_bridge.progress import ahead, progress
-from cellflux_bridge.randomness import derive_seed
-from cellflux_bridge.training import checkpoint
-from cellflux_bridge.training.ema import Average
+from cellflux_bridge.training.ema import EMA
 from cellflux_bridge.training.run import Log
+from cellflux_bridge.training.settings import TrainConfig
 
 _T = TypeVar("_T")
 
@@ -144,7 +146,7 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
     model = task.model.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
     wrapped, optimiser = fabric.setup(model, optimiser)
-    ema = Average(model, train.ema_decay)
+    ema = EMA(model, train.ema_decay)
     # After the set-up, because an optimiser's state is laid where its parameters are when it is loaded.
     step, spent = _restore(folder, model, optimiser, ema)
     if step >= train.steps or spent.exceeds(train):
@@ -178,7 +180,7 @@ class _Spent(NamedTuple):
         return self.share(train) >= 1
 
 
-def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: Average) -> tuple[int, _Spent]:
+def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: EMA) -> tuple[int, _Spent]:
     if not any((folder / "checkpoints").glob("step-*[0-9]")):
         return 0, _Spent()
     newest = checkpoint.latest(folder)
@@ -210,7 +212,7 @@ class _Trainer:
             smoothing=0.05,
             disable=not fabric.is_global_zero,
         )
-        upcoming = ahead(self._batches, range(self.step, train.steps), num=_NUM_AHEAD)
+        upcoming = prefetch(self._batches, range(self.step, train.steps), num=_NUM_AHEAD)
         with bar, closing(upcoming):
             while True:
                 began = _Spent.now()

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.files import replace_text
 from cellflux_bridge.config import PLACES_AND_PACE, Config, load_config
+from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches
-from cellflux_bridge.data.records import SPLITS, some
-from cellflux_bridge.errors import UserError
-from cellflux_bridge.files import replace_text
 
 
 def differences(before: Config, now: Config, *, ignore: tuple[str, ...]) -> list[str]:
@@ -77,8 +77,8 @@ def require_held_out(folder: Path, patches: Patches) -> None:
     moved = [row[0] for row in _split_rows(patches) if before.get(row[0], row[2]) != row[2]]
     if moved:
         raise UserError(
-            f"{folder}: {len(moved)} patches stand in another split than when it was trained: {some(moved)}; files "
-            "were added or removed since. Name splits in a manifest (splits.csv of the run has them) to keep them"
+            f"{folder}: {len(moved)} patches stand in another split than when it was trained: {abbreviate(moved)}; "
+            "files were added or removed since. Name splits in a manifest (splits.csv of the run has them) to keep them"
         )
 
 

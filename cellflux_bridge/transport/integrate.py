@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torchdiffeq import odeint
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
 
 ADAPTIVE = ("dopri5",)
 

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from sklearn.isotonic import IsotonicRegression
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.transport.integrate import Interval, integrate
-from cellflux_bridge.velocity.condition import Condition
 
 
 class Stair(NamedTuple):

@@ -5,9 +5,9 @@ from torch import nn
 from torchcfm.models.unet.nn import timestep_embedding
 from torchcfm.models.unet.unet import UNetModel
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec
 from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Width, as_velocity
-from cellflux_bridge.velocity.condition import Condition, ConditionEmbedding, ConditionSpec
 
 
 class _ConditionedUNet(UNetModel):

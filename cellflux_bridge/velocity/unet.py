@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec, sinusoidal
 from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Width, as_velocity
-from cellflux_bridge.velocity.condition import Condition, ConditionEmbedding, ConditionSpec, sinusoidal
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cellflux_bridge.data.records import SPLITS, PatchRecord, some
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.images import SUFFIXES
 
 _SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val"}
@@ -40,8 +40,8 @@ class Folder:
         if splits and len(splits) < len(folders):
             others = [repr(folder.name) for folder in folders if folder.name not in _SPLIT_NAMES]
             raise UserError(
-                f"{self.root}: the split folders {', '.join(splits)} stand beside {some(others)}, so that these may be "
-                "splits or classes; list what is no split in data.layout.ignore, or name the patches in a manifest.csv"
+                f"{self.root}: the split folders {', '.join(splits)} stand beside {abbreviate(others)}, so that these may "
+                "be splits or classes; list what is no split in data.layout.ignore, or name the patches in a manifest.csv"
             )
         if splits:
             for folder in folders:
@@ -76,7 +76,7 @@ class Folder:
                 absent.append(record.id)
             yield record
         if absent:
-            raise UserError(f"{manifest}: {len(absent)} listed files do not exist: {some(absent)}")
+            raise UserError(f"{manifest}: {len(absent)} listed files do not exist: {abbreviate(absent)}")
 
     def _row(self, row: dict[str, str | None], *, where: str) -> PatchRecord:
         values = {key: (row.get(key) or "").strip() or None for key in _COLUMNS}

@@ -10,13 +10,15 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.parallel import in_processes
+from cellflux_bridge.base.progress import progress
+from cellflux_bridge.base.seeds import derive_seed, numpy_generator
+from cellflux_bridge.data.layout.base import PatchRecord
 from cellflux_bridge.data.layout.folder import Folder
-from cellflux_bridge.data.phantom import MIN_SIZE, make_phantom
-from cellflux_bridge.data.records import PatchRecord
-from cellflux_bridge.errors import UserError
+from cellflux_bridge.data.phantom import make_phantom
+from cellflux_bridge.data.phantom.drawing import MIN_SIZE
 from cellflux_bridge.images import write_png
-from cellflux_bridge.progress import in_processes, progress
-from cellflux_bridge.randomness import derive_seed, numpy_generator
 
 _Count = Annotated[int, Field(ge=0)]
 # Severities of class A and class B; the range between them is only ever drawn for the "range" folder.

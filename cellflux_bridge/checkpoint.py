@@ -1,0 +1,126 @@
+"""Checkpoints: a folder a checkpoint, complete or absent, and nothing in it is ever unpickled.
+
+<run>/checkpoints/step-00000500/
+    model.safetensors     EMA weights
+    config.yaml           the resolved run, from which the architecture is built again
+    preprocessing.json    how a file's pixels become the network's input
+    state.pt              raw weights, optimiser, step, seconds (loaded weights-only)
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.config import Config, load_config
+from cellflux_bridge.data.preprocessing import Preprocessing
+
+WEIGHTS, STATE, CONFIG, PREPROCESSING = "model.safetensors", "state.pt", "config.yaml", "preprocessing.json"
+
+
+def _steps(run: Path) -> list[Path]:
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".tmp")
+
+
+def save(
+    run: Path,
+    *,
+    step: int,
+    weights: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    config: Config,
+    preprocessing: Preprocessing,
+    keep: int,
+) -> Path:
+    """Write a checkpoint under a temporary name, rename it, then remove all but the newest `keep`."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    building = folder.with_suffix(".tmp")
+    for stale in (run / "checkpoints").glob("step-*.tmp"):  # what a kill left
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        building.mkdir(parents=True)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, building / WEIGHTS)
+        torch.save(state, building / STATE)
+        (building / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        preprocessing.save(building / PREPROCESSING)
+        for file in building.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(building, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        last = _steps(run)
+        kept = f"the last good checkpoint is {last[-1]}" if last else "no earlier checkpoint exists"
+        raise UserError(f"{folder}: cannot be written ({error}); is the disk full? {kept}") from error
+    for old in _steps(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def latest(run: Path) -> Path:
+    """The newest checkpoint of a run folder (or the folder itself where it is a checkpoint)."""
+    if (run / WEIGHTS).exists():
+        return run
+    found = _steps(run)
+    if not found:
+        raise UserError(f"{run}: holds no checkpoint; expected a run folder that training wrote")
+    return found[-1]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The training step in a checkpoint folder's name; 0 where the folder was renamed."""
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else 0
+
+
+def read_config(checkpoint: Path) -> Config:
+    return load_config(checkpoint / CONFIG)
+
+
+def weights_digest(model: nn.Module, *, view: str = "") -> str:
+    """A hash (32 hex digits) of a network's weights, and of what it looks at where that is no weight: another training
+    of as many steps does not pass for it."""
+    digest = hashlib.blake2b(view.encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Load EMA weights strictly; UserError for a truncated file or another architecture."""
+    path = checkpoint / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: truncated or not a weights file ({error}); train again, or bring the file back"
+        ) from error
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
+    if missing or unexpected or shapes:
+        raise UserError(
+            f"{path}: of another architecture than its config.yaml describes: {len(missing)} tensors missing "
+            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, "
+            f"{len(shapes)} of another shape {sorted(shapes)[:3]}"
+        )
+    model.load_state_dict(weights, strict=True)
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What training needs to go on; UserError for a truncated file."""
+    path = checkpoint / STATE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler stumbles over foreign bytes in many ways
+        raise UserError(f"{path}: truncated or not a training state ({error})") from error

@@ -1,0 +1,77 @@
+"""The classifiers that steer a flow, or set its levels: which ones a translation heeds, and whether they fit."""
+
+from pathlib import Path
+
+import torch
+
+from cellflux_bridge import checkpoint
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.classifier import inference
+from cellflux_bridge.classifier.model import PatchClassifier
+from cellflux_bridge.config import Config
+from cellflux_bridge.field.settings import GuidanceConfig
+from cellflux_bridge.translation.settings import TranslateConfig
+
+
+def seen_by(guidance: GuidanceConfig) -> str:
+    """What the guides of a form look at: finished images, or states of the path."""
+    return "state" if guidance.form in ("score", "bridge") else "image"
+
+
+class Guides:
+    """The guides of a run, each loaded once and refused where it does not fit the run's flow."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self._config, self._device = config, device
+        self._loaded: dict[tuple[Path, str], tuple[str, PatchClassifier]] = {}
+
+    def load(self, guidance: GuidanceConfig, *, sees: str) -> list[PatchClassifier]:
+        """The guides of finished images ("image") or of states ("state"), at least one; UserError where there is none
+        or one does not fit."""
+        return [self._load(run, sees=sees)[1] for run in self._runs(guidance, sees=sees)]
+
+    def names(self, settings: TranslateConfig) -> list[str]:
+        """Names, as `named` gives them, of the guides that a translation heeds, so that others do not complete it."""
+        seen = {seen_by(settings.guidance)} if settings.guidance.form != "none" else set()
+        if settings.needs_pilot or settings.calibrates_each:
+            seen.add("image")
+        return [name for sees in sorted(seen) for name in self.named(settings.guidance, sees=sees)]
+
+    def named(self, guidance: GuidanceConfig, *, sees: str) -> list[str]:
+        """Of the guides that `load` gives: name@step:weights, which tells one that was trained again from the first."""
+        return [self._load(run, sees=sees)[0] for run in self._runs(guidance, sees=sees)]
+
+    def _runs(self, guidance: GuidanceConfig, *, sees: str) -> list[Path]:
+        """Where guides are: those that the settings name, else all of the run."""
+        output = self._config.output
+        own = [run for run in sorted(output.glob("guide_*")) if run.name.endswith("_state") == (sees == "state")]
+        runs = (guidance.guides if sees == seen_by(guidance) else []) or own
+        if not runs:
+            raise UserError(
+                f"{output}: no trained guide here; make one with: cellflux-bridge train-classifier "
+                f"{output} classifier.role=guide classifier.sees={sees}"
+            )
+        return runs
+
+    def _load(self, run: Path, *, sees: str) -> tuple[str, PatchClassifier]:
+        if (run, sees) not in self._loaded:
+            folder = checkpoint.latest(run)
+            trained = checkpoint.read_config(folder)
+            if trained.classifier.role != "guide":
+                raise UserError(f"{run}: is a judge; a guide must be another network (classifier.role=guide)")
+            compared = ["data.classes", "data.image_size", "data.crop", "data.stain", "classifier.sees"]
+            if sees == "state":
+                compared += ["path", "condition.source_image"]
+            fitting = self._config.classifier.model_copy(update={"sees": sees})
+            ours = self._config.model_copy(update={"classifier": fitting})
+            problems = [
+                f"{key} is {there} there, {here} here"
+                for key in compared
+                if (there := trained.value(key)) != (here := ours.value(key))
+            ]
+            if problems:
+                raise UserError(f"{run}: a guide that does not fit this flow: {'; '.join(problems)}")
+            guide = inference.load(folder, self._device)
+            name = f"{run.name}@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(guide)[:16]}"
+            self._loaded[run, sees] = name, guide
+        return self._loaded[run, sees]

@@ -1,0 +1,77 @@
+"""What a trained classifier says of patches and of states."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cellflux_bridge import checkpoint, images
+from cellflux_bridge.classifier.model import PatchClassifier, time_bin
+from cellflux_bridge.classifier.states import LabelledBatch
+from cellflux_bridge.config import Config
+from cellflux_bridge.data.patches import Patches
+
+_CHUNK = 256
+
+
+def build_classifier(config: Config, *, download: bool = True) -> PatchClassifier:
+    """The (untrained) classifier of a resolved configuration; `download`: whether pretrained weights are fetched."""
+    c = config.classifier
+    return PatchClassifier(
+        len(config.data.classes),
+        backbone=c.backbone,
+        pretrained=c.pretrained,
+        download=download,
+        sees=c.sees,
+        source_image=config.condition.source_image,
+        view=c.view,
+        jitter=c.jitter,
+        blur=c.blur,
+    )
+
+
+def load(folder: Path, device: torch.device) -> PatchClassifier:
+    """The classifier of a checkpoint folder, temperature included, in evaluation mode."""
+    model = build_classifier(checkpoint.read_config(folder), download=False)
+    checkpoint.load_weights(folder, model)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def _in_chunks(
+    function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, device: torch.device, chunk: int
+) -> np.ndarray:
+    return torch.cat([function(images.encode(part).to(device)).float().cpu() for part in batch.split(chunk)]).numpy()
+
+
+def predict(model: PatchClassifier, batch: torch.Tensor, *, device: torch.device, chunk: int = _CHUNK) -> np.ndarray:
+    """Calibrated class probabilities (N, num_classes) of uint8 patches (N, 3, H, W)."""
+    return np.exp(_in_chunks(model.eval().log_probabilities, batch, device, chunk))
+
+
+def features(model: PatchClassifier, batch: torch.Tensor, *, device: torch.device, chunk: int = _CHUNK) -> np.ndarray:
+    """What the last layer sees, (N, D) float32, of uint8 patches (N, 3, H, W)."""
+    return _in_chunks(model.eval().features, batch, device, chunk)
+
+
+def patch_logits(
+    model: PatchClassifier, patches: Patches, indices: np.ndarray, *, device: torch.device, chunk: int = _CHUNK
+) -> np.ndarray:
+    """Logits (N, num_classes) of the middle patches of a data set, never more than a chunk of them in memory."""
+    parts = (indices[start : start + chunk] for start in range(0, len(indices), chunk))
+    return np.concatenate([_in_chunks(model.eval(), patches.centre(part), device, chunk) for part in parts])
+
+
+@torch.no_grad()
+def state_logits(
+    model: PatchClassifier, batches: Sequence[LabelledBatch], *, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits and soft labels (N, num_classes) of batches of states, and the number (N,) of each state's time bin."""
+    model.eval()
+    logits, targets, bins = [], [], []
+    for x, y, t, x0 in batches:
+        logits.append(model(x.to(device), t.to(device), None if x0 is None else x0.to(device)).float().cpu())
+        targets.append(y)
+        bins.append(time_bin(t))
+    return tuple(torch.cat(parts).numpy() for parts in (logits, targets, bins))

@@ -1,0 +1,107 @@
+"""How well a trained classifier does on held-out patches, beside what colour alone would do."""
+
+import numpy as np
+import torch
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from cellflux_bridge.classifier.calibration import area_under_curve, balanced_weights, expected_calibration_error
+from cellflux_bridge.classifier.inference import patch_logits, state_logits
+from cellflux_bridge.classifier.model import PatchClassifier
+from cellflux_bridge.classifier.states import States
+from cellflux_bridge.config import Config
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.data.soft_labels import soft_labels
+
+# Colour statistics of a class need no more patches than this, however many there are.
+MOST_FOR_STATISTICS = 2000
+_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def image_scores(
+    model: PatchClassifier, patches: Patches, *, device: torch.device, labels: str = "class"
+) -> dict[str, float]:
+    """Figures of the test split, beside a logistic regression on colour means and spreads alone (fitted on at most
+    `MOST_FOR_STATISTICS` training patches, every class weighted alike, as in the classifier's own batches).
+
+    Calibration errors ("ece": 15 bins of equal width) are given before and after temperature scaling, and with every
+    class weighted alike, which is what the classifier was trained for. With `labels` "score" they are errors against
+    the soft labels, and `score_mae` is the mean distance of the expected score from the true one.
+    """
+    test = patches.indices("test")
+    truth = patches.labels[test]
+    logits = patch_logits(model, patches, test, device=device)
+    calibrated = softmax(logits / model.temperature.item(), axis=1)
+    targets = soft_labels(patches, labels, needed=test, key="classifier.labels")[test]
+    weights = balanced_weights(truth)
+    by_colour = _colour_probabilities(patches, test)
+    scores = {
+        "test/n": len(test),
+        "test/accuracy": accuracy_score(truth, logits.argmax(1)),
+        "test/balanced_accuracy": balanced_accuracy_score(truth, logits.argmax(1)),
+        "test/auc": area_under_curve(calibrated, truth),
+        "test/temperature": model.temperature.item(),
+        "test/ece_uncalibrated": expected_calibration_error(softmax(logits, axis=1), targets, weights),
+        "test/ece": expected_calibration_error(calibrated, targets, weights),
+        "test/colour_only_balanced_accuracy": balanced_accuracy_score(truth, by_colour.argmax(1)),
+        "test/colour_only_auc": area_under_curve(by_colour, truth),
+    }
+    if labels == "score":
+        scale = np.linspace(0, 1, len(patches.classes))
+        scores["test/score_mae"] = float(np.abs(calibrated @ scale - patches.scores[test]).mean())
+    return scores
+
+
+def state_scores(
+    model: PatchClassifier, config: Config, patches: Patches, *, device: torch.device, levels: np.ndarray | None = None
+) -> dict[str, float]:
+    """Figures of a classifier of states on pairs of the test split: at a few times, the fraction of states whose most
+    probable class is the target's, and calibration errors over all of them (as `image_scores` has them). `levels` as
+    `States` has them; none but "test/n" = 0 where a test patch lacks its level, by which the flow would draw pairs."""
+    test = patches.indices("test")
+    if levels is not None and np.isnan(levels[test]).any():
+        return {"test/n": 0}
+    labels = soft_labels(patches, config.classifier.labels, needed=test, key="classifier.labels")
+    train = config.classifier.train
+    states = States(config, patches, labels, split="test", levels=levels)
+    numbers = range(-(-train.validate_pairs // train.batch_size))
+    temperatures = model.temperature.cpu().numpy()
+    scores, raw, scaled, all_targets = {}, [], [], []
+    for time in _TIMES:
+        batches = (states.batch(number, time=time) for number in numbers)
+        logits, targets, bins = state_logits(model, batches, device=device)
+        scores[f"test/accuracy_at_t{time}"] = float((logits.argmax(1) == targets.argmax(1)).mean())
+        raw.append(softmax(logits, axis=1))
+        scaled.append(softmax(logits / temperatures[bins, None], axis=1))
+        all_targets.append(targets)
+    raw, scaled, targets = (np.concatenate(parts) for parts in (raw, scaled, all_targets))
+    weights = np.ones(len(targets))
+    return {
+        "test/n": len(test),
+        **scores,
+        "test/ece_uncalibrated": expected_calibration_error(raw, targets, weights),
+        "test/ece": expected_calibration_error(scaled, targets, weights),
+    }
+
+
+def _colour_probabilities(patches: Patches, indices: np.ndarray, *, chunk: int = 256) -> np.ndarray:
+    train = patches.sample("train", num=MOST_FOR_STATISTICS, seed=0)
+
+    def statistics(chosen: np.ndarray) -> np.ndarray:
+        parts = (chosen[start : start + chunk] for start in range(0, len(chosen), chunk))
+        return np.concatenate([colour_statistics(patches.centre(part)) for part in parts])
+
+    colour = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
+    colour.fit(statistics(train), patches.labels[train])
+    probabilities = np.zeros((len(indices), len(patches.classes)))
+    probabilities[:, colour.classes_] = colour.predict_proba(statistics(indices))
+    return probabilities
+
+
+def colour_statistics(batch: torch.Tensor) -> np.ndarray:
+    """Mean and standard deviation of each channel, (N, 6), of uint8 patches (N, 3, H, W)."""
+    flat = batch.float().flatten(2)
+    return torch.cat([flat.mean(2), flat.std(2)], dim=1).numpy()

@@ -1,0 +1,77 @@
+"""States of the flow's path with the soft label of where they go: what a time-aware guide is trained on."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.seeds import derive_seed, torch_generator
+from cellflux_bridge.config import Config, registry
+from cellflux_bridge.data.pairs import Pairs
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.path.base import Path
+
+
+class LabelledBatch(NamedTuple):
+    """Images, or states, x (B, 3, S, S) in [-1, 1] and soft labels y (B, num_classes); of states also the times t (B,)
+    and, where the flow's network is given them, the clean sources x0 (B, 3, S, S)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    t: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+
+
+class States:
+    """Draws pairs, times and states as the flow of the same configuration does, in a random stream of its own; the
+    label of a state is that of its target. `levels` (N, num_classes) are those by which the flow draws its pairs.
+
+    Raises UserError where the pairs leave nothing to tell: of every source class all targets are of one class.
+    """
+
+    def __init__(
+        self, config: Config, patches: Patches, labels: np.ndarray, *, split: str, levels: np.ndarray | None = None
+    ):
+        own = config.classifier.seed  # lest guides that are pooled have learnt from the very same states
+        self._seed = derive_seed(config.seed, "states of the guide", *([own] if own else []))
+        self._split = split
+        self._labels = torch.from_numpy(labels)
+        self._source_image = config.condition.source_image
+        self.path: Path = registry.build("path", config.path)
+        self._pairs = Pairs(
+            patches,
+            registry.build("coupling", config.coupling),
+            split=split,
+            batch_size=config.classifier.train.batch_size,
+            seed=self._seed,
+            pairs=config.pairs,
+            data=config.data,
+            levels=levels,
+            level_bins=config.condition.level_bins,
+        )
+        if levels is None:  # by level, any source goes to any target
+            _require_choice(self._pairs.transitions, patches.classes, from_data=self.path.from_data)
+
+    def batch(self, index: int, *, rank: int = 0, time: float | None = None) -> LabelledBatch:
+        """The states of a batch of pairs, at the path's training times or all at one `time`."""
+        pairs = self._pairs.batch(index, rank=rank)
+        generator = torch_generator(self._seed, "path", self._split, index, rank)
+        t = self.path.times(len(pairs.x0), generator=generator)
+        if time is not None:
+            t = torch.full_like(t, min(max(time, self.path.t_start), 1 - self.path.margin))
+        x_t = self.path.sample(pairs.x0, pairs.x1, t, generator=generator).x_t
+        return LabelledBatch(x_t, self._labels[pairs.target_index], t, pairs.x0 if self._source_image else None)
+
+
+def _require_choice(transitions: list[tuple[int, int]], classes: tuple[str, ...], *, from_data: bool) -> None:
+    """From data the source is seen in the state (and beside it), so that with one target a source it tells the answer
+    and a guide learns nothing of what targets look like."""
+    targets_of = {a: {d for c, d in transitions if c == a} for a, _ in transitions} if from_data else {}
+    alone = all(len(targets) == 1 for targets in targets_of.values())
+    if len({d for _, d in transitions}) == 1 or (from_data and alone):
+        named = ", ".join(f"{classes[a]} -> {classes[b]}" for a, b in transitions)
+        raise UserError(
+            f"classifier.sees=state: with pairs.transitions {named} the source alone tells the target's class, so a "
+            "guide would learn nothing of the target; set pairs.identity=true or add transitions"
+        )

@@ -1,0 +1,151 @@
+"""One typed schema of a run: defaults, then the YAML file, then key.sub=value from the command line.
+
+Every section is a pydantic model that refuses unknown keys. Components (layout, coupling, path, velocity) are
+mappings with a `name`; their keys are the constructor's keyword arguments (see `registry`). A loaded `Config` is
+complete: every default is filled in, so that the copy saved beside a result says all that it was made with.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.classifier.settings import ClassifierConfig
+from cellflux_bridge.condition.settings import ConditionConfig
+from cellflux_bridge.config.registry import component
+from cellflux_bridge.config.schema import Section, dump_yaml, explain, parse_yaml, read_yaml
+from cellflux_bridge.data.settings import DataConfig, PairsConfig
+from cellflux_bridge.ddim.settings import DDIMConfig
+from cellflux_bridge.training.settings import TrainConfig
+from cellflux_bridge.translation.settings import TranslateConfig
+from cellflux_bridge.video.settings import VideoConfig
+
+Coupling = component("coupling", "coupling", default="minibatch_ot")
+Path_ = component("path", "path", default="noised_source")
+Velocity = component("velocity", "velocity", default="unet")
+
+
+# What may differ between the parts of one run: where things are, how long and how often, on which devices.
+_PACE = (
+    "steps",
+    "max_minutes",
+    "max_cpu_minutes",
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "validate_every",
+    "sample_every",
+    "tensorboard",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+)
+_TRAININGS = ("train", "classifier.train", "ddim.denoiser.train", "ddim.classifier.train")
+PLACES_AND_PACE = (
+    *("name", "output", "data.root", "data.cache_dir", "data.workers"),
+    *(f"{section}.{key}" for section in _TRAININGS for key in _PACE),
+    # Of classifier.train they are more than a figure in the log: a guide of states has its temperatures from them.
+    *(f"{section}.validate_pairs" for section in _TRAININGS if section != "classifier.train"),
+)
+
+
+class Config(Section):
+    name: str
+    seed: int = 0
+    output: Path
+    data: DataConfig
+    pairs: PairsConfig = PairsConfig()
+    coupling: Coupling
+    path: Path_
+    condition: ConditionConfig = ConditionConfig()
+    velocity: Velocity
+    train: TrainConfig = TrainConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    ddim: DDIMConfig = DDIMConfig()
+    translate: TranslateConfig = TranslateConfig()
+    video: VideoConfig = VideoConfig()
+
+    def to_yaml(self) -> str:
+        """The complete configuration as YAML that `load_config` reads back to an equal `Config`."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """A short hash of what sequences are made with: not where, how fast or how many, nor how they are shown."""
+        left_out = (*PLACES_AND_PACE, "video", "classifier", "ddim", "translate.num", "translate.batch_size")
+        canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def value(self, key: str) -> Any:
+        """What stands at a dotted key, as in the YAML text; a section is a mapping. UserError where nothing does."""
+        found = self.model_dump(mode="json")
+        for part in key.split("."):
+            if not isinstance(found, dict) or part not in found:
+                raise UserError(f"{key}: no such key; `cellflux-bridge config show` prints all")
+            found = found[part]
+        return found
+
+    def flat(self, *, without: Sequence[str]) -> dict[str, Any]:
+        """Every value by its dotted key, less the keys and sections named in `without`."""
+
+        def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+            if key in without:
+                return
+            if isinstance(value, dict):
+                for name, item in value.items():
+                    yield from walk(item, f"{key}.{name}" if key else name)
+            else:
+                yield key, value
+
+        return dict(walk(self.model_dump(mode="json"), ""))
+
+
+def merged(base: Any, over: Any, *, nested: bool = False) -> Any:
+    """`base` with what `over` says otherwise, key by key at every depth."""
+    if not isinstance(over, dict):
+        return over
+    if isinstance(base, str) and nested:
+        base = {"name": base}
+    if not isinstance(base, dict):
+        return over
+    if nested and "name" in base and over.get("name", base["name"]) != base["name"]:
+        return over  # another component: the old one's arguments do not apply to it
+    return {**base, **{key: merged(base.get(key), value, nested=True) for key, value in over.items()}}
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The nested mapping that `key.sub=value` arguments describe; values are YAML."""
+    together: dict[str, Any] = {}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not all(key.split(".")):
+            raise UserError(f"{text!r}: expected key=value or key.sub=value, as in train.steps=2000")
+        nested = parse_yaml(value, origin=f"command line, {key}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        together = merged(together, nested)
+    return together
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, output: Path | None = None) -> Config:
+    """The complete configuration of a YAML file with `key.sub=value` overrides.
+
+    `name` defaults to the file's own name and `output` to `runs/<name>`; the argument `output`, where a run was found,
+    replaces what its file says. Raises UserError that lists every unknown
+    key (with the nearest valid one) and every wrong value.
+    """
+    path = Path(path)
+    data = read_yaml(path) | ({} if output is None else {"output": output})
+    data = merged(data, parse_overrides(overrides))
+    data.setdefault("name", path.stem)
+    data.setdefault("output", f"runs/{data['name']}")
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        given = f" with {' '.join(overrides)}" if overrides else ""
+        raise UserError(f"{path}{given}:\n{explain(error, Config)}") from error

@@ -1,0 +1,148 @@
+"""Reading YAML and explaining what is wrong with a value, in words that name the key and the nearest valid one."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from cellflux_bridge.base.errors import UserError
+
+
+def _members(annotation: Any) -> list[Any]:
+    arguments = get_args(annotation)
+    return [member for argument in arguments for member in _members(argument)] if arguments else [annotation]
+
+
+class Keys(BaseModel):
+    """A mapping whose keys are known: anything else is refused, and so is true or false for a number."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            members = _members(cls.model_fields[info.field_name].annotation)
+            if bool not in members and (int in members or float in members):
+                raise ValueError("expected a number")
+        return value
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(Keys):
+    model_config = ConfigDict(validate_default=True, frozen=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its users mean it: 1e-4 is a number, `no` is a word, and a key stands once in a mapping."""
+
+    def compose_mapping_node(self, anchor):
+        # Before `<<` is resolved: a key that overrides a merged one stands once.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every word that either YAML 1.1 or `_Loader` would read as something else."""
+
+
+# PyYAML follows YAML 1.1, where 1e-4 is a string and yes/no/on/off are booleans; these are the 1.2 rules.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_FLOAT = re.compile(
+    r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """The value of a YAML text; `origin` names where it stands, for the error."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not valid YAML: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read this configuration ({error})") from error
+    data = parse_yaml(text, origin=str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, found {type(data).__name__}")
+    return data
+
+
+def dump_yaml(data: Any) -> str:
+    """YAML that `parse_yaml` reads back to an equal value."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known word most like `word`, or nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _locate(model: type[BaseModel], loc: tuple) -> tuple[list[str], type[BaseModel] | None]:
+    """The keys that pydantic's `loc` names, without the members of unions it went through, and the innermost model
+    that they stand in."""
+    keys, at, inside = [], model, model
+    for part in loc:
+        if inside is not None or isinstance(part, int):
+            keys.append(str(part))
+        at = inside if inside is not None else at
+        field = inside.model_fields.get(part) if inside is not None and isinstance(part, str) else None
+        annotation = field.annotation if field else None
+        inside = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return keys, at
+
+
+def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "", note: str = "") -> str:
+    """What a pydantic error means, a line a problem: key, what was found, what was expected, the nearest valid key."""
+    lines = []
+    for problem in error.errors():
+        keys, at = _locate(model, problem["loc"])
+        key = ".".join([prefix, *keys] if prefix else keys)
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            lines.append(str(cause))
+        elif problem["type"] == "extra_forbidden":
+            valid = list(at.model_fields)
+            parent = ".".join([prefix, *keys[:-1]] if prefix else keys[:-1])
+            hint = nearest(keys[-1], valid)
+            hint = hint.replace("mean '", f"mean '{parent}.") if parent else hint
+            lines.append(f"{key}: unknown key{hint}; valid here: {', '.join(valid) or 'none'}")
+        else:
+            found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message[:1].lower()}{message[1:]}{found}")
+    return "\n".join(lines) + (f"\n({note})" if note else "")

@@ -1,0 +1,64 @@
+"""Where patches come from, what they look like, and how they are paired."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cellflux_bridge.config.registry import component
+from cellflux_bridge.config.schema import Count, Fraction, Section
+
+Layout = component("layout", "data.layout", default="folder")
+
+
+class StainConfig(Section):
+    """What is done about stain: nothing, every image normalised, or jitter in optical density while training."""
+
+    mode: Literal["none", "normalise", "augment"] = "none"
+    method: Literal["reinhard", "macenko"] = "reinhard"
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+class SplitConfig(Section):
+    """Fractions of groups for a validation or test split that the data does not name.
+
+    They are taken from the patches that would train, named so or not; 0 takes none and leaves that split empty.
+    """
+
+    val: Fraction = 0.1
+    test: Fraction = 0.2
+
+    @model_validator(mode="after")
+    def _leaves_training_data(self):
+        if self.val + self.test >= 1:
+            raise ValueError(f"val + test must stay below 1 so that training keeps some, found {self.val + self.test}")
+        return self
+
+
+class DataConfig(Section):
+    root: Path
+    layout: Layout
+    classes: list[str] | None = None
+    image_size: Annotated[int, Field(ge=8)] = 64
+    crop: Count | None = None
+    flips: bool = True
+    stain: StainConfig = StainConfig()
+    split: SplitConfig = SplitConfig()
+    cache_dir: Path = Path("~/.cache/cellflux_bridge")
+    workers: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("classes")
+    @classmethod
+    def _differ(cls, classes):
+        repeated = [label for label in classes or () if classes.count(label) > 1]
+        if repeated:
+            raise ValueError(f"class {repeated[0]!r} stands twice")
+        return classes
+
+
+class PairsConfig(Section):
+    transitions: Literal["all"] | list[tuple[str, str]] = "all"
+    identity: bool = False
+    self_pairs: Fraction = 0.0  # by level: how often a source that has the target's level already is its own target
+    match_group: bool = False
+    pool: Count = 1  # batches whose pairs are chosen together

@@ -1,0 +1,160 @@
+"""The reference bridge's networks: torchcfm's copies of the ADM U-Net and of the ADM classifier.
+
+Their parameters carry guided-diffusion's own names (Dhariwal & Nichol 2021), so that its checkpoints, and Cellflow's,
+load into `net`.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchcfm.models.unet.unet import EncoderUNetModel, UNetModel
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.ddim.settings import ADMConfig
+
+IMAGE_CHANNELS = 3
+
+
+class Denoiser(nn.Module):
+    """The noise eps in a noised image, by class; with `learn_sigma` also where the step's variance lies.
+
+    `has_null` adds one row to the class embedding, numbered `null_class`, for classifier-free guidance. The output has
+    C channels, or 2C with `learn_sigma`: noise first, then v in [-1, 1] (improved diffusion, Nichol & Dhariwal 2021).
+    """
+
+    def __init__(self, config: ADMConfig, *, image_size: int, num_classes: int, learn_sigma: bool, has_null: bool):
+        super().__init__()
+        self.null_class = num_classes if has_null else None
+        self.net = UNetModel(
+            out_channels=IMAGE_CHANNELS * (2 if learn_sigma else 1),
+            num_classes=num_classes + has_null,
+            **_arguments(config, image_size, key="ddim.denoiser"),
+        )
+
+    def forward(self, x: torch.Tensor, tau: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """All outputs (B, C or 2C, H, W) for states x (B, C, H, W) at steps tau (B,) of 1000 and classes y (B,)."""
+        return self.net(tau, x, y)
+
+    def eps(self, x: torch.Tensor, tau: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The noise (B, C, H, W) alone, which is all that DDIM uses."""
+        return self(x, tau, y)[:, : x.shape[1]]
+
+
+class NoisyClassifier(nn.Module):
+    """Logits of the class of a noised image: ADM's encoder half with attention pooling (sec. 4 of ADM)."""
+
+    def __init__(self, config: ADMConfig, *, image_size: int, num_classes: int):
+        super().__init__()
+        self.net = EncoderUNetModel(
+            out_channels=num_classes, pool="attention", **_arguments(config, image_size, key="ddim.classifier")
+        )
+
+    def forward(self, x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes) of states x (B, C, H, W) at steps tau (B,) of 1000."""
+        return self.net(x, tau)
+
+
+def _arguments(config: ADMConfig, image_size: int, *, key: str) -> dict:
+    """What both networks of ADM take; UserError for sizes that do not fit each other."""
+    rates = [2**level for level in range(len(config.multipliers))]
+    if image_size % rates[-1]:
+        raise UserError(
+            f"data.image_size={image_size}: not divisible by {rates[-1]}, the stride of {key} with "
+            f"{len(rates)} multipliers; use fewer"
+        )
+    sides = {image_size // rate: rate for rate in rates}
+    unknown = [side for side in config.attention if side not in sides]
+    if unknown:
+        raise UserError(f"{key}.attention: no map of side {unknown[0]} px at {image_size} px; sides: {list(sides)}")
+    attending = [*(len(bin(sides[side])) - 3 for side in config.attention), -1]  # the innermost map always attends
+    undivided = [w for w in (config.channels * config.multipliers[n] for n in attending) if w % config.head_channels]
+    if undivided:
+        raise UserError(f"{key}.head_channels: {config.head_channels} does not divide the width {undivided[0]}")
+    return {
+        "image_size": image_size,
+        "in_channels": IMAGE_CHANNELS,
+        "model_channels": config.channels,
+        "num_res_blocks": config.blocks,
+        "attention_resolutions": [sides[side] for side in config.attention],
+        "dropout": config.dropout,
+        "channel_mult": config.multipliers,
+        "num_head_channels": config.head_channels,
+        "use_scale_shift_norm": config.scale_shift_norm,
+        "resblock_updown": config.resblock_updown,
+        "use_new_attention_order": config.new_attention_order,
+    }
+
+
+def load_foreign(net: nn.Module, path: Path, *, key: str) -> None:
+    """Load a guided-diffusion or Cellflow `.pt` file of tensors into `net`, strictly; nothing is unpickled.
+
+    Shapes tell every wrong size but not the attention's order of heads (`new_attention_order`) nor the number of heads
+    (`head_channels`): weights loaded under a wrong one give wrong images without an error, so both must be known.
+    Raises UserError for a file that is absent, damaged or holds other things than tensors, and one that lists what
+    differs for weights of another architecture.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{key}.weights: {path} is not there") from error
+    except Exception as error:  # the unpickler stumbles over foreign bytes in many ways
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"{key}.weights: {path} is damaged, or holds more than tensors, which is not loaded because it could run "
+            f"code ({reason}); expected a state dict as guided-diffusion writes it"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{key}.weights: {path}: expected a flat state dict of tensors (model*.pt or ema_*.pt)")
+    weights = _with_null_row(weights)
+    differing = list(_differences(net.state_dict(), weights))
+    if differing:
+        more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
+        raise UserError(
+            f"{key}.weights: {path} is of another architecture than {key} describes: {'; '.join(differing[:6])}{more}"
+        )
+    net.load_state_dict(weights, strict=True)
+
+
+def _with_null_row(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cellflow's classifier-free denoiser in guided-diffusion's names.
+
+    It sends its class embedding through two linear layers (`class_emb`) and means "no class" by a zero vector; a table
+    of what comes out, with a row of zeros at its end, is the same network.
+    """
+    names = ("label_emb.weight", *(f"class_emb.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")))
+    if not all(name in weights for name in names):
+        return weights
+    table, w0, b0, w2, b2 = (weights[name].float() for name in names)
+    rows = F.linear(F.silu(F.linear(table, w0, b0)), w2, b2)
+    rest = {name: value for name, value in weights.items() if name not in names}
+    return {**rest, names[0]: torch.cat([rows, torch.zeros_like(rows[:1])])}
+
+
+# What the shape of a tensor means, where it means one key of the configuration.
+_MEANINGS = {
+    "label_emb.weight": (0, "classes (with the null class of ddim.guidance=classifier_free, if any)"),
+    "input_blocks.0.0.weight": (0, "channels times the first of multipliers"),
+    "out.2.weight": (0, "output channels (doubled by ddim.learn_sigma)"),
+    "out.2.c_proj.weight": (0, "classes"),
+    "out.2.positional_embedding": (1, "places in the innermost map plus one (data.image_size, multipliers)"),
+}
+
+
+def _differences(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor]):
+    """What differs between two state dicts, the telling tensors first."""
+    shared = sorted(own.keys() & found.keys(), key=lambda name: (name not in _MEANINGS, name))
+    for name in shared:
+        if own[name].shape != found[name].shape:
+            here, there = tuple(own[name].shape), tuple(found[name].shape)
+            axis, meaning = _MEANINGS.get(name, (None, None))
+            if meaning and len(here) == len(there) and here[axis] != there[axis]:
+                yield f"{there[axis]} {meaning} in the file, {here[axis]} in the configuration ({name})"
+            else:
+                yield f"{name} is {list(there)} in the file, {list(here)} in the configuration"
+    missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    if missing:
+        yield f"{len(missing)} tensors missing, such as {missing[0]}"
+    if unknown:
+        yield f"{len(unknown)} tensors unknown, such as {unknown[0]}"

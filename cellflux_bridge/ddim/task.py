@@ -1,0 +1,229 @@
+"""The reference bridge's networks as training tasks: the denoiser, and the classifier of noised images."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cellflux_bridge import images
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.seeds import torch_generator
+from cellflux_bridge.config import Config
+from cellflux_bridge.data.balanced import BalancedPatches
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.ddim.networks import Denoiser, NoisyClassifier
+from cellflux_bridge.ddim.schedule import NUM_STEPS, add_noise
+from cellflux_bridge.ddim.settings import ADMConfig
+from cellflux_bridge.ddim.variational import VLB_WEIGHT, step_bound
+
+_VALIDATION_CHUNK = 64
+# Steps of the noise schedule at which the classifier's accuracy is reported.
+_REPORTED_STEPS = (0, 100, 250, 500, 750)
+
+
+class NoisyBatch(NamedTuple):
+    """Clean images x0 and unit noise (B, C, H, W), steps tau (B,) in 0..999, classes y and y_seen (B,).
+
+    `y_seen` is the class that the denoiser is told: y, or the null class where it is dropped.
+    """
+
+    x0: torch.Tensor
+    noise: torch.Tensor
+    tau: torch.Tensor
+    y: torch.Tensor
+    y_seen: torch.Tensor
+
+    @property
+    def x_t(self) -> torch.Tensor:
+        return add_noise(self.x0, self.noise, self.tau)
+
+    def to(self, device: torch.device) -> "NoisyBatch":
+        return NoisyBatch(*(value.to(device) for value in self))
+
+
+class _NoisyPatches:
+    """Noised patches: class-balanced and random to train on, the middles of held-out ones to validate on."""
+
+    def __init__(self, config: Config, patches: Patches, *, purpose: str, batch_size: int):
+        self._patches, self._seed, self._purpose, self._batch_size = patches, config.seed, purpose, batch_size
+        self._train = BalancedPatches(patches, patches.indices("train"), data=config.data)
+        if len(patches.indices("val")) == 0:
+            raise UserError("the val split is empty; raise data.split.val or name splits in the data")
+
+    def batch(self, index: int, *, rank: int, dropout: float = 0.0, null_class: int = 0) -> NoisyBatch:
+        generator = torch_generator(self._seed, self._purpose, index, rank)
+        num = self._batch_size
+        jitter = torch_generator(self._seed, self._purpose, "stain", index, rank)
+        x0, y, _ = self._train.draw(num, generator=generator, jitter=jitter)
+        tau = torch.randint(NUM_STEPS, (num,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        dropped = torch.rand(num, generator=generator) < dropout
+        return NoisyBatch(x0, noise, tau, y, torch.where(dropped, null_class, y))
+
+    def held_out(self, *, num: int, tau: int | None = None) -> Iterator[NoisyBatch]:
+        """At most `num` patches of the val split, the same on every call; all at one step, or at evenly spread ones."""
+        chosen = self._patches.sample("val", num=num, seed=self._seed)
+        spread = torch.linspace(0, NUM_STEPS - 1, len(chosen)).long()
+        for start in range(0, len(chosen), _VALIDATION_CHUNK):
+            part = chosen[start : start + _VALIDATION_CHUNK]
+            x0 = images.encode(self._patches.centre(part))
+            generator = torch_generator(self._seed, self._purpose, "val", start)
+            steps = spread[start : start + len(part)] if tau is None else torch.full((len(part),), tau)
+            y = torch.from_numpy(self._patches.labels[part])
+            yield NoisyBatch(x0, torch.randn(x0.shape, generator=generator), steps, y, y)
+
+
+def build_denoiser(config: Config) -> Denoiser:
+    """The (untrained) denoiser of a resolved configuration."""
+    ddim = config.ddim
+    return Denoiser(
+        ddim.denoiser,
+        image_size=config.data.image_size,
+        num_classes=len(config.data.classes),
+        learn_sigma=ddim.learn_sigma,
+        has_null=ddim.guidance == "classifier_free",
+    )
+
+
+def build_noisy_classifier(config: Config) -> NoisyClassifier:
+    """The (untrained) noisy classifier of a resolved configuration."""
+    size, num_classes = config.data.image_size, len(config.data.classes)
+    return NoisyClassifier(config.ddim.classifier, image_size=size, num_classes=num_classes)
+
+
+class DenoiserTask:
+    """Regression of eps on the noise in x_tau, tau uniform over the 1000 steps (L_simple of DDPM, Ho et al. 2020).
+
+    With `ddim.learn_sigma` the bound that trains the variance is added (L_hybrid, Nichol & Dhariwal 2021, eq. 16).
+    For classifier-free guidance `ddim.class_dropout` of the samples are told the null class (Ho & Salimans 2022).
+    """
+
+    def __init__(self, config: Config, patches: Patches):
+        self._bridge = config.ddim
+        self._train = config.ddim.denoiser.train
+        self.preprocessing = patches.preprocessing
+        self.model = build_denoiser(config)
+        self._num_classes = len(patches.classes)
+        self._data = _NoisyPatches(config, patches, purpose="denoiser", batch_size=self._train.batch_size)
+
+    def batch(self, index: int, *, rank: int) -> NoisyBatch:
+        if self.model.null_class is None:
+            return self._data.batch(index, rank=rank)
+        return self._data.batch(index, rank=rank, dropout=self._bridge.class_dropout, null_class=self.model.null_class)
+
+    def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
+        x_t = batch.x_t
+        output = model(x_t, batch.tau, batch.y_seen).float()
+        if not self._bridge.learn_sigma:
+            return F.mse_loss(output, batch.noise)
+        eps, v = output.chunk(2, dim=1)
+        return F.mse_loss(eps, batch.noise) + VLB_WEIGHT * step_bound(batch.x0, x_t, batch.tau, eps, v)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """On held-out patches: the noise's mean squared error, over all steps and over each third of them, and how far
+        eps moves, relative to its norm, when the class is another ("class swap"; near 0: the class is ignored)."""
+        errors, steps = [], []
+        moved = size = 0.0
+        for batch in self._data.held_out(num=self._train.validate_pairs):
+            batch = batch.to(device)
+            x_t = batch.x_t
+            eps = model.eps(x_t, batch.tau, batch.y).float()
+            other = model.eps(x_t, batch.tau, (batch.y + 1) % self._num_classes).float()
+            errors.append((eps - batch.noise).square().mean((1, 2, 3)).cpu())
+            steps.append(batch.tau.cpu())
+            moved += (other - eps).square().sum().item()
+            size += eps.square().sum().item()
+        error, third = torch.cat(errors), torch.cat(steps) * 3 // NUM_STEPS
+        thirds = {
+            f"val/noise_mse_{name}": error[third == number].mean().item()
+            for number, name in enumerate(("early", "middle", "late"))
+            if (third == number).any()
+        }
+        swap = (moved / max(size, 1e-12)) ** 0.5
+        return {"val/noise_mse": error.mean().item(), **thirds, "val/class_swap": swap}
+
+    def sheet(self, model: nn.Module, device: torch.device) -> None:
+        return None  # a strip of the bridge takes hundreds of evaluations an image
+
+
+class NoisyClassifierTask:
+    """Cross-entropy of the class of x_tau, tau uniform over the 1000 steps (ADM, Dhariwal & Nichol 2021, sec. 4)."""
+
+    def __init__(self, config: Config, patches: Patches):
+        self._train = config.ddim.classifier.train
+        self.preprocessing = patches.preprocessing
+        self.model = build_noisy_classifier(config)
+        self._data = _NoisyPatches(config, patches, purpose="noisy classifier", batch_size=self._train.batch_size)
+
+    def batch(self, index: int, *, rank: int) -> NoisyBatch:
+        return self._data.batch(index, rank=rank)
+
+    def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
+        return F.cross_entropy(model(batch.x_t, batch.tau).float(), batch.y)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Accuracy on held-out patches at a few steps of the schedule."""
+        figures = {}
+        for tau in _REPORTED_STEPS:
+            right = total = 0
+            for batch in self._data.held_out(num=self._train.validate_pairs, tau=tau):
+                batch = batch.to(device)
+                right += (model(batch.x_t, batch.tau).argmax(1) == batch.y).sum().item()
+                total += len(batch.y)
+            figures[f"val/accuracy_tau{tau}"] = right / total
+        return figures
+
+    def sheet(self, model: nn.Module, device: torch.device) -> None:
+        return None
+
+
+class Stage(NamedTuple):
+    """One of the bridge's two trainings: its settings, its task, and the parts of a configuration it does not use."""
+
+    settings: Callable[[Config], ADMConfig]
+    task: Callable[[Config, Patches], Any]
+    unused: tuple[str, ...]
+
+
+_NO_PART_IN_TRAINING = ("train", "coupling", "path", "velocity", "condition", "pairs", "classifier")
+_OF_TRANSLATION = tuple(f"ddim.{key}" for key in ("timesteps", "depths", "scale", "weight", "source_denoiser"))
+# The folder of a run that a training writes to -> the training, in their order.
+STAGES = {
+    "denoiser": Stage(
+        lambda config: config.ddim.denoiser,
+        DenoiserTask,
+        (*_NO_PART_IN_TRAINING, *_OF_TRANSLATION, "ddim.classifier"),
+    ),
+    "noisy_classifier": Stage(
+        lambda config: config.ddim.classifier,
+        NoisyClassifierTask,
+        (*_NO_PART_IN_TRAINING, *_OF_TRANSLATION, "ddim.denoiser", "ddim.learn_sigma", "ddim.class_dropout"),
+    ),
+}
+_DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+
+
+def used_stages(config: Config) -> list[str]:
+    """The trainings that a configuration asks for: not those whose weights are given, nor a classifier without use."""
+    guided = config.ddim.guidance == "classifier"
+    names = [name for name in STAGES if name == "denoiser" or guided]
+    return [name for name in names if STAGES[name].settings(config).weights is None]
+
+
+def refuse_unfit(config: Config) -> None:
+    """UserError for what can be seen to be wrong before patches are read."""
+    if not used_stages(config):
+        raise UserError("ddim: the weights of every network are given; there is nothing to train")
+    first, second = config.ddim.denoiser.train, config.ddim.classifier.train
+    differing = [key for key in _DEVICES if getattr(first, key) != getattr(second, key)]
+    if differing:
+        raise UserError(
+            f"ddim.classifier.train.{differing[0]}: both networks are trained by the same processes; "
+            "give it the value of ddim.denoiser.train"
+        )
+    if config.data.classes is not None:
+        with torch.device("meta"):
+            build_denoiser(config)
+            build_noisy_classifier(config)

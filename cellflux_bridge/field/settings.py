@@ -1,0 +1,18 @@
+"""Classifier-gradient guidance of a flow."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cellflux_bridge.config.schema import NonNegative, Section
+
+
+class GuidanceConfig(Section):
+    """Classifier-gradient guidance of a flow: see `guidance.classifier` for the forms."""
+
+    form: Literal["none", "endpoint", "score", "bridge"] = "none"
+    weight: NonNegative = 1.0
+    start: Annotated[float, Field(gt=0, lt=1)] = 0.05  # score and bridge: bounded there; endpoint: off before
+    # run folders of guides, whose opinions are pooled; empty: all guides of the flow's own run
+    guides: list[Path] = Field(default=[])

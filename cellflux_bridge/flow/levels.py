@@ -1,0 +1,218 @@
+"""The levels of training images: which soft label each one stands for where a flow's condition is a level.
+
+`condition.level` says where they come from: the patch's class, its score in the data, or cross-fitting: classifiers
+that were not trained on the patch's group (patient, slide, tile) say how probable each class is. The last writes
+
+<run>/crossfit/fold-<k>/      each a classifier's run, resumed like any other
+<run>/levels.csv              path, label, fold (empty for patches that none trains on), p_<class> of every class
+<run>/levels.json             how the out-of-fold probabilities do, their histograms, and what they cost
+"""
+
+import csv
+import io
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from scipy.special import softmax
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.model_selection import StratifiedGroupKFold
+
+from cellflux_bridge import checkpoint, images
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import replace_text
+from cellflux_bridge.base.seeds import derive_seed
+from cellflux_bridge.classifier import inference
+from cellflux_bridge.classifier.calibration import (
+    area_under_curve,
+    balanced_weights,
+    expected_calibration_error,
+    fit_temperature,
+)
+from cellflux_bridge.classifier.task import ClassifierTask
+from cellflux_bridge.config import Config
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.data.soft_labels import soft_labels
+from cellflux_bridge.training.loop import fit, on_rank_zero
+from cellflux_bridge.training.run import claim, record_splits, require_free
+
+_HISTOGRAM_BINS = 10
+# What a classifier of clean images does not depend on.
+_UNUSED = ("train", "coupling", "path", "velocity", "condition", "pairs", "ddim")
+
+
+def target_levels(config: Config, patches: Patches, *, folder: Path, fabric: Fabric) -> np.ndarray:
+    """The soft label (N, num_classes) float32 of every training and validation patch; test patches may have NaN (no
+    score, or a `levels.csv` of before they had levels).
+
+    Levels from cross-fitting are those of `<folder>/levels.csv` where it is there, so that a resumed run has the levels
+    that it began with. Raises UserError for a missing score, for too few groups, for a folder that holds the levels of
+    another configuration or other patches, and Stopped after Ctrl-C; folds that are finished are kept.
+    """
+    if config.condition.level != "crossfit":
+        needed = np.concatenate([patches.indices("train"), patches.indices("val")])
+        return soft_labels(patches, config.condition.level, needed=needed, key="condition.level")
+    guide = config.classifier.model_copy(update={"role": "guide", "sees": "image"})
+    config = config.model_copy(update={"classifier": guide})
+    held_out = assign_folds(patches, num_folds=guide.folds, seed=config.seed)
+
+    def prepare() -> None:
+        require_free(folder / "crossfit", config, ignore=_UNUSED, resume="auto")
+        record_splits(folder / "crossfit", patches)
+        claim(folder / "crossfit", config)
+
+    on_rank_zero(fabric, prepare)
+    if not fabric.broadcast((folder / "levels.csv").exists()):
+        newest = [_train_fold(config, patches, held_out, k, folder=folder, fabric=fabric) for k in range(guide.folds)]
+        on_rank_zero(fabric, lambda: _write(folder, config, patches, held_out, newest, device=fabric.device))
+    return read_levels(folder / "levels.csv", patches)
+
+
+def assign_folds(patches: Patches, *, num_folds: int, seed: int) -> np.ndarray:
+    """The fold (N,) in which each training patch is held out, -1 for all others; groups go whole.
+
+    Classes are spread as evenly over the folds as groups allow. Raises UserError where there are fewer groups than
+    folds, or a class whose groups all stand in one fold.
+    """
+    train = patches.indices("train")
+    groups, labels = patches.groups[train], patches.labels[train]
+    num_groups = len(np.unique(groups))
+    few = f"classifier.folds={num_folds}: the training split has {num_groups} groups (patients, slides, tiles)"
+    if num_groups < num_folds:
+        raise UserError(f"{few}; set classifier.folds to at most {num_groups}, or condition.level=class")
+    folds = np.full(len(patches.labels), -1)
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=derive_seed(seed, "crossfit") % 2**32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of small classes, about which more is said below
+        try:
+            parts = list(splitter.split(train, labels, groups))
+        except ValueError as error:
+            raise UserError(f"{few} and {len(train)} patches: {error}; lower classifier.folds") from error
+    for number, (rest, held_out) in enumerate(parts):
+        folds[train[held_out]] = number
+        missing = [label for c, label in enumerate(patches.classes) if c not in labels[rest]]
+        if missing or not len(held_out):
+            where = {c: len(np.unique(groups[labels == c])) for c in range(len(patches.classes))}
+            counts = ", ".join(f"{patches.classes[c]!r} in {num}" for c, num in where.items())
+            raise UserError(
+                f"{few}, too few to hold some out and train on the rest ({counts}); set classifier.folds to another "
+                "number, name smaller groups, or set condition.level=class"
+            )
+    return folds
+
+
+def _train_fold(
+    config: Config, patches: Patches, held_out: np.ndarray, fold: int, *, folder: Path, fabric: Fabric
+) -> Path:
+    run = folder / "crossfit" / f"fold-{fold}"
+    on_rank_zero(fabric, lambda: run.mkdir(parents=True, exist_ok=True))
+    train = patches.indices("train")
+    rest = train[held_out[train] != fold]
+    task = ClassifierTask(config, patches, train=rest, stream=f"crossfit {fold} of {config.classifier.folds}")
+    return fit(task, config, config.classifier.train, folder=run, fabric=fabric)
+
+
+def _views(batch: torch.Tensor, *, flips: bool) -> list[torch.Tensor]:
+    """The middle patch, and where training flips patches also its two mirror images and its half turn."""
+    return [batch, batch.flip(3), batch.flip(2), batch.flip(2, 3)] if flips else [batch]
+
+
+@torch.no_grad()
+def _mean_logits(model, patches: Patches, indices: np.ndarray, *, flips: bool, device: torch.device) -> np.ndarray:
+    """Logits (n, num_classes) of patches, averaged over `_views`."""
+    rows = []
+    for start in range(0, len(indices), 128):
+        batch = images.encode(patches.centre(indices[start : start + 128])).to(device)
+        views = [model(view).float() for view in _views(batch, flips=flips)]
+        rows.append(torch.stack(views).mean(0).cpu())
+    return torch.cat(rows).numpy()
+
+
+def _write(
+    folder: Path, config: Config, patches: Patches, held_out: np.ndarray, newest: list[Path], *, device: torch.device
+) -> None:
+    """Score every patch by classifiers that never saw its group, write the tables, and print how well that went."""
+    train, others = patches.indices("train"), np.concatenate([patches.indices("val"), patches.indices("test")])
+    logits = np.zeros((len(patches.labels), len(patches.classes)), np.float32)
+    of_others = []
+    for fold, path in enumerate(newest):
+        model = inference.load(path, device)
+        held = np.flatnonzero(held_out == fold)
+        logits[held] = _mean_logits(model, patches, held, flips=config.data.flips, device=device)
+        of_others.append(_mean_logits(model, patches, others, flips=config.data.flips, device=device))
+    targets = soft_labels(patches, config.classifier.labels, needed=train, key="classifier.labels")[train]
+    weights = balanced_weights(patches.labels[train])
+    temperature = fit_temperature(logits[train], targets, weights)
+    levels = np.full_like(logits, np.nan)
+    levels[train] = softmax(logits[train] / temperature, axis=1)
+    levels[others] = np.mean([softmax(found / temperature, axis=1) for found in of_others], axis=0)
+    truth = patches.labels[train]
+    report = {
+        "out_of_fold": {
+            "n": len(train),
+            "accuracy": accuracy_score(truth, levels[train].argmax(1)),
+            "balanced_accuracy": balanced_accuracy_score(truth, levels[train].argmax(1)),
+            "auc": area_under_curve(levels[train], truth),
+            "temperature": temperature,
+            "ece_uncalibrated": expected_calibration_error(softmax(logits[train], axis=1), targets, weights),
+            "ece": expected_calibration_error(levels[train], targets, weights),
+        },
+        "histogram": _histograms(levels[train], truth, patches.classes),
+        "cpu_minutes": sum(checkpoint.load_state(path)["cpu_seconds"] for path in newest) / 60,
+        "checkpoints": [str(path.relative_to(folder)) for path in newest],
+    }
+    replace_text(folder / "levels.json", json.dumps(report, indent=1) + "\n")
+    replace_text(folder / "levels.csv", _table(patches, np.concatenate([train, others]), held_out, levels))
+    print(_summary(folder, report))
+
+
+def _histograms(levels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict[str, list[int]]]:
+    """Patches of each class by the probability of each class, in ten equal bins: are there levels between?"""
+
+    def counts(values: np.ndarray) -> list[int]:
+        return np.histogram(values, bins=_HISTOGRAM_BINS, range=(0, 1))[0].tolist()
+
+    return {
+        label: {f"p_{other}": counts(levels[labels == c, d]) for d, other in enumerate(classes)}
+        for c, label in enumerate(classes)
+    }
+
+
+def _summary(folder: Path, report: dict) -> str:
+    lines = [f"levels: {folder / 'levels.csv'}, {report['cpu_minutes']:.1f} CPU minutes of cross-fitting; out of fold:"]
+    lines += [f"  {name:<20} {value:.4g}" for name, value in report["out_of_fold"].items()]
+    last = list(report["histogram"])[-1]
+    lines += [f"  p({last}) in tenths, of {label}: {h[f'p_{last}']}" for label, h in report["histogram"].items()]
+    return "\n".join(lines)
+
+
+def _table(patches: Patches, indices: np.ndarray, held_out: np.ndarray, levels: np.ndarray) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["path", "label", "fold", *(f"p_{label}" for label in patches.classes)])
+    for i in indices:
+        fold = held_out[i] if held_out[i] >= 0 else ""
+        writer.writerow([patches.ids[i], patches.classes[patches.labels[i]], fold, *(f"{p:.6f}" for p in levels[i])])
+    return text.getvalue()
+
+
+def read_levels(path: Path, patches: Patches) -> np.ndarray:
+    """The soft labels (N, num_classes) float32 of a `levels.csv`; patches that it lacks are NaN.
+
+    Raises UserError for a damaged table and where a training or validation patch is missing.
+    """
+    levels = np.full((len(patches.ids), len(patches.classes)), np.nan, np.float32)
+    number = {patch_id: i for i, patch_id in enumerate(patches.ids)}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                levels[number[row["path"]]] = [float(row[f"p_{label}"]) for label in patches.classes]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or of other patches ({error!r}); remove it and it is made again") from error
+    needed = np.concatenate([patches.indices("train"), patches.indices("val")])
+    if np.isnan(levels[needed]).any():
+        raise UserError(f"{path}: lacks patches of the training or validation split; remove it and it is made again")
+    return levels / levels.sum(1, keepdims=True)

@@ -1,0 +1,186 @@
+"""Flow matching as a training task."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cellflux_bridge import images
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.seeds import torch_generator
+from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.config import Config, registry
+from cellflux_bridge.coupling.base import Coupling
+from cellflux_bridge.data.pairs import PairBatch, Pairs
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.path.base import Path
+from cellflux_bridge.transport.path import morph, source_noise
+
+IMAGE_CHANNELS = 3
+_SHEET_ROWS, _SHEET_STEPS, _SHEET_FRAMES = 8, 12, 7
+
+
+class FlowBatch(NamedTuple):
+    """t (B,), x_t and u_t (B, C, H, W), and the condition with its dropped samples marked."""
+
+    t: torch.Tensor
+    x_t: torch.Tensor
+    u_t: torch.Tensor
+    cond: Condition
+
+
+def build_flow(config: Config) -> tuple[Path, nn.Module]:
+    """The path and the (untrained) velocity network of a resolved configuration.
+
+    Raises UserError where they do not fit each other: the clean source as network input needs noise on every sample,
+    because from a point mass at x0 the velocity at t = 0 is E[x1 | x0] - x0, a blurred mean.
+    """
+    path = registry.build("path", config.path)
+    if config.condition.source_image and not path.noise_on_every_sample:
+        raise UserError(
+            f"condition.source_image: path {config.path['name']} does not lay noise on every sample of a source; use "
+            "noised_source with probability 1, or brownian"
+        )
+    spec = ConditionSpec(
+        num_classes=len(config.data.classes),
+        target=config.condition.target,
+        source_class=config.condition.source_class,
+        source_image=config.condition.source_image,
+    )
+    network = registry.build("velocity", config.velocity, IMAGE_CHANNELS, spec)
+    if config.data.image_size % network.stride:
+        raise UserError(
+            f"data.image_size={config.data.image_size}: not divisible by the network's stride {network.stride} "
+            f"({config.velocity['name']}); choose a multiple, or fewer velocity.multipliers"
+        )
+    return path, network
+
+
+def make_condition(batch: PairBatch, config: Config) -> Condition:
+    """What the network is told of a batch of pairs."""
+    by_level = config.condition.target == "level"
+    return Condition(
+        target_class=None if by_level else batch.target_class,
+        level=batch.target_level if by_level else None,
+        source_class=batch.source_class if config.condition.source_class else None,
+        source_image=batch.x0 if config.condition.source_image else None,
+    )
+
+
+class FlowTask:
+    """Regression of v(t, x_t, cond) on u_t (conditional flow matching).
+
+    `levels` (N, num_classes) are the patches' soft labels where the condition is a level (see `training.levels`), by
+    default their classes.
+    """
+
+    def __init__(self, config: Config, patches: Patches, *, levels: np.ndarray | None = None):
+        if config.pairs.self_pairs and config.condition.target == "class":
+            raise UserError(
+                f"pairs.self_pairs={config.pairs.self_pairs}: is of levels and has no part in condition.target=class; "
+                "set pairs.self_pairs=0 (pairs.identity=true makes a class its own target, too), or target=level"
+            )
+        if levels is None and config.condition.target == "level":
+            levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels]
+        self._config, self._levels = config, levels
+        self.preprocessing = patches.preprocessing
+        self.path, self.model = build_flow(config)
+        self._train = self._pairs(patches, "train", config.train.batch_size)
+        val_size = min(config.train.batch_size, 64)
+        self._val = self._pairs(patches, "val", val_size)
+        self._num_val_batches = -(-config.train.validate_pairs // val_size)
+
+    def _pairs(self, patches: Patches, split: str, batch_size: int) -> Pairs:
+        coupling: Coupling = registry.build("coupling", self._config.coupling)
+        return Pairs(
+            patches,
+            coupling,
+            split=split,
+            batch_size=batch_size,
+            seed=self._config.seed,
+            pairs=self._config.pairs,
+            data=self._config.data,
+            levels=self._levels,
+            level_bins=self._config.condition.level_bins,
+        )
+
+    def _flow_batch(self, pairs: PairBatch, *purpose: str | int) -> FlowBatch:
+        generator = torch_generator(self._config.seed, "path", *purpose)
+        t = self.path.times(len(pairs.x0), generator=generator)
+        x_t, u_t = self.path.sample(pairs.x0, pairs.x1, t, generator=generator)
+        return FlowBatch(t, x_t, u_t, make_condition(pairs, self._config))
+
+    def batch(self, index: int, *, rank: int) -> FlowBatch:
+        flow = self._flow_batch(self._train.batch(index, rank=rank), "train", index, rank)
+        generator = torch_generator(self._config.seed, "condition dropout", index, rank)
+        dropped = torch.rand(len(flow.t), generator=generator) < self._config.condition.dropout
+        return flow._replace(cond=flow.cond.drop(dropped))
+
+    def validation_batches(self) -> Iterator[FlowBatch]:
+        """Held-out pairs, the same on every call; drawn anew, so that large patches do not lie in memory."""
+        for number in range(self._num_val_batches):
+            yield self._flow_batch(self._val.batch(number), "val", number)
+
+    def loss(self, model: nn.Module, batch: FlowBatch) -> torch.Tensor:
+        return F.mse_loss(model(batch.t, batch.x_t, batch.cond).float(), batch.u_t)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """On held-out pairs: the velocity's mean squared error, the share of u_t's power that it explains, and how
+        far the output moves, relative to its norm, when source and target class change places ("condition swap";
+        near 0 means that the network ignores its condition)."""
+        error = power = moved = size = 0.0
+        for batch in self.validation_batches():
+            t, x_t, u_t, cond = batch.t.to(device), batch.x_t.to(device), batch.u_t.to(device), batch.cond.to(device)
+            v = model(t, x_t, cond).float()
+            other = model(t, x_t, _swapped(cond)).float()
+            error += F.mse_loss(v, u_t).item() / self._num_val_batches
+            power += u_t.square().mean().item() / self._num_val_batches
+            moved += (other - v).square().sum().item()
+            size += v.square().sum().item()
+        return {
+            "val/velocity_mse": error,
+            "val/velocity_explained": 1 - error / power,
+            "val/condition_swap": (moved / max(size, 1e-12)) ** 0.5,
+        }
+
+    def sheet(self, model: nn.Module, device: torch.device) -> np.ndarray | None:
+        """Held-out sources carried along the path: rows are sources, the last column is their coupled target."""
+        if not self.path.from_data:
+            return None
+        pairs = self._val.batch(0)
+        # Rows come in blocks, one a transition; a stride shows all of them.
+        rows = torch.linspace(0, len(pairs.x0) - 1, min(_SHEET_ROWS, len(pairs.x0))).long()
+        chosen = PairBatch(*(value[rows] for value in pairs))
+        cond = make_condition(chosen, self._config).to(device)
+        names = [str(i) for i in chosen.source_index.tolist()]
+        noise = source_noise(chosen.x0.shape[1:], names, seed=self._config.seed)
+        result = morph(
+            model,
+            self.path,
+            chosen.x0.to(device),
+            cond,
+            noise=noise.to(device),
+            steps=_SHEET_STEPS,
+            frames=_SHEET_FRAMES,
+            solver="euler",
+        )
+        frames = images.decode(result.frames).cpu().numpy().transpose(1, 0, 3, 4, 2)
+        targets = images.decode(chosen.x1).numpy().transpose(0, 2, 3, 1)
+        table = [[*sequence, target] for sequence, target in zip(frames, targets, strict=True)]
+        return images.sheet(table, scale=max(1, 96 // frames.shape[2]))
+
+
+def _swapped(cond: Condition) -> Condition:
+    """Source and target class change places; without a source class, and for levels, targets change with each other."""
+    has_classes = cond.source_class is not None and cond.target_class is not None
+    target = cond.target_class if cond.target_class is None else cond.target_class.flip(0)
+    return replace(
+        cond,
+        target_class=cond.source_class if has_classes else target,
+        source_class=cond.target_class if has_classes else cond.source_class,
+        level=None if cond.level is None else cond.level.flip(1),
+    )

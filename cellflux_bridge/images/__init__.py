@@ -1,0 +1,19 @@
+"""Images: files, values, stain, pictures."""
+
+from cellflux_bridge.images.arrays import centre_crop, decode, encode, resize
+from cellflux_bridge.images.display import sheet
+from cellflux_bridge.images.formats import MAX_PIXELS, SUFFIXES, UnreadableImage, read_rgb, read_size, write_png
+
+__all__ = [
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "UnreadableImage",
+    "centre_crop",
+    "decode",
+    "encode",
+    "read_rgb",
+    "read_size",
+    "resize",
+    "sheet",
+    "write_png",
+]

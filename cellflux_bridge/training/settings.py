@@ -1,0 +1,34 @@
+"""How long, how fast and on what a network is trained."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cellflux_bridge.config.schema import Count, Fraction, NonNegative, Section
+
+
+class TrainConfig(Section):
+    steps: Count = 10_000
+    batch_size: Count = 64
+    accumulate: Count = 1
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: NonNegative = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    gradient_clip: NonNegative = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    max_cpu_minutes: Annotated[float, Field(gt=0)] | None = None  # summed over a process's threads
+    resume: Literal["auto", "never"] = "auto"
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 1
+    log_every: Count = 20
+    validate_every: Count = 500
+    validate_pairs: Count = 256
+    sample_every: Annotated[int, Field(ge=0)] = 1000
+    tensorboard: bool = False
+    accelerator: str = "auto"
+    devices: int | str = 1
+    num_nodes: Count = 1
+    strategy: Literal["auto", "ddp"] = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"

@@ -1,0 +1,260 @@
+"""What every maker of sequences shares: images in, Trajectories out, of a whole split batch by batch."""
+
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from pydantic import ValidationError
+
+from cellflux_bridge import images as image_io
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import replace_text
+from cellflux_bridge.base.progress import progress
+from cellflux_bridge.config import Config, merged
+from cellflux_bridge.config.schema import explain, nearest
+from cellflux_bridge.data.index import frame_mpp, list_records
+from cellflux_bridge.data.pairs import named_transitions
+from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.training.loop import from_rank_zero, make_fabric, on_rank_zero
+from cellflux_bridge.training.run import require_held_out
+from cellflux_bridge.training.settings import TrainConfig
+from cellflux_bridge.trajectory import (
+    Trajectory,
+    TrajectoryHeader,
+    TrajectoryWriter,
+    load_trajectory,
+    read_header,
+    read_source_ids,
+)
+from cellflux_bridge.translation.settings import TranslateConfig
+
+# Sequences whose sources are looked at before a folder is completed: moved patches are, others of the same names not.
+_NUM_COMPARED = 8
+
+
+def translation_fabric(train: TrainConfig, *, section: str) -> Fabric:
+    """Fabric of one device of a training's kind, or of torchrun's processes where it started this one."""
+    one_device = train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"})
+    fabric = make_fabric(one_device, section=section)
+    fabric.launch()
+    return fabric
+
+
+def _device_name(device: torch.device) -> str:
+    """As cost.json has it: "cpu", "cuda: NAME"."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+def _begins_with(folder: Path, patches: Patches, chosen: np.ndarray) -> bool:
+    """Whether the first sequences of a folder begin with the chosen patches that their names mean."""
+    index_of = {patches.ids[i]: i for i in chosen}
+    begun = [name for name in read_source_ids(folder) if name in index_of][:_NUM_COMPARED]
+    if not begun:
+        return True
+    made = load_trajectory(folder, source_ids=begun)
+    return np.array_equal(made.frames[0], patches.centre([index_of[name] for name in made.source_ids]))
+
+
+class Translator(ABC):
+    """Carries images of one class to another.
+
+    `config` is the resolved configuration of the run; `preprocessing` how a file's pixels become the networks' input;
+    `step` the training step of its checkpoint; `given` what was set in its `translate` section for this use:
+    the run's file holds every key, so that it does not tell which of them its user means.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        preprocessing: Preprocessing,
+        step: int,
+        fabric: Fabric,
+        given: Mapping[str, Any] | None = None,
+    ):
+        self.config, self.preprocessing, self.step, self.fabric = config, preprocessing, step, fabric
+        self._given = given or {}
+
+    @abstractmethod
+    def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
+        """What the sequences of a translation will share; refuses what cannot be done before anything is computed."""
+
+    @abstractmethod
+    def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
+        """The sequences of sources (B, 3, S, S) uint8."""
+
+    @abstractmethod
+    def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
+        """UserError for a key of `translate` that was set for this use and is not read in making these sequences."""
+
+    def _prepare(self, settings: TranslateConfig) -> None:
+        """What a translation computes once, in all processes, before its sources; it does not count as their cost."""
+        return  # nothing, unless a translator says otherwise
+
+    def _name(self, settings: TranslateConfig) -> str:
+        """The folder, below `trajectories/`, of a translation."""
+        return f"{settings.source}_to_{settings.target}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config.data.classes)
+
+    def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
+        """The settings of a translation: the run's, and over them what is set for it."""
+        try:
+            settings = TranslateConfig(**merged(self.config.translate.model_dump(), dict(options)))
+        except ValidationError as error:
+            raise UserError(explain(error, TranslateConfig, prefix="translate")) from error
+        self._require_read(settings, options)
+        source, target = source or settings.source, target or settings.target
+        if source is None and target is None and len(self.classes) == 2:
+            source, target = self.classes
+        for key, label in (("source", source), ("target", target)):
+            known = ", ".join(self.classes)
+            if label is None:
+                raise UserError(f"translate.{key}: not named; give --source and --target, each one of {known}")
+            if label not in self.classes:
+                hint = nearest(label, self.classes)
+                raise UserError(f"translate.{key}: {label!r} is no class of this run{hint}; known: {known}")
+        if source == target and (source, target) not in named_transitions(self.classes, self.config.pairs):
+            raise UserError(f"translate.target: {target!r} is the source, too; choose another class")
+        return settings.model_copy(update={"source": source, "target": target})
+
+    def translate(
+        self,
+        images: torch.Tensor | Sequence[str | Path | np.ndarray],
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        ids: Sequence[str] | None = None,
+        **options,
+    ) -> Trajectory:
+        """Carry images of class `source` to class `target` (both may be left out where there are two classes).
+
+        `images` are files, RGB uint8 arrays (H, W, 3) of any size (scaled and cropped as in training), or patches
+        (B, 3, S, S) uint8 that are so already. `ids` seed each image's noise and name its sequence (default: file
+        names or numbers). `options` are keys of the `translate` section: method, steps, levels, guidance, ... Raises
+        UserError for unknown classes and for what the networks or the path cannot do.
+        """
+        settings = self._settings(source, target, options)
+        batch = self._as_patches(images)
+        if ids is None:
+            named = isinstance(images, Sequence) and all(isinstance(i, (str, Path)) for i in images)
+            ids = [str(i) for i in images] if named else [str(i) for i in range(len(batch))]
+        if not len(ids) == len(set(ids)) == len(batch):
+            raise UserError(f"ids: {len(batch)} images need as many different ids, found {len(set(ids))} in {len(ids)}")
+        size = settings.batch_size
+        return Trajectory.cat(
+            [
+                self._translate_batch(batch[start : start + size], ids[start : start + size], settings)
+                for start in range(0, len(batch), size)
+            ]
+        )
+
+    def _as_patches(self, images) -> torch.Tensor:
+        size = self.preprocessing.image_size
+        if isinstance(images, torch.Tensor):
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size) or len(images) == 0:
+                raise UserError(
+                    f"images: expected uint8 (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}; "
+                    "give files or (H, W, 3) arrays to have them scaled"
+                )
+            return images
+        patches = []
+        for number, image in enumerate(images):
+            rgb = image if isinstance(image, np.ndarray) else image_io.read_rgb(Path(image))
+            if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+                raise UserError(f"images[{number}]: expected RGB uint8 (H, W, 3), found {rgb.dtype} {rgb.shape}")
+            name = f"images[{number}]" if isinstance(image, np.ndarray) else str(image)
+            patches.append(self.preprocessing(rgb, name=name))
+        if not patches:
+            raise UserError("images: none given")
+        return torch.from_numpy(np.stack(patches).transpose(0, 3, 1, 2).copy())
+
+    def patches(self) -> Patches:
+        """The patches at `data.root`, prepared as they were for training, even where they are not those."""
+        patches = load_patches(self.config.data, seed=self.config.seed)
+        if patches.preprocessing != self.preprocessing:
+            patches = load_patches(self.config.data, seed=self.config.seed, reference=self.preprocessing.reference)
+        require_held_out(self.config.output, patches)
+        return patches
+
+    def _mpp(self) -> float | None:
+        """Microns per pixel of the run's own patches, and of what is made of them."""
+        records, _ = list_records(self.config.data, seed=self.config.seed)
+        return frame_mpp(records, self.preprocessing)
+
+    def translate_split(
+        self,
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        output: Path | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Path, dict[str, float]]:
+        """Carry the run's own patches of a split to another class, written batch by batch; returns folder and figures.
+
+        Sources are `translate.num` of the split, drawn by the seed. A folder that holds a part of the same translation
+        is completed; `overwrite` removes one that differs. With several processes each takes its share of the sources.
+        """
+        settings, fabric = self._settings(source, target, self._given), self.fabric
+        on_rank_zero(fabric, self.patches)  # fills the cache for all
+        patches = self.patches()
+        chosen = patches.sample(settings.split, settings.source, num=settings.num, seed=self.config.seed)
+        if len(chosen) == 0:
+            raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
+        folder = output or self.config.output / "trajectories" / self._name(settings)
+        header = from_rank_zero(fabric, lambda: replace(self._header(settings), mpp=self._mpp()))
+
+        def open_folder() -> None:
+            is_trajectory = overwrite and (folder / "trajectory.json").exists()
+            if is_trajectory and (read_header(folder) != header or not _begins_with(folder, patches, chosen)):
+                shutil.rmtree(folder)
+            TrajectoryWriter(folder, header)
+            if not _begins_with(folder, patches, chosen):
+                raise UserError(
+                    f"{folder}: holds sequences of other images, which have the same names as those at data.root; "
+                    "choose another --output, or replace it with --overwrite"
+                )
+
+        on_rank_zero(fabric, open_folder)
+        writer = TrajectoryWriter(folder, header, rank=fabric.global_rank)
+        missing = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done]
+        fabric.barrier()  # all have read what is done before anyone adds to it
+        todo = missing[fabric.global_rank :: fabric.world_size]
+        if missing:
+            self._prepare(settings)
+        began, cpu_began = time.monotonic(), time.process_time()
+        bar = progress(
+            range(0, len(todo), settings.batch_size),
+            desc=f"{settings.source} -> {settings.target}",
+            unit="batch",
+            disable=not fabric.is_global_zero,
+        )
+        for start in bar:
+            numbers = todo[start : start + settings.batch_size]
+            indices = chosen[numbers]
+            trajectory = self._translate_batch(patches.centre(indices), [patches.ids[i] for i in indices], settings)
+            writer.append(trajectory, numbers=numbers)
+        cost = {"seconds": time.monotonic() - began}
+        if fabric.device.type == "cpu":  # elsewhere it tells how long a GPU was waited for
+            cost["cpu_seconds"] = time.process_time() - cpu_began
+        fabric.barrier()
+        if fabric.is_global_zero:
+            writer.finish()
+            used = self.config.model_copy(update={"translate": settings})
+            replace_text(folder / "config.yaml", used.to_yaml())
+            if todo:  # of this process, and of its last call where it was stopped and went on
+                told = {"sequences": len(todo), "device": _device_name(fabric.device), **cost}
+                replace_text(folder / "cost.json", json.dumps(told) + "\n")
+        figures = {"sequences": len(chosen), "made_now": len(missing), **cost}
+        return folder, figures

@@ -1,0 +1,19 @@
+"""What a video shows."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cellflux_bridge.config.schema import Count, NonNegative, Section
+
+
+class VideoConfig(Section):
+    formats: list[Literal["mp4", "webp", "gif", "strip"]] = Field(default=["mp4", "webp", "strip"])
+    sequences: Count = 12
+    columns: Count | None = None
+    fps: Annotated[float, Field(gt=0, le=60)] = 10.0
+    hold: NonNegative = 0.8
+    ping_pong: bool = True
+    tile: Count = 128
+    caption: bool = True
+    show_source: bool = True
