@@ -18,13 +18,13 @@ from cellflux_bridge.cellularity.export import FORMAT
 from cellflux_bridge.cli import main
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.metrics.words import NUCLEI, interval, number
 from cellflux_bridge.report import gallery as sequences
 from cellflux_bridge.report.charts import Band, Chart, Point, Series, draw, scale_of
 from cellflux_bridge.report.page import write_report
 from cellflux_bridge.report.runs import load_chapters
 from cellflux_bridge.report.tables import baseline_styles, curves, level_tables, main_table
 from cellflux_bridge.report.warnings import cautions
-from cellflux_bridge.report.words import NUCLEI, interval, number
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -1,7 +1,12 @@
-"""Text files that appear whole or not at all, and what may stand in them."""
+"""Text files that appear whole or not at all, what may stand in them, and safe names for them."""
 
+import csv
+import hashlib
+import io
 import math
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +33,29 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def safe_name(text: str, *, room: int = 0) -> str:
+    """One path component for any text (a label, an id): at most 255 bytes with `room` bytes that will follow it.
+
+    Letters, digits and . _ - stay; anything else becomes _, and a name that starts with a dot gets _ before it. A text
+    that had to be changed or cut ends in a short hash of it, so that two texts never share a name.
+    """
+    kept = re.sub(r"[^\w.-]+", "_", text).strip()
+    kept = f"_{kept}" if kept.startswith(".") or not kept else kept
+    mark = f"-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    most = 255 - room
+    if kept == text and len(kept.encode()) <= most:
+        return kept
+    return kept.encode()[: most - len(mark)].decode(errors="ignore") + mark
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as CSV, None as an empty cell. A text cell that a spreadsheet would take for a formula gets a ' before it."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([_inert(cell) for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

@@ -68,9 +68,9 @@ class RealPatches(NamedTuple):
 class Network:
     """A trained classifier in one `use` ("judge", "features" or "scores"), and the patches of its own configuration.
 
-    `name` tells it apart from the others; `weights` (C,) turn class probabilities into `NetworkOutputs.value`, and are None
-    for an extractor that is no classifier, whose patches are those of the first judge. `checkpoint` is the folder of its
-    weights, or the extractor's name; `digest` that of the weights.
+    `name` tells it apart from the others; `weights` (C,) turn class probabilities into `NetworkOutputs.value`, and are
+    None for an extractor that is no classifier, whose patches are those of the first judge. `checkpoint` is the folder
+    of its weights, or the extractor's name; `digest` that of the weights.
     """
 
     name: str

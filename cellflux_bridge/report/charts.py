@@ -11,7 +11,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from cellflux_bridge.report.words import number
+from cellflux_bridge.metrics.words import number
 
 WIDTH, HEIGHT = 360, 232
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 12, 194

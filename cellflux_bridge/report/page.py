@@ -17,6 +17,7 @@ from cellflux_bridge import __version__
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import replace_text
 from cellflux_bridge.cellularity.nuclei import segment as segment_nuclei
+from cellflux_bridge.metrics.words import NUCLEI, interval, number
 from cellflux_bridge.report import charts, tables
 from cellflux_bridge.report import gallery as sequences
 from cellflux_bridge.report.figures import write_figures
@@ -24,7 +25,6 @@ from cellflux_bridge.report.gallery import Gallery, Segment
 from cellflux_bridge.report.media import Stills, films, stills
 from cellflux_bridge.report.runs import Chapter, Method, load_chapters
 from cellflux_bridge.report.warnings import cautions
-from cellflux_bridge.report.words import NUCLEI, interval, number
 
 # Bytes of the page; of them what is seen, which leaves the rest to words, curves and numbers; of that again what real
 # patches with near copies, and what videos may take. Sequences get what these leave.

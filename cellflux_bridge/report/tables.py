@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from cellflux_bridge.metrics.words import NUCLEI, QUANTITIES, SECTIONS, floor_of, interval, number, words
 from cellflux_bridge.report.charts import REAL, Band, Chart, Point, Series, baseline_style, style_of
 from cellflux_bridge.report.runs import Chapter, Method, Network
-from cellflux_bridge.report.words import NUCLEI, QUANTITIES, SECTIONS, floor_of, interval, number, words
 
 
 class Cell(NamedTuple):

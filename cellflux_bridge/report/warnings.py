@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
+from cellflux_bridge.metrics.words import NUCLEI, floor_of, interval, number, words
 from cellflux_bridge.report.gallery import Gallery
 from cellflux_bridge.report.runs import CELLULARITY, Chapter, Method
 from cellflux_bridge.report.tables import find, levels_of
-from cellflux_bridge.report.words import NUCLEI, floor_of, interval, number, words
 
 # A level counts as unmet where the judges' mean p lies this far off, and its interval does not reach nearer.
 _UNMET, _FAR_FRAME = 0.15, 0.05

@@ -40,8 +40,9 @@ class Folder:
         if splits and len(splits) < len(folders):
             others = [repr(folder.name) for folder in folders if folder.name not in _SPLIT_NAMES]
             raise UserError(
-                f"{self.root}: the split folders {', '.join(splits)} stand beside {abbreviate(others)}, so that these may "
-                "be splits or classes; list what is no split in data.layout.ignore, or name the patches in a manifest.csv"
+                f"{self.root}: the split folders {', '.join(splits)} stand beside {abbreviate(others)}, so that these "
+                "may be splits or classes; list what is no split in data.layout.ignore, or name the patches in a "
+                "manifest.csv"
             )
         if splits:
             for folder in folders:
