@@ -198,3 +198,22 @@ def test_a_sheet_lays_tiles_in_rows_on_white():
     assert [sheet[y, x, 0] for y, x in ((0, 0), (3, 5), (0, 8), (6, 0), (6, 8), (4, 0), (0, 6))] == [
         10, 10, 20, 30, 255, 255, 255,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [
+        ([7], [7, 7, 7]),
+        ([7, 9], [7, 9, 7]),
+        ([7, 8, 9], [7, 8, 9]),
+        ([7, 8, 9, 10], [17, 18, 19]),
+        ([1, 2, 4, 8, 16, 32, 64], [105, 90, 60]),
+        ([200, 0, 0, 100, 0, 0, 0, 50, 3], [255, 103, 100]),
+    ],
+)
+def test_any_number_of_channels_has_an_rgb_view(channels, expected):
+    """Red, green, blue, white, cyan, magenta, yellow, and red again; sums stop at 255."""
+    rgb = images.to_rgb(np.tile(np.array(channels, np.uint8), (2, 3, 1)))
+    assert rgb.shape == (2, 3, 3)
+    assert rgb.dtype == np.uint8
+    assert (rgb == expected).all()

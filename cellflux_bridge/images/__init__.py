@@ -1,7 +1,7 @@
 """Images: files, values, stain, pictures."""
 
 from cellflux_bridge.images.arrays import centre_crop, decode, encode, resize
-from cellflux_bridge.images.display import sheet
+from cellflux_bridge.images.display import sheet, to_rgb
 from cellflux_bridge.images.formats import MAX_PIXELS, SUFFIXES, UnreadableImage, read_rgb, read_size, write_png
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "read_size",
     "resize",
     "sheet",
+    "to_rgb",
     "write_png",
 ]
