@@ -18,7 +18,7 @@ from cellflux_bridge.config import Config, load_config, parse_overrides
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.field.classifier_free import ClassifierFree
-from cellflux_bridge.field.classifier_guided import ClassifierGuided, pooled, require_form
+from cellflux_bridge.field.classifier_guided import EXACT, ClassifierGuided, pooled, require_form
 from cellflux_bridge.flow.task import build_flow
 from cellflux_bridge.path.base import Path as FlowPath
 from cellflux_bridge.training.run import differences
@@ -127,7 +127,7 @@ class Bridge(Translator):
             if not is_read and getattr(settings.guidance, key) != []:
                 raise UserError(
                     f"translate.guidance.{key}: has no part in translate.guidance.form=none; leave it out, or set "
-                    "form=endpoint, score or bridge"
+                    "form=endpoint, score, bridge or sharpen"
                 )
         if settings.calibrate_each and "calibrate_each" in given and settings.calibrate == "none":
             raise UserError("translate.calibrate_each=true: set translate.calibrate=probability or distance, too")
@@ -178,7 +178,19 @@ class Bridge(Translator):
         if settings.guidance.form != "none":
             if settings.reverse:
                 raise UserError("translate.reverse: goes back unguided; set translate.guidance.form=none")
-            require_form(settings.guidance.form, self.path, sees_source=self.config.condition.source_image)
+            condition = self.config.condition
+            require_form(
+                settings.guidance.form,
+                self.path,
+                sees_source=condition.source_image,
+                dropout=condition.dropout,
+                scale=settings.guidance_scale,
+            )
+            if settings.guidance.form in EXACT and (settings.needs_pilot or settings.calibrates_each):
+                raise UserError(
+                    f"translate.guidance.form={settings.guidance.form}: calls the network without a condition, so "
+                    "there is none to calibrate; set translate.calibrate=none and spacing=uniform, or form=sharpen"
+                )
             self._guides.load(settings.guidance, sees=seen_by(settings.guidance))
 
     def _levels(self, settings: TranslateConfig) -> tuple[float, ...]:

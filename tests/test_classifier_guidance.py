@@ -9,7 +9,7 @@ from torch import nn
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.field.classifier_free import ClassifierFree
-from cellflux_bridge.field.classifier_guided import FORMS, ClassifierGuided, pooled, require_form
+from cellflux_bridge.field.classifier_guided import EXACT, FORMS, ClassifierGuided, pooled, require_form
 from cellflux_bridge.path.brownian import Brownian
 from cellflux_bridge.path.gaussian_source import GaussianSource
 from cellflux_bridge.path.noised_source import NoisedSource
@@ -185,6 +185,45 @@ def test_the_factor_at_the_ends_of_the_way_is_a_number(name):
     assert PATHS[name].score_factor(t).isfinite().all()
 
 
+class TwoClasses(Mixtures):
+    """One number (the second pixel is the same for both classes): class 0 is N(-1, .6), class 1 is N(1, .6)."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.means = torch.tensor([[[-1.0, 0.0]], [[1.0, 0.0]]], dtype=torch.float64)
+        self.deviations = torch.full((2, 1), 0.6, dtype=torch.float64)
+        self.log_weights = torch.full((2, 1), math.log(0.5), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "mean", "deviation"),
+    [
+        *((name, form, 0.99, 0.60) for name, form in FORM.items()),
+        ("gaussian_source", "sharpen", 1.38, 0.43),
+        ("noised_source", "sharpen", 1.38, 0.43),
+        ("brownian", "sharpen", 1.28, 0.42),  # the start at t = .03 is of the class, so less counts twice
+    ],
+)
+def test_a_velocity_with_condition_reaches_its_class_by_the_exact_forms_and_overshoots_by_sharpen(
+    name, form, mean, deviation
+):
+    exact, num = TwoClasses(name), 2000
+
+    def velocity(t, x, cond):
+        label = None if cond.dropped is not None and cond.dropped.all() else 1
+        return exact.velocity(t, x, cond.source_image, label)
+
+    x0, labels = torch.zeros(num, 1, 1, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)[1].expand(num, -1)
+    cond = Condition(target_class=torch.ones(num, dtype=torch.long), source_image=x0)
+    field = ClassifierGuided(velocity, exact.log_probabilities, PATHS[name], labels, form=form, weight=1.0, start=START)
+    begin = PATHS[name].t_start
+    x1 = image(exact.means[1] + 0.6 * normal(num, 2, seed=3))
+    start = PATHS[name].sample(x0, x1, torch.full((num,), begin), generator=generator()).x_t
+    end = integrate(field, start, cond, steps=50, interval=(begin, 1.0)).states[-1][..., 0]
+    assert end.mean().item() == pytest.approx(mean, abs=0.05)
+    assert end.std().item() == pytest.approx(deviation, abs=0.03)
+
+
 # Predicted endpoints
 
 
@@ -337,7 +376,7 @@ def test_gradients_are_those_of_finite_differences(form):
         asked.append((t, x0))
         return guide(x) * (1 if x0 is None else 1 + x0.flatten(1).sum(1, keepdim=True) ** 2)
 
-    path = {"endpoint": "straight", "score": "gaussian_source", "bridge": "brownian"}[form]
+    path = {"endpoint": "straight", "score": "gaussian_source"}.get(form, "brownian")
     found = steered(asking, q, path=path, form=form, weight=1.0)(t, x, cond) - simple_velocity(t, x, cond)
     (told,) = asked
     assert told[0] is t
@@ -400,7 +439,21 @@ def told(t, x, cond):
     return x + torch.where(dropped, 0.0, 1.0 + cond.target_class).view(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXACT)
+def test_exact_forms_call_the_network_without_a_condition(form):
+    t, x, x0, cond = states(low=0.1)
+    seen = []
+
+    def velocity(t, x, cond):
+        seen.append(cond)
+        return x
+
+    steered(Curved(), one_hot(1, len(t)), form=form, velocity=velocity)(t, x, cond)
+    assert seen[0].dropped.all()
+    assert seen[0].source_image is x0
+
+
+@pytest.mark.parametrize("form", ["endpoint", "sharpen"])
 def test_classifier_free_guidance_goes_inside(form):
     t, x, _, cond = states(low=0.1)
     q, guide = one_hot(1, len(t)), Curved()
@@ -415,7 +468,7 @@ def test_classifier_free_guidance_goes_inside(form):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_forwards_and_gradients_are_counted_apart(solver, calls, scale):
     _, x, _, cond = states()
-    velocity = steered(Curved().float(), one_hot(0, 40).float(), velocity=ClassifierFree(told, scale), form="score")
+    velocity = steered(Curved().float(), one_hot(0, 40).float(), velocity=ClassifierFree(told, scale), form="sharpen")
     for _ in range(2):  # a velocity may be used again
         result = integrate(velocity, x, cond, steps=5, solver=solver)
         assert result.nfe == 5 * calls * (1 if scale == 1 else 2)
@@ -467,9 +520,13 @@ def test_steering_arrives_where_it_is_told():
 
 # Refusals
 
-ALLOWED = {
+EXACT_FLOWS = {
     "score": {("gaussian_source", False), ("gaussian_source", True)},
     "bridge": {("noised_source", True), ("brownian", True)},
+}
+ALLOWED = {
+    **EXACT_FLOWS,
+    "sharpen": EXACT_FLOWS["score"] | EXACT_FLOWS["bridge"],
     "endpoint": {
         *((name, sees) for name in PATHS if name not in ("smooth", "brownian") for sees in (False, True)),
         ("brownian", True),
@@ -481,14 +538,33 @@ ALLOWED = {
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_that_do_not_fit_are_refused_by_name(form, name, sees_source):
+    def require():
+        require_form(form, PATHS[name], sees_source=sees_source, dropout=0.1, scale=1.0)
+
     if (name, sees_source) in ALLOWED[form]:
-        require_form(form, PATHS[name], sees_source=sees_source)
+        require()
         return
+    noisy = rf"noise on every sample.*source_image={sees_source}"
     message = {
-        "score": "exact for a Gaussian source only",
-        "bridge": rf"noise on every sample.*source_image={sees_source}",
+        "score": "needs a Gaussian source",
+        "bridge": noisy,
+        "sharpen": f"gaussian_source.*{noisy}",
         "endpoint": "needs a network that sees the clean source" if name == "brownian" else "cannot be computed",
     }[form]
     with pytest.raises(UserError, match=rf"translate\.guidance\.form={form}: .*{message}") as refused:
-        require_form(form, PATHS[name], sees_source=sees_source)
+        require()
     assert type(PATHS[name]).__name__ in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "scale", "message"), [(0, 1.0, r"condition\.dropout=0"), (0.1, 1.5, r"guidance_scale=1\.5 has no part")]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_exact_forms_need_a_trained_null_and_no_scale(form, dropout, scale, message):
+    path = PATHS["gaussian_source" if form == "score" else "brownian"]
+    options = {"sees_source": True, "dropout": dropout, "scale": scale}
+    if form in EXACT:
+        with pytest.raises(UserError, match=rf"form={form}: .*{message}"):
+            require_form(form, path, **options)
+    else:
+        require_form(form, path, **options)

@@ -42,10 +42,12 @@ def test_the_network_turns_states_into_velocities(config):
 
 
 def test_the_path_fits_the_translation_and_its_guidance(config):
-    path, translate = registry.build("path", config.path), config.translate
+    path, translate, condition = registry.build("path", config.path), config.translate, config.condition
     assert path.from_data == (translate.method != "depth")
     if translate.guidance.form != "none":
-        require_form(translate.guidance.form, path, sees_source=config.condition.source_image)
+        scale = translate.guidance_scale
+        sees_source, dropout = condition.source_image, condition.dropout
+        require_form(translate.guidance.form, path, sees_source=sees_source, dropout=dropout, scale=scale)
 
 
 def test_the_coupling_permutes_a_batch(config):

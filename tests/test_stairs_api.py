@@ -148,12 +148,13 @@ def test_three_classes_are_mixed_two_at_a_time(three, asked):
 
 
 @pytest.mark.parametrize(
-    ("form", "name", "weight"), [("endpoint", "guide_rgb", 0.5), ("bridge", "guide_rgb_state", 99.0)]
+    ("form", "name", "weight"),
+    [("endpoint", "guide_rgb", 0.5), ("bridge", "guide_rgb_state", 99.0), ("sharpen", "guide_rgb_state", 99.0)],
 )
 def test_guidance_moves_frames_and_its_gradients_are_counted(flow, form, name, weight):
     bridge = load(flow, "translate.method=progression", "translate.levels=3")
     x, ids = patches_of(bridge)
-    plain = bridge.translate(x, ids=ids)
+    plain = bridge.translate(x, ids=ids, guidance_scale=0.0 if form == "bridge" else 1.0)  # bridge: no condition
     off = bridge.translate(x, ids=ids, guidance={"form": form, "weight": 0.0})
     np.testing.assert_array_equal(off.frames, plain.frames)
     found = bridge.translate(x, ids=ids, guidance={"form": form, "weight": weight})
@@ -513,7 +514,7 @@ def test_levels_outside_their_range_or_order_are_named(flow, key, values):
         ({"method": "progression", "levels": 0}, r"translate\.levels"),
         ({"method": "stair"}, r"translate\.method: .*'stair'"),
         ({"method": "progression", "calibrate": "p"}, r"translate\.calibrate: .*'p'"),
-        ({"guidance": {"form": "score"}}, r"translate\.guidance\.form=score: exact for a Gaussian source only"),
+        ({"guidance": {"form": "score"}}, r"translate\.guidance\.form=score: needs a Gaussian source"),
         ({"guidance": {"form": "scroe"}}, r"translate\.guidance\.form: .*'scroe'"),
         ({"guidance": {"wieght": 1}}, r"translate\.guidance\.wieght: unknown key; did you mean"),
         ({"guidance": {"form": "endpoint", "weight": -1}}, r"translate\.guidance\.weight"),

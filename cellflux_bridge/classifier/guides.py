@@ -14,8 +14,8 @@ from cellflux_bridge.translation.settings import TranslateConfig
 
 
 def seen_by(guidance: GuidanceConfig) -> str:
-    """What the guides of a form look at: finished images, or states of the path."""
-    return "state" if guidance.form in ("score", "bridge") else "image"
+    """What the guides of a form look at: states of the path, or finished images."""
+    return "state" if guidance.form in ("score", "bridge", "sharpen") else "image"
 
 
 class Guides:

@@ -145,7 +145,9 @@ def depth(
     """Carry sources x0 (B, C, H, W) in [-1, 1] back to depths (K,) in (0, 1], rising or equal, and forward again.
 
     Back from t = 1 unguided, told the soft label `source` (num_classes,), once for all levels; forward from
-    t = 1 - depth to 1 told `told` (K, num_classes) and guided toward `wanted`, alike. Each way forward takes `steps`
+    t = 1 - depth to 1 told `told` (K, num_classes) and guided toward `wanted`, alike. With guidance of form `score`
+    the velocity of the way forward is unconditional, and the guide alone carries the label; the way back keeps the
+    source's label. Each way forward takes `steps`
     steps; the way back about `steps` a unit of depth, and at least one between two depths. Raises UserError for a path
     that does not start from Gaussian noise.
     """
