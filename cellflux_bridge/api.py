@@ -15,6 +15,7 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.classifier.guides import Guides, seen_by
 from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.config import Config, load_config, parse_overrides
+from cellflux_bridge.config.registry import trusting
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.field.classifier_free import ClassifierFree
@@ -67,13 +68,21 @@ class Bridge(Translator):
         )
 
     @classmethod
-    def load(cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None) -> "Bridge":
+    def load(
+        cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None, trust: bool = False
+    ) -> "Bridge":
         """The newest checkpoint of a run folder (or a checkpoint folder itself).
 
         `overrides` are `key.sub=value` settings of this use, such as translate.steps=50 or train.accelerator=cpu; the
-        network's architecture always comes from the checkpoint. Raises UserError for a folder without checkpoint, and
-        for weights that are truncated or of another architecture.
+        network's architecture always comes from the checkpoint. With `trust`, classes of foreign modules that the run
+        names are imported, which runs their code. Raises UserError for a folder without checkpoint, and for weights
+        that are truncated or of another architecture.
         """
+        with trusting(trust):
+            return cls._load(run, overrides, fabric)
+
+    @classmethod
+    def _load(cls, run: str | Path, overrides: Sequence[str], fabric: Fabric | None) -> "Bridge":
         folder = checkpoint.latest(Path(run))
         trained = checkpoint.read_config(folder)
         path, network = build_flow(trained)

@@ -261,12 +261,13 @@ def evaluate_command(args: argparse.Namespace) -> None:
     """evaluate TRAJECTORY_OR_RUN ...: fidelity, calibration, preservation and cost of methods side by side."""
     from cellflux_bridge import checkpoint
     from cellflux_bridge.base.files import require_json
+    from cellflux_bridge.config import split_overrides
     from cellflux_bridge.metrics.evaluate import evaluate
     from cellflux_bridge.metrics.results import write_results
     from cellflux_bridge.training.loop import make_fabric
 
-    overrides = [text for text in args.overrides if "=" in text]
-    folders = [_trajectory(text) for text in (args.config, *args.overrides) if text not in overrides]
+    paths, overrides = split_overrides(args.overrides)
+    folders = [_trajectory(text) for text in (args.config, *paths)]
     for flag, given in (("--judge", args.judge), ("--features", args.features)):
         if not given:
             raise UserError(f"{flag}: none given; name the run of a classifier (cellflux-bridge train-classifier)")
@@ -326,9 +327,10 @@ def cellularity_command(args: argparse.Namespace) -> None:
     from cellflux_bridge.base.files import require_json
     from cellflux_bridge.cellularity.along import along_trajectories
     from cellflux_bridge.cellularity.export import summary, write_results
+    from cellflux_bridge.config import split_overrides
 
-    overrides = [text for text in args.overrides if "=" in text]
-    folders = [_trajectory(text) for text in (args.config, *args.overrides) if text not in overrides]
+    paths, overrides = split_overrides(args.overrides)
+    folders = [_trajectory(text) for text in (args.config, *paths)]
     output = args.output or folders[0] / "cellularity.json"
     require_json(output)
     if (args.real_source is None) != (args.real_target is None):
@@ -416,6 +418,10 @@ def report_command(args: argparse.Namespace) -> None:
     print(f"open in a browser: {page.resolve()}")
 
 
+_TRUST = (
+    "--trust",
+    {"action": "store_true", "help": "import the modules that a run or trajectory names (package.module:Class)"},
+)
 _OUTPUT = ("--output", {"type": Path, "help": "folder to write to instead of the default"})
 _SHEET = ("--output", {"type": Path, "help": "PNG file for the contact sheet instead of the default"})
 # command -> (function, what its positional argument is, flags, fixed second word)
@@ -543,7 +549,7 @@ def _parse(argv: Sequence[str]) -> tuple[Callable, argparse.Namespace]:
     optional = {"nargs": "?"} if function is cellularity_command else {}
     parser.add_argument("config", metavar=positional, **optional)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
-    for flag, options in flags:
+    for flag, options in (*flags, _TRUST):
         parser.add_argument(flag, **options)
     return function, parser.parse_intermixed_args(argv[1:])
 
@@ -553,7 +559,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         function, args = _parse(sys.argv[1:] if argv is None else argv)
         if function in _SHARED or os.environ.get("RANK", "0") == "0":  # torchrun gives every process a rank
-            function(args)
+            from cellflux_bridge.config.registry import trusting
+
+            with trusting(args.trust):
+                function(args)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

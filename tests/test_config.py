@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from cellflux_bridge.api import Bridge
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.config import Config, load_config, parse_overrides, registry
+from cellflux_bridge.cli import main
+from cellflux_bridge.config import Config, load_config, parse_overrides, registry, split_overrides
 from cellflux_bridge.config.schema import dump_yaml, parse_yaml
+from cellflux_bridge.translation.ddim import DDIMTranslator
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
 
@@ -247,7 +250,16 @@ def test_a_component_of_ones_own_is_found_and_its_constructor_is_its_schema(load
         ("{{name: '{0}', by: two}}", "coupling.by: input should be a valid integer"),
         ("{{name: '{0}', by: 2, lable: y}}", "coupling.lable: unknown key; did you mean 'coupling.label'?"),
         ("guest_coupling:Shiftd", "coupling.name: cannot import 'guest_coupling:Shiftd'"),
-        ("guest_coupling:number", "coupling.name: 'guest_coupling:number' is no class"),
+        (
+            "guest_coupling:number",
+            "coupling.name: 'guest_coupling:number' is no coupling; expected a class derived from",
+        ),
+        ("guest_coupling:Coupling", "coupling.name: 'guest_coupling:Coupling' is abstract"),
+        ("subprocess:Popen", "coupling.name: 'subprocess:Popen' is no coupling"),
+        (
+            "cellflux_bridge.path.straight:Straight",
+            "is no coupling; expected a class derived from cellflux_bridge.coupling",
+        ),
         ("no_such_module:Thing", "coupling.name: cannot import 'no_such_module:Thing'"),
         ("':Thing'", "coupling.name: cannot import ':Thing'"),
         ("'.relative:Thing'", "coupling.name: cannot import '.relative:Thing'"),
@@ -255,6 +267,138 @@ def test_a_component_of_ones_own_is_found_and_its_constructor_is_its_schema(load
 )
 def test_mistakes_in_a_component_of_ones_own_name_the_key(load, foreign, spec, expected):
     assert expected in refusal(load, f"coupling: {spec.format(foreign)}")
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """The name of a class in a module that leaves a file when it is imported, and that file."""
+    sprung = tmp_path / "sprung"
+    module = f"trap_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text(
+        f"from cellflux_bridge.coupling.independent import Independent\nopen({str(sprung)!r}, 'w').close()\n"
+        "class Trap(Independent): pass\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield f"{module}:Trap", sprung
+    sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def received(tmp_path, trap):
+    """A run's folder from somebody else, which is a checkpoint too; its config.yaml names the trap."""
+    folder = tmp_path / "received"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        f"data: {{root: x, classes: [A, B]}}\ncoupling: '{trap[0]}'\n", encoding="utf-8"
+    )
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize("key", ["coupling", "path", "velocity", "data.layout"])
+def test_a_saved_configuration_runs_no_code(tmp_path, trap, key):
+    name, sprung = trap
+    section = f"layout: '{name}'" if key == "data.layout" else ""
+    text = f"data: {{root: x, {section}}}\n" + ("" if section else f"{key}: {{name: '{name}', by: 1}}\n")
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"(?s)config\.yaml.*{key}\.name: '{name}' is code outside .*--trust"):
+        load_config(tmp_path / "config.yaml")
+    assert not sprung.exists()
+
+
+def test_foreign_code_runs_where_the_caller_or_the_command_line_trusts_it(tmp_path, received, trap):
+    name, sprung = trap
+    for changed in ("train.steps=3", "coupling.x=1"):
+        with pytest.raises(UserError, match="--trust"):
+            load_config(received / "config.yaml", [changed])
+    with pytest.raises(ValueError, match="--trust"):
+        Config.model_validate({"name": "x", "output": "x", "data": {"root": "x"}, "coupling": name})
+    assert not sprung.exists()
+    assert load_config(received / "config.yaml", trust=True).coupling["name"] == name
+    assert sprung.exists()
+    assert load_config(received / "config.yaml", [f"coupling={name}"]).coupling["name"] == name
+    own = tmp_path / "own.yaml"
+    own.write_text((received / "config.yaml").read_text())
+    assert load_config(own).coupling["name"] == name
+    with pytest.raises(UserError, match="--trust"):
+        load_config(own, trust=False)
+
+
+def test_what_the_users_own_file_names_is_trusted_in_its_run_until_the_block_ends(tmp_path, received):
+    own = tmp_path / "own.yaml"
+    own.write_text((received / "config.yaml").read_text())
+    with registry.trusting(False):
+        load_config(own)
+        load_config(received / "config.yaml")
+    with pytest.raises(UserError, match="--trust"):
+        load_config(received / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["config", "show"],
+        ["data", "check"],
+        ["train"],
+        ["train-classifier"],
+        ["train-ddim"],
+        ["translate"],
+        ["video"],
+        ["cellularity"],
+    ],
+    ids=" ".join,
+)
+def test_no_command_runs_code_that_a_received_folder_names(received, trap, command):
+    (received / "trajectory.json").touch()
+    with pytest.raises(SystemExit, match=r"config\.yaml:\ncoupling\.name: .* --trust"):
+        main([*command, str(received)])
+    assert not trap[1].exists()
+
+
+@pytest.mark.parametrize("load", [Bridge.load, DDIMTranslator.load], ids=["Bridge", "DDIMTranslator"])
+def test_a_received_run_is_loaded_with_trust_only(received, trap, load):
+    with pytest.raises(UserError, match="trust=True"):
+        load(received)
+    assert not trap[1].exists()
+    with pytest.raises(UserError):  # which holds no weights
+        load(received, trust=True)
+    assert trap[1].exists()
+
+
+def test_trust_on_the_command_line_runs_it(received, trap, capsys):
+    main(["config", "show", str(received), "--trust", "--key", "coupling.name"])
+    assert capsys.readouterr().out.strip() == trap[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)), "more than"),  # noqa: E501
+        ("a: &a {k: 1}\n" + "".join(f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)), "more than"),  # noqa: E501
+        ("a: &a [*a]\n", "inside what it names"),
+        ("a: " + "[" * 50_000, "nested too deeply"),
+        ("a:\n" + "".join(" " * n + "- \n" for n in range(1, 600)), "nested too deeply"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: 2024-13-45", "not valid YAML"),
+        ("a: !!int ''", "not valid YAML"),
+        ("a: !!python/name:os.system", "not valid YAML"),
+        ("# " + "x" * 1_000_001, "longer than"),
+    ],
+    ids=["bomb", "merge bomb", "loop", "deep", "deep blocks", "digits", "date", "tag", "python", "long"],
+)  # fmt: skip
+def test_hostile_yaml_is_refused_at_once(load, text, reason):
+    assert reason in refusal(load, text)
+
+
+def test_a_path_with_an_equals_sign_is_no_override(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    texts = ["runs/a=b", "train.lr=1", "./x=1", "lr=1", "data.root=/a/b=c", "x", "path=straight"]
+    assert split_overrides(texts) == (
+        ["runs/a=b", "./x=1", "lr=1", "x"],
+        ["train.lr=1", "data.root=/a/b=c", "path=straight"],
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(registry.KINDS))

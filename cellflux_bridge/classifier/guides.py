@@ -9,6 +9,7 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.classifier import inference
 from cellflux_bridge.classifier.model import PatchClassifier
 from cellflux_bridge.config import Config
+from cellflux_bridge.config.registry import trusting, trusts_everything
 from cellflux_bridge.field.settings import GuidanceConfig
 from cellflux_bridge.translation.settings import TranslateConfig
 
@@ -23,6 +24,7 @@ class Guides:
 
     def __init__(self, config: Config, device: torch.device):
         self._config, self._device = config, device
+        self._trust = trusts_everything()
         self._loaded: dict[tuple[Path, str], tuple[str, PatchClassifier]] = {}
 
     def load(self, guidance: GuidanceConfig, *, sees: str) -> list[PatchClassifier]:
@@ -56,7 +58,8 @@ class Guides:
     def _load(self, run: Path, *, sees: str) -> tuple[str, PatchClassifier]:
         if (run, sees) not in self._loaded:
             folder = checkpoint.latest(run)
-            trained = checkpoint.read_config(folder)
+            with trusting(self._trust):
+                trained = checkpoint.read_config(folder)
             if trained.classifier.role != "guide":
                 raise UserError(f"{run}: is a judge; a guide must be another network (classifier.role=guide)")
             compared = ["data.classes", "data.image_size", "data.crop", "data.stain", "classifier.sees"]
@@ -71,7 +74,8 @@ class Guides:
             ]
             if problems:
                 raise UserError(f"{run}: a guide that does not fit this flow: {'; '.join(problems)}")
-            guide = inference.load(folder, self._device)
+            with trusting(self._trust):
+                guide = inference.load(folder, self._device)
             name = f"{run.name}@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(guide)[:16]}"
             self._loaded[run, sees] = name, guide
         return self._loaded[run, sees]

@@ -4,12 +4,18 @@
 whose name is the file's, without underscores, whatever its case). `name: my_pkg.my_mod:MyCoupling` finds a
 class of the user's own. Keyword-only parameters of the constructor may stand in the YAML; positional ones are
 provided by the program (the number of classes, for instance).
+
+A component of a kind is a subclass of the kind's base, the class in `<folder>/base.py` that is named like the kind.
+The name of a foreign module is followed only where the configuration is trusted (see `trusting`): importing it runs it.
 """
 
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
@@ -24,7 +30,31 @@ KINDS = {
     "path": "cellflux_bridge.path",
     "velocity": "cellflux_bridge.velocity",
 }
-_NOT_COMPONENTS = {"base", "condition"}
+_NOT_COMPONENTS = {"base", "condition", "settings"}
+
+# Whether every foreign class is trusted here, and the names of those that the user named.
+_trust: ContextVar[tuple[bool, set[str]]] = ContextVar("trust")
+
+
+@contextmanager
+def trusting(everything: bool = True, *, names: Iterable[str] = ()) -> Iterator[None]:
+    """A block in which configurations may name foreign classes (`package.module:Class`), which are then imported.
+
+    With `everything` any of them, otherwise those in `names`. A name that is accepted in a block inside stays accepted
+    until the end of the outer block: what the user's own YAML names is also accepted in the run made from it.
+    """
+    outer, known = _trust.get((False, set()))
+    known.update(names)
+    token = _trust.set((everything or outer, known))
+    try:
+        yield
+    finally:
+        _trust.reset(token)
+
+
+def trusts_everything() -> bool:
+    """Whether this code runs in a block that trusts every configuration."""
+    return _trust.get((False, set()))[0]
 
 
 def names(kind: str) -> list[str]:
@@ -34,29 +64,59 @@ def names(kind: str) -> list[str]:
     return sorted(name for name in found if name not in _NOT_COMPONENTS and not name.startswith("_"))
 
 
+def _named_like(module: ModuleType, name: str) -> type:
+    wanted = name.replace("_", "")
+    for attribute, value in vars(module).items():
+        if inspect.isclass(value) and attribute.lower() == wanted:
+            return value
+    raise AssertionError(f"{module.__file__}: expected a class named {wanted}, whatever its case")
+
+
+def base_class(kind: str) -> type:
+    """The class that every component of a kind derives from."""
+    return _named_like(importlib.import_module(f"{KINDS[kind]}.base"), kind)
+
+
 def component_class(kind: str, name: str, *, key: str) -> type:
-    """The class that `name` means; `key` is where it stands in the configuration, for the error."""
+    """The class that `name` means; `key` is where it stands in the configuration, for the error.
+
+    Raises UserError for an unknown name, and for a class that is not derived from the kind's base.
+    """
     if ":" in name:
-        module_name, _, class_name = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise UserError(f"{key}.name: cannot import {name!r} ({error}); expected package.module:Class") from error
-        if not inspect.isclass(found):
-            raise UserError(f"{key}.name: {name!r} is no class; expected package.module:Class")
-        return found
+        return _foreign_class(kind, name, key=key)
     known = names(kind)
     if name not in known:
         raise UserError(
             f"{key}.name: no {kind} called {name!r}{nearest(name, known)}; known: {', '.join(known)}, "
             "or package.module:Class of your own"
         )
-    module = importlib.import_module(f"{KINDS[kind]}.{name}")
-    wanted = name.replace("_", "")
-    for attribute, value in vars(module).items():
-        if inspect.isclass(value) and attribute.lower() == wanted:
-            return value
-    raise AssertionError(f"{module.__file__} holds no class named like the file")
+    return _named_like(importlib.import_module(f"{KINDS[kind]}.{name}"), name)
+
+
+def _foreign_class(kind: str, name: str, *, key: str) -> type:
+    module_name, _, class_name = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
+        raise UserError(f"{key}.name: cannot import {name!r} ({error}); expected package.module:Class") from error
+    base = base_class(kind)
+    if not inspect.isclass(found) or not issubclass(found, base):
+        expected = f"{base.__module__}:{base.__name__}"
+        raise UserError(f"{key}.name: {name!r} is no {kind}; expected a class derived from {expected}")
+    if found is base or inspect.isabstract(found):
+        raise UserError(f"{key}.name: {name!r} is abstract; expected a class that has all methods of a {kind}")
+    return found
+
+
+def _require_trusted(name: str, *, key: str) -> None:
+    everything, known = _trust.get((False, set()))
+    if everything:
+        known.add(name)
+    elif name not in known:
+        raise UserError(
+            f"{key}.name: {name!r} is code outside this package, named by a configuration that may come from somebody "
+            "else, so it was not run. If you trust it, pass --trust (in Python trust=True)"
+        )
 
 
 def _schema(cls: type) -> type[BaseModel]:
@@ -70,7 +130,10 @@ def _schema(cls: type) -> type[BaseModel]:
 
 
 def validate(kind: str, spec: Mapping[str, Any] | str, *, key: str) -> dict[str, Any]:
-    """The complete spec (name and every argument, defaults filled in) of a component as written in a configuration."""
+    """The complete spec (name and every argument, defaults filled in) of a component as written in a configuration.
+
+    A foreign class is imported only inside a block of `trusting`; UserError otherwise, and for wrong arguments.
+    """
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
@@ -80,6 +143,8 @@ def validate(kind: str, spec: Mapping[str, Any] | str, *, key: str) -> dict[str,
     if not isinstance(name, str):
         found = "missing" if name is None else f"{name!r} is no text"
         raise UserError(f"{key}.name: {found}; expected one of {', '.join(names(kind))}")
+    if ":" in name:
+        _require_trusted(name, key=key)
     schema = _schema(component_class(kind, name, key=key))
     try:
         return {"name": name, **schema.model_validate(arguments).model_dump(mode="python")}
@@ -98,7 +163,7 @@ def component(kind: str, key: str, *, default: str) -> Any:
 
 
 def build(kind: str, spec: Mapping[str, Any], *provided: Any, key: str | None = None) -> Any:
-    """An instance of the component that a validated `spec` describes, `provided` being its positional arguments."""
+    """An instance of the component that a `spec` from `validate` describes; `provided` are positional arguments."""
     arguments = dict(spec)
     cls = component_class(kind, arguments.pop("name"), key=key or kind)
     return cls(*provided, **arguments)

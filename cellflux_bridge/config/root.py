@@ -7,6 +7,7 @@ complete: every default is filled in, so that the copy saved beside a result say
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.classifier.settings import ClassifierConfig
 from cellflux_bridge.condition.settings import ConditionConfig
-from cellflux_bridge.config.registry import component
+from cellflux_bridge.config.registry import component, trusting
 from cellflux_bridge.config.schema import Section, dump_yaml, explain, parse_yaml, read_yaml
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.ddim.settings import DDIMConfig
@@ -132,20 +133,41 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return together
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = (), *, output: Path | None = None) -> Config:
+def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(paths, overrides) of what stands on a command line: an override is key.sub=value, and no file of that name."""
+    overrides = [text for text in texts if re.match(r"[A-Za-z_][\w.]*=", text) and not Path(text).exists()]
+    return [text for text in texts if text not in overrides], overrides
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Every text in a value, at any depth."""
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _words(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, output: Path | None = None, trust: bool | None = None
+) -> Config:
     """The complete configuration of a YAML file with `key.sub=value` overrides.
 
     `name` defaults to the file's own name and `output` to `runs/<name>`; the argument `output`, where a run was found,
-    replaces what its file says. Raises UserError that lists every unknown
-    key (with the nearest valid one) and every wrong value.
+    replaces what its file says. `trust` says whether `name: package.module:Class` in the file may import that module.
+    By default it may, except in a file called config.yaml: so runs, checkpoints and trajectories call theirs, and they
+    may come from somebody else. Overrides are the user's own and always trusted. Raises UserError that lists every
+    unknown key (with the nearest valid one) and every wrong value.
     """
     path = Path(path)
     data = read_yaml(path) | ({} if output is None else {"output": output})
-    data = merged(data, parse_overrides(overrides))
+    given = parse_overrides(overrides)
+    data = merged(data, given)
     data.setdefault("name", path.stem)
     data.setdefault("output", f"runs/{data['name']}")
     try:
-        return Config.model_validate(data)
+        with trusting(path.name != "config.yaml" if trust is None else trust, names=_words(given)):
+            return Config.model_validate(data)
     except ValidationError as error:
-        given = f" with {' '.join(overrides)}" if overrides else ""
-        raise UserError(f"{path}{given}:\n{explain(error, Config)}") from error
+        shown = f" with {' '.join(overrides)}" if overrides else ""
+        raise UserError(f"{path}{shown}:\n{explain(error, Config)}") from error

@@ -45,8 +45,17 @@ class Section(Keys):
     model_config = ConfigDict(validate_default=True, frozen=True)
 
 
+# A complete configuration has 10 kB and 300 nodes. More than this is no configuration, and is not worked through.
+_MOST_BYTES, _MOST_NODES = 1_000_000, 100_000
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as its users mean it: 1e-4 is a number, `no` is a word, and a key stands once in a mapping."""
+
+    def compose_document(self):
+        node = super().compose_document()
+        _count_nodes(node, {})
+        return node
 
     def compose_mapping_node(self, anchor):
         # Before `<<` is resolved: a key that overrides a merged one stands once.
@@ -58,6 +67,23 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.composer.ComposerError(None, None, f"key {key.value!r} stands twice", key.start_mark)
                 seen.add((key.tag, key.value))
         return node
+
+
+def _count_nodes(node: yaml.Node, counts: dict[int, int]) -> int:
+    """How many nodes `node` holds when every alias is written out. A few lines of aliases of aliases can stand for
+    billions, and an alias may stand inside what it names: both are refused."""
+    if id(node) in counts:
+        if not counts[id(node)]:
+            raise yaml.composer.ComposerError(None, None, "an alias stands inside what it names", node.start_mark)
+        return counts[id(node)]
+    counts[id(node)] = 0
+    members = [] if isinstance(node, yaml.ScalarNode) else node.value
+    parts = (part for member in members for part in (member if isinstance(member, tuple) else (member,)))
+    total = 1 + sum(_count_nodes(part, counts) for part in parts)
+    if total > _MOST_NODES:
+        raise yaml.composer.ComposerError(None, None, f"more than {_MOST_NODES:,} values", node.start_mark)
+    counts[id(node)] = total
+    return total
 
 
 class _Dumper(yaml.SafeDumper):
@@ -83,16 +109,21 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     """The value of a YAML text; `origin` names where it stands, for the error."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise UserError(f"{origin}: not valid YAML: nested too deeply") from error
+    except Exception as error:  # besides YAMLError, constructors stumble over foreign tags and values in many ways
         raise UserError(f"{origin}: not valid YAML: {error}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MOST_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this configuration ({error})") from error
+    if len(text) > _MOST_BYTES:
+        raise UserError(f"{path}: longer than {_MOST_BYTES:,} characters; expected a configuration in YAML")
     data = parse_yaml(text, origin=str(path))
     if data is None:
         return {}
@@ -126,6 +157,11 @@ def _locate(model: type[BaseModel], loc: tuple) -> tuple[list[str], type[BaseMod
     return keys, at
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "", note: str = "") -> str:
     """What a pydantic error means, a line a problem: key, what was found, what was expected, the nearest valid key."""
     lines = []
@@ -142,7 +178,7 @@ def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "",
             hint = hint.replace("mean '", f"mean '{parent}.") if parent else hint
             lines.append(f"{key}: unknown key{hint}; valid here: {', '.join(valid) or 'none'}")
         else:
-            found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
+            found = "" if problem["type"] == "missing" else f", found {_shown(problem['input'])}"
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{key}: {message[:1].lower()}{message[1:]}{found}")
     return "\n".join(lines) + (f"\n({note})" if note else "")

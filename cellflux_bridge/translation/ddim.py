@@ -14,6 +14,7 @@ from cellflux_bridge import images as image_io
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.config import PLACES_AND_PACE, Config, load_config, parse_overrides
+from cellflux_bridge.config.registry import trusting
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.ddim.depths import require_depths, uniform_depths
@@ -76,14 +77,21 @@ class DDIMTranslator(Translator):
         return ClassifierFree(denoiser.eps, null_class=denoiser.null_class, weight=ddim.weight)
 
     @classmethod
-    def load(cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None) -> "DDIMTranslator":
+    def load(
+        cls, run: str | Path, overrides: Sequence[str] = (), *, fabric: Fabric | None = None, trust: bool = False
+    ) -> "DDIMTranslator":
         """The newest networks of a run folder that train-ddim wrote, or a YAML file that names foreign weights.
 
         `overrides` are `key.sub=value` settings of this use, such as ddim.depths=fourier or translate.num=10. Where
         ddim.denoiser.weights or ddim.classifier.weights is set, that file takes the place of the trained network.
-        Raises UserError for a network that is missing, was trained otherwise, or does not fit the configuration.
+        With `trust`, classes of foreign modules that the run names are imported, which runs their code. Raises
+        UserError for a network that is missing, was trained otherwise, or does not fit the configuration.
         """
-        path = Path(run)
+        with trusting(trust):
+            return cls._load(Path(run), overrides, fabric)
+
+    @classmethod
+    def _load(cls, path: Path, overrides: Sequence[str], fabric: Fabric | None) -> "DDIMTranslator":
         config = (
             load_config(path / checkpoint.CONFIG, overrides, output=path)
             if path.is_dir()
