@@ -7,7 +7,7 @@ from torchcfm.models.unet.unet import UNetModel
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec
-from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Width, as_velocity
+from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Velocity, Width, as_velocity
 
 
 class _ConditionedUNet(UNetModel):
@@ -25,7 +25,7 @@ class _ConditionedUNet(UNetModel):
         return self.out(h)
 
 
-class ADM(nn.Module):
+class ADM(Velocity):
     """v(t, x, cond) by guided-diffusion's U-Net, CellFlux's backbone.
 
     CellFlux's own size is channels 128, multipliers (2, 2, 2), blocks 4, attention (1,), dropout 0.3. `attention`

@@ -1,9 +1,12 @@
-"""What velocity networks share: the bounds of their arguments, and what their output means."""
+"""What velocity networks share: their interface, the bounds of their arguments, and what their output means."""
 
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
+
+from cellflux_bridge.condition.base import Condition, ConditionSpec
 
 # Bounds of the networks' arguments, which become the schema of their YAML.
 Count = Annotated[int, Field(ge=1)]
@@ -11,6 +14,21 @@ Width = Annotated[int, Field(ge=4, multiple_of=4)]
 Multipliers = Annotated[tuple[Count, ...], Field(min_length=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Prediction = Literal["velocity", "target"]
+
+
+class Velocity(nn.Module):
+    """A network v(t, x, cond). It is constructed with the number of image channels, a `ConditionSpec` and its settings.
+
+    `spec` says what the network is conditioned on. Both sides of an image must be divisible by `stride`.
+    """
+
+    spec: ConditionSpec
+    stride: int
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
+        raise NotImplementedError
+
 
 # The division by 1 - t is bounded. JiT bounds it at 0.05; in runs of minutes the last steps of the way then outweigh
 # all others, while at 0.2 the output stays as clean an image (what it extrapolates past t = 0.8 carries little noise).

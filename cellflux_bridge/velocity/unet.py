@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec, sinusoidal
-from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Width, as_velocity
+from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Velocity, Width, as_velocity
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         return x + self.out(h.transpose(-1, -2).reshape(b, c, height, width))
 
 
-class UNet(nn.Module):
+class UNet(Velocity):
     """v(t, x, cond): a U-Net over the image, or over its pixel-unshuffled form.
 
     `channels` times each of `multipliers` is the width of a level, every level after the first at half the size of

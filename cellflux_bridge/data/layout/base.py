@@ -1,5 +1,6 @@
-"""What is known of a patch before it is decoded, and how groups are split."""
+"""What is known of a patch before it is decoded, and what every layout has."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,3 +19,11 @@ class PatchRecord:
     group: str | None = None
     score: float | None = None
     mpp: float | None = None
+
+
+class Layout(ABC):
+    """Finds the patches under a folder. It is constructed with the folder's path, `data.root`, and its own settings."""
+
+    @abstractmethod
+    def records(self) -> list[PatchRecord]:
+        """Every patch, sorted by id. Raises UserError, naming the file or folder, for data that it does not understand."""

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError, abbreviate
-from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
+from cellflux_bridge.data.layout.base import SPLITS, Layout, PatchRecord
 from cellflux_bridge.images import SUFFIXES
 
 _SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val"}
 _COLUMNS = {"path", "label", "split", "group", "score", "mpp"}
 
 
-class Folder:
+class Folder(Layout):
     """Lists the patches under a root.
 
     With a `manifest.csv` its rows are the patches: columns path (relative to the root) and label, optionally split
