@@ -51,7 +51,7 @@ def safe_name(text: str, *, room: int = 0) -> str:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows as CSV, None as an empty cell. A text cell that a spreadsheet would take for a formula gets a ' before it."""
+    """Rows as CSV, None as an empty cell. A text that looks like a formula gets a ' in front."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([_inert(cell) for cell in row] for row in rows)
     return text.getvalue()

@@ -1,7 +1,6 @@
 """torchcfm's ADM U-Net (Dhariwal & Nichol 2021) as velocity network."""
 
 import torch
-from torch import nn
 from torchcfm.models.unet.nn import timestep_embedding
 from torchcfm.models.unet.unet import UNetModel
 

@@ -26,4 +26,4 @@ class Layout(ABC):
 
     @abstractmethod
     def records(self) -> list[PatchRecord]:
-        """Every patch, sorted by id. Raises UserError, naming the file or folder, for data that it does not understand."""
+        """Every patch, sorted by id. Raises UserError that names a file or folder which it does not understand."""
