@@ -22,9 +22,11 @@ KINDS = {
     "layout": "cellflux_bridge.data.layout",
     "coupling": "cellflux_bridge.coupling",
     "path": "cellflux_bridge.path",
+    "condition": "cellflux_bridge.condition",
+    "codec": "cellflux_bridge.codec",
     "velocity": "cellflux_bridge.velocity",
 }
-_NOT_COMPONENTS = {"base", "condition"}
+_NOT_COMPONENTS = {"base", "settings"}
 
 
 def names(kind: str) -> list[str]:
