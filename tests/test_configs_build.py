@@ -9,7 +9,7 @@ from cellflux_bridge.classifier.inference import build_classifier
 from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.config import Config, load_config, registry
 from cellflux_bridge.field.classifier_guided import require_form
-from cellflux_bridge.flow.task import IMAGE_CHANNELS, build_flow
+from cellflux_bridge.flow.network import build_flow
 from cellflux_bridge.training.loop import make_fabric
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -30,7 +30,7 @@ def test_the_network_turns_states_into_velocities(config):
     with torch.device("meta"):
         _, network = build_flow(config)
         size = config.data.image_size
-        x = torch.empty(2, IMAGE_CHANNELS, size, size)
+        x = torch.empty(2, config.data.channels, size, size)
         cond = Condition(
             target_class=torch.empty(2, dtype=torch.long),
             level=torch.empty(2, len(config.data.classes)),
@@ -53,7 +53,7 @@ def test_the_path_fits_the_translation_and_its_guidance(config):
 def test_the_coupling_permutes_a_batch(config):
     coupling = registry.build("coupling", config.coupling)
     x0, x1 = map(
-        coupling.features, torch.randn(2, 6, IMAGE_CHANNELS, 32, 32, generator=torch.Generator().manual_seed(0))
+        coupling.features, torch.randn(2, 6, config.data.channels, 32, 32, generator=torch.Generator().manual_seed(0))
     )
     i, j = coupling.pair(x0, x1, blocks=torch.zeros(6), generator=torch.Generator().manual_seed(0))
     assert sorted(i.tolist()) == sorted(j.tolist()) == list(range(6))
@@ -63,7 +63,7 @@ def test_the_classifier_tells_the_classes_apart(config):
     offline = config.model_copy(update={"classifier": config.classifier.model_copy(update={"pretrained": False})})
     size = config.data.image_size
     with torch.device("meta"):
-        logits = build_classifier(offline).eval()(torch.empty(2, IMAGE_CHANNELS, size, size))
+        logits = build_classifier(offline).eval()(torch.empty(2, config.data.channels, size, size))
     assert logits.shape == (2, len(config.data.classes))
 
 

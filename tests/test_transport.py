@@ -8,6 +8,8 @@ import torch
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.condition.source_class import SourceClass
+from cellflux_bridge.condition.target_class import TargetClass
 from cellflux_bridge.field.classifier_free import ClassifierFree
 from cellflux_bridge.path.brownian import Brownian
 from cellflux_bridge.path.gaussian_source import GaussianSource
@@ -48,7 +50,7 @@ def wavy(t, x, cond):
 @pytest.fixture(scope="module")
 def network() -> UNet:
     torch.manual_seed(0)
-    spec = ConditionSpec(2, source_class=True)
+    spec = ConditionSpec((TargetClass(2, 3), SourceClass(2, 3)))
     unet = UNet(3, spec, channels=8, multipliers=(1, 2), blocks=1, attention=(1,), head_channels=4, predict="velocity")
     with torch.no_grad():
         for parameter in unet.parameters():

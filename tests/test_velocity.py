@@ -5,12 +5,30 @@ import torch
 from torch import nn
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.condition.base import Condition, ConditionSpec, sinusoidal
+from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.condition.level import Level
+from cellflux_bridge.condition.source_class import SourceClass
+from cellflux_bridge.condition.source_image import SourceImage
+from cellflux_bridge.condition.target_class import TargetClass
 from cellflux_bridge.velocity.adm import ADM
-from cellflux_bridge.velocity.base import _MIN_REMAINING, as_velocity
+from cellflux_bridge.velocity.base import _MIN_REMAINING, as_velocity, sinusoidal
 from cellflux_bridge.velocity.unet import UNet
 
 CLASSES = 3
+
+
+def spec_of(
+    *, target: str = "class", source_class: bool = True, source_image: bool = False, channels: int = 3, more=()
+):
+    """The spec of a network that is told these parts, and the `more` classes of parts."""
+    used = {
+        TargetClass: target == "class",
+        Level: target == "level",
+        SourceClass: source_class,
+        SourceImage: source_image,
+    }
+    parts = (part for part, is_used in used.items() if is_used)
+    return ConditionSpec(tuple(part(CLASSES, channels) for part in (*parts, *more)))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -61,10 +79,7 @@ def inputs(num: int = 4, *, channels: int = 3, size: int = 8) -> tuple[torch.Ten
 
 
 def changed(cond: Condition, **values) -> Condition:
-    fields = {
-        name: getattr(cond, name) for name in ("target_class", "level", "source_class", "source_image", "dropped")
-    }
-    return Condition(**{**fields, **values})
+    return cond.replace(**values)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -74,7 +89,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (16, 8), (12, 12)])
 def test_output_has_the_shape_of_the_state(make, channels, height, width):
-    network = make(ConditionSpec(CLASSES), image_channels=channels)
+    network = make(spec_of(), image_channels=channels)
     t, _, cond = inputs(2, channels=channels)
     x = torch.randn(2, channels, height, width, generator=generator())
     assert network(t, x, cond).shape == x.shape
@@ -82,7 +97,7 @@ def test_output_has_the_shape_of_the_state(make, channels, height, width):
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_patches_fold_and_unfold(patch):
-    network = make_unet(ConditionSpec(CLASSES, source_image=True), patch=patch)
+    network = make_unet(spec_of(source_image=True), patch=patch)
     t, x, cond = inputs(size=16)
     assert network.stride == 2 * patch
     assert perturbed(network)(t, x, cond).shape == x.shape
@@ -90,7 +105,7 @@ def test_patches_fold_and_unfold(patch):
 
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 1, 2)])
 def test_stride_is_the_least_size_that_goes_through(make, multipliers):
-    network = make(ConditionSpec(CLASSES), multipliers=multipliers, attention=())
+    network = make(spec_of(), multipliers=multipliers, attention=())
     assert network.stride == 2 ** (len(multipliers) - 1)
     t, x, cond = inputs(2, size=network.stride)
     assert network(t, x, cond).shape == x.shape
@@ -98,10 +113,10 @@ def test_stride_is_the_least_size_that_goes_through(make, multipliers):
 
 def test_the_untrained_output_is_zero(make):
     t, x, cond = inputs()
-    assert torch.equal(make(ConditionSpec(CLASSES), predict="velocity").eval()(t, x, cond), torch.zeros_like(x))
+    assert torch.equal(make(spec_of(), predict="velocity").eval()(t, x, cond), torch.zeros_like(x))
     t = torch.tensor([0.0, 0.5, 1 - _MIN_REMAINING / 2, 1.0])
     toward_grey = -x / torch.tensor([1.0, 0.5, _MIN_REMAINING, _MIN_REMAINING]).view(-1, 1, 1, 1)
-    torch.testing.assert_close(make(ConditionSpec(CLASSES), predict="target").eval()(t, x, cond), toward_grey)
+    torch.testing.assert_close(make(spec_of(), predict="target").eval()(t, x, cond), toward_grey)
 
 
 def test_a_predicted_target_gives_the_velocity_of_the_straight_path():
@@ -114,7 +129,7 @@ def test_a_predicted_target_gives_the_velocity_of_the_straight_path():
 
 @pytest.mark.parametrize("target", ["class", "level"])
 def test_time_state_and_condition_matter(make, target):
-    network = perturbed(make(ConditionSpec(CLASSES, target=target, source_class=True, source_image=True)))
+    network = perturbed(make(spec_of(target=target, source_class=True, source_image=True)))
     t, x, cond = inputs()
     v = network(t, x, cond)
     told = (
@@ -130,7 +145,7 @@ def test_time_state_and_condition_matter(make, target):
 
 
 def test_what_the_spec_leaves_out_is_not_needed(make):
-    network = perturbed(make(ConditionSpec(CLASSES, source_class=False)))
+    network = perturbed(make(spec_of(source_class=False)))
     t, x, cond = inputs()
     full = network(t, x, cond)
     assert torch.equal(full, network(t, x, Condition(target_class=cond.target_class)))
@@ -138,7 +153,7 @@ def test_what_the_spec_leaves_out_is_not_needed(make):
 
 @pytest.mark.parametrize("target", ["class", "level"])
 def test_dropped_samples_ignore_all_but_the_source_image(make, target):
-    network = perturbed(make(ConditionSpec(CLASSES, target=target, source_image=True)))
+    network = perturbed(make(spec_of(target=target, source_image=True)))
     t, x, cond = inputs()
     other = changed(cond, target_class=cond.source_class, level=cond.level.flip(1), source_class=cond.target_class)
     mask = torch.tensor([True, False, True, False])
@@ -151,26 +166,26 @@ def test_dropped_samples_ignore_all_but_the_source_image(make, target):
 
 
 def test_the_null_is_learned(make):
-    network = make(ConditionSpec(CLASSES))
+    network = make(spec_of())
     t, x, cond = inputs()
     perturbed(network).train()(t, x, cond.drop(torch.tensor([True, False, False, False]))).square().sum().backward()
     assert network.condition.null.grad.abs().sum() > 0
 
 
 def test_a_sample_does_not_depend_on_its_batch(make):
-    network = perturbed(make(ConditionSpec(CLASSES, source_image=True)))
+    network = perturbed(make(spec_of(source_image=True)))
     t, x, cond = inputs(6)
     cond = cond.drop(torch.tensor([False, True, False, False, True, False]))
     together = network(t, x, cond)
     for i in range(6):
-        alone = Condition(**{k: v[i : i + 1] for k, v in vars(cond).items()})
+        alone = cond.index(slice(i, i + 1))
         torch.testing.assert_close(
             network(t[i : i + 1], x[i : i + 1], alone), together[i : i + 1], rtol=1e-4, atol=1e-5
         )
 
 
 def test_levels_between_those_trained_give_velocities_between():
-    network = perturbed(make_unet(ConditionSpec(CLASSES, target="level")))
+    network = perturbed(make_unet(spec_of(target="level")))
     t, x, cond = (v[:1] if isinstance(v, torch.Tensor) else v for v in inputs())
     c = torch.linspace(0, 1, 101)
     many = Condition(
@@ -185,12 +200,12 @@ def test_levels_between_those_trained_give_velocities_between():
 @pytest.mark.parametrize("attention", [(2,), (-1,), (0, 5)])
 def test_attention_outside_the_levels_is_refused(make, attention):
     with pytest.raises(UserError, match=r"velocity\.attention.*outside 0\.\.1"):
-        make(ConditionSpec(CLASSES), attention=attention)
+        make(spec_of(), attention=attention)
 
 
 def test_adm_refuses_channels_that_its_groups_cannot_share():
     with pytest.raises(UserError, match=r"velocity\.channels: 48"):
-        make_adm(ConditionSpec(CLASSES), channels=48)
+        make_adm(spec_of(), channels=48)
 
 
 def test_conditions_join_along_the_batch():
@@ -218,7 +233,8 @@ def test_dropping_adds_up_and_null_drops_all():
 def test_a_condition_moves_with_all_its_fields():
     *_, cond = inputs(2)
     moved = cond.null().to(torch.device("meta"))
-    assert all(value.is_meta for value in vars(moved).values())
+    assert moved.dropped.is_meta
+    assert all(tensor.is_meta for tensor in moved.tensors.values())
 
 
 def test_sinusoids_tell_times_apart():

@@ -9,6 +9,7 @@ import torch
 from cellflux_bridge import checkpoint, images
 from cellflux_bridge.classifier.model import PatchClassifier, time_bin
 from cellflux_bridge.classifier.states import LabelledBatch
+from cellflux_bridge.codec.base import build_codec
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
 
@@ -20,6 +21,7 @@ def build_classifier(config: Config, *, download: bool = True) -> PatchClassifie
     c = config.classifier
     return PatchClassifier(
         len(config.data.classes),
+        channels=build_codec(config).channels if c.sees == "state" else config.data.channels,
         backbone=c.backbone,
         pretrained=c.pretrained,
         download=download,

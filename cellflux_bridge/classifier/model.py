@@ -116,6 +116,7 @@ class PatchClassifier(nn.Module):
         self,
         num_classes: int,
         *,
+        channels: int = 3,
         backbone: str = "small",
         pretrained: bool = False,
         download: bool = True,
@@ -131,15 +132,17 @@ class PatchClassifier(nn.Module):
             assert view == "rgb", "the configuration refuses other views of states"
             jitter = blur = 0.0
         self._view, self._jitter, self._blur = view, jitter, blur
-        channels = 3 if view == "rgb" else 1
+        if channels != 3 and (view == "grey" or pretrained):
+            raise UserError(f"classifier.view=grey and pretrained=true: for RGB images only, found {channels} channels")
+        seen = 1 if view == "grey" else channels
         if sees == "state":
-            channels += _TIME_CHANNELS + 3 * self.source_image
+            seen += _TIME_CHANNELS + channels * self.source_image
         self.register_buffer("temperature", torch.ones(TIME_BINS if sees == "state" else 1))
         if backbone == "small":
-            self.net = SmallCNN(channels, num_classes)
+            self.net = SmallCNN(seen, num_classes)
             pretrained = False
         else:
-            self.net = _timm_model(backbone, channels, num_classes, download=pretrained and download)
+            self.net = _timm_model(backbone, seen, num_classes, download=pretrained and download)
         if pretrained and view == "rgb":  # the grey view is normalised already
             data = timm.data.resolve_model_data_config(self.net)
             self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1))

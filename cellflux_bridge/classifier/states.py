@@ -7,6 +7,7 @@ import torch
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import derive_seed, torch_generator
+from cellflux_bridge.codec.base import build_codec
 from cellflux_bridge.config import Config, registry
 from cellflux_bridge.data.pairs import Pairs
 from cellflux_bridge.data.patches import Patches
@@ -39,6 +40,7 @@ class States:
         self._labels = torch.from_numpy(labels)
         self._source_image = config.condition.source_image
         self.path: Path = registry.build("path", config.path)
+        self._codec = build_codec(config)
         self._pairs = Pairs(
             patches,
             registry.build("coupling", config.coupling),
@@ -56,12 +58,13 @@ class States:
     def batch(self, index: int, *, rank: int = 0, time: float | None = None) -> LabelledBatch:
         """The states of a batch of pairs, at the path's training times or all at one `time`."""
         pairs = self._pairs.batch(index, rank=rank)
+        x0, x1 = self._codec.encode(pairs.x0), self._codec.encode(pairs.x1)
         generator = torch_generator(self._seed, "path", self._split, index, rank)
-        t = self.path.times(len(pairs.x0), generator=generator)
+        t = self.path.times(len(x0), generator=generator)
         if time is not None:
             t = torch.full_like(t, min(max(time, self.path.t_start), 1 - self.path.margin))
-        x_t = self.path.sample(pairs.x0, pairs.x1, t, generator=generator).x_t
-        return LabelledBatch(x_t, self._labels[pairs.target_index], t, pairs.x0 if self._source_image else None)
+        x_t = self.path.sample(x0, x1, t, generator=generator).x_t
+        return LabelledBatch(x_t, self._labels[pairs.target_index], t, x0 if self._source_image else None)
 
 
 def _require_choice(transitions: list[tuple[int, int]], classes: tuple[str, ...], *, from_data: bool) -> None:

@@ -12,6 +12,7 @@ from cellflux_bridge.classifier.calibration import balanced_weights, fit_tempera
 from cellflux_bridge.classifier.inference import build_classifier, patch_logits, state_logits
 from cellflux_bridge.classifier.model import TIME_BINS, PatchClassifier
 from cellflux_bridge.classifier.states import LabelledBatch, States
+from cellflux_bridge.codec.base import build_codec
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.patches import Patches
@@ -148,10 +149,12 @@ def mixup(one: torch.Tensor, other: torch.Tensor, shares: torch.Tensor) -> torch
 
 def _require_fit(model: PatchClassifier, config: Config) -> None:
     size = config.data.image_size
-    image, t = torch.zeros(1, 3, size, size), torch.zeros(1)
+    seen, t = torch.zeros(1, config.data.channels, size, size), None
+    if model.sees == "state":
+        seen, t = build_codec(config).encode(seen), torch.zeros(1)
     try:
         with torch.no_grad():
-            model.eval()(image, t if model.sees == "state" else None, image if model.source_image else None)
+            model.eval()(seen, t, seen if model.source_image else None)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"classifier.backbone={config.classifier.backbone}: cannot see patches of data.image_size={size} px "

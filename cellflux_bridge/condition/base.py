@@ -1,106 +1,191 @@
-"""What a velocity network is told beside time and state, and how it is embedded."""
+"""What a velocity network is conditioned on: named tensors, and the parts that read and embed them."""
 
-from dataclasses import dataclass, fields, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class ConditionSpec:
-    """What a network's condition consists of; part of its architecture.
-
-    `target` is "class" or "level" (a soft label, see `Condition`); the source class and the clean source image are
-    optional.
-    """
-
-    num_classes: int
-    target: str = "class"
-    source_class: bool = True
-    source_image: bool = False
+from cellflux_bridge.base.errors import UserError
 
 
-@dataclass(frozen=True)
 class Condition:
-    """The condition of B samples; every field is (B, ...) or None.
+    """The condition of B samples: one tensor (B, ...) for each part, by the part's name, as `Condition(level=...)`.
 
-    target_class, source_class int64; level (B, num_classes) float32, a soft label whose entries sum to 1: level c
-    between classes A and B is (1 - c, c), and any mixture of more classes is one too; source_image (B, C, H, W) float32
-    in [-1, 1], the clean x0; `dropped` bool marks samples whose class, level and source class are replaced by the
-    learned null.
+    `cond.level` is the tensor of the part `level`, None where this condition has no such part. `dropped` (B,) bool
+    marks samples without any condition. `present` holds a mask (B,) bool for each part that some samples lack. A
+    network puts a learned null in the place of what is dropped or lacking.
     """
 
-    target_class: torch.Tensor | None = None
-    level: torch.Tensor | None = None
-    source_class: torch.Tensor | None = None
-    source_image: torch.Tensor | None = None
-    dropped: torch.Tensor | None = None
+    def __init__(
+        self,
+        *,
+        dropped: torch.Tensor | None = None,
+        present: Mapping[str, torch.Tensor] | None = None,
+        **tensors: torch.Tensor | None,
+    ):
+        self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self.present, self.dropped = dict(present or {}), dropped
 
-    def _map(self, function) -> "Condition":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Condition(**{name: None if v is None else function(v) for name, v in values.items()})
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.__dict__.get("tensors", {}).get(name)
 
     def __len__(self) -> int:
-        return len(self.target_class if self.target_class is not None else self.level)
+        return len(next(iter(self.tensors.values())))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Condition":
+        tensors, present = ({name: function(v) for name, v in d.items()} for d in (self.tensors, self.present))
+        dropped = None if self.dropped is None else function(self.dropped)
+        return Condition(dropped=dropped, present=present, **tensors)
 
     def to(self, device: torch.device) -> "Condition":
-        return self._map(lambda value: value.to(device))
+        return self._map(lambda tensor: tensor.to(device))
+
+    def index(self, rows) -> "Condition":
+        """The condition of some samples; `rows` is a slice, a list of numbers or a mask."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def replace(self, **tensors: torch.Tensor | None) -> "Condition":
+        """The same condition with other tensors for some parts; None removes a part."""
+        return Condition(dropped=self.dropped, present=self.present, **{**self.tensors, **tensors})
 
     def drop(self, mask: torch.Tensor) -> "Condition":
         """The same condition with the samples of a (B,) bool mask dropped to the null."""
-        return replace(self, dropped=mask if self.dropped is None else self.dropped | mask)
+        dropped = mask if self.dropped is None else self.dropped | mask
+        return Condition(dropped=dropped, present=self.present, **self.tensors)
 
     def null(self) -> "Condition":
-        """The unconditional condition of the same samples; the clean source image stays."""
-        anchor = self.target_class if self.target_class is not None else self.level
-        return self.drop(torch.ones(len(self), dtype=torch.bool, device=anchor.device))
+        """The unconditional condition of the same samples; parts that stay (the clean source image) stay."""
+        return self.drop(self._mask(True))
+
+    def _mask(self, value: bool) -> torch.Tensor:
+        anchor = next(iter(self.tensors.values()))
+        return torch.full((len(anchor),), value, dtype=torch.bool, device=anchor.device)
 
     @staticmethod
-    def cat(parts: "list[Condition]") -> "Condition":
-        """Conditions joined along the batch; fields must be present in all parts or in none."""
-        joined = {}
-        for field in fields(Condition):
-            values = [getattr(part, field.name) for part in parts]
-            if field.name == "dropped" and any(v is not None for v in values):
-                device = next(v for v in values if v is not None).device
-                values = [
-                    torch.zeros(len(p), dtype=torch.bool, device=device) if v is None else v
-                    for p, v in zip(parts, values, strict=True)
-                ]
-            joined[field.name] = None if values[0] is None else torch.cat(values)
-        return Condition(**joined)
+    def cat(conditions: "Sequence[Condition]") -> "Condition":
+        """Conditions joined along the batch; all must have the same parts."""
+
+        def joined(masks: list[torch.Tensor | None], *, default: bool) -> torch.Tensor:
+            pairs = zip(masks, conditions, strict=True)
+            return torch.cat([c._mask(default) if mask is None else mask for mask, c in pairs])
+
+        dropped = [c.dropped for c in conditions]
+        partly = dict.fromkeys(name for c in conditions for name in c.present)
+        return Condition(
+            dropped=None if all(mask is None for mask in dropped) else joined(dropped, default=False),
+            present={name: joined([c.present.get(name) for c in conditions], default=True) for name in partly},
+            **{name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors},
+        )
 
 
-def sinusoidal(values: torch.Tensor, dim: int, *, max_period: float = 10_000.0) -> torch.Tensor:
-    """Sinusoidal embedding (B, dim) of numbers in [0, 1], scaled by 1000 as diffusion time steps are."""
-    half = dim // 2
-    frequencies = max_period ** (-torch.arange(half, dtype=torch.float32, device=values.device) / half)
-    angles = 1000.0 * values.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+class Part(ABC):
+    """One thing that a network is conditioned on. A part is constructed with the number of classes, the number of
+    channels of a state, and its own settings.
+
+    `form` says what the embedding is: a `vector` (B, width) that networks add to the time's, `tokens` (B, L, width)
+    that they attend to, or a `map` (B, channels, H, W) that they lay beside the state. A dropped condition replaces
+    the sum of all vectors by one learned null, and tokens and maps by nulls of their own; a map that `stays` is kept.
+    An `optional` part may be absent from single samples; it has a null of its own, too.
+    """
+
+    name: str
+    form: Literal["vector", "tokens", "map"] = "vector"
+    stays: bool = False
+    optional: bool = False
+    slot: str = ""  # the name of its weights in a checkpoint, if not the part's own
+
+    def __init__(self, num_classes: int, channels: int):
+        self.num_classes, self.channels = num_classes, channels
+
+    @abstractmethod
+    def read(self, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The part's tensor (B, ...) for B samples.
+
+        `fields` are what is known of them: source images x0 (B, C, H, W) as the network sees them, source_class and
+        target_class (B,) int64, target_level (B, num_classes) float32, the soft label of the target; in training also
+        source_index and target_index (B,), the patches' numbers in the data set.
+        """
+
+    def is_present(self, fields: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Which samples (B,) bool have this part; None where all have it. `read` gives the others any value."""
+        return None
+
+    @abstractmethod
+    def embedding(self, width: int) -> nn.Module:
+        """The module that embeds the part's tensor."""
+
+
+class ConditionSpec(NamedTuple):
+    """The parts of a network's condition; they belong to its architecture."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def map_channels(self) -> int:
+        return sum(part.channels for part in self.parts if part.form == "map")
+
+    def has(self, form: str) -> bool:
+        return any(part.form == form for part in self.parts)
+
+    def read(self, fields: Mapping[str, torch.Tensor]) -> Condition:
+        """The condition of samples of which `fields` are known: see `Part.read`."""
+        present = {part.name: part.is_present(fields) for part in self.parts}
+        return Condition(
+            present={name: mask for name, mask in present.items() if mask is not None},
+            **{part.name: part.read(fields) for part in self.parts},
+        )
+
+
+class Embedded(NamedTuple):
+    """A condition as a network takes it: vector (B, width), tokens (B, L, width) or None, maps (B, C, H, W)."""
+
+    vector: torch.Tensor
+    tokens: torch.Tensor | None
+    maps: list[torch.Tensor]
 
 
 class ConditionEmbedding(nn.Module):
-    """A condition as one vector (B, dim), with a learned null for dropped samples."""
+    """Embeds all parts of a condition, with learned nulls for what is dropped or absent.
 
-    def __init__(self, spec: ConditionSpec, dim: int):
+    `forms` are those that the network can use; UserError for a part of another form.
+    """
+
+    def __init__(self, spec: ConditionSpec, width: int, *, forms: Sequence[str]):
         super().__init__()
-        self._spec = spec
-        if spec.target == "class":
-            self.target = nn.Embedding(spec.num_classes, dim)
-        else:
-            # A level enters as it is, so that levels between trained ones interpolate: of a periodic function of it, a
-            # network trained near the ends alone has never seen the values between.
-            self.target = nn.Sequential(nn.Linear(spec.num_classes, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.source = nn.Embedding(spec.num_classes, dim) if spec.source_class else None
-        self.null = nn.Parameter(torch.zeros(dim))
+        self._parts, self._width = spec.parts, width
+        for part in spec.parts:
+            if part.form not in forms:
+                raise UserError(
+                    f"condition: part {part.name!r} gives {part.form}, this network takes {', '.join(forms)}; choose "
+                    "another velocity.name, or leave the part out"
+                )
+            self.add_module(part.slot or part.name, part.embedding(width))
+        self.null = nn.Parameter(torch.zeros(width))
+        own = [part for part in spec.parts if part.optional or not (part.form == "vector" or part.stays)]
+        sizes = {part.name: part.channels if part.form == "map" else width for part in own}
+        self.nulls = nn.ParameterDict({name: nn.Parameter(torch.zeros(size)) for name, size in sizes.items()})
 
-    def forward(self, cond: Condition) -> torch.Tensor:
-        if self._spec.target == "class":
-            vector = self.target(cond.target_class)
-        else:
-            vector = self.target(2 * cond.level.float() - 1)
-        if self.source is not None:
-            vector = vector + self.source(cond.source_class)
+    def forward(self, cond: Condition) -> Embedded:
+        found: dict[str, list[torch.Tensor]] = {"vector": [], "tokens": [], "map": []}
+        for part in self._parts:
+            value = self.get_submodule(part.slot or part.name)(cond.tensors[part.name])
+            if part.name in self.nulls:
+                value = torch.where(*self._absent(part, cond, value.ndim), value)
+            found[part.form].append(value)
+        vector = reduce(torch.add, found["vector"]) if found["vector"] else self.null.expand(len(cond), -1)
         if cond.dropped is not None:
             vector = torch.where(cond.dropped[:, None], self.null, vector)
-        return vector
+        return Embedded(vector, torch.cat(found["tokens"], dim=1) if found["tokens"] else None, found["map"])
+
+    def _absent(self, part: Part, cond: Condition, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which samples lack a part, and its null, as `torch.where` takes them beside a value of `ndim` dimensions."""
+        absent = ~cond.present.get(part.name, cond._mask(True))
+        if cond.dropped is not None and not part.stays and part.form != "vector":
+            absent = absent | cond.dropped
+        null = self.nulls[part.name]
+        return absent.view(-1, *[1] * (ndim - 1)), null.view(-1, 1, 1) if part.form == "map" else null

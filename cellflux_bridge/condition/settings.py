@@ -1,12 +1,15 @@
-"""What a velocity network is told."""
+"""What a velocity network is conditioned on, beside time and state."""
 
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import Field, field_validator
+
+from cellflux_bridge.config.registry import validate
 from cellflux_bridge.config.schema import Count, Fraction, Section
 
 
 class ConditionConfig(Section):
-    """What the velocity network is told beside the time and the state."""
+    """The parts of the condition: the target as a class or a level, and what else the network knows."""
 
     target: Literal["class", "level"] = "class"
     # What the level of a training image is, where target is "level": its score in the data, the probabilities that
@@ -15,4 +18,27 @@ class ConditionConfig(Section):
     level_bins: Count = 4
     source_class: bool = True
     source_image: bool = False
+    parts: list[dict[str, Any]] = Field(default=[])  # further ones, each a component of the kind `condition`
     dropout: Fraction = 0.1
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _complete(cls, parts: Any) -> Any:
+        if not isinstance(parts, list):
+            raise ValueError("expected a list of names, or of mappings with a name")
+        found = [validate("condition", part, key=f"condition.parts.{i}") for i, part in enumerate(parts)]
+        names = [part["name"] for part in found]
+        for name in names:
+            if name in ("target_class", "level", "source_class", "source_image") or names.count(name) > 1:
+                raise ValueError(f"{name!r} stands twice, or has a key of its own (target, source_class, source_image)")
+        return found
+
+    def all_parts(self) -> list[dict[str, Any]]:
+        """Every part as a component, in the order in which networks build their embeddings."""
+        named = {
+            "target_class": self.target == "class",
+            "level": self.target == "level",
+            "source_class": self.source_class,
+            "source_image": self.source_image,
+        }
+        return [*({"name": name} for name, is_used in named.items() if is_used), *self.parts]

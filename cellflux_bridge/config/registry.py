@@ -28,9 +28,11 @@ KINDS = {
     "layout": "cellflux_bridge.data.layout",
     "coupling": "cellflux_bridge.coupling",
     "path": "cellflux_bridge.path",
+    "condition": "cellflux_bridge.condition",
+    "codec": "cellflux_bridge.codec",
     "velocity": "cellflux_bridge.velocity",
 }
-_NOT_COMPONENTS = {"base", "condition", "settings"}
+_NOT_COMPONENTS = {"base", "settings"}
 
 # Whether every foreign class is trusted here, and the names of those that the user named.
 _trust: ContextVar[tuple[bool, set[str]]] = ContextVar("trust")

@@ -27,6 +27,7 @@ from cellflux_bridge.video.settings import VideoConfig
 
 Coupling = component("coupling", "coupling", default="minibatch_ot")
 Path_ = component("path", "path", default="noised_source")
+Codec = component("codec", "codec", default="pixels")
 Velocity = component("velocity", "velocity", default="unet")
 
 
@@ -65,6 +66,7 @@ class Config(Section):
     coupling: Coupling
     path: Path_
     condition: ConditionConfig = ConditionConfig()
+    codec: Codec
     velocity: Velocity
     train: TrainConfig = TrainConfig()
     classifier: ClassifierConfig = ClassifierConfig()

@@ -106,6 +106,8 @@ def load_patches(
     split. Raises UserError that lists unreadable files, for a data.cache_dir that cannot be written to, and where the
     cache is missing and not to be built.
     """
+    if config.channels != 3:
+        raise UserError(f"data.channels={config.channels}: the files are read as RGB; set data.channels=3")
     records, classes = list_records(config, seed=seed)
     groups = [record.group if record.group is not None else f"\0{record.id}" for record in records]
     group_names, group_numbers = np.unique(groups, return_inverse=True)

@@ -40,12 +40,19 @@ class DataConfig(Section):
     layout: Layout
     classes: list[str] | None = None
     image_size: Annotated[int, Field(ge=8)] = 64
+    channels: Count = 3
     crop: Count | None = None
     flips: bool = True
     stain: StainConfig = StainConfig()
     split: SplitConfig = SplitConfig()
     cache_dir: Path = Path("~/.cache/cellflux_bridge")
     workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _stain_is_of_rgb(self):
+        if self.stain.mode != "none" and self.channels != 3:
+            raise ValueError(f"stain.mode={self.stain.mode} is for RGB images only, found channels={self.channels}")
+        return self
 
     @field_validator("classes")
     @classmethod

@@ -1,7 +1,6 @@
 """Flow matching as a training task."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +11,15 @@ from torch.nn import functional as F
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import torch_generator
-from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.codec.base import build_codec
+from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.config import Config, registry
 from cellflux_bridge.coupling.base import Coupling
 from cellflux_bridge.data.pairs import PairBatch, Pairs
 from cellflux_bridge.data.patches import Patches
-from cellflux_bridge.path.base import Path
+from cellflux_bridge.flow.network import build_flow
 from cellflux_bridge.transport.path import morph, source_noise
 
-IMAGE_CHANNELS = 3
 _SHEET_ROWS, _SHEET_STEPS, _SHEET_FRAMES = 8, 12, 7
 
 
@@ -31,44 +30,6 @@ class FlowBatch(NamedTuple):
     x_t: torch.Tensor
     u_t: torch.Tensor
     cond: Condition
-
-
-def build_flow(config: Config) -> tuple[Path, nn.Module]:
-    """The path and the (untrained) velocity network of a resolved configuration.
-
-    Raises UserError where they do not fit each other: the clean source as network input needs noise on every sample,
-    because from a point mass at x0 the velocity at t = 0 is E[x1 | x0] - x0, a blurred mean.
-    """
-    path = registry.build("path", config.path)
-    if config.condition.source_image and not path.noise_on_every_sample:
-        raise UserError(
-            f"condition.source_image: path {config.path['name']} does not lay noise on every sample of a source; use "
-            "noised_source with probability 1, or brownian"
-        )
-    spec = ConditionSpec(
-        num_classes=len(config.data.classes),
-        target=config.condition.target,
-        source_class=config.condition.source_class,
-        source_image=config.condition.source_image,
-    )
-    network = registry.build("velocity", config.velocity, IMAGE_CHANNELS, spec)
-    if config.data.image_size % network.stride:
-        raise UserError(
-            f"data.image_size={config.data.image_size}: not divisible by the network's stride {network.stride} "
-            f"({config.velocity['name']}); choose a multiple, or fewer velocity.multipliers"
-        )
-    return path, network
-
-
-def make_condition(batch: PairBatch, config: Config) -> Condition:
-    """What the network is told of a batch of pairs."""
-    by_level = config.condition.target == "level"
-    return Condition(
-        target_class=None if by_level else batch.target_class,
-        level=batch.target_level if by_level else None,
-        source_class=batch.source_class if config.condition.source_class else None,
-        source_image=batch.x0 if config.condition.source_image else None,
-    )
 
 
 class FlowTask:
@@ -88,6 +49,7 @@ class FlowTask:
             levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels]
         self._config, self._levels = config, levels
         self.preprocessing = patches.preprocessing
+        self.codec = build_codec(config)
         self.path, self.model = build_flow(config)
         self._train = self._pairs(patches, "train", config.train.batch_size)
         val_size = min(config.train.batch_size, 64)
@@ -110,9 +72,10 @@ class FlowTask:
 
     def _flow_batch(self, pairs: PairBatch, *purpose: str | int) -> FlowBatch:
         generator = torch_generator(self._config.seed, "path", *purpose)
+        pairs = pairs._replace(x0=self.codec.encode(pairs.x0), x1=self.codec.encode(pairs.x1))
         t = self.path.times(len(pairs.x0), generator=generator)
         x_t, u_t = self.path.sample(pairs.x0, pairs.x1, t, generator=generator)
-        return FlowBatch(t, x_t, u_t, make_condition(pairs, self._config))
+        return FlowBatch(t, x_t, u_t, self.model.spec.read(pairs._asdict()))
 
     def batch(self, index: int, *, rank: int) -> FlowBatch:
         flow = self._flow_batch(self._train.batch(index, rank=rank), "train", index, rank)
@@ -155,32 +118,27 @@ class FlowTask:
         # Rows come in blocks, one a transition; a stride shows all of them.
         rows = torch.linspace(0, len(pairs.x0) - 1, min(_SHEET_ROWS, len(pairs.x0))).long()
         chosen = PairBatch(*(value[rows] for value in pairs))
-        cond = make_condition(chosen, self._config).to(device)
+        chosen = chosen._replace(x0=self.codec.encode(chosen.x0), x1=self.codec.encode(chosen.x1))
         names = [str(i) for i in chosen.source_index.tolist()]
-        noise = source_noise(chosen.x0.shape[1:], names, seed=self._config.seed)
         result = morph(
             model,
             self.path,
             chosen.x0.to(device),
-            cond,
-            noise=noise.to(device),
+            self.model.spec.read(chosen._asdict()).to(device),
+            noise=source_noise(chosen.x0.shape[1:], names, seed=self._config.seed).to(device),
             steps=_SHEET_STEPS,
             frames=_SHEET_FRAMES,
             solver="euler",
         )
-        frames = images.decode(result.frames).cpu().numpy().transpose(1, 0, 3, 4, 2)
-        targets = images.decode(chosen.x1).numpy().transpose(0, 2, 3, 1)
-        table = [[*sequence, target] for sequence, target in zip(frames, targets, strict=True)]
-        return images.sheet(table, scale=max(1, 96 // frames.shape[2]))
+        states = torch.cat([result.frames.cpu(), chosen.x1[None]]).transpose(0, 1)
+        table = self.codec.to_uint8(states).numpy().transpose(0, 1, 3, 4, 2)
+        return images.sheet(table, scale=max(1, 96 // table.shape[2]))
 
 
 def _swapped(cond: Condition) -> Condition:
     """Source and target class change places; without a source class, and for levels, targets change with each other."""
-    has_classes = cond.source_class is not None and cond.target_class is not None
-    target = cond.target_class if cond.target_class is None else cond.target_class.flip(0)
-    return replace(
-        cond,
-        target_class=cond.source_class if has_classes else target,
-        source_class=cond.target_class if has_classes else cond.source_class,
-        level=None if cond.level is None else cond.level.flip(1),
-    )
+    if cond.target_class is None:
+        return cond.replace(level=cond.level.flip(1))
+    if cond.source_class is None:
+        return cond.replace(target_class=cond.target_class.flip(0))
+    return cond.replace(target_class=cond.source_class, source_class=cond.target_class)

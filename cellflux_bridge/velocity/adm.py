@@ -6,7 +6,16 @@ from torchcfm.models.unet.unet import UNetModel
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec
-from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Velocity, Width, as_velocity
+from cellflux_bridge.velocity.base import (
+    Count,
+    Dropout,
+    Multipliers,
+    Prediction,
+    Velocity,
+    Width,
+    as_velocity,
+    require_levels,
+)
 
 
 class _ConditionedUNet(UNetModel):
@@ -46,8 +55,7 @@ class ADM(Velocity):
         predict: Prediction = "velocity",
     ):
         super().__init__()
-        if any(not 0 <= level < len(multipliers) for level in attention):
-            raise UserError(f"velocity.attention: {attention} names a level outside 0..{len(multipliers) - 1}")
+        require_levels(attention, multipliers)
         if channels % 32:
             raise UserError(f"velocity.channels: {channels}; the ADM U-Net has 32 groups: use a multiple of 32")
         # The middle block of this network always attends.
@@ -57,10 +65,10 @@ class ADM(Velocity):
         if undivided:
             raise UserError(f"velocity.head_channels: {head_channels} does not divide the width {undivided[0]}")
         self.spec, self.stride, self._predict = spec, 2 ** (len(multipliers) - 1), predict
-        self.condition = ConditionEmbedding(spec, 4 * channels)
+        self.condition = ConditionEmbedding(spec, 4 * channels, forms=("vector", "map"))
         self.net = _ConditionedUNet(
             image_size=0,
-            in_channels=image_channels * (2 if spec.source_image else 1),
+            in_channels=image_channels + spec.map_channels,
             model_channels=channels,
             out_channels=image_channels,
             num_res_blocks=blocks,
@@ -74,5 +82,5 @@ class ADM(Velocity):
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
-        seen = torch.cat([x, cond.source_image], dim=1) if self.spec.source_image else x
-        return as_velocity(self.net(t, seen, self.condition(cond)), t, x, predict=self._predict)
+        vector, _, maps = self.condition(cond)
+        return as_velocity(self.net(t, torch.cat([x, *maps], dim=1), vector), t, x, predict=self._predict)

@@ -1,11 +1,13 @@
 """What velocity networks share: their interface, the bounds of their arguments, and what their output means."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionSpec
 
 # Bounds of the networks' arguments, which become the schema of their YAML.
@@ -17,9 +19,10 @@ Prediction = Literal["velocity", "target"]
 
 
 class Velocity(nn.Module):
-    """A network v(t, x, cond). It is constructed with the number of image channels, a `ConditionSpec` and its settings.
+    """A network v(t, x, cond). It is constructed with the number of a state's channels, a `ConditionSpec` and its
+    settings.
 
-    `spec` says what the network is conditioned on. Both sides of an image must be divisible by `stride`.
+    `spec` says what the network is conditioned on. Both sides of a state must be divisible by `stride`.
     """
 
     spec: ConditionSpec
@@ -28,6 +31,20 @@ class Velocity(nn.Module):
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
         raise NotImplementedError
+
+
+def require_levels(attention: Sequence[int], multipliers: Sequence[int]) -> None:
+    """UserError where `attention` names a level that a network does not have."""
+    if any(not 0 <= level < len(multipliers) for level in attention):
+        raise UserError(f"velocity.attention: {tuple(attention)} names a level outside 0..{len(multipliers) - 1}")
+
+
+def sinusoidal(values: torch.Tensor, dim: int, *, max_period: float = 10_000.0) -> torch.Tensor:
+    """Sinusoidal embedding (B, dim) of numbers in [0, 1], scaled by 1000 as diffusion time steps are."""
+    half = dim // 2
+    frequencies = max_period ** (-torch.arange(half, dtype=torch.float32, device=values.device) / half)
+    angles = 1000.0 * values.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 # The division by 1 - t is bounded. JiT bounds it at 0.05; in runs of minutes the last steps of the way then outweigh

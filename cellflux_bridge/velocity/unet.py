@@ -5,8 +5,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec, sinusoidal
-from cellflux_bridge.velocity.base import Count, Dropout, Multipliers, Prediction, Velocity, Width, as_velocity
+from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec
+from cellflux_bridge.velocity.base import (
+    Count,
+    Dropout,
+    Multipliers,
+    Prediction,
+    Velocity,
+    Width,
+    as_velocity,
+    require_levels,
+    sinusoidal,
+)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -39,20 +49,33 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all positions, residual; heads have at least `head_channels` channels."""
+    """Multi-head attention over all positions, and over tokens of width `token_dim` (None: none), residual; heads have
+    at least `head_channels` channels."""
 
-    def __init__(self, channels: int, *, head_channels: int):
+    def __init__(self, channels: int, *, head_channels: int, token_dim: int | None = None):
         super().__init__()
         self.heads = next(n for n in range(max(1, channels // head_channels), 0, -1) if channels % n == 0)
         self.norm, self.qkv = _norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.tokens = None if token_dim is None else nn.Linear(token_dim, 2 * channels)
         self.out = _zeroed(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
         b, c, height, width = x.shape
         qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(1)
+        if tokens is not None:
+            of_tokens = self.tokens(tokens).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+            k, v = torch.cat([k, of_tokens[0]], dim=2), torch.cat([v, of_tokens[1]], dim=2)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(b, c, height, width))
+
+
+class _Block(nn.ModuleList):
+    """A residual block, and attention where its level attends."""
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        h = self[0](x, embedding)
+        return self[1](h, tokens) if len(self) > 1 else h
 
 
 class UNet(Velocity):
@@ -79,27 +102,24 @@ class UNet(Velocity):
         predict: Prediction = "target",
     ):
         super().__init__()
-        if any(not 0 <= level < len(multipliers) for level in attention):
-            raise UserError(f"velocity.attention: {attention} names a level outside 0..{len(multipliers) - 1}")
+        require_levels(attention, multipliers)
+        if spec.has("tokens") and not attention:
+            raise UserError("velocity.attention: empty, but the condition has tokens; name a level to attend to them")
         widths = [channels * m for m in multipliers]
         self.spec, self._patch, self._predict = spec, patch, predict
         self.stride = patch * 2 ** (len(multipliers) - 1)
         dim = 4 * channels
         self._time_dim = 2 * channels
         self.time = nn.Sequential(nn.Linear(self._time_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.condition = ConditionEmbedding(spec, dim)
-        folded = image_channels * patch**2
-        self.stem = nn.Conv2d(folded * (2 if spec.source_image else 1), channels, 3, padding=1)
+        self.condition = ConditionEmbedding(spec, dim, forms=("vector", "tokens", "map"))
+        self.stem = nn.Conv2d((image_channels + spec.map_channels) * patch**2, channels, 3, padding=1)
+        token_dim = dim if spec.has("tokens") else None
 
-        def block(channels_in: int, level: int) -> nn.ModuleList:
-            attend = level in attention
-            width = widths[level]
-            return nn.ModuleList(
-                [
-                    ResidualBlock(channels_in, width, dim, dropout=dropout),
-                    Attention(width, head_channels=head_channels) if attend else nn.Identity(),
-                ]
-            )
+        def block(channels_in: int, level: int) -> _Block:
+            layers = [ResidualBlock(channels_in, widths[level], dim, dropout=dropout)]
+            if level in attention:
+                layers.append(Attention(widths[level], head_channels=head_channels, token_dim=token_dim))
+            return _Block(layers)
 
         self.down, self.shrink, skips, width = nn.ModuleList(), nn.ModuleList(), [channels], channels
         for level in range(len(widths)):
@@ -124,26 +144,26 @@ class UNet(Velocity):
             if level > 0:
                 self.grow.append(nn.Conv2d(width, width, 3, padding=1))
         self.norm = _norm(width)
-        self.head = _zeroed(nn.Conv2d(width, folded, 3, padding=1))
+        self.head = _zeroed(nn.Conv2d(width, image_channels * patch**2, 3, padding=1))
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
-        embedding = F.silu(self.time(sinusoidal(t, self._time_dim)) + self.condition(cond))
-        seen = torch.cat([x, cond.source_image], dim=1) if self.spec.source_image else x
-        h = self.stem(F.pixel_unshuffle(seen, self._patch))
+        vector, tokens, maps = self.condition(cond)
+        embedding = F.silu(self.time(sinusoidal(t, self._time_dim)) + vector)
+        h = self.stem(F.pixel_unshuffle(torch.cat([x, *maps], dim=1), self._patch))
         skips = [h]
         for level, stage in enumerate(self.down):
-            for residual, attention in stage:
-                h = attention(residual(h, embedding))
+            for block in stage:
+                h = block(h, embedding, tokens)
                 skips.append(h)
             if level < len(self.shrink):
                 h = self.shrink[level](h)
                 skips.append(h)
-        for residual, attention in self.middle:
-            h = attention(residual(h, embedding))
+        for block in self.middle:
+            h = block(h, embedding, tokens)
         for level, stage in enumerate(self.up):
-            for residual, attention in stage:
-                h = attention(residual(torch.cat([h, skips.pop()], dim=1), embedding))
+            for block in stage:
+                h = block(torch.cat([h, skips.pop()], dim=1), embedding, tokens)
             if level < len(self.grow):
                 h = self.grow[level](F.interpolate(h, scale_factor=2, mode="nearest"))
         output = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self._patch)

@@ -1,0 +1,53 @@
+"""What a flow is made of: its codec, its path, its velocity network and the network's condition."""
+
+import torch
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.codec.base import build_codec
+from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.config import Config, registry
+from cellflux_bridge.path.base import Path
+from cellflux_bridge.velocity.base import Velocity
+
+
+def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
+    """The parts of a network's condition; `channels` are those of a state."""
+    num_classes = len(config.data.classes)
+    parts = config.condition.all_parts()
+    return ConditionSpec(tuple(registry.build("condition", part, num_classes, channels) for part in parts))
+
+
+def build_flow(config: Config) -> tuple[Path, Velocity]:
+    """The path and the (untrained) velocity network of a resolved configuration.
+
+    Raises UserError where they do not fit each other: the clean source as network input needs noise on every sample,
+    because from a point mass at x0 the velocity at t = 0 is E[x1 | x0] - x0, a blurred mean.
+    """
+    path, codec = registry.build("path", config.path), build_codec(config)
+    if config.condition.source_image and not path.noise_on_every_sample:
+        raise UserError(
+            f"condition.source_image: path {config.path['name']} does not lay noise on every sample of a source; use "
+            "noised_source with probability 1, or brownian"
+        )
+    spec = condition_spec(config, channels=codec.channels)
+    network = registry.build("velocity", config.velocity, codec.channels, spec)
+    if config.data.image_size % (codec.stride * network.stride):
+        raise UserError(
+            f"data.image_size={config.data.image_size}: not divisible by the network's stride "
+            f"{codec.stride * network.stride} ({config.velocity['name']}); choose a multiple, or fewer "
+            "velocity.multipliers"
+        )
+    return path, network
+
+
+def make_condition(
+    spec: ConditionSpec, *, x0: torch.Tensor, target_label: torch.Tensor, source_class: torch.Tensor | int
+) -> Condition:
+    """The condition of source states x0 (B, C, H, W) of a class, which are to become soft labels (B, num_classes).
+
+    `spec` is the network's own. `source_class` is a number, or int64 (B,).
+    """
+    if isinstance(source_class, int):
+        source_class = torch.full((len(x0),), source_class, dtype=torch.long, device=x0.device)
+    target = {"target_level": target_label, "target_class": target_label.argmax(1)}
+    return spec.read({"x0": x0, "source_class": source_class, **target})
