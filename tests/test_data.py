@@ -70,8 +70,8 @@ def test_a_folder_inside_a_class_is_a_group_and_one_patient_in_two_classes_stays
         shutil.copy(patch_folder / label / f"{label}000.png", patch_folder / label / "patient1" / "slide2" / "x.png")
     records, _ = list_records(data_config(patch_folder), seed=0)
     assert {record.id: record.group for record in records if record.group} == {
-        "A/patient1/slide2/x.png": "patient1/slide2",
-        "B/patient1/slide2/x.png": "patient1/slide2",
+        "A/patient1/slide2/x.png": "patient1",
+        "B/patient1/slide2/x.png": "patient1",
     }
 
 

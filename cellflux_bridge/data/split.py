@@ -3,10 +3,34 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
 
 from cellflux_bridge.base.errors import UserError, abbreviate
-from cellflux_bridge.base.seeds import derive_seed
+from cellflux_bridge.base.seeds import derive_seed, numpy_generator
 from cellflux_bridge.data.layout.base import PatchRecord
+
+# Shares as near to the asked ones as this are left as they are, so that a new group moves few others.
+_NEAR = 0.005
+# What moving a group must gain, as a sum of squared deviations over splits and classes.
+_LEAST_GAIN = 1e-5
+# Exchanges of two groups are tried among at most so many: their number grows with the square.
+_NUM_TO_EXCHANGE = 400
+_NUM_STARTS = 8
+
+
+class Share(NamedTuple):
+    """The asked and the got fraction of a class's patches for a split; into how many parts, groups or single patches,
+    the class can be divided, and the fraction that the largest one holds."""
+
+    label: str
+    split: str
+    asked: float
+    got: float
+    num_parts: int
+    largest: float
 
 
 def check_groups(records: Sequence[PatchRecord], *, origin: str) -> None:
@@ -26,34 +50,149 @@ def check_groups(records: Sequence[PatchRecord], *, origin: str) -> None:
 def assign_splits(records: Sequence[PatchRecord], *, val: float, test: float, seed: int) -> list[PatchRecord]:
     """Records in which every one has a split, missing splits being taken from what is not yet given away.
 
-    Groups go whole: a record that names no split follows the rest of its group. For each class (a group's own is its
-    most frequent one) groups stand in an order that the seed and each group's name decide, so that a new group moves
-    no more than its neighbours, and are given to `test`, then `val`, until the wanted fraction of that class's patches
-    is reached; the rest trains. A `val` or `test` that the data names is left as it is; one that it does not name is
-    taken from `train` also where the data names that, unless its fraction is 0.
+    A record that names no split follows the rest of its group. A `val` or `test` that the data names is left as it is;
+    one that it does not name is taken from the records that would train, also where the data names those `train`,
+    unless its fraction is 0. Groups go whole and come first (see `_of_groups`). Then, class by class, patches without a
+    group fill `test` and `val` up to the asked fraction of all patches of their class, in an order that the seed and
+    each one's id decide, so that a new patch moves no more than its neighbours. The rest trains: every class keeps
+    something to train on and, where it has three groups or patches, something of each split.
     """
     of_group = {r.group: r.split for r in records if r.group is not None and r.split is not None}
-    records = [replace(r, split=of_group.get(r.group)) if r.split is None else r for r in records]
-    given = {record.split for record in records if record.split is not None}
+    open_ = [r.split or of_group.get(r.group) for r in records]
+    given = set(open_)
     wanted = {name: part for name, part in (("test", test), ("val", val)) if name not in given and part > 0}
-    pool: dict[str, list[int]] = defaultdict(list)
-    for index, record in enumerate(records):
-        if record.split in (None, "train"):
-            pool[record.group if record.group is not None else f"\0{record.id}"].append(index)
-    by_class: dict[str, list[list[int]]] = defaultdict(list)
-    for group in sorted(pool, key=lambda name: (derive_seed(seed, "split", name), name)):
-        members = pool[group]
-        by_class[Counter(records[i].label for i in members).most_common(1)[0][0]].append(members)
-    split_of: dict[int, str] = {}
-    for _, groups in sorted(by_class.items()):
-        total = sum(map(len, groups))
-        position = 0
+    pool = [i for i, split in enumerate(open_) if split in (None, "train")] if wanted else []
+    totals = Counter(records[i].label for i in pool)
+    groups: dict[str, list[int]] = defaultdict(list)
+    alone: dict[str, list[int]] = defaultdict(list)
+    for i in pool:
+        if records[i].group is None:
+            alone[records[i].label].append(i)
+        else:
+            groups[records[i].group].append(i)
+    taken: Counter[tuple[str, str]] = Counter()
+    for name, split in _of_groups(records, groups, wanted, alone=alone, seed=seed).items():
+        for i in groups[name]:
+            open_[i] = split
+            taken[records[i].label, split] += 1
+    for label, members in alone.items():
+        members.sort(key=lambda i: (derive_seed(seed, "split", f"\0{records[i].id}"), records[i].id), reverse=True)
+        empty = sum(taken[label, split] == 0 for split in ("train", *wanted))
         for name, part in wanted.items():
-            taken = 0
-            # The last group always stays for training.
-            while taken < part * total and position < len(groups) - 1:
-                members = groups[position]
-                split_of.update(dict.fromkeys(members, name))
-                taken += len(members)
-                position += 1
-    return [replace(r, split=split_of.get(i, r.split or "train")) for i, r in enumerate(records)]
+            empty -= taken[label, name] == 0
+            # The last ones stay for training and for the splits that have nothing yet.
+            while taken[label, name] < part * totals[label] and len(members) > empty:
+                open_[members.pop()] = name
+                taken[label, name] += 1
+    return [
+        r if r.split == (s := split or "train") else replace(r, split=s)
+        for r, split in zip(records, open_, strict=True)
+    ]
+
+
+def shares(records: Sequence[PatchRecord], *, given: set[str | None], val: float, test: float) -> list[Share]:
+    """How near assigned splits came to what was asked, for each class and each split that the data does not name;
+    `given` are those that it names."""
+    wanted = {name: part for name, part in (("val", val), ("test", test)) if name not in given and part > 0}
+    found = []
+    for label in sorted({record.label for record in records}):
+        pool = [r for r in records if r.label == label and r.split in ("train", *wanted)]
+        parts = Counter(f"\0{r.id}" if r.group is None else r.group for r in pool)
+        for split, asked in wanted.items() if pool else ():
+            got = sum(record.split == split for record in pool) / len(pool)
+            found.append(Share(label, split, asked, got, len(parts), max(parts.values()) / len(pool)))
+    return found
+
+
+def _of_groups(
+    records: Sequence[PatchRecord],
+    groups: dict[str, list[int]],
+    wanted: dict[str, float],
+    *,
+    alone: dict[str, list[int]],
+    seed: int,
+) -> dict[str, str]:
+    """The split of every group, so that each class's shares come near to the wanted ones.
+
+    For each class (a group's own is its most frequent one) groups, in an order that the seed and their names decide,
+    are given to the wanted splits one after the other until each has its share. Then the groups are moved and
+    exchanged, each time the one that gains most, until the sum of squared deviations of all shares of all classes falls
+    no more; this is begun anew from other orders where the shares are still not near. A class that lacks a split
+    outweighs any deviation.
+    """
+    names = sorted(groups, key=lambda name: (derive_seed(seed, "split", name), name))
+    if not names:
+        return {}
+    labels = sorted({records[i].label for members in groups.values() for i in members})
+    column = {label: number for number, label in enumerate(labels)}
+    counts = np.zeros((len(names), len(labels)))
+    for row, name in enumerate(names):
+        for i in groups[name]:
+            counts[row, column[records[i].label]] += 1
+    splits = ("train", *wanted)
+    parts = np.array([1 - sum(wanted.values()), *wanted.values()])
+    lacking = np.outer([100 if split == "train" else 10 for split in splits], [len(alone[c]) < 3 for c in labels])
+    best, least = None, np.inf
+    for start in range(_NUM_STARTS if len(names) <= _NUM_TO_EXCHANGE else 1):
+        order = numpy_generator(seed, "split", start).permutation(len(names)) if start else np.arange(len(names))
+        place = _in_turn(counts, order, parts)
+        cost, far = _improve(place, counts, parts, lacking)
+        if cost < least - _LEAST_GAIN:
+            best, least = place, cost
+        if far <= _NEAR:
+            break
+    return {name: splits[number] for name, number in zip(names, best.tolist(), strict=True)}
+
+
+def _in_turn(counts: np.ndarray, order: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Places (G,) of groups of `counts` (G, classes): in turn into splits 1, 2, ... up to `parts`, the rest into 0."""
+    place = np.zeros(len(counts), int)
+    own = counts.argmax(1)[order]
+    for label in np.unique(own):
+        members = order[own == label]
+        sizes = counts[members].sum(1)
+        position = 0
+        for split, part in enumerate(parts[1:], start=1):
+            reached = np.searchsorted(sizes[position:].cumsum(), part * sizes.sum()) + 1
+            end = min(position + reached, len(members) - 1)
+            place[members[position:end]] = split
+            position = end
+    return place
+
+
+def _improve(place: np.ndarray, counts: np.ndarray, parts: np.ndarray, lacking: np.ndarray) -> tuple[float, float]:
+    """Moves and exchanges groups, changing `place` (G,), while that gains; the cost reached and the largest deviation.
+
+    `counts` (G, classes), `parts` (S,), and `lacking` (S, classes), the cost of a class that a split lacks.
+    """
+    totals = counts.sum(0)
+
+    def cost(split, sums: np.ndarray) -> np.ndarray:
+        return ((sums / totals - parts[split, None]) ** 2 + lacking[split] * (sums == 0)).sum(-1)
+
+    each, every = np.arange(len(counts)), np.arange(len(parts))
+    while True:
+        sums = np.stack([counts[place == split].sum(0) for split in every])
+        now, far = cost(every, sums), np.abs(sums / totals - parts[:, None]).max()
+        if far <= _NEAR and not (lacking * (sums == 0)).any():
+            break
+        moved = np.stack([cost(split, sums[split] + counts) - now[split] for split in every], axis=1)
+        moved += (cost(place, sums[place] - counts) - now[place])[:, None]
+        moved[each, place] = 0
+        group, split = np.unravel_index(moved.argmin(), moved.shape)
+        if moved[group, split] < -_LEAST_GAIN:
+            place[group] = split
+            continue
+        gain, exchange = -_LEAST_GAIN, None
+        for a, b in combinations(every, 2) if len(counts) <= _NUM_TO_EXCHANGE else ():
+            of_a, of_b = np.flatnonzero(place == a), np.flatnonzero(place == b)
+            if len(of_a) and len(of_b):
+                change = counts[of_b] - counts[of_a][:, None]
+                swapped = cost(a, sums[a] + change) + cost(b, sums[b] - change) - now[a] - now[b]
+                i, j = np.unravel_index(swapped.argmin(), swapped.shape)
+                if swapped[i, j] < gain:
+                    gain, exchange = swapped[i, j], (of_a[i], of_b[j])
+        if exchange is None:
+            break
+        place[list(exchange)] = place[list(exchange)[::-1]]
+    return float(now.sum()), float(far)

@@ -1,10 +1,20 @@
 """What is known of a patch before it is decoded, and what every layout has."""
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.walk import refuse_repeats
+
 SPLITS = ("train", "val", "test")
+_SPLIT_WORDS = {
+    "train": re.compile(r"(train(ing)?|trn)(set|data|split|images)?\d*"),
+    "val": re.compile(r"(val(id(ation)?)?|dev(elopment)?)(set|data|split|images)?\d*"),
+    "test": re.compile(r"(test(ing)?|tst)(set|data|split|images)?\d*"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +37,28 @@ class Layout(ABC):
     @abstractmethod
     def records(self) -> list[PatchRecord]:
         """Every patch, sorted by id. Raises UserError that names a file or folder which it does not understand."""
+
+    def reading(self) -> list[str]:
+        """Lines for `data check` on how `records`, which was called before, read the folder and what it left out."""
+        return []
+
+
+def split_of(word: str) -> str | None:
+    """The split that a word names ("Training", "TEST", "val_set"), None where it names none."""
+    compact = re.sub(r"[\W_]+", "", word.casefold())
+    return next((split for split, pattern in _SPLIT_WORDS.items() if pattern.fullmatch(compact)), None)
+
+
+def in_order(records: Iterable[PatchRecord], *, ignore: Collection[str]) -> list[PatchRecord]:
+    """The records of every class that is not ignored, sorted by id.
+
+    Raises UserError for two records of one file on disk, and for two labels that differ by letter case alone.
+    """
+    kept = sorted((record for record in records if record.label not in ignore), key=lambda record: record.id)
+    labels: dict[str, str] = {}
+    for label in sorted({record.label for record in kept}):
+        first = labels.setdefault(label.casefold(), label)
+        if first != label:
+            raise UserError(f"labels {first!r} and {label!r} differ by letter case only: write them alike")
+    refuse_repeats(record.file for record in kept)
+    return kept

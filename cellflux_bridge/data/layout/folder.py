@@ -1,135 +1,175 @@
-"""A folder of patches: `manifest.csv`, or `<split>/<class>/*`, or `<class>/*`, whichever is there."""
+"""A folder of patches: `manifest.csv`, or folders that are named like splits and classes, whichever is there."""
 
-import csv
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError, abbreviate
-from cellflux_bridge.data.layout.base import SPLITS, Layout, PatchRecord
+from cellflux_bridge.base.walk import is_hidden, subfolders, suffix_counts, walk
+from cellflux_bridge.data.layout.base import Layout, PatchRecord, in_order, split_of
+from cellflux_bridge.data.layout.manifest import Manifest
 from cellflux_bridge.images import SUFFIXES
 
-_SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val"}
-_COLUMNS = {"path", "label", "split", "group", "score", "mpp"}
+_WAY_OUT = "list folders that hold no patches in data.layout.ignore, or name path, label and split in a manifest.csv"
 
 
 class Folder(Layout):
     """Lists the patches under a root.
 
-    With a `manifest.csv` its rows are the patches: columns path (relative to the root) and label, optionally split
-    (train, val, test), group, score in [0, 1] and mpp (microns per pixel of the file); other columns are ignored.
-    Without one, the root's folders are the splits or the classes; a folder inside a class folder is a group (one
-    patient's or slide's patches), the same one wherever its name stands again.
-    `ignore` names classes that are there and are to be left out.
+    With a `manifest.csv` its rows are the patches (see `Manifest`). Without one the tree is read as
+    root/<class>/..., root/<split>/<class>/... or root/<class>/<split>/...; the first folder below these is a group
+    (one patient's or slide's patches), however deep its files lie, and the same group wherever its name stands again.
+    A tree that mixes these forms is refused. `ignore` names classes that are there and are to be left out.
+    `follow_links` lets a manifest name files that lie outside of the root behind symbolic links.
     """
 
-    def __init__(self, root: Path, *, ignore: list[str] = []):  # noqa: B006 -- read only
-        self.root, self.ignore = root, ignore
+    def __init__(self, root: Path, *, ignore: list[str] = [], follow_links: bool = False):  # noqa: B006 -- read only
+        self.root, self.ignore, self._follow_links = root, ignore, follow_links
+        self._reading: list[str] = []
 
     def records(self) -> list[PatchRecord]:
         """Every patch of every class that is not ignored, sorted by id."""
         if not self.root.is_dir():
             raise UserError(f"{self.root}: no such folder; set data.root to the folder that holds the patches")
-        manifest = self.root / "manifest.csv"
-        found = list(self._from_manifest(manifest) if manifest.exists() else self._from_folders())
-        return sorted((r for r in found if r.label not in self.ignore), key=lambda record: record.id)
-
-    def _from_folders(self) -> Iterator[PatchRecord]:
-        folders = [folder for folder in _subfolders(self.root) if folder.name not in self.ignore]
-        splits = [folder.name for folder in folders if folder.name in _SPLIT_NAMES]
-        if splits and len(splits) < len(folders):
-            others = [repr(folder.name) for folder in folders if folder.name not in _SPLIT_NAMES]
-            raise UserError(
-                f"{self.root}: the split folders {', '.join(splits)} stand beside {abbreviate(others)}, so that these "
-                "may be splits or classes; list what is no split in data.layout.ignore, or name the patches in a "
-                "manifest.csv"
+        if (self.root / "manifest.csv").exists():
+            manifest = Manifest(self.root, ignore=self.ignore, follow_links=self._follow_links)
+            records, self._reading = manifest.records(), manifest.reading()
+            return records
+        form, homes = self._read_tree()
+        others: Counter[str] = Counter()
+        records = in_order((r for home in homes for r in self._patches(*home, others)), ignore=())
+        self._reading = [self._summary(form, records)]
+        groups = {record.group for record in records if record.group is not None}
+        if groups and len(groups) <= len({label for _, label, _ in homes}):
+            self._reading.append(
+                f"WARNING: no more groups ({abbreviate(sorted(groups))}) than classes: if these folders are no "
+                "patients or slides, name label and group of the patches in a manifest.csv"
             )
+        if loose := _images_in(self.root):
+            self._reading.append(
+                f"WARNING: {len(loose)} images lie beside the folders, belong to no class and are left out: "
+                f"{abbreviate(loose, limit=2)}"
+            )
+        if others:
+            self._reading.append(
+                f"WARNING: image files that are not read: {abbreviate([f'{n} {what}' for what, n in others.items()])}; "
+                "convert them to PNG or TIFF, or remove them"
+            )
+        return records
+
+    def reading(self) -> list[str]:
+        return self._reading
+
+    def _summary(self, form: str, records: Sequence[PatchRecord]) -> str:
+        groups = {record.group for record in records if record.group is not None}
+        alone = sum(record.group is None for record in records)
+        text = f"read as {form}{'/<group>/...' if groups else '/*'}: {len({r.label for r in records})} classes"
+        if groups:
+            text += f", {len(groups)} groups named by the folder below the class"
+            text += f", {alone} patches outside of such folders, each alone" if alone else ""
+        return text
+
+    def _read_tree(self) -> tuple[str, list[tuple[Path, str, str | None]]]:
+        """The form of the tree, and the folders that hold one class's patches, each with its label and split."""
+        tops = [folder for folder in subfolders(self.root) if folder.name not in self.ignore]
+        if not tops and (loose := _images_in(self.root)):
+            raise UserError(
+                f"{self.root}: holds {len(loose)} images and no folder for each class: expected root/<class>/*; if "
+                f"this folder is one class of several, set data.root={self.root.parent}"
+            )
+        splits = _splits(tops, where=self.root)
         if splits:
-            for folder in folders:
-                yield from self._classes(_subfolders(folder), split=_SPLIT_NAMES[folder.name])
-        else:
-            yield from self._classes(folders, split=None)
-
-    def _classes(self, folders: Sequence[Path], *, split: str | None) -> Iterator[PatchRecord]:
-        for folder in folders:
-            if folder.name in self.ignore:
-                continue
-            empty = True
-            for file in _image_files(folder):
-                empty = False
-                inside = file.relative_to(folder).parts[:-1]
-                group = "/".join(inside) or None
-                yield PatchRecord(file.relative_to(self.root).as_posix(), file, folder.name, split, group)
-            if empty:
-                raise UserError(
-                    f"{folder}: holds no image ({', '.join(SUFFIXES)}); fill it, remove it, or list "
-                    f"{folder.name!r} in data.layout.ignore"
-                )
-
-    def _from_manifest(self, manifest: Path) -> Iterator[PatchRecord]:
-        absent, seen = [], {}
-        for number, row in _read_rows(manifest):
-            record = self._row(row, where=f"{manifest}, line {number}")
-            if record.id in seen:
-                raise UserError(f"{manifest}, line {number}: {record.id} stands already on line {seen[record.id]}")
-            seen[record.id] = number
-            if not record.file.is_file():
-                absent.append(record.id)
-            yield record
-        if absent:
-            raise UserError(f"{manifest}: {len(absent)} listed files do not exist: {abbreviate(absent)}")
-
-    def _row(self, row: dict[str, str | None], *, where: str) -> PatchRecord:
-        values = {key: (row.get(key) or "").strip() or None for key in _COLUMNS}
-        path, label, split = values["path"], values["label"], values["split"]
-        if path is None or label is None:
-            raise UserError(f"{where}: path and label must not be empty")
-        relative = Path(os.path.normpath(path.replace("\\", "/")))
-        if relative.is_absolute() or relative.parts[:1] in ((), ("..",)):
+            return self._splits_of_classes(splits)
+        self._refuse_wrapping(tops)
+        inside = {top: _splits(subfolders(top), where=top) for top in tops}
+        split = [top for top in tops if inside[top]]
+        if split and (len(split) < len(tops) or any(map(_images_in, split))):
+            others = [top.name for top in tops if not inside[top] or _images_in(top)]
             raise UserError(
-                f"{where}: {path} names no file inside {self.root}; paths are relative to the manifest's folder"
+                f"{self.root}: read as root/<class>/<split>/..., since {split[0]} holds the split folders "
+                f"{', '.join(f.name for f in inside[split[0]])}; but in {abbreviate(others)} images lie outside of "
+                f"split folders; {_WAY_OUT}"
             )
-        if split is not None and split not in _SPLIT_NAMES:
-            raise UserError(f"{where}: unknown split {split!r}; expected one of {', '.join(SPLITS)}")
-        score = _number(values["score"], where=f"{where}, score", low=0, high=1)
-        mpp = _number(values["mpp"], where=f"{where}, mpp", low=0.001, high=1000)
-        return PatchRecord(
-            relative.as_posix(), self.root / relative, label, _SPLIT_NAMES.get(split), values["group"], score, mpp
+        if split:
+            homes = [(folder, top.name, name) for top in tops for folder, name in inside[top].items()]
+            names = sorted({f"{folder.name} = {name}" for folder, _, name in homes})
+            return f"root/<class>/<split> ({', '.join(names)})", homes
+        return "root/<class>", [(top, top.name, None) for top in tops]
+
+    def _splits_of_classes(self, splits: dict[Path, str]) -> tuple[str, list[tuple[Path, str, str | None]]]:
+        homes, classes = [], []
+        for folder, split in splits.items():
+            labels = [sub for sub in subfolders(folder) if sub.name not in self.ignore]
+            if not labels or _images_in(folder):
+                raise UserError(
+                    f"{folder}: read as root/<split>/<class>/*, but it holds "
+                    f"{'images that lie in no class folder' if _images_in(folder) else 'no class folder'}; {_WAY_OUT}"
+                )
+            homes += [(sub, sub.name, split) for sub in labels]
+            classes.append({sub.name for sub in labels})
+        if not set.intersection(*classes):
+            raise UserError(
+                f"{self.root}: read as root/<split>/<class>/*, but no class stands in all of "
+                f"{', '.join(folder.name for folder in splits)}: are the folders below them patients? {_WAY_OUT}"
+            )
+        return f"root/<split> ({', '.join(f'{f.name} = {split}' for f, split in splits.items())})/<class>", homes
+
+    def _refuse_wrapping(self, tops: Sequence[Path]) -> None:
+        """UserError where the root holds one folder only, and that one holds the folders to read."""
+        if len(tops) != 1 or _images_in(tops[0]):
+            return
+        inner, below = tops[0], subfolders(tops[0])
+        while len(below) == 1 and not _images_in(below[0]) and split_of(below[0].name) is None:
+            inner, below = below[0], subfolders(below[0])
+        if len(below) > 1 or any(split_of(folder.name) for folder in below):
+            raise UserError(
+                f"{self.root}: read as root/<class>/..., but it holds one folder only, {tops[0].name}, and only one "
+                f"class cannot become another; if {abbreviate([f.name for f in below])} are the classes or splits, "
+                f"set data.root={inner}"
+            )
+
+    def _patches(self, folder: Path, label: str, split: str | None, others: Counter) -> Iterator[PatchRecord]:
+        prefix, start = folder.relative_to(self.root).as_posix(), len(str(folder)) + 1
+        known: set[str] = set()
+        left_out, empty = [], True
+        for file in walk(folder):
+            if not file.name.lower().endswith(SUFFIXES):
+                left_out.append(file)
+                continue
+            empty = False
+            name = str(file)[start:].replace(os.sep, "/")
+            parent = name.rpartition("/")[0]
+            if parent not in known:
+                known.add(parent)
+                for part in filter(split_of, parent.split("/")):
+                    raise UserError(
+                        f"{file.parent}: {part!r} names a split, but stands below {folder}, whose folders are read as "
+                        f"groups; {_WAY_OUT}"
+                    )
+            yield PatchRecord(f"{prefix}/{name}", file, label, split, parent.partition("/")[0] or None)
+        if empty:
+            found = f" that is read, but {suffix_counts(left_out)}" if left_out else ""
+            raise UserError(
+                f"{folder}: holds no image ({', '.join(SUFFIXES)}){found}; fill it, remove it, or list "
+                f"{folder.name!r} in data.layout.ignore"
+            )
+        others.update(f"{file.suffix.lower()} in class {label}" for file in left_out)
+
+
+def _splits(folders: Sequence[Path], *, where: Path) -> dict[Path, str]:
+    """The split that each folder names, or nothing where none of them does; UserError where only some do."""
+    found = {folder: split for folder in folders if (split := split_of(folder.name)) is not None}
+    if found and len(found) < len(folders):
+        others = [repr(folder.name) for folder in folders if folder not in found]
+        raise UserError(
+            f"{where}: the split folders {', '.join(f.name for f in found)} stand beside {abbreviate(others)}, so that "
+            f"these may be splits or something else; {_WAY_OUT}"
         )
+    return found
 
 
-def _read_rows(manifest: Path) -> list[tuple[int, dict[str, str | None]]]:
-    """The rows of a manifest, each with the line that it ends on."""
-    try:
-        with open(manifest, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"path", "label"} - set(reader.fieldnames or ())
-            if missing:
-                raise UserError(f"{manifest}: no column {' or '.join(sorted(missing))}; known: {sorted(_COLUMNS)}")
-            return [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{manifest}: cannot be read as CSV in UTF-8 ({error})") from error
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(parent, name)
-
-
-def _number(text: str | None, *, where: str, low: float, high: float) -> float | None:
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise UserError(f"{where}: {text!r} is no number") from error
-    if not low <= value <= high:
-        raise UserError(f"{where}: {value} is outside [{low}, {high}]")
-    return value
+def _images_in(folder: Path) -> list[str]:
+    """The names of the images that lie in a folder itself."""
+    names = (path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    return sorted(name for name in names if not is_hidden(name))

@@ -1,0 +1,174 @@
+"""A table of patches: `manifest.csv` under the root."""
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.walk import is_hidden
+from cellflux_bridge.config.schema import nearest
+from cellflux_bridge.data.layout.base import SPLITS, Layout, PatchRecord, in_order, split_of
+
+COLUMNS = ("path", "label", "split", "group", "score", "mpp")
+# What R, pandas, Excel and people write where a value is not known.
+_ABSENT = {"", *"na n/a n.a. #n/a <na> nan none null nil (null) - -- ? missing unknown".split()}
+_MAX_CELL = 4096
+
+
+class Manifest(Layout):
+    """Lists the patches that `manifest.csv` under the root names, a row a patch.
+
+    Columns are path (relative to the root) and label, optionally split (train, val, test), group, score in [0, 1] and
+    mpp (microns per pixel of the file); other columns are ignored. The file is CSV in UTF-8, divided by commas,
+    semicolons, tabs or bars; numbers have a decimal point. An empty cell, NA, None and the like mean "not given": a
+    patch without group stands alone. `ignore` names classes to leave out; `follow_links` allows files that lie outside
+    of the root, behind symbolic links.
+    """
+
+    def __init__(self, root: Path, *, ignore: list[str] = [], follow_links: bool = False):  # noqa: B006 -- read only
+        self.root, self.ignore, self._follow_links = root, ignore, follow_links
+        self._file = root / "manifest.csv"
+        self._reading: list[str] = []
+        self._real = {str(root): os.path.realpath(root)}
+
+    def records(self) -> list[PatchRecord]:
+        """Every patch of every class that is not ignored, sorted by id."""
+        absent, lines, found = [], {}, []
+        for number, row in self._rows():
+            record = self._record(row, where=f"{self._file}, line {number}")
+            if (first := lines.setdefault(record.id, number)) != number:
+                raise UserError(f"{self._file}, line {number}: {record.id} stands already on line {first}")
+            if not os.path.isfile(record.file):
+                absent.append(record.id)
+            found.append(record)
+        if absent:
+            raise UserError(f"{self._file}: {len(absent)} listed files do not exist: {abbreviate(absent)}")
+        records = in_order(found, ignore=self.ignore)
+        alone = sum(record.group is None for record in records)
+        if self._has_groups and alone:
+            self._reading.append(f"{alone} patches name no group (an empty cell, NA or the like): each stands alone")
+        return records
+
+    def reading(self) -> list[str]:
+        return self._reading
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """The cells of each row by the name of their column, stripped, with the line that the row ends on."""
+        try:
+            with open(self._file, newline="", encoding="utf-8-sig") as file:
+                # The delimiter is the one that finds the most known columns.
+                delimiter = max(",;\t|", key=lambda d: len(set(COLUMNS).intersection(_columns(file, d)[0])))
+                columns, reader = _columns(file, delimiter)
+                self._check_columns(columns)
+                for cells in reader:
+                    if not any(cell.strip() for cell in cells):
+                        continue
+                    where = f"{self._file}, line {reader.line_num}"
+                    if len(cells) > len(columns):
+                        raise UserError(
+                            f"{where}: has {len(cells)} cells, the heading {len(columns)}; put a cell that holds the "
+                            'delimiter in "quotes", and write numbers with a decimal point'
+                        )
+                    if (longest := max(map(len, cells))) > _MAX_CELL:
+                        raise UserError(f"{where}: a cell has {longest} characters, at most {_MAX_CELL} are read")
+                    yield reader.line_num, {name: cell.strip() for name, cell in zip(columns, cells, strict=False)}
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{self._file}: cannot be read as CSV in UTF-8 ({error})") from error
+
+    def _check_columns(self, columns: list[str]) -> None:
+        missing = {"path", "label"}.difference(columns)
+        for name in columns:
+            for known in COLUMNS:
+                if name != known and _one_slip(name, known):
+                    raise UserError(
+                        f"{self._file}: unknown column {name!r}; did you mean {known!r}? Rename it, also where it is "
+                        "something else"
+                    )
+                if name == known and columns.count(name) > 1:
+                    raise UserError(f"{self._file}: {columns.count(name)} columns are called {name!r}; keep one")
+        if missing:
+            raise UserError(
+                f"{self._file}: no column {' or '.join(sorted(missing))}; found: "
+                f"{abbreviate([repr(name) for name in columns]) or 'nothing'}; known: {', '.join(COLUMNS)}"
+            )
+        ignored = [repr(name) for name in columns if name and name not in COLUMNS]
+        self._reading = [
+            f"read from {self._file.name}" + (f"; columns ignored: {abbreviate(ignored)}" if ignored else "")
+        ]
+        self._has_groups = "group" in columns
+
+    def _record(self, row: dict[str, str], *, where: str) -> PatchRecord:
+        values = {key: row[key] if row.get(key, "").casefold() not in _ABSENT else None for key in COLUMNS}
+        path, label, split = row.get("path"), row.get("label"), values["split"]
+        if not path or not label:
+            raise UserError(f"{where}: path and label must not be empty")
+        if values["label"] is None and label not in self.ignore and label.casefold() != "unknown":
+            raise UserError(
+                f"{where}: label {label!r} means that no label is given; name the class otherwise, remove the row, or "
+                f"list {label!r} in data.layout.ignore"
+            )
+        relative = os.path.normpath(path.replace("\\", "/"))
+        file = self.root / relative
+        if os.path.isabs(relative) or re.match(r"\.\.(/|$)|\.$|[A-Za-z]:", relative):
+            raise UserError(
+                f"{where}: {path} names no file inside {self.root}; paths are relative to the manifest's folder"
+            )
+        if hidden := [part for part in relative.split("/") if is_hidden(part)]:
+            raise UserError(f"{where}: {path}: {hidden[0]} is hidden or a system's, no patch; remove the row")
+        if not self._follow_links and not self._is_inside(file):
+            raise UserError(
+                f"{where}: {path} leads outside of {self.root} by a symbolic link; set data.layout.follow_links=true "
+                "where you made that link yourself"
+            )
+        if split is not None and split_of(split) is None:
+            raise UserError(
+                f"{where}: unknown split {split!r}; expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}"
+            )
+        score = _number(row.get("score", ""), where=f"{where}, score", low=0, high=1)
+        mpp = _number(row.get("mpp", ""), where=f"{where}, mpp", low=0.001, high=1000)
+        return PatchRecord(relative, file, label, split and split_of(split), values["group"], score, mpp)
+
+    def _is_inside(self, file: Path) -> bool:
+        """Whether the file that a path leads to, links followed, lies inside the root."""
+        folder, name = os.path.split(file)
+        if folder not in self._real:  # to resolve every path takes ten times as long
+            self._real[folder] = os.path.realpath(folder)
+        real = os.path.realpath(file) if os.path.islink(file) else os.path.join(self._real[folder], name)
+        return real.startswith(os.path.join(self._real[str(self.root)], ""))
+
+
+def _columns(file: TextIO, delimiter: str) -> tuple[list[str], Iterator[list[str]]]:
+    """The heading's cells, in small letters and without blanks, and the reader of the rows below them."""
+    file.seek(0)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            # Excel may begin a file with a line that names the delimiter.
+            if any(cell.strip() for cell in row) and not re.match("sep=", row[0]):
+                return [re.sub(r"[\s\ufeff\u200b]", "", cell).casefold() for cell in row], reader
+    except csv.Error:
+        pass  # of another delimiter's file
+    return [], reader
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether two words differ by one letter (more, less or another), or by two neighbours that changed places."""
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    a, b = a[start:], b[start:]
+    return a[1:] == b or a == b[1:] or a[1:] == b[1:] or (a[2:] == b[2:] and a[:2] == b[1::-1])
+
+
+def _number(text: str, *, where: str, low: float, high: float) -> float | None:
+    if text.casefold() in _ABSENT - {"nan"}:  # nan is a calculation that failed
+        return None
+    try:
+        value = float(text)
+    except ValueError as error:
+        hint = "; write it with a decimal point" if "," in text else ""
+        raise UserError(f"{where}: {text!r} is no number{hint}") from error
+    if not low <= value <= high:
+        raise UserError(f"{where}: {value} is outside [{low}, {high}]")
+    return value
