@@ -2,7 +2,11 @@
 
 import os
 import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from PIL import Image
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.data import cache as cache_module
-from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.patches import Patches, list_records, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.images import read_rgb, stain, write_png
 
@@ -94,10 +98,11 @@ def test_data_sets_whose_files_share_names_sizes_and_times_do_not_share_a_cache(
 def test_settings_that_touch_pixels_make_a_cache_of_their_own(patch_folder, data_config, decoded, settings):
     load_patches(data_config(patch_folder), seed=0)
     load_patches(data_config(patch_folder, **settings), seed=0)
-    assert len(decoded) == 96
+    once = len(decoded)
+    assert len(set(decoded[48:])) == 48
     load_patches(data_config(patch_folder), seed=0)
     load_patches(data_config(patch_folder, **settings), seed=0)
-    assert len(decoded) == 96
+    assert len(decoded) == once
 
 
 def test_settings_that_do_not_touch_pixels_share_a_cache(patch_folder, data_config, decoded):
@@ -112,32 +117,146 @@ def test_a_normalised_cache_follows_the_split_its_reference_came_from(patch_fold
     assert references[0] == references[2] != references[1]
 
 
-@pytest.mark.parametrize("error", [UserError("stop"), KeyboardInterrupt(), OSError("disk full")])
-def test_a_build_that_fails_leaves_nothing_behind_and_the_next_one_works(patch_folder, data_config, monkeypatch, error):
-    config = data_config(patch_folder)
+# Builds that are stopped
 
-    def fail(*_, **__):
-        raise error
 
-    with monkeypatch.context() as broken:
-        broken.setattr(cache_module.Preprocessing, "save", fail)
+def assert_the_files_pixels(patches: Patches, root: Path) -> None:
+    """Every patch's middle is what `preprocessing` makes of its file."""
+    for i, name in enumerate(patches.ids):
+        direct = patches.preprocessing(read_rgb(root / name), name=name)
+        np.testing.assert_array_equal(patches.centre([i])[0].permute(1, 2, 0).numpy(), direct)
+
+
+def stop_after(monkeypatch, num: int, error: BaseException) -> None:
+    """Reading images raises `error` from the one after `num` on."""
+    files, read = [], images.read_rgb
+
+    def stopping(path):
+        files.append(path)
+        if len(files) > num:
+            raise error
+        return read(path)
+
+    monkeypatch.setattr(images, "read_rgb", stopping)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full"), UserError("unreadable")])
+@pytest.mark.parametrize("stain", [{}, {"mode": "normalise"}], ids=["none", "normalise"])
+def test_a_build_that_was_stopped_goes_on_where_it_was(patch_folder, data_config, monkeypatch, decoded, error, stain):
+    config = data_config(patch_folder, workers=1, stain=stain)
+    reference = sum(r.split == "train" for r in list_records(config, seed=0)[0]) if stain else 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, reference + 30, error)
         with pytest.raises(type(error)):
             load_patches(config, seed=0)
-    assert list(config.cache_dir.iterdir()) == []
-    assert len(load_patches(config, seed=0).ids) == 48
+    assert len(decoded) == reference + 30
+    resumed = load_patches(config, seed=0)
+    assert len(decoded) == 2 * reference + 48
+    (cache,) = config.cache_dir.iterdir()
+    assert not (cache / "made_from.npy").exists()
+    whole = load_patches(config.model_copy(update={"cache_dir": config.cache_dir / "other"}), seed=0)
+    np.testing.assert_array_equal(resumed.pixels, whole.pixels)
+    assert resumed.preprocessing == whole.preprocessing
 
 
-def test_a_process_that_finishes_second_takes_the_cache_of_the_first(patch_folder, data_config, monkeypatch):
-    config = data_config(patch_folder)
-    build = cache_module._build_cache
+def test_what_was_decoded_stays_when_an_unreadable_file_is_mended(patch_folder, data_config, decoded):
+    file, config = patch_folder / "B" / "B005.png", data_config(patch_folder)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
+    with pytest.raises(UserError, match=r"1 of 48 images cannot be used; mend or remove them:\n.*B005"):
+        load_patches(config, seed=0)
+    del decoded[:]
+    file.write_bytes(whole)
+    changed = patch_folder / "A" / "A003.png"
+    write_png(changed, 255 - read_rgb(changed))
+    del decoded[:]
+    patches = load_patches(config, seed=0)
+    assert sorted(decoded) == [changed, file]
+    assert_the_files_pixels(patches, patch_folder)
 
-    def overtaken(folder, config, records, *, seed, reference):
-        build(folder, config, records, seed=seed, reference=reference)
-        shutil.copytree(folder, cache_module.cache_folder(config, records, seed=seed))
 
-    monkeypatch.setattr(cache_module, "_build_cache", overtaken)
-    assert len(load_patches(config, seed=0).ids) == 48
+def test_a_build_that_began_with_another_reference_starts_anew(patch_folder, data_config, monkeypatch):
+    config = data_config(patch_folder, workers=1, stain={"mode": "normalise"})
+    with monkeypatch.context() as patch:
+        stop_after(patch, 48 + 12, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            load_patches(config, seed=0)
+    of_train = load_patches(data_config(patch_folder), seed=0).indices("train")[0]
+    file = patch_folder / load_patches(data_config(patch_folder), seed=0).ids[of_train]
+    write_png(file, read_rgb(file) // 2)
+    patches = load_patches(config, seed=0)
+    assert_the_files_pixels(patches, patch_folder)
+
+
+def test_a_killed_process_loses_no_more_than_what_was_not_yet_on_the_disk(
+    patch_folder, data_config, decoded, monkeypatch
+):
+    config = data_config(patch_folder, workers=1)
+    read, files = images.read_rgb, []
+
+    def killed(path):
+        files.append(path)
+        return os.kill(os.getpid(), signal.SIGKILL) if len(files) > 30 else read(path)
+
+    monkeypatch.setattr(cache_module, "_NUM_AT_RISK", 8)
+    if (process := os.fork()) == 0:
+        images.read_rgb = killed
+        load_patches(config, seed=0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    patches = load_patches(config, seed=0)
+    assert len(decoded) == 48 - 24
+    assert_the_files_pixels(patches, patch_folder)
+
+
+def test_processes_that_build_at_once_wait_for_each_other(patch_folder, data_config, decoded, monkeypatch):
+    config, started = data_config(patch_folder), Event()
+    read = images.read_rgb
+
+    def slow(path):
+        started.set()
+        time.sleep(0.03)
+        return read(path)
+
+    monkeypatch.setattr(images, "read_rgb", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(load_patches, config, seed=0)
+        started.wait()
+        second = pool.submit(load_patches, config, seed=0)
+        assert len(first.result().ids) == len(second.result().ids) == 48
+    assert len(decoded) == 48
     assert len(list(config.cache_dir.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "empty", "cut", "text", "pickle", "archive", "larger", "floats", "other"]
+)
+def test_a_damaged_cache_is_refused_by_name_and_takes_no_memory(patch_folder, data_config, damage):
+    config = data_config(patch_folder)
+    load_patches(config, seed=0)
+    (file,) = config.cache_dir.glob("*/pixels.npy")
+    whole, shape = file.read_bytes(), (48, 16, 16, 3)
+    file.unlink()
+    if damage == "empty":
+        file.touch()
+    elif damage == "cut":
+        file.write_bytes(whole[:-1])
+    elif damage == "text":
+        file.write_bytes(whole[:10] + b"{(" * 59 + whole[128:])
+    elif damage == "pickle":
+        np.save(file, np.array([{}]), allow_pickle=True)
+    elif damage == "archive":
+        np.savez(file.with_suffix(".npz"), np.zeros(shape, np.uint8))
+        file.with_suffix(".npz").rename(file)
+    elif damage == "larger":
+        header = whole[10:128].rstrip().replace(b"(48, ", b"(99999999999, ")
+        file.write_bytes(whole[:10] + header.ljust(117) + b"\n" + whole[128:])
+    elif damage == "floats":
+        np.save(file, np.zeros(shape, np.float32))
+    elif damage == "other":
+        np.save(file, np.zeros((48, 16, 15, 3), np.uint8))
+    with pytest.raises(UserError, match=r"a damaged cache \(.*\); remove this folder, it is made anew"):
+        load_patches(config, seed=0)
 
 
 # Scale and stain
@@ -158,13 +277,35 @@ def test_a_crop_is_taken_in_the_files_pixels_and_then_shrunk(tmp_path, data_conf
     assert whole.pixels.shape[1:3] == (16, round(64 / 3))
 
 
-def test_preprocessing_of_a_file_equals_the_middle_of_the_cached_image(tmp_path, make_patches, data_config):
-    root = make_patches(tmp_path / "root", num={"A": 8, "B": 8}, low=20, high=20)
-    for settings in ({}, {"crop": 18}, {"stain": {"mode": "normalise"}}):
-        patches = load_patches(data_config(root, **settings), seed=0)
-        for i in (0, 9):
-            direct = patches.preprocessing(read_rgb(root / patches.ids[i]), name=patches.ids[i])
-            np.testing.assert_array_equal(patches.centre([i])[0].permute(1, 2, 0).numpy(), direct)
+SIZES = [(16, 16), (17, 20), (19, 16), (18, 31), (40, 23), (21, 21)]
+
+
+@pytest.fixture(scope="module")
+def unequal_folder(tmp_path_factory) -> Path:
+    """Tissue of two classes, in images of every parity of height and width, some with glass at the sides."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("unequal")
+    for label, nuclei in (("A", 0.2), ("B", 0.5)):
+        (root / label).mkdir()
+        for number, size in enumerate(SIZES):
+            is_nucleus = rng.random(size) < nuclei
+            amounts = np.stack([is_nucleus * rng.uniform(0.8, 1.4), ~is_nucleus * rng.uniform(0.4, 1.0)], axis=-1)
+            rgb = stain.from_optical_density(amounts * rng.uniform(0.8, 1.2, (*size, 1)) @ stain.RUIFROK_HE)
+            if number % 2:
+                rgb[:, :4] = rgb[:, -3:] = 245
+            write_png(root / label / f"{number}.png", rgb)
+    return root
+
+
+@pytest.mark.parametrize("scale", [{}, {"crop": 15}, {"crop": 7}, {"image_size": 33}], ids=str)
+@pytest.mark.parametrize("method", ["none", "reinhard", "macenko"])
+def test_training_and_translation_see_the_same_pixels_of_a_file_of_any_size(unequal_folder, data_config, method, scale):
+    mode = {} if method == "none" else {"mode": "normalise", "method": method}
+    patches = load_patches(data_config(unequal_folder, stain=mode, **scale), seed=0)
+    assert (patches.preprocessing.reference is None) == (method == "none")
+    assert_the_files_pixels(patches, unequal_folder)
+    for i, name in enumerate(patches.ids):
+        whole = patches.preprocessing.prepare(read_rgb(unequal_folder / name), name=name)
+        np.testing.assert_array_equal(patches.preprocessing.cut(whole, *patches.pixels.shape[1:3]), patches.pixels[i])
 
 
 def test_preprocessing_travels_through_a_file(tmp_path):
@@ -174,7 +315,9 @@ def test_preprocessing_travels_through_a_file(tmp_path):
         assert Preprocessing.load(tmp_path / "preprocessing.json") == preprocessing
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"image_size": 3}', '{"reference": {"method": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"x"', '{"image_size": 0}', '{"image_size": 1e12}', '{"reference": {"method": 1}}']
+)
 def test_broken_preprocessing_is_refused_by_name(tmp_path, text):
     (tmp_path / "preprocessing.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"preprocessing\.json: cannot be read"):

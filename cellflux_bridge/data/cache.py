@@ -1,35 +1,88 @@
-"""Patches decoded once into a memory-mapped array."""
+"""Patches decoded once into a memory-mapped array. A build that was stopped goes on where it was."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from threading import Lock
+from tokenize import TokenError
 
 import numpy as np
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
-from cellflux_bridge.data.layout.base import PatchRecord
+from cellflux_bridge.data.index import Index, remembered
+from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.images import stain
 
-_CACHE_FORMAT = 2
-
-
+_CACHE_FORMAT = 3
 _NUM_REFERENCE_IMAGES = 256
+# A build that is killed decodes no more than so many images again.
+_NUM_AT_RISK = 1024
+# A file of a build: the size and time of change (N, 2) int64 of the image file that each patch was made from.
+_MADE_FROM = "made_from.npy"
 
 
-def cache_folder(
-    config: DataConfig, records: Sequence[PatchRecord], *, seed: int, reference: stain.StainReference | None = None
-) -> Path:
-    """Where the cache of these records belongs; the name is the content key."""
+def cached_pixels(
+    config: DataConfig, index: Index, *, seed: int, reference: stain.StainReference | None, build: bool
+) -> tuple[np.ndarray, Preprocessing]:
+    """Every patch (N, H, W, 3) uint8, memory-mapped, and how it was made; built first where there is no cache yet.
+
+    Raises UserError that lists unreadable files, and for a cache that is damaged, missing and not to be built, or too
+    large for the disk.
+    """
+    stats = _file_stats(index)
+    folder, building = _folders(config, index, stats, seed=seed, reference=reference)
+    if not folder.exists():
+        if not build:
+            raise UserError(f"{folder}: no cache here; fill it with: cellflux-bridge data check CONFIG")
+        with _only_process(building):
+            try:
+                if not folder.exists():
+                    _build(building, config, index, stats, seed=seed, reference=reference)
+                    os.replace(building, folder)
+                    (folder / _MADE_FROM).unlink()
+            except OSError:
+                if not folder.exists():  # another process was faster
+                    raise
+            finally:
+                if not (building / _MADE_FROM).exists():
+                    shutil.rmtree(building, ignore_errors=True)
+    file, size = folder / "pixels.npy", config.image_size
+    pixels = _mapped(file, np.uint8, lambda n, h, w, c: n == len(index) and min(h, w) >= size and c == 3)
+    status = file.stat()
+    pixels = remembered((file, status.st_ino, status.st_size, status.st_mtime_ns), lambda: pixels)
+    return pixels, Preprocessing.load(folder / "preprocessing.json")
+
+
+def _file_stats(index: Index) -> np.ndarray:
+    """Size and time of change of every image file, (N, 2) int64."""
+
+    def stat(file: str) -> tuple[int, int]:
+        try:
+            status = os.stat(os.path.join(root, file))
+        except OSError as error:
+            raise UserError(f"{index.root / file}: cannot be read ({error.strerror}); mend or remove it") from error
+        return status.st_size, status.st_mtime_ns
+
+    root = str(index.root)
+    return np.array([stat(file) for file in index.files], np.int64).reshape(-1, 2)
+
+
+def _folders(
+    config: DataConfig, index: Index, stats: np.ndarray, *, seed: int, reference: stain.StainReference | None
+) -> tuple[Path, Path]:
+    """Where the cache belongs and where it is built. The names are keys of the content; the second does not depend on
+    the files' sizes and times, so that a build goes on after some of its files were mended."""
     normalised = config.stain.mode == "normalise"
     settings = {
         "format": _CACHE_FORMAT,
@@ -40,91 +93,130 @@ def cache_folder(
         "stain": config.stain.method if normalised else None,
         "reference": reference.values if normalised and reference else None,
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for record in records:
-        try:
-            status = record.file.stat()
-        except OSError as error:
-            raise UserError(f"{record.file}: cannot be read ({error.strerror}); mend or remove it") from error
-        # The reference stain comes from the training split, so a normalised cache depends on the split as well.
-        fields = (record.id, status.st_size, status.st_mtime_ns, *((record.split, seed) if normalised else ()))
-        key.update(repr(fields).encode())
-    return config.cache_dir.expanduser() / key.hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + repr(index.ids).encode())
+    if normalised and reference is None:  # the reference comes from the training split
+        key.update(repr(seed).encode() + index.splits.tobytes())
+    cache_dir, building = config.cache_dir.expanduser(), f"{key.hexdigest()[:24]}.building"
+    key.update(stats.tobytes())
+    return cache_dir / key.hexdigest()[:24], cache_dir / building
 
 
-def cached_pixels(
-    config: DataConfig,
-    records: Sequence[PatchRecord],
-    *,
-    seed: int,
-    reference: stain.StainReference | None,
-    build: bool,
-) -> tuple[np.ndarray, Preprocessing]:
-    folder = cache_folder(config, records, seed=seed, reference=reference)
-    if not build and not folder.exists():
-        raise UserError(f"{folder}: no cache here; fill it with: cellflux-bridge data check CONFIG")
-    if not folder.exists():
-        building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+def _only_process(building: Path) -> AcquireReturnProxy:
+    """A lock, in a folder that is made for it, which ends with its process; waits for another process that holds it."""
+    lock, patience = FileLock(building / "lock"), 1.0
+    while True:
         try:
             building.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache_dir: {folder.parent} cannot be written to ({error.strerror})") from error
+            raise UserError(f"data.cache_dir: {building.parent} cannot be written to ({error.strerror})") from error
         try:
-            _build_cache(building, config, records, seed=seed, reference=reference)
-            os.replace(building, folder)
-        except OSError:
-            if not folder.exists():  # another process was faster
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    try:
-        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: a damaged cache ({error}); remove this folder, it is made anew") from error
-    return pixels, Preprocessing.load(folder / "preprocessing.json")
+            return lock.acquire(timeout=patience)
+        except Timeout:
+            print(f"{building}: another process fills this cache; waiting for it", file=sys.stderr)
+            patience = -1  # for ever
+        except FileNotFoundError:  # the other process has renamed or removed the folder
+            continue
 
 
-def _build_cache(
+def _build(
     folder: Path,
     config: DataConfig,
-    records: Sequence[PatchRecord],
+    index: Index,
+    stats: np.ndarray,
     *,
     seed: int,
     reference: stain.StainReference | None,
 ) -> None:
-    plain = Preprocessing(config.image_size, config.crop)
-    over_all = partial(threaded, items=range(len(records)), workers=config.workers)
-    sizes = over_all(lambda i: _or_error(_scaled_size, plain, records[i].file), desc="reading image sizes")
-    _raise_unreadable(sizes, config.root)
+    def every(work: Callable[[int], object], numbers: Sequence[int], desc: str) -> list:
+        results = threaded(lambda i: _or_error(work, i), numbers, workers=config.workers, desc=desc)
+        errors = [str(result) for result in results if isinstance(result, UserError)]
+        if errors:
+            shown = "\n  ".join(errors[:10]) + (f"\n  and {len(errors) - 10} more" if len(errors) > 10 else "")
+            raise UserError(
+                f"{config.root}: {len(errors)} of {len(index)} images cannot be used; mend or remove them:\n  {shown}"
+            )
+        return results
+
+    def prepared(i: int) -> np.ndarray:
+        return preprocessing.prepare(images.read_rgb(index.file(i)), name=str(index.file(i)))
+
+    preprocessing = Preprocessing(config.image_size, config.crop)
+    sizes = every(
+        lambda i: preprocessing.scaled_size(*images.read_size(index.file(i)), name=str(index.file(i))),
+        range(len(index)),
+        "reading image sizes",
+    )
     # One array needs one size: images are cut to the smallest height and width there is.
     height, width = np.min(sizes, axis=0).tolist()
-    _require_space(folder, len(records) * height * width * 3)
-    pixels = np.lib.format.open_memmap(
-        folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(len(records), height, width, 3)
-    )
-
-    def decode(i: int) -> UserError | None:
-        rgb = _or_error(images.read_rgb, records[i].file)
-        if isinstance(rgb, UserError):
-            return rgb
-        pixels[i] = images.centre_crop(plain.scale(rgb, name=str(records[i].file)), height, width)
-        return None
-
-    _raise_unreadable(over_all(decode, desc="decoding patches"), config.root)
-    preprocessing = plain
     if config.stain.mode == "normalise":
         if reference is None:
-            train = [i for i, record in enumerate(records) if record.split == "train"]
-            chosen = numpy_generator(seed, "stain").permutation(train)[:_NUM_REFERENCE_IMAGES]
-            reference = stain.fit_reference(config.stain.method, [pixels[i] for i in sorted(chosen)])
-        preprocessing = replace(plain, reference=reference)
+            train = np.flatnonzero(index.splits == SPLITS.index("train"))
+            chosen = np.sort(numpy_generator(seed, "stain").permutation(train)[:_NUM_REFERENCE_IMAGES])
+            try:
+                reference = stain.fit_reference(config.stain.method, _Made(prepared, chosen.tolist()))
+            except UserError:
+                every(prepared, range(len(index)), "looking for unreadable files")
+                raise
+        preprocessing = replace(preprocessing, reference=reference)
 
-        def normalise(i: int) -> None:
-            pixels[i] = preprocessing.normalise(pixels[i])
+    shape = (len(index), height, width, 3)
+    try:
+        if Preprocessing.load(folder / "preprocessing.json") != preprocessing:
+            raise UserError(f"{folder}: began with another stain reference")
+        pixels = _mapped(folder / "pixels.npy", np.uint8, lambda *found: found == shape, mode="r+")
+        made_from = _mapped(folder / _MADE_FROM, np.int64, lambda *found: found == stats.shape, mode="r+")
+    except UserError:
+        made_from = None
+    missing = np.arange(len(index)) if made_from is None else np.flatnonzero((made_from != stats).any(axis=1))
+    _require_space(folder, len(missing) * height * width * 3)
+    if made_from is None:
+        preprocessing.save(folder / "preprocessing.json")
+        pixels = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
+        made_from = np.lib.format.open_memmap(folder / _MADE_FROM, mode="w+", dtype=np.int64, shape=stats.shape)
+        made_from[:] = -1
+    lock, at_risk = Lock(), []
 
-        over_all(normalise, desc="normalising stain")
-    pixels.flush()
-    preprocessing.save(folder / "preprocessing.json")
+    def save() -> None:
+        pixels.flush()  # before the files say so
+        made_from[at_risk] = stats[at_risk]
+        made_from.flush()
+        at_risk.clear()
+
+    def decode(i: int) -> None:
+        pixels[i] = preprocessing.cut(prepared(i), height, width)
+        with lock:
+            at_risk.append(i)
+            if len(at_risk) >= _NUM_AT_RISK:
+                save()
+
+    try:
+        every(decode, missing, "decoding patches")
+    finally:
+        save()
+
+
+class _Made(Sequence[np.ndarray]):
+    """`make` of each number, made when it is asked for: one image is in memory at a time."""
+
+    def __init__(self, make: Callable[[int], np.ndarray], numbers: Sequence[int]):
+        self._make, self._numbers = make, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, at: int) -> np.ndarray:
+        return self._make(self._numbers[at])
+
+
+def _mapped(file: Path, dtype: type, fits: Callable[..., bool], *, mode: str = "r") -> np.ndarray:
+    """The array in a .npy file, memory-mapped, whose sizes `fits` must accept; a damaged one takes no memory."""
+    try:
+        found = np.lib.format.open_memmap(file, mode=mode)
+        if found.dtype != dtype or not fits(*found.shape):
+            raise ValueError(f"holds {found.dtype} {found.shape}")
+        return found
+    except (OSError, ValueError, TypeError, SyntaxError, OverflowError, TokenError) as error:
+        raise UserError(f"{file.parent}: a damaged cache ({error}); remove this folder, it is made anew") from error
 
 
 def _require_space(folder: Path, num_bytes: int) -> None:
@@ -137,21 +229,8 @@ def _require_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _scaled_size(preprocessing: Preprocessing, file: Path) -> tuple[int, int]:
-    return preprocessing.scaled_size(*images.read_size(file), name=str(file))
-
-
-def _or_error(work, *arguments):
+def _or_error(work: Callable, *arguments):
     try:
         return work(*arguments)
     except UserError as error:
         return error
-
-
-def _raise_unreadable(results: Sequence, root: Path) -> None:
-    errors = [str(result) for result in results if isinstance(result, UserError)]
-    if errors:
-        shown = "\n  ".join(errors[:10]) + (f"\n  and {len(errors) - 10} more" if len(errors) > 10 else "")
-        raise UserError(
-            f"{root}: {len(errors)} of {len(results)} images cannot be used; mend or remove them:\n  {shown}"
-        )

@@ -10,11 +10,13 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config.schema import nearest
 from cellflux_bridge.data.cache import cached_pixels
-from cellflux_bridge.data.index import list_records
+from cellflux_bridge.data.index import list_records, patch_index
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.images import stain
+
+__all__ = ["SCORE_WINDOW", "Patches", "list_records", "load_patches", "near_level"]
 
 # A patch is of a level where its score differs by no more.
 SCORE_WINDOW = 0.075
@@ -108,18 +110,16 @@ def load_patches(
     """
     if config.channels != 3:
         raise UserError(f"data.channels={config.channels}: the files are read as RGB; set data.channels=3")
-    records, classes = list_records(config, seed=seed)
-    groups = [record.group if record.group is not None else f"\0{record.id}" for record in records]
-    group_names, group_numbers = np.unique(groups, return_inverse=True)
-    pixels, preprocessing = cached_pixels(config, records, seed=seed, reference=reference, build=build)
+    index = patch_index(config, seed=seed)
+    pixels, preprocessing = cached_pixels(config, index, seed=seed, reference=reference, build=build)
     return Patches(
         pixels=pixels,
-        ids=tuple(record.id for record in records),
-        labels=np.array([classes.index(record.label) for record in records]),
-        splits=np.array([SPLITS.index(record.split) for record in records]),
-        groups=group_numbers,
-        group_names=tuple(name.rpartition("\0")[2] for name in group_names.tolist()),
-        scores=np.array([np.nan if r.score is None else r.score for r in records], np.float32),
-        classes=classes,
+        ids=index.ids,
+        labels=index.labels,
+        splits=index.splits,
+        groups=index.groups,
+        group_names=tuple(name.rpartition("\0")[2] for name in index.group_names),
+        scores=index.scores.astype(np.float32),
+        classes=index.classes,
         preprocessing=preprocessing,
     )

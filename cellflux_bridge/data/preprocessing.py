@@ -1,14 +1,18 @@
 """From an image file's pixels to what the network sees: scale, stain, crop. It travels in every checkpoint."""
 
-import json
 from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.images import stain
+
+_Side = Annotated[int, Field(ge=1, le=images.MAX_PIXELS)]
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,8 @@ class Preprocessing:
     pixels (None: the shorter side of the whole image is). `reference` is the stain that images are normalised to.
     """
 
-    image_size: int
-    crop: int | None = None
+    image_size: _Side
+    crop: _Side | None = None
     reference: stain.StainReference | None = None
 
     def scale_of(self, height: int, width: int) -> float:
@@ -37,27 +41,30 @@ class Preprocessing:
         scale = self.scale_of(height, width)
         return max(self.image_size, round(height * scale)), max(self.image_size, round(width * scale))
 
-    def scale(self, rgb: np.ndarray, *, name: str) -> np.ndarray:
-        """The whole image at the network's scale, stain as it is."""
-        return images.resize(rgb, *self.scaled_size(*rgb.shape[:2], name=name))
+    def prepare(self, rgb: np.ndarray, *, name: str) -> np.ndarray:
+        """The whole image at the network's scale with its stain normalised: training and translation cut it alike."""
+        scaled = images.resize(rgb, *self.scaled_size(*rgb.shape[:2], name=name))
+        return scaled if self.reference is None else stain.normalise(scaled, self.reference)
 
-    def normalise(self, rgb: np.ndarray) -> np.ndarray:
-        return rgb if self.reference is None else stain.normalise(rgb, self.reference)
+    def cut(self, prepared: np.ndarray, height: int, width: int) -> np.ndarray:
+        """A (height, width) part of a prepared image, both at least `image_size`; its middle patch is the image's."""
+        top, left = (
+            (whole - self.image_size) // 2 - (part - self.image_size) // 2
+            for whole, part in zip(prepared.shape, (height, width), strict=False)
+        )
+        return prepared[top : top + height, left : left + width]
 
     def __call__(self, rgb: np.ndarray, *, name: str) -> np.ndarray:
         """The middle patch of an image, as the network sees it."""
-        return images.centre_crop(self.normalise(self.scale(rgb, name=name)), self.image_size, self.image_size)
+        return self.cut(self.prepare(rgb, name=name), self.image_size, self.image_size)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        path.write_text(dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Preprocessing":
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            reference = data.pop("reference")
-            if reference is not None:
-                reference = stain.StainReference(reference["method"], tuple(reference["values"]))
-            return cls(**data, reference=reference)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: cannot be read as a checkpoint's preprocessing ({error})") from error
+            return TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+        except (OSError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise UserError(f"{path}: cannot be read as preprocessing ({reason})") from error
