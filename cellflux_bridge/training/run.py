@@ -118,7 +118,7 @@ class Log:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
+            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
