@@ -101,10 +101,8 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load EMA weights strictly; UserError for a truncated file or another architecture."""
     path, own = checkpoint / WEIGHTS, model.state_dict()
     try:
-        with safe_open(
-            path, framework="pt"
-        ) as file:  # reads the header; a tensor's memory is taken when it is asked for
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt") as file:  # reads the header alone; memory is taken by get_tensor
+            found = {name: file.get_slice(name) for name in file.keys()}
             missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
             shapes = sorted(n for n in own.keys() & found.keys() if list(own[n].shape) != found[n].get_shape())
             if missing or unexpected or shapes:
