@@ -10,12 +10,13 @@
 import hashlib
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from cellflux_bridge.base.errors import UserError
@@ -98,29 +99,35 @@ def weights_digest(model: nn.Module, *, view: str = "") -> str:
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load EMA weights strictly; UserError for a truncated file or another architecture."""
-    path = checkpoint / WEIGHTS
+    path, own = checkpoint / WEIGHTS, model.state_dict()
     try:
-        weights = load_file(path)
+        with safe_open(path, framework="pt") as file:  # reads the header alone; memory is taken by get_tensor
+            found = {name: file.get_slice(name) for name in file.keys()}
+            missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+            shapes = sorted(n for n in own.keys() & found.keys() if list(own[n].shape) != found[n].get_shape())
+            if missing or unexpected or shapes:
+                raise UserError(
+                    f"{path}: of another architecture than its config.yaml describes: {len(missing)} tensors missing "
+                    f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, "
+                    f"{len(shapes)} of another shape {shapes[:3]}"
+                )
+            model.load_state_dict({name: file.get_tensor(name) for name in found}, strict=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: truncated or not a weights file ({error}); train again, or bring the file back"
         ) from error
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
-    if missing or unexpected or shapes:
-        raise UserError(
-            f"{path}: of another architecture than its config.yaml describes: {len(missing)} tensors missing "
-            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, "
-            f"{len(shapes)} of another shape {sorted(shapes)[:3]}"
-        )
-    model.load_state_dict(weights, strict=True)
 
 
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What training needs to go on; UserError for a truncated file."""
+def load_state(checkpoint: Path, *, most: int | None = None) -> dict[str, Any]:
+    """What training needs to go on. UserError for a truncated file, and for one that would take more memory than it
+    has bytes, or than `most` bytes."""
     path = checkpoint / STATE
     try:
+        with zipfile.ZipFile(path) as file:
+            num_bytes = sum(entry.file_size for entry in file.infolist())
+        most = min(path.stat().st_size, path.stat().st_size if most is None else most)
+        if num_bytes > most:
+            raise ValueError(f"it declares {num_bytes:,} bytes, expected at most {most:,}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler stumbles over foreign bytes in many ways
         raise UserError(f"{path}: truncated or not a training state ({error})") from error

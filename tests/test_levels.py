@@ -2,10 +2,13 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
 
 from cellflux_bridge.base.errors import UserError
@@ -18,12 +21,13 @@ from cellflux_bridge.classifier.calibration import (
     negative_log_likelihood,
 )
 from cellflux_bridge.classifier.task import ClassifierTask
-from cellflux_bridge.config import load_config
+from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.data.balanced import BalancedPatches
-from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.soft_labels import from_scores
 from cellflux_bridge.flow import levels
-from cellflux_bridge.flow.levels import assign_folds, target_levels
+from cellflux_bridge.flow.levels import assign_folds, read_levels, target_levels
+from cellflux_bridge.images import encode
 from cellflux_bridge.training.loop import make_fabric
 
 # Calibration
@@ -90,13 +94,13 @@ def test_scores_lie_between_neighbouring_classes():
     assert np.isnan(from_scores(np.array([np.nan]), 2)).all()
 
 
-@pytest.fixture
-def slides(tmp_path, make_patches, write_config):
-    """`slides(*overrides, scores=..., per_slide=4) -> (config, patches)`: 24 patches a class, four to a slide, a
-    manifest with groups and scores, a classifier that trains in no time."""
+@pytest.fixture(scope="module")
+def write_slides(make_patches, write_config):
+    """`write_slides(folder, *overrides, scores=..., per_slide=4) -> (config, patches)`: 24 patches a class, four to a
+    slide, a manifest with groups and scores, a classifier that trains in no time."""
 
-    def make(*overrides: str, scores=None, per_slide: int = 4):
-        root = tmp_path / "patches"
+    def make(folder: Path, *overrides: str, scores=None, per_slide: int = 4):
+        root = folder / "patches"
         if not root.exists():
             make_patches(root)
         files = sorted(root.glob("*/*.png"))
@@ -109,13 +113,18 @@ def slides(tmp_path, make_patches, write_config):
                 score = (0.1 if label == "A" else 0.8) if scores is None else scores[i]
                 group = f"{split} {label}{number // per_slide}"
                 writer.writerow([path.relative_to(root).as_posix(), label, split, group, score])
-        section = {"train": {"steps": 6, "batch_size": 8, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5}}
-        file = write_config(tmp_path, classifier=section, condition={"target": "level", "level": "crossfit"})
-        cpu = ["data.classes=[A, B]", "classifier.train.accelerator=cpu", "classifier.train.checkpoint_every=2"]
-        config = load_config(file, [*cpu, *overrides])
+        section = {"train": {"steps": 15, "batch_size": 8, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5}}
+        file = write_config(folder, classifier=section, condition={"target": "level", "level": "crossfit"})
+        config = load_config(file, ["data.classes=[A, B]", "classifier.train.accelerator=cpu", *overrides])
         return config, load_patches(config.data, seed=config.seed)
 
     return make
+
+
+@pytest.fixture
+def slides(tmp_path, write_slides):
+    """`write_slides` in the test's own folder."""
+    return partial(write_slides, tmp_path)
 
 
 def made(config, patches, folder: Path) -> np.ndarray:
@@ -160,11 +169,24 @@ def test_folds_hold_out_whole_groups_and_every_training_patch_once(slides):
     assert any(not np.array_equal(folds, assign_folds(patches, num_folds=3, seed=seed)) for seed in (1, 2, 3))
 
 
-def test_no_classifier_scores_a_group_that_it_trained_on(slides, tmp_path, monkeypatch):
-    config, patches = slides()
-    trained, scored = [], []
-    draw, mean_logits = BalancedPatches.draw, levels._mean_logits
+class Crossfitted(NamedTuple):
+    """A cross-fitting, which patches each of its classifiers trained on, and which it scored."""
+
+    config: Config
+    patches: Patches
+    folder: Path
+    levels: np.ndarray
+    drawn: list[set[int]]
+    scored: list[set[int]]
+
+
+@pytest.fixture(scope="module")
+def crossfitted(write_slides, tmp_path_factory) -> Crossfitted:
+    folder = tmp_path_factory.mktemp("crossfitted")
+    config, patches = write_slides(folder)
+    draw, patch_logits = BalancedPatches.draw, inference.patch_logits
     drawn: dict[BalancedPatches, set[int]] = {}
+    scored = []
 
     def spy_draw(self, num, **options):
         found = draw(self, num, **options)
@@ -172,42 +194,71 @@ def test_no_classifier_scores_a_group_that_it_trained_on(slides, tmp_path, monke
         return found
 
     def spy_logits(model, patches, indices, **options):
-        scored.append(set(indices.tolist()))
-        return mean_logits(model, patches, indices, **options)
+        if options.get("chunk"):  # not the validations of training
+            scored.append(set(indices.tolist()))
+        return patch_logits(model, patches, indices, **options)
 
-    init = ClassifierTask.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BalancedPatches, "draw", spy_draw)
+        patch.setattr(inference, "patch_logits", spy_logits)
+        found = made(config, patches, folder / "run")
+    return Crossfitted(config, patches, folder / "run", found, list(drawn.values()), scored)
 
-    def spy_init(self, *arguments, **options):
-        init(self, *arguments, **options)
-        trained.append(self)
 
-    monkeypatch.setattr(ClassifierTask, "__init__", spy_init)
-    monkeypatch.setattr(BalancedPatches, "draw", spy_draw)
-    monkeypatch.setattr(levels, "_mean_logits", spy_logits)
-    found = made(config, patches, tmp_path / "run")
+def test_no_classifier_scores_a_group_that_it_trained_on(crossfitted):
+    _, patches, _, found, drawn, scored = crossfitted
     others = {*patches.indices("val").tolist(), *patches.indices("test").tolist()}
     assert [part == others for part in scored] == [False, True] * 3
-    for task, held_out in zip(trained, scored[::2], strict=True):
-        seen = drawn[task._train]
+    for seen, held_out in zip(drawn, scored[::2], strict=True):
         assert len(seen) > 12
         assert not {patches.groups[i] for i in seen} & {patches.groups[i] for i in held_out | others}
     assert set.union(*scored[::2]) == set(patches.indices("train").tolist())
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
 
 
+def test_levels_tell_the_classes_apart_and_of_held_out_patches_they_are_the_mean_of_the_folds(crossfitted):
+    _, patches, run, found, *_ = crossfitted
+    train, others = patches.indices("train"), np.concatenate([patches.indices("val"), patches.indices("test")])
+    assert (found[train].argmax(1) == patches.labels[train]).mean() > 0.9
+    report = json.loads((run / "levels.json").read_text())
+    assert report["out_of_fold"]["auc"] > 0.9
+    assert report["out_of_fold"]["n"] == 32
+    assert all(sum(report["histogram"][label][f"p_{label}"]) == 16 for label in "AB")
+    assert 0 < report["cpu_minutes"] < 1
+    expected = []
+    for name in report["checkpoints"]:
+        model = inference.load(run / name, "cpu")
+        logits = inference.patch_logits(model, patches, others, device="cpu", flips=True)
+        expected.append(softmax(logits / report["out_of_fold"]["temperature"], axis=1))
+    np.testing.assert_allclose(found[others], np.mean(expected, axis=0), atol=1e-5)
+    rows = list(csv.DictReader(open(run / "levels.csv", newline="")))
+    assert list(rows[0]) == ["path", "label", "fold", "p_A", "p_B"]
+    assert [row["fold"] for row in rows].count("") == len(others) == len(rows) - 32
+
+
+def test_logits_over_flips_are_means_over_the_four_sides(crossfitted):
+    _, patches, run, *_ = crossfitted
+    model, chosen = inference.load(next((run / "crossfit").glob("*/checkpoints/*")), "cpu"), patches.indices("val")
+    x = encode(patches.centre(chosen))
+    with torch.no_grad():
+        expected = sum(model(side) for side in (x, x.flip(3), x.flip(2), x.rot90(2, (2, 3)))) / 4
+    found = inference.patch_logits(model, patches, chosen, device="cpu", flips=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_levels_are_the_same_made_again_resumed_or_read(slides, tmp_path, monkeypatch, capsys):
-    config, patches = slides()
+    steps = ("classifier.train.steps=3", "classifier.folds=2", "classifier.train.checkpoint_every=1")
+    config, patches = slides(*steps)
     whole = made(config, patches, tmp_path / "whole")
     printed = capsys.readouterr().out
     assert "accuracy" in printed
     assert "p(B) in tenths, of A: [" in printed
-    run = tmp_path / "parts"
-    steps = ClassifierTask.batch
+    run, batch = tmp_path / "parts", ClassifierTask.batch
 
     def crashing(self, index, *, rank):
-        if "crossfit 1 of 3" in self._stream and index == 5:
+        if "crossfit 1 of 2" in self._stream and index == 2:
             raise RuntimeError("power cut")
-        return steps(self, index, rank=rank)
+        return batch(self, index, rank=rank)
 
     with monkeypatch.context() as inner:
         inner.setattr(ClassifierTask, "batch", crashing)
@@ -215,53 +266,27 @@ def test_levels_are_the_same_made_again_resumed_or_read(slides, tmp_path, monkey
             made(config, patches, run)
     assert not (run / "levels.csv").exists()
     np.testing.assert_array_equal(made(config, patches, run), whole)
-    printed = capsys.readouterr().out
-    assert "fold-0: trained already" in printed
+    assert "fold-0: trained already" in capsys.readouterr().out
     assert (run / "levels.csv").read_text() == (tmp_path / "whole" / "levels.csv").read_text()
-    with monkeypatch.context() as inner:  # what is there is read, and nothing trained
-        inner.setattr(levels, "fit", None)
-        np.testing.assert_array_equal(made(config, patches, run), whole)
-
-    report = json.loads((run / "levels.json").read_text())
-    assert report["out_of_fold"]["n"] == 32
-    assert all(sum(report["histogram"][label][f"p_{label}"]) == 16 for label in "AB")
-    assert 0 < report["cpu_minutes"] < 1
-    rows = list(csv.DictReader(open(run / "levels.csv", newline="")))
-    assert list(rows[0]) == ["path", "label", "fold", "p_A", "p_B"]
-    num_held_out = len(patches.indices("val")) + len(patches.indices("test"))
-    assert [row["fold"] for row in rows].count("") == num_held_out == len(rows) - 32
+    monkeypatch.setattr(levels, "fit", None)  # what is there is read, and nothing trained
+    np.testing.assert_array_equal(made(config, patches, run), whole)
 
 
-def test_levels_tell_the_classes_apart_and_of_held_out_patches_they_are_the_mean_of_the_folds(slides, tmp_path):
-    config, patches = slides("classifier.train.steps=15", "classifier.train.checkpoint_every=15", "data.flips=false")
-    found = made(config, patches, tmp_path)
-    train, others = patches.indices("train"), np.concatenate([patches.indices("val"), patches.indices("test")])
-    assert (found[train].argmax(1) == patches.labels[train]).mean() > 0.9
-    report = json.loads((tmp_path / "levels.json").read_text())
-    assert report["out_of_fold"]["auc"] > 0.9
-    expected = []
-    for name in report["checkpoints"]:
-        logits = inference.patch_logits(inference.load(tmp_path / name, "cpu"), patches, others, device="cpu")
-        expected.append(softmax(logits / report["out_of_fold"]["temperature"], axis=1))
-    np.testing.assert_allclose(found[others], np.mean(expected, axis=0), atol=1e-5)
-
-
-def test_levels_of_another_run_or_damaged_ones_are_refused(slides, tmp_path):
-    config, patches = slides("classifier.train.steps=1")
-    made(config, patches, tmp_path / "run")
-    other = slides("classifier.train.steps=1", "classifier.train.lr=0.5")[0]
+def test_levels_of_another_run_or_damaged_ones_are_refused(crossfitted, write_slides, tmp_path):
+    _, patches, run, *_ = crossfitted
+    folder = run.parent
+    other, _ = write_slides(folder, "classifier.train.lr=0.5")
     with pytest.raises(UserError, match=r"crossfit: holds another run; they differ in classifier\.train\.lr"):
-        made(other, patches, tmp_path / "run")
-    flow_only = slides("classifier.train.steps=1", "velocity.channels=16", "path=straight", "classifier.role=guide")[0]
-    made(flow_only, patches, tmp_path / "run")
-    table = tmp_path / "run" / "levels.csv"
-    lines = table.read_text().splitlines()
+        made(other, patches, run)
+    flow_only, _ = write_slides(folder, "velocity.channels=16", "path=straight", "classifier.role=guide")
+    made(flow_only, patches, run)
+    lines, table = (run / "levels.csv").read_text().splitlines(), tmp_path / "levels.csv"
     table.write_text("\n".join(lines[:1] + lines[2:]))
     with pytest.raises(UserError, match=r"levels\.csv: lacks patches"):
-        made(config, patches, tmp_path / "run")
+        read_levels(table, patches)
     table.write_text("\n".join([*lines, "A/other.png,A,0,0.5,0.5"]))
     with pytest.raises(UserError, match=r"levels\.csv: damaged, or of other patches"):
-        made(config, patches, tmp_path / "run")
+        read_levels(table, patches)
 
 
 @pytest.mark.parametrize(

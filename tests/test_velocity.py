@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.condition.base import Condition, ConditionSpec, Part
 from cellflux_bridge.condition.level import Level
 from cellflux_bridge.condition.source_class import SourceClass
 from cellflux_bridge.condition.source_image import SourceImage
@@ -241,3 +241,100 @@ def test_sinusoids_tell_times_apart():
     embedded = sinusoidal(torch.linspace(0, 1, 200), 16)
     assert embedded.shape == (200, 16)
     assert (torch.pdist(embedded) > 1e-2).all()
+
+
+# Parts of a condition
+
+
+class Darkness(Part):
+    """A number of the source that some samples lack: the mean of x0, where it is below 0."""
+
+    name, optional = "darkness", True
+
+    def read(self, fields):
+        return fields["x0"].mean((1, 2, 3))[:, None]
+
+    def is_present(self, fields):
+        return self.read(fields)[:, 0] < 0
+
+    def embedding(self, width):
+        return nn.Linear(1, width)
+
+
+class Corners(Part):
+    """The four corners of the source as tokens."""
+
+    name, form = "corners", "tokens"
+
+    def read(self, fields):
+        return fields["x0"][:, :, :: fields["x0"].shape[2] - 1, :: fields["x0"].shape[3] - 1].flatten(2).transpose(1, 2)
+
+    def embedding(self, width):
+        return nn.Linear(self.channels, width)
+
+
+class Mask(Part):
+    """Where the source is dark, beside the state; unlike the source itself it is dropped."""
+
+    name, form = "mask", "map"
+
+    def read(self, fields):
+        return (fields["x0"] < 0).float()
+
+    def embedding(self, width):
+        return nn.Identity()
+
+
+FIELDS = {"x0": torch.randn(4, 3, 8, 8, generator=generator(5)), "target_class": torch.tensor([0, 1, 2, 0])}
+
+
+def told(spec: ConditionSpec, **fields) -> Condition:
+    return spec.read({**FIELDS, "source_class": FIELDS["target_class"].flip(0), **fields})
+
+
+def test_an_absent_part_is_neither_empty_nor_a_dropped_condition():
+    spec = spec_of(source_class=False, more=(Darkness,))
+    network, x0 = perturbed(make_unet(spec)), FIELDS["x0"] - FIELDS["x0"].mean((1, 2, 3), keepdim=True)
+    shift = torch.tensor([-0.5, 0.5, -0.5, 0.7]).view(-1, 1, 1, 1)
+    cond, t, x = told(spec, x0=x0 + shift), torch.full((4,), 0.5), FIELDS["x0"]
+    assert cond.present["darkness"].tolist() == [True, False, True, False]
+    v, other = network(t, x, cond), network(t, x, cond.replace(darkness=cond.darkness - 1))
+    lacking = torch.tensor([1, 3])
+    assert same(v[lacking], other[lacking])  # what stands in the place of an absent part is not read
+    assert not same(v[0], other[0])
+    empty = Condition(target_class=cond.target_class, darkness=torch.zeros(4, 1))
+    assert not same(v[1], network(t, x, empty)[1])
+    assert not same(v[1], network(t, x, cond.null())[1])
+    assert torch.equal(cond.index([1, 3]).present["darkness"], torch.tensor([False, False]))
+    joined = Condition.cat([cond, empty])
+    assert joined.present["darkness"].tolist() == [True, False, True, False, True, True, True, True]
+    torch.testing.assert_close(network(t.repeat(2), x.repeat(2, 1, 1, 1), joined)[:4], v)
+
+
+@pytest.mark.parametrize("part", [Corners, Mask])
+def test_tokens_are_attended_to_and_maps_laid_beside_and_both_are_dropped(part):
+    torch.manual_seed(0)
+    spec = spec_of(more=(part,))
+    network, t, x = perturbed(make_unet(spec)), torch.full((4,), 0.5), FIELDS["x0"]
+    cond, other = told(spec), told(spec, x0=-FIELDS["x0"])
+    assert not same(network(t, x, cond), network(t, x, other))
+    mask = torch.tensor([True, False, False, True])
+    v, w = network(t, x, cond.drop(mask)), network(t, x, other.drop(mask))
+    assert same(v[mask], w[mask])
+    assert all(not same(v[i], w[i]) for i in (1, 2))
+    network.train()(t, x, cond.drop(mask)).square().sum().backward()
+    assert network.condition.nulls[part.name].grad.abs().sum() > 0
+
+
+def test_a_network_refuses_parts_that_it_cannot_use():
+    with pytest.raises(UserError, match=r"condition: part 'corners' gives tokens, this network takes vector, map"):
+        make_adm(spec_of(more=(Corners,)))
+    with pytest.raises(UserError, match=r"velocity\.attention: empty, but the condition has tokens"):
+        make_unet(spec_of(more=(Corners,)), attention=())
+
+
+def test_weights_keep_their_names_and_further_parts_add_their_own():
+    names = make_unet(spec_of()).condition.state_dict().keys()
+    assert list(names) == ["null", "target.weight", "source.weight"]
+    more = make_unet(spec_of(more=(Darkness, Mask))).condition.state_dict().keys() - names
+    assert more == {"darkness.weight", "darkness.bias", "nulls.darkness", "nulls.mask"}

@@ -57,5 +57,12 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return text.getvalue()
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table that `csv_text` made, each by its columns, with the texts that were written."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: cell[1:] if cell and _inert(cell[1:]) == cell else cell for key, cell in row.items()} for row in rows]
+
+
 def _inert(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

@@ -5,8 +5,8 @@ Targets are soft labels (N, num_classes), one-hot where the truth is a class; we
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
-from sklearn.metrics import roc_auc_score
+from scipy.special import log_softmax, softmax
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 _LOG_TEMPERATURES = (-3.0, 3.0)
 _BINS = 15
@@ -61,3 +61,22 @@ def area_under_curve(probabilities: np.ndarray, labels: np.ndarray) -> float:
     present = [c for c in range(probabilities.shape[1]) if 0 < (labels == c).sum() < len(labels)]
     areas = [roc_auc_score(labels == c, probabilities[:, c]) for c in present]
     return float(np.mean(areas)) if areas else float("nan")
+
+
+def figures(logits: np.ndarray, labels: np.ndarray, targets: np.ndarray, *, temperature: float) -> dict[str, float]:
+    """How a classifier does on N images: logits (N, num_classes), labels (N,), soft labels `targets`.
+
+    Calibration errors ("ece") are against the soft labels, before and after temperature scaling, with every class
+    weighted alike, as the classifier was trained.
+    """
+    predicted, weights = logits.argmax(1), balanced_weights(labels)
+    calibrated = softmax(logits / temperature, axis=1)
+    return {
+        "n": len(labels),
+        "accuracy": accuracy_score(labels, predicted),
+        "balanced_accuracy": balanced_accuracy_score(labels, predicted),
+        "auc": area_under_curve(calibrated, labels),
+        "temperature": temperature,
+        "ece_uncalibrated": expected_calibration_error(softmax(logits, axis=1), targets, weights),
+        "ece": expected_calibration_error(calibrated, targets, weights),
+    }

@@ -58,11 +58,26 @@ def features(model: PatchClassifier, batch: torch.Tensor, *, device: torch.devic
 
 
 def patch_logits(
-    model: PatchClassifier, patches: Patches, indices: np.ndarray, *, device: torch.device, chunk: int = _CHUNK
+    model: PatchClassifier,
+    patches: Patches,
+    indices: np.ndarray,
+    *,
+    device: torch.device,
+    chunk: int = _CHUNK,
+    flips: bool = False,
 ) -> np.ndarray:
-    """Logits (N, num_classes) of the middle patches of a data set, never more than a chunk of them in memory."""
+    """Logits (N, num_classes) of the middle patches of a data set, never more than a chunk of them in memory.
+
+    With `flips` they are means over the patch, its two mirror images and its half turn, as training flips patches.
+    """
+    sides = [(), (3,), (2,), (2, 3)] if flips else [()]
+
+    def mean_logits(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([model(x.flip(turned)).float() for turned in sides]).mean(0)
+
+    model.eval()
     parts = (indices[start : start + chunk] for start in range(0, len(indices), chunk))
-    return np.concatenate([_in_chunks(model.eval(), patches.centre(part), device, chunk) for part in parts])
+    return np.concatenate([_in_chunks(mean_logits, patches.centre(part), device, chunk) for part in parts])
 
 
 @torch.no_grad()

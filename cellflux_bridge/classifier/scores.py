@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from cellflux_bridge.classifier.calibration import area_under_curve, balanced_weights, expected_calibration_error
+from cellflux_bridge.classifier.calibration import area_under_curve, expected_calibration_error, figures
 from cellflux_bridge.classifier.inference import patch_logits, state_logits
 from cellflux_bridge.classifier.model import PatchClassifier
 from cellflux_bridge.classifier.states import States
@@ -27,32 +27,24 @@ def image_scores(
     """Figures of the test split, beside a logistic regression on colour means and spreads alone (fitted on at most
     `MOST_FOR_STATISTICS` training patches, every class weighted alike, as in the classifier's own batches).
 
-    Calibration errors ("ece": 15 bins of equal width) are given before and after temperature scaling, and with every
-    class weighted alike, which is what the classifier was trained for. With `labels` "score" they are errors against
-    the soft labels, and `score_mae` is the mean distance of the expected score from the true one.
+    See `calibration.figures`; with `labels` "score" targets are the soft labels, and `score_mae` is the mean distance
+    of the expected score from the true one.
     """
     test = patches.indices("test")
     truth = patches.labels[test]
     logits = patch_logits(model, patches, test, device=device)
-    calibrated = softmax(logits / model.temperature.item(), axis=1)
     targets = soft_labels(patches, labels, needed=test, key="classifier.labels")[test]
-    weights = balanced_weights(truth)
     by_colour = _colour_probabilities(patches, test)
-    scores = {
-        "test/n": len(test),
-        "test/accuracy": accuracy_score(truth, logits.argmax(1)),
-        "test/balanced_accuracy": balanced_accuracy_score(truth, logits.argmax(1)),
-        "test/auc": area_under_curve(calibrated, truth),
-        "test/temperature": model.temperature.item(),
-        "test/ece_uncalibrated": expected_calibration_error(softmax(logits, axis=1), targets, weights),
-        "test/ece": expected_calibration_error(calibrated, targets, weights),
-        "test/colour_only_balanced_accuracy": balanced_accuracy_score(truth, by_colour.argmax(1)),
-        "test/colour_only_auc": area_under_curve(by_colour, truth),
+    found = {
+        **figures(logits, truth, targets, temperature=model.temperature.item()),
+        "colour_only_balanced_accuracy": balanced_accuracy_score(truth, by_colour.argmax(1)),
+        "colour_only_auc": area_under_curve(by_colour, truth),
     }
     if labels == "score":
         scale = np.linspace(0, 1, len(patches.classes))
-        scores["test/score_mae"] = float(np.abs(calibrated @ scale - patches.scores[test]).mean())
-    return scores
+        calibrated = softmax(logits / model.temperature.item(), axis=1)
+        found["score_mae"] = float(np.abs(calibrated @ scale - patches.scores[test]).mean())
+    return {f"test/{name}": value for name, value in found.items()}
 
 
 def state_scores(

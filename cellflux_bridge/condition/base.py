@@ -97,19 +97,20 @@ class Part(ABC):
     form: Literal["vector", "tokens", "map"] = "vector"
     stays: bool = False
     optional: bool = False
-    slot: str = ""  # the name of its weights in a checkpoint, if not the part's own
+    field: str = ""  # what it reads, and the name of its weights in a checkpoint, if not the part's own name
+    slot: str = ""
 
     def __init__(self, num_classes: int, channels: int):
         self.num_classes, self.channels = num_classes, channels
 
-    @abstractmethod
     def read(self, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The part's tensor (B, ...) for B samples.
+        """The part's tensor (B, ...) for B samples: by default the field `field`, or that of the part's name.
 
-        `fields` are what is known of them: source images x0 (B, C, H, W) as the network sees them, source_class and
-        target_class (B,) int64, target_level (B, num_classes) float32, the soft label of the target; in training also
+        `fields` are what is known of the samples: x0 (B, C, H, W), the clean source states; source_class and
+        target_class (B,) int64; target_level (B, num_classes) float32, the soft label of the target; in training also
         source_index and target_index (B,), the patches' numbers in the data set.
         """
+        return fields[self.field or self.name]
 
     def is_present(self, fields: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Which samples (B,) bool have this part; None where all have it. `read` gives the others any value."""

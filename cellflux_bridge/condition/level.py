@@ -1,7 +1,5 @@
 """The level that a sample is to reach: a soft label."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
@@ -16,10 +14,7 @@ class Level(Part):
     that the network has never seen.
     """
 
-    name, slot = "level", "target"
-
-    def read(self, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return fields["target_level"]
+    name, field, slot = "level", "target_level", "target"
 
     def embedding(self, width: int) -> nn.Module:
         return _LevelEmbedding(nn.Linear(self.num_classes, width), nn.SiLU(), nn.Linear(width, width))

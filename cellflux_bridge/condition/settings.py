@@ -18,7 +18,7 @@ class ConditionConfig(Section):
     level_bins: Count = 4
     source_class: bool = True
     source_image: bool = False
-    parts: list[dict[str, Any]] = Field(default=[])  # further ones, each a component of the kind `condition`
+    parts: list[dict[str, Any]] = Field(default=[])  # further ones, each a component of the kind `part`
     dropout: Fraction = 0.1
 
     @field_validator("parts", mode="before")
@@ -26,7 +26,7 @@ class ConditionConfig(Section):
     def _complete(cls, parts: Any) -> Any:
         if not isinstance(parts, list):
             raise ValueError("expected a list of names, or of mappings with a name")
-        found = [validate("condition", part, key=f"condition.parts.{i}") for i, part in enumerate(parts)]
+        found = [validate("part", part, key=f"condition.parts.{i}") for i, part in enumerate(parts)]
         names = [part["name"] for part in found]
         for name in names:
             if name in ("target_class", "level", "source_class", "source_image") or names.count(name) > 1:

@@ -1,8 +1,5 @@
 """The clean source image."""
 
-from collections.abc import Mapping
-
-import torch
 from torch import nn
 
 from cellflux_bridge.condition.base import Part
@@ -14,10 +11,7 @@ class SourceImage(Part):
     It needs a path with noise on every sample: `flow.network.build_flow` says why.
     """
 
-    name, form, stays = "source_image", "map", True
-
-    def read(self, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return fields["x0"]
+    name, field, form, stays = "source_image", "x0", "map", True
 
     def embedding(self, width: int) -> nn.Module:
         return nn.Identity()

@@ -8,30 +8,23 @@ that were not trained on the patch's group (patient, slide, tile) say how probab
 <run>/levels.json             how the out-of-fold probabilities do, their histograms, and what they cost
 """
 
-import csv
-import io
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from scipy.special import softmax
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold
 
-from cellflux_bridge import checkpoint, images
+from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import replace_text
+from cellflux_bridge.base.files import csv_text, read_csv, replace_text
 from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.classifier import inference
-from cellflux_bridge.classifier.calibration import (
-    area_under_curve,
-    balanced_weights,
-    expected_calibration_error,
-    fit_temperature,
-)
+from cellflux_bridge.classifier.calibration import balanced_weights, figures, fit_temperature
 from cellflux_bridge.classifier.task import ClassifierTask
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
@@ -40,6 +33,7 @@ from cellflux_bridge.training.loop import fit, on_rank_zero
 from cellflux_bridge.training.run import claim, record_splits, require_free
 
 _HISTOGRAM_BINS = 10
+_CHUNK = 128
 # What a classifier of clean images does not depend on.
 _UNUSED = ("train", "coupling", "path", "velocity", "condition", "pairs", "ddim")
 
@@ -115,57 +109,38 @@ def _train_fold(
     return fit(task, config, config.classifier.train, folder=run, fabric=fabric)
 
 
-def _views(batch: torch.Tensor, *, flips: bool) -> list[torch.Tensor]:
-    """The middle patch, and where training flips patches also its two mirror images and its half turn."""
-    return [batch, batch.flip(3), batch.flip(2), batch.flip(2, 3)] if flips else [batch]
-
-
-@torch.no_grad()
-def _mean_logits(model, patches: Patches, indices: np.ndarray, *, flips: bool, device: torch.device) -> np.ndarray:
-    """Logits (n, num_classes) of patches, averaged over `_views`."""
-    rows = []
-    for start in range(0, len(indices), 128):
-        batch = images.encode(patches.centre(indices[start : start + 128])).to(device)
-        views = [model(view).float() for view in _views(batch, flips=flips)]
-        rows.append(torch.stack(views).mean(0).cpu())
-    return torch.cat(rows).numpy()
-
-
 def _write(
     folder: Path, config: Config, patches: Patches, held_out: np.ndarray, newest: list[Path], *, device: torch.device
 ) -> None:
     """Score every patch by classifiers that never saw its group, write the tables, and print how well that went."""
     train, others = patches.indices("train"), np.concatenate([patches.indices("val"), patches.indices("test")])
-    logits = np.zeros((len(patches.labels), len(patches.classes)), np.float32)
-    of_others = []
+    logits, of_others = np.zeros((len(patches.labels), len(patches.classes)), np.float32), []
+    score = partial(inference.patch_logits, patches=patches, device=device, chunk=_CHUNK, flips=config.data.flips)
     for fold, path in enumerate(newest):
         model = inference.load(path, device)
         held = np.flatnonzero(held_out == fold)
-        logits[held] = _mean_logits(model, patches, held, flips=config.data.flips, device=device)
-        of_others.append(_mean_logits(model, patches, others, flips=config.data.flips, device=device))
+        logits[held] = score(model, indices=held)
+        of_others.append(score(model, indices=others))
+    truth = patches.labels[train]
     targets = soft_labels(patches, config.classifier.labels, needed=train, key="classifier.labels")[train]
-    weights = balanced_weights(patches.labels[train])
-    temperature = fit_temperature(logits[train], targets, weights)
+    temperature = fit_temperature(logits[train], targets, balanced_weights(truth))
     levels = np.full_like(logits, np.nan)
     levels[train] = softmax(logits[train] / temperature, axis=1)
     levels[others] = np.mean([softmax(found / temperature, axis=1) for found in of_others], axis=0)
-    truth = patches.labels[train]
     report = {
-        "out_of_fold": {
-            "n": len(train),
-            "accuracy": accuracy_score(truth, levels[train].argmax(1)),
-            "balanced_accuracy": balanced_accuracy_score(truth, levels[train].argmax(1)),
-            "auc": area_under_curve(levels[train], truth),
-            "temperature": temperature,
-            "ece_uncalibrated": expected_calibration_error(softmax(logits[train], axis=1), targets, weights),
-            "ece": expected_calibration_error(levels[train], targets, weights),
-        },
+        "out_of_fold": figures(logits[train], truth, targets, temperature=temperature),
         "histogram": _histograms(levels[train], truth, patches.classes),
         "cpu_minutes": sum(checkpoint.load_state(path)["cpu_seconds"] for path in newest) / 60,
         "checkpoints": [str(path.relative_to(folder)) for path in newest],
     }
+    rows = (
+        [patches.ids[i], patches.classes[patches.labels[i]], held_out[i] if held_out[i] >= 0 else ""]
+        + [f"{p:.6f}" for p in levels[i]]
+        for i in np.concatenate([train, others])
+    )
+    header = ["path", "label", "fold", *(f"p_{label}" for label in patches.classes)]
     replace_text(folder / "levels.json", json.dumps(report, indent=1) + "\n")
-    replace_text(folder / "levels.csv", _table(patches, np.concatenate([train, others]), held_out, levels))
+    replace_text(folder / "levels.csv", csv_text([header, *rows]))
     print(_summary(folder, report))
 
 
@@ -189,16 +164,6 @@ def _summary(folder: Path, report: dict) -> str:
     return "\n".join(lines)
 
 
-def _table(patches: Patches, indices: np.ndarray, held_out: np.ndarray, levels: np.ndarray) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["path", "label", "fold", *(f"p_{label}" for label in patches.classes)])
-    for i in indices:
-        fold = held_out[i] if held_out[i] >= 0 else ""
-        writer.writerow([patches.ids[i], patches.classes[patches.labels[i]], fold, *(f"{p:.6f}" for p in levels[i])])
-    return text.getvalue()
-
-
 def read_levels(path: Path, patches: Patches) -> np.ndarray:
     """The soft labels (N, num_classes) float32 of a `levels.csv`; patches that it lacks are NaN.
 
@@ -207,10 +172,9 @@ def read_levels(path: Path, patches: Patches) -> np.ndarray:
     levels = np.full((len(patches.ids), len(patches.classes)), np.nan, np.float32)
     number = {patch_id: i for i, patch_id in enumerate(patches.ids)}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                levels[number[row["path"]]] = [float(row[f"p_{label}"]) for label in patches.classes]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        for row in read_csv(path):
+            levels[number[row["path"]]] = [float(row[f"p_{label}"]) for label in patches.classes]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged, or of other patches ({error!r}); remove it and it is made again") from error
     needed = np.concatenate([patches.indices("train"), patches.indices("val")])
     if np.isnan(levels[needed]).any():

@@ -14,7 +14,7 @@ def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
     """The parts of a network's condition; `channels` are those of a state."""
     num_classes = len(config.data.classes)
     parts = config.condition.all_parts()
-    return ConditionSpec(tuple(registry.build("condition", part, num_classes, channels) for part in parts))
+    return ConditionSpec(tuple(registry.build("part", part, num_classes, channels) for part in parts))
 
 
 def build_flow(config: Config) -> tuple[Path, Velocity]:

@@ -4,17 +4,14 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
 from cellflux_bridge import checkpoint
@@ -26,10 +23,12 @@ from cellflux_bridge.config import Config
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.images import write_png
 from cellflux_bridge.training.ema import EMA
+from cellflux_bridge.training.processes import from_rank_zero, make_fabric, on_rank_zero
 from cellflux_bridge.training.run import Log
 from cellflux_bridge.training.settings import TrainConfig
+from cellflux_bridge.training.state import Spent, TrainState
 
-_T = TypeVar("_T")
+__all__ = ["Stopped", "Task", "fit", "from_rank_zero", "make_fabric", "on_rank_zero"]
 
 
 class Task(Protocol):
@@ -54,61 +53,8 @@ class Stopped(Exception):
 
 # Seconds in which signals are one: torchrun forwards the Ctrl-C that the terminal has already sent to all.
 _ONE_KEYPRESS = 1.0
-# How long processes wait for one that works alone: a cache, cross-fitted levels, a validation. Fabric: half an hour.
-_PATIENCE = timedelta(days=1)
 # Updates whose batches are made beforehand, each by a thread of its own.
 _NUM_AHEAD = 4
-
-
-def make_fabric(config: TrainConfig, *, section: str = "train") -> Fabric:
-    """Fabric for a training, whose section an error names; under torchrun the number of processes is torchrun's."""
-    devices, num_nodes, strategy = config.devices, config.num_nodes, config.strategy
-    if "LOCAL_WORLD_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
-        strategy = "ddp" if strategy == "auto" and int(os.environ["WORLD_SIZE"]) > 1 else strategy
-    try:
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
-            strategy=strategy,
-            precision=config.precision,
-        )
-    except Exception as error:  # Fabric raises many kinds for values that only it knows
-        raise UserError(
-            f"{section}.accelerator={config.accelerator}, devices={devices}, strategy={strategy}, "
-            f"precision={config.precision}: not possible here ({error})"
-        ) from error
-    # Fabric would round the inputs as well; a time in bfloat16 has three digits. Autocast is for inside the network.
-    fabric.strategy.precision.convert_input = lambda data: data
-    if isinstance(fabric.strategy, DDPStrategy):  # `auto` with several devices, too; read when processes are launched
-        fabric.strategy._timeout = _PATIENCE
-    return fabric
-
-
-def on_rank_zero(fabric: Fabric, work: Callable[[], None]) -> None:
-    """Let one process do `work` while the others wait; where it fails all raise, so that none waits for ever: a
-    UserError alike, anything else as it is in that process and as a RuntimeError in the others."""
-    failure = None
-    if fabric.is_global_zero:
-        try:
-            work()
-        except UserError as error:
-            failure = error
-        except BaseException as error:
-            fabric.broadcast(RuntimeError(f"the first process failed: {type(error).__name__}: {error}"))
-            raise
-    failure = fabric.broadcast(failure)
-    if failure is not None:
-        raise failure
-
-
-def from_rank_zero(fabric: Fabric, work: Callable[[], _T]) -> _T:
-    """What `work` returns in one process, for all of them; where it fails all raise, as in `on_rank_zero`."""
-    found: list[_T] = []
-    on_rank_zero(fabric, lambda: found.append(work()))
-    return fabric.broadcast(found[0] if found else None)
 
 
 @contextmanager
@@ -138,7 +84,7 @@ def _caught_signals() -> Iterator[list[int]]:
 
 
 def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric: Fabric) -> Path:
-    """Train `task` to `train.steps` updates, from its newest checkpoint where there is one; returns the last one.
+    """Train `task` to `train.steps` updates, from its newest checkpoint if there is one; returns the last checkpoint.
 
     Batches are functions of (seed, update, rank), so a resumed run repeats an uninterrupted one; on CPU bit for bit.
     Raises UserError for a non-finite loss (the last good checkpoint stays) and Stopped after Ctrl-C or SIGTERM.
@@ -146,102 +92,67 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
     model = task.model.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
     wrapped, optimiser = fabric.setup(model, optimiser)
-    ema = EMA(model, train.ema_decay)
-    # After the set-up, because an optimiser's state is laid where its parameters are when it is loaded.
-    step, spent = _restore(folder, model, optimiser, ema)
-    if step >= train.steps or spent.exceeds(train):
-        fabric.print(f"{folder}: trained already ({step} steps); raise its steps or minutes to go on")
+    state = TrainState(model, optimiser, EMA(model, train.ema_decay))
+    state.load(folder)
+    if state.step >= train.steps or state.spent.share(train) >= 1:
+        fabric.print(f"{folder}: trained already ({state.step} steps); raise its steps or minutes to go on")
         return checkpoint.latest(folder)
-    trainer = _Trainer(task, config, train, folder, fabric, wrapped, optimiser, ema, step, spent)
     with _caught_signals() as caught:
-        return trainer.run(caught)
-
-
-class _Spent(NamedTuple):
-    """Seconds of training: of the clock, and of this process's threads together."""
-
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-    @staticmethod
-    def now() -> "_Spent":
-        return _Spent(time.monotonic(), time.process_time())
-
-    def since(self, began: "_Spent") -> "_Spent":
-        seconds, cpu_seconds = _Spent.now()
-        return _Spent(self.seconds + seconds - began.seconds, self.cpu_seconds + cpu_seconds - began.cpu_seconds)
-
-    def share(self, train: TrainConfig) -> float:
-        """How much of the minutes that a training may take is spent; 0 where they are not limited."""
-        limits = ((self.seconds, train.max_minutes), (self.cpu_seconds, train.max_cpu_minutes))
-        return max((spent / (60 * limit) for spent, limit in limits if limit is not None), default=0.0)
-
-    def exceeds(self, train: TrainConfig) -> bool:
-        return self.share(train) >= 1
-
-
-def _restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, ema: EMA) -> tuple[int, _Spent]:
-    if not any((folder / "checkpoints").glob("step-*[0-9]")):
-        return 0, _Spent()
-    newest = checkpoint.latest(folder)
-    state = checkpoint.load_state(newest)
-    model.load_state_dict(state["model"], strict=True)
-    optimiser.load_state_dict(state["optimiser"])
-    checkpoint.load_weights(newest, ema.module)
-    ema.num_updates = state["step"]
-    return state["step"], _Spent(state["seconds"], state.get("cpu_seconds", 0.0))
+        return _Trainer(task, config, train, folder, fabric, wrapped, state).run(caught)
 
 
 class _Trainer:
-    """The state of one call of `fit`."""
+    """One call of `fit`; `model` is the network as Fabric wraps it."""
 
-    def __init__(self, task, config, train, folder, fabric, model, optimiser, ema, step, spent):
+    def __init__(self, task, config, train, folder, fabric, model, state):
         self.task, self.config, self.train, self.folder, self.fabric = task, config, train, folder, fabric
-        self.model, self.optimiser, self.ema, self.step, self.spent = model, optimiser, ema, step, spent
-        self.log = Log(folder, from_step=step, tensorboard=train.tensorboard) if fabric.is_global_zero else None
+        self.model, self.state = model, state
+        self.log = Log(folder, from_step=state.step, tensorboard=train.tensorboard) if fabric.is_global_zero else None
+        self.logged, self.pace_began = state.step, time.monotonic()  # since when images are counted, reports left out
         self.signalled = 0
         self.is_finite = torch.ones((), dtype=torch.bool, device=fabric.device)
 
     def run(self, caught: list[int]) -> Path:
-        train, fabric = self.train, self.fabric
+        train, state, fabric = self.train, self.state, self.fabric
         bar = progress(
             total=train.steps,
-            initial=self.step,
+            initial=state.step,
             desc=f"training {self.folder.name}",
             unit="step",
             smoothing=0.05,
             disable=not fabric.is_global_zero,
         )
-        upcoming = prefetch(self._batches, range(self.step, train.steps), num=_NUM_AHEAD)
+        upcoming = prefetch(self._batches, range(state.step, train.steps), num=_NUM_AHEAD)
         with bar, closing(upcoming):
             while True:
-                began = _Spent.now()
+                began = Spent.now()
                 batches = next(upcoming)
                 loss, norm = self._update(batches)
-                self.step += 1
+                state.step += 1
                 bar.update()
                 stop = self._agreed_stop(caught, began)
-                done = self.step >= train.steps or stop
-                if done or self.step % train.log_every == 0:
+                done = state.step >= train.steps or stop
+                if done or state.step % train.log_every == 0:
                     self._require_finite()
                     bar.total = self._expected_steps(began)
                     bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-                    self._log_update(loss, norm, began)
+                    self._log_update(loss, norm)
                 self._periodic(done)
-                self.spent = self.spent.since(began)
-                if done or self.step % train.checkpoint_every == 0:
+                state.spent = state.spent.since(began)
+                if done or state.step % train.checkpoint_every == 0:
                     self._require_finite()
-                    self._save()
+                    options = {"preprocessing": self.task.preprocessing, "keep": train.keep_checkpoints}
+                    state.save(self.folder, fabric, config=self.config, **options)
                 if done:
                     break
         if self.signalled:  # any of the processes: all leave together
-            raise Stopped(self.signalled, self.step)
+            raise Stopped(self.signalled, state.step)
         return checkpoint.latest(self.folder)
 
-    def _expected_steps(self, began: _Spent) -> int:
+    def _expected_steps(self, began: Spent) -> int:
         """The step at which steps or minutes will have run out, at the pace so far; what the bar counts to."""
-        share = self.spent.since(began).share(self.train)
-        return min(self.train.steps, max(self.step, round(self.step / share))) if share else self.train.steps
+        step, most, share = self.state.step, self.train.steps, self.state.spent.since(began).share(self.train)
+        return min(most, max(step, round(step / share))) if share else most
 
     def _batches(self, step: int) -> list[Any]:
         first = step * self.train.accumulate
@@ -249,11 +160,11 @@ class _Trainer:
         return [self.task.batch(first + micro, rank=rank) for micro in range(self.train.accumulate)]
 
     def _update(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        train = self.train
+        train, step, optimiser = self.train, self.state.step, self.state.optimiser
         # Dropout inside networks draws from the global generator; seeded by step, it repeats after a resume.
-        torch.manual_seed(derive_seed(self.config.seed, "network", self.step, self.fabric.global_rank))
-        for group in self.optimiser.param_groups:
-            group["lr"] = train.lr * min(1.0, (self.step + 1) / max(1, train.warmup_steps))
+        torch.manual_seed(derive_seed(self.config.seed, "network", step, self.fabric.global_rank))
+        for group in optimiser.param_groups:
+            group["lr"] = train.lr * min(1.0, (step + 1) / max(1, train.warmup_steps))
         total = torch.zeros((), device=self.fabric.device)
         for number, batch in enumerate(batches, start=1):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(batches)):
@@ -264,16 +175,16 @@ class _Trainer:
         norm = torch.zeros(())
         if train.gradient_clip:
             norm = self.fabric.clip_gradients(
-                self.model, self.optimiser, max_norm=train.gradient_clip, error_if_nonfinite=False
+                self.model, optimiser, max_norm=train.gradient_clip, error_if_nonfinite=False
             )
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.ema.update(self.model.module)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        self.state.ema.update(self.state.model)
         return total, norm
 
-    def _agreed_stop(self, caught: list[int], began: _Spent) -> bool:
+    def _agreed_stop(self, caught: list[int], began: Spent) -> bool:
         """Whether any process was signalled or has run out of time; all processes answer alike."""
-        signalled, late = caught[0] if caught else 0, self.spent.since(began).exceeds(self.train)
+        signalled, late = caught[0] if caught else 0, self.state.spent.since(began).share(self.train) >= 1
         if self.fabric.world_size > 1:
             flags = torch.tensor([float(signalled), float(late)], device=self.fabric.device)
             signalled, late = map(int, self.fabric.all_reduce(flags, reduce_op="max").tolist())
@@ -289,53 +200,37 @@ class _Trainer:
         if finite < 1:
             found = sorted((self.folder / "checkpoints").glob("step-*[0-9]"))
             raise UserError(
-                f"train: the loss or the weights are not finite at or before step {self.step}; lower train.lr, raise "
-                "train.warmup_steps or keep train.gradient_clip on. "
+                f"train: the loss or the weights are not finite at or before step {self.state.step}; lower train.lr, "
+                "raise train.warmup_steps or keep train.gradient_clip on. "
                 + (f"The last good checkpoint is {found[-1]}" if found else "No checkpoint had been written")
             )
 
-    def _log_update(self, loss: torch.Tensor, norm: torch.Tensor, began: _Spent) -> None:
+    def _log_update(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         if self.log is not None:
-            images = self.train.batch_size * self.train.accumulate * self.fabric.world_size
-            rate = images / max(time.monotonic() - began.seconds, 1e-9)
-            lr = self.optimiser.param_groups[0]["lr"]
+            updates, seconds = self.state.step - self.logged, time.monotonic() - self.pace_began
+            self.logged, self.pace_began = self.state.step, time.monotonic()
+            images = updates * self.train.batch_size * self.train.accumulate * self.fabric.world_size
+            lr, rate = self.state.optimiser.param_groups[0]["lr"], images / max(seconds, 1e-9)
             values = {"loss": loss.item(), "gradient_norm": norm.item(), "lr": lr, "images_per_second": rate}
-            self.log.write(self.step, {**values, **self.spent._asdict()})
+            self.log.write(self.state.step, {**values, **self.state.spent._asdict()})
 
     def _periodic(self, done: bool) -> None:
-        train = self.train
-        is_validated = done or self.step % train.validate_every == 0
-        is_sampled = train.sample_every and (done or self.step % train.sample_every == 0)
+        train, step, model = self.train, self.state.step, self.state.ema.module
+        is_validated = done or step % train.validate_every == 0
+        is_sampled = train.sample_every and (done or step % train.sample_every == 0)
 
         def report() -> None:
             with warnings.catch_warnings(), torch.no_grad(), self.fabric.autocast():
                 warnings.simplefilter("ignore", UserWarning)
-                self.ema.module.eval()
+                model.eval()
                 if is_validated:
-                    self.log.write(self.step, self.task.validate(self.ema.module, self.fabric.device))
-                sheet = self.task.sheet(self.ema.module, self.fabric.device) if is_sampled else None
+                    self.log.write(step, self.task.validate(model, self.fabric.device))
+                sheet = self.task.sheet(model, self.fabric.device) if is_sampled else None
                 if sheet is not None:
                     (self.folder / "samples").mkdir(exist_ok=True)
-                    write_png(self.folder / "samples" / f"step-{self.step:08d}.png", sheet)
+                    write_png(self.folder / "samples" / f"step-{step:08d}.png", sheet)
 
         if is_validated or is_sampled:
+            began = time.monotonic()
             on_rank_zero(self.fabric, report)
-
-    def _save(self) -> None:
-        state = {
-            "step": self.step,
-            **self.spent._asdict(),
-            "model": self.model.module.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        save = partial(
-            checkpoint.save,
-            self.folder,
-            step=self.step,
-            weights=self.ema.module.state_dict(),
-            state=state,
-            config=self.config,
-            preprocessing=self.task.preprocessing,
-            keep=self.train.keep_checkpoints,
-        )
-        on_rank_zero(self.fabric, save)
+            self.pace_began += time.monotonic() - began

@@ -1,13 +1,11 @@
 """The folder of a run: who may write into it, and its log."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError, abbreviate
-from cellflux_bridge.base.files import replace_text
+from cellflux_bridge.base.files import csv_text, read_csv, replace_text
 from cellflux_bridge.config import PLACES_AND_PACE, Config, load_config
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches
@@ -66,9 +64,7 @@ def record_splits(folder: Path, patches: Patches) -> None:
             "choose another output, or bring back the data that it was begun with"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([["path", "label", "split", "group"], *_split_rows(patches)])
-    replace_text(path, text.getvalue())
+    replace_text(path, csv_text([["path", "label", "split", "group"], *_split_rows(patches)]))
 
 
 def require_held_out(folder: Path, patches: Patches) -> None:
@@ -89,10 +85,7 @@ def _split_rows(patches: Patches) -> Iterator[list[str]]:
 
 
 def _read_splits(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row["path"]: row["split"] for row in csv.DictReader(file)}
+    return {row["path"]: row["split"] for row in read_csv(path)} if path.exists() else {}
 
 
 def last_values(folder: Path, prefix: str) -> dict[str, float]:
@@ -118,7 +111,7 @@ class Log:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
+            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
