@@ -1,6 +1,9 @@
-"""Trajectory folders: what is written reads back, a stopped run resumes, and damage is named."""
+"""Trajectory folders: what is written reads back, a stopped run resumes, damage is named, and nothing leads outside."""
 
+import csv
 import json
+import os
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -12,24 +15,32 @@ from cellflux_bridge.trajectory import (
     Trajectory,
     TrajectoryHeader,
     TrajectoryWriter,
+    count_incomplete,
     iter_trajectory,
     linear_soft_labels,
     load_trajectory,
     read_header,
+    read_source_ids,
+    reader,
 )
 
 HEADER = TrajectoryHeader("path", "A", "C", ("A", "B", "C"), (0.0, 1 / 3, 1.0), "0123@7")
 
 
-def sequences(*ids: str, header: TrajectoryHeader = HEADER, size: int = 4) -> Trajectory:
-    """A sequence an id, its pixels decided by the id alone."""
-    shape = (len(header.levels), 3, size, size)
+def sequences(
+    *ids: str, header: TrajectoryHeader = HEADER, size: int = 4, channels: int = 3, has_depth: bool = False
+) -> Trajectory:
+    """A sequence an id, its pixels (and depths) decided by the id alone."""
+    shape = (len(header.levels), channels, size, size)
     frames = [
         np.random.default_rng(list(source_id.encode())).integers(0, 256, shape, dtype=np.uint8) for source_id in ids
     ]
     nfe = tuple(10 + len(source_id) for source_id in ids)
     gradients = tuple(3 * count for count in nfe)
-    return Trajectory(header, np.stack(frames, axis=1), linear_soft_labels(header, len(ids)), ids, nfe, gradients)
+    depths = np.array([[0.0, len(source_id), 90.5] for source_id in ids]).T if has_depth else None
+    return Trajectory(
+        header, np.stack(frames, axis=1), linear_soft_labels(header, len(ids)), ids, nfe, gradients, depths
+    )
 
 
 def assert_equal(found: Trajectory, expected: Trajectory) -> None:
@@ -37,6 +48,7 @@ def assert_equal(found: Trajectory, expected: Trajectory) -> None:
     assert found.source_ids == expected.source_ids
     assert found.nfe == expected.nfe
     assert found.gradients == expected.gradients
+    np.testing.assert_array_equal(found.depths, expected.depths)
     np.testing.assert_array_equal(found.frames, expected.frames)
     np.testing.assert_allclose(found.soft_labels, expected.soft_labels, atol=1e-5)
 
@@ -200,7 +212,7 @@ def test_microns_per_pixel_go_along_and_may_be_missing(tmp_path):
     path = tmp_path / "trajectory.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**content, "mpp": "small"}), encoding="utf-8")
-    with pytest.raises(UserError, match=r"trajectory\.json: mpp 'small': expected microns per pixel"):
+    with pytest.raises(UserError, match=r"trajectory\.json: mpp: .*number.* found 'small'"):
         read_header(tmp_path)
     del content["mpp"]
     path.write_text(json.dumps(content), encoding="utf-8")
@@ -223,7 +235,7 @@ def test_a_header_of_another_format_is_refused(tmp_path):
     write(tmp_path, "a")
     path = tmp_path / "trajectory.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"format": 2', '"format": 99'), encoding="utf-8")
-    with pytest.raises(UserError, match="expected format 2"):
+    with pytest.raises(UserError, match="expected a mapping of format 2, found 99"):
         read_header(tmp_path)
 
 
@@ -260,12 +272,281 @@ def test_a_manifest_that_is_not_ours_is_refused_by_name(tmp_path):
     write(tmp_path, "a").finish()
     manifest = tmp_path / "manifest.csv"
     good = manifest.read_text(encoding="utf-8")
-    manifest.write_text(good.replace("0.666667", "two thirds"), encoding="utf-8")
-    with pytest.raises(UserError, match=r"manifest\.csv: a: .*two thirds"):
-        load_trajectory(tmp_path)
     manifest.write_text(good.replace("p_B", "p_X"), encoding="utf-8")
     with pytest.raises(UserError, match=r"manifest\.csv: expected the columns file, source_id"):
         load_trajectory(tmp_path)
     manifest.write_bytes(b"\xff\xfe\r\n")
     with pytest.raises(UserError, match=r"manifest\.csv: cannot be read"):
         load_trajectory(tmp_path)
+
+
+def test_a_folder_of_an_earlier_version_is_read(tmp_path):
+    header = {"format": 2, "method": "path", "source": "A", "target": "B", "classes": ["A", "B"], "levels": [0, 1]}
+    (tmp_path / "trajectory.json").write_text(json.dumps({**header, "config_hash": "ab@3:cd"}))
+    lines = ["file,source_id,level,nfe,gradients,p_A,p_B", "frames/000000_=x/000.png,A/=x.png,0.0,4,0,1,0"]
+    lines += ["frames/000000_=x/001.png,A/=x.png,1.0,4,0,0,1", ""]
+    (tmp_path / "manifest.csv").write_text("\r\n".join(lines))
+    (tmp_path / "frames" / "000000_=x").mkdir(parents=True)
+    for level in (0, 1):
+        write_png(tmp_path / "frames" / "000000_=x" / f"00{level}.png", np.full((2, 3, 3), 100 + level, np.uint8))
+    found = load_trajectory(tmp_path)
+    assert (found.source_ids, found.nfe, found.gradients, found.depths) == (("A/=x.png",), (4,), (0,), None)
+    assert found.header == TrajectoryHeader("path", "A", "B", ("A", "B"), (0.0, 1.0), "ab@3:cd")
+    assert (found.frames == np.array([100, 101])[:, None, None, None, None]).all()
+    TrajectoryWriter(tmp_path, found.header).finish()
+    assert_equal(load_trajectory(tmp_path), found)
+
+
+# --- what an id, a label and a frame may be ---------------------------------------------------------------------------
+
+
+def test_any_id_reads_back_and_stays_in_its_folder(tmp_path):
+    ids = (
+        "=x.png",
+        "'=x.png",
+        "''+x",
+        "'x",
+        "-5.png",
+        "@a",
+        "+",
+        "..",
+        "../../x",
+        "/etc/x",
+        "a\0b",
+        'a,"b"\r\nc\n',
+        "",
+    )
+    ids += ("\t=1", " a ", ".hidden", "A/" + "ä" * 300, "A\\..\\x", "C:\\x", "名/组织.png")
+    write(tmp_path / "run", *ids).finish()
+    assert_equal(load_trajectory(tmp_path / "run"), sequences(*ids))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    names = sorted(os.listdir(tmp_path / "run" / "frames"))
+    assert [name[:7] for name in names] == [f"{number:06d}_" for number in range(len(ids))]
+    assert max(len(os.fsencode(name)) for name in names) <= 255
+    with open(tmp_path / "run" / "manifest.csv", newline="", encoding="utf-8") as file:
+        assert not any(cell[:1] in tuple("=+-@\t\r") for row in csv.reader(file) for cell in row if cell)
+
+
+def test_any_class_label_reads_back(tmp_path):
+    classes = ("a,b", 'say "so"', "two\nlines", "=1+1", "", "../x")
+    header = replace(HEADER, source="a,b", target="=1+1", classes=classes)
+    writer = TrajectoryWriter(tmp_path, header)
+    writer.append(sequences("a", header=header), numbers=[0])
+    writer.finish()
+    assert_equal(load_trajectory(tmp_path), sequences("a", header=header))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_frames_have_any_number_of_channels(tmp_path, channels):
+    expected = sequences("a", "b", channels=channels)
+    TrajectoryWriter(tmp_path, HEADER).append(expected, numbers=[0, 1])
+    found = load_trajectory(tmp_path)
+    assert found.frames.shape == (3, 2, channels, 4, 4)
+    assert_equal(found, expected)
+    kinds = {path.suffix for path in tmp_path.glob("frames/*/*")}
+    assert kinds == ({".png"} if channels == 3 else {".npy"})
+
+
+def test_frames_of_arrays_are_whole_and_hold_no_code(tmp_path):
+    TrajectoryWriter(tmp_path, HEADER).append(sequences("a", channels=5), numbers=[0])
+    frame = next(tmp_path.glob("frames/*/001.npy"))
+    good = frame.read_bytes()
+    huge = good.replace(b"(4, 4, 5)", b"(9**9,1,5)").replace(
+        b"'shape': (9**9,1,5), }  ", b"'shape': (99999999, 9, 5), }"
+    )
+    for content, message in (
+        (good[:-3], r"001\.npy: truncated or no array"),
+        (huge, r"001\.npy: truncated or no array"),
+        (pickle.dumps([1]), r"001\.npy: truncated or no array"),
+        (None, r"001\.npy: no such file"),
+    ):
+        frame.unlink() if content is None else frame.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_trajectory(tmp_path)
+    for array in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 5)), np.zeros((4, 0, 5), np.uint8)):
+        np.save(frame, array)
+        with pytest.raises(UserError, match=r"001\.npy: .*expected uint8 .H, W, C."):
+            load_trajectory(tmp_path)
+
+
+def test_depths_go_along_where_a_method_has_them(tmp_path):
+    with_depth = sequences("a", "bcd", has_depth=True)
+    writer = TrajectoryWriter(tmp_path / "with", HEADER)
+    writer.append(with_depth, numbers=[0, 1])
+    writer.finish()
+    assert_equal(load_trajectory(tmp_path / "with"), with_depth)
+    resumed = TrajectoryWriter(tmp_path / "with", HEADER)
+    resumed.append(sequences("e", has_depth=True), numbers=[2])
+    parts = list(iter_trajectory(tmp_path / "with", batch_size=2))
+    assert_equal(Trajectory.cat(parts), sequences("a", "bcd", "e", has_depth=True))
+    write(tmp_path / "without", "a").finish()
+    assert load_trajectory(tmp_path / "without").depths is None
+    assert "depth" not in (tmp_path / "without" / "manifest.csv").read_text()
+
+
+def test_a_folder_written_without_depths_goes_on_with_them(tmp_path):
+    write(tmp_path, "a")
+    writer = TrajectoryWriter(tmp_path, HEADER)
+    writer.append(sequences("b", has_depth=True), numbers=[1])
+    writer.append(sequences("c"), numbers=[2])
+    writer.finish()
+    found = load_trajectory(tmp_path)
+    assert found.source_ids == ("a", "b", "c")
+    none = [np.nan] * 3
+    np.testing.assert_array_equal(found.depths.T, [none, [0, 1, 90.5], none])
+    joined = Trajectory.cat([sequences("a"), sequences("b", has_depth=True)])
+    np.testing.assert_array_equal(joined.depths, found.depths[:, :2])
+
+
+# --- a folder that comes from somebody else ---------------------------------------------------------------------------
+
+
+def rows_of(folder) -> list[list[str]]:
+    with open(folder / "manifest.csv", newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def put_rows(folder, rows) -> None:
+    with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "parent", "parent_within", "frame_link", "folder_link", "nul"])
+def test_frames_outside_the_folder_are_refused_with_their_line(tmp_path, kind):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    write(run, "a").finish()
+    write(outside, "a").finish()
+    rows, taken = rows_of(run), next(outside.glob("frames/*/001.png"))
+    frame = run / rows[2][0]
+    if kind == "frame_link":
+        frame.unlink()
+        frame.symlink_to(taken)
+    elif kind == "folder_link":
+        (run / "frames").rename(run / "old")
+        (run / "frames").symlink_to(outside / "frames")
+    else:
+        name = {"absolute": str(taken), "parent": f"../outside/{taken.relative_to(outside)}", "nul": "a\0"}
+        rows[2][0] = name.get(kind, f"frames/../{rows[2][0]}")
+        put_rows(run, rows)
+    line = 2 if kind == "folder_link" else 3
+    with pytest.raises(UserError, match=rf"run, manifest, line {line}: .*leads out of the trajectory"):
+        load_trajectory(run)
+    with pytest.raises(UserError, match="leads out of the trajectory"):
+        list(iter_trajectory(run))
+
+
+@pytest.mark.parametrize("name", ["trajectory.json", "manifest.csv"])
+def test_linked_tables_are_not_read(tmp_path, name):
+    write(tmp_path / "run", "a").finish()
+    (tmp_path / "run" / name).rename(tmp_path / name)
+    (tmp_path / "run" / name).symlink_to(tmp_path / name)
+    for use in (load_trajectory, read_source_ids, count_incomplete):
+        with pytest.raises(UserError, match=rf"'{name}': leads out"):
+            use(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["manifest.csv.tmp", "frames", "frames/000001_b", "frames/000000_a/000.png.tmp"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    write(run, "a")
+    if name == "frames":
+        (run / "frames").rename(tmp_path / "old")
+    precious.mkdir()
+    (run / name).symlink_to(precious)
+    with pytest.raises(UserError, match=rf"{name}: is a symbolic link; remove it"):
+        write(run, "b", start=1)
+    assert list(precious.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": [0, 1, 0.5]}, "levels: .*numbers that rise"),
+        ({"levels": [0, 0.5, 0.5]}, "levels: .*numbers that rise"),
+        ({"levels": [0, float("nan"), 1]}, r"levels\.1: "),
+        ({"levels": [0, 1.5]}, r"levels\.1: .*less than or equal to 1"),
+        ({"levels": [-0.5, 1]}, r"levels\.0: .*greater than or equal to 0"),
+        ({"levels": [0]}, "levels: .*at least 2 items"),
+        ({"levels": [0, 10**400]}, ""),
+        ({"levels": 3}, "levels: "),
+        ({"classes": ["A", "C", "A"]}, "classes: .*different labels"),
+        ({"classes": ["A", "B"]}, "'C' is none of its classes"),
+        ({"classes": ["A", 3, "C"]}, r"classes\.1: .*string"),
+        ({"source": None}, "source: .*string"),
+        ({"mpp": float("inf")}, "mpp: "),
+        ({"mpp": 0}, "mpp: .*greater than 0"),
+        ({"extra": 1}, "extra: "),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused_by_name(tmp_path, change, message):
+    write(tmp_path, "a")
+    path = tmp_path / "trajectory.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=rf"trajectory\.json: {message}"):
+        read_header(tmp_path)
+
+
+def test_large_tables_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    write(tmp_path, "a").finish()
+    for name, size in (("trajectory.json", 2**21), ("manifest.csv", 2**29)):
+        path = tmp_path / name
+        good = path.read_bytes()
+        with open(path, "ab") as file:
+            file.truncate(size)
+        with pytest.raises(UserError, match=rf"{name}: {size:,} bytes, more than"):
+            load_trajectory(tmp_path)
+        path.write_bytes(good)
+    (tmp_path / "trajectory.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"trajectory\.json: cannot be read"):
+        load_trajectory(tmp_path)
+
+
+def test_frames_are_refused_before_memory_is_taken_and_batches_stay_small(tmp_path, monkeypatch):
+    write(tmp_path, "a", "b", "c").finish()
+    of_one = 3 * 3 * 4 * 4
+    monkeypatch.setattr(reader, "_BATCH_BYTES", 2 * of_one)
+    assert [len(part.source_ids) for part in iter_trajectory(tmp_path)] == [2, 1]
+    monkeypatch.setattr(reader, "_BATCH_BYTES", 1)
+    assert_equal(Trajectory.cat(list(iter_trajectory(tmp_path))), sequences("a", "b", "c"))
+    monkeypatch.setattr(reader, "_MAX_BYTES", 3 * of_one)
+    assert_equal(load_trajectory(tmp_path), sequences("a", "b", "c"))
+    monkeypatch.setattr(reader, "_MAX_BYTES", 3 * of_one - 1)
+    monkeypatch.setattr(reader, "read_rgb", None)
+    with pytest.raises(UserError, match=r"3 sequences of 3 frames of 4 x 4 pixels are .* read them in parts"):
+        load_trajectory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "cells", "message"),
+    [
+        (2, {7: "two thirds"}, "line 3: .*two thirds"),
+        (2, {3: "many"}, "line 3: .*many"),
+        (2, {2: "0.5"}, "line 3: expected level 0.333333"),
+        (3, {2: "nan"}, "line 4: .*not finite"),
+        (3, {5: "1e999"}, "line 4: .*not finite"),
+        (1, {5: "-0.5", 6: "1.5"}, "line 2: probabilities -0.5, 1.5, 0: expected numbers from 0 to 1 that sum to 1"),
+        (1, {5: "0.5"}, "line 2: probabilities 0.5, 0, 0: "),
+        (1, {5: "1.5"}, "line 2: probabilities 1.5, 0, 0: "),
+        (2, {8: "surplus"}, "line 3: 9 cells, expected 8"),
+        (2, {7: None}, "line 3: 7 cells, expected 8"),
+        (4, {1: "a", 2: "0.5"}, "line 5: more frames of 'a'|line 4: more frames of 'a'"),
+        (2, {1: "x" * 200_000}, "line 3: field larger"),
+    ],
+)
+def test_damaged_rows_are_named_by_their_line(tmp_path, row, cells, message):
+    write(tmp_path, "a", "b").finish()
+    rows = rows_of(tmp_path)
+    for column, cell in cells.items():
+        rows[row][column : column + 1] = [] if cell is None else [cell]
+    put_rows(tmp_path, rows)
+    for use in (load_trajectory, read_source_ids, write):
+        with pytest.raises(UserError, match=rf"manifest\.csv, {message}"):
+            use(tmp_path)
+
+
+def test_sources_without_all_their_rows_are_counted_and_left_out(tmp_path):
+    write(tmp_path, "a", "b", "c").finish()
+    rows = rows_of(tmp_path)
+    put_rows(tmp_path, [*rows[:5], *rows[7:]])
+    assert read_source_ids(tmp_path) == ("a", "c")
+    assert count_incomplete(tmp_path) == 1

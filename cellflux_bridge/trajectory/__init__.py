@@ -3,13 +3,13 @@ and never sees a network."""
 
 from cellflux_bridge.trajectory.header import (
     HEADER,
-    MANIFEST,
     Trajectory,
     TrajectoryHeader,
     between,
     linear_soft_labels,
     read_header,
 )
+from cellflux_bridge.trajectory.manifest import MANIFEST
 from cellflux_bridge.trajectory.reader import count_incomplete, iter_trajectory, load_trajectory, read_source_ids
 from cellflux_bridge.trajectory.writer import TrajectoryWriter
 

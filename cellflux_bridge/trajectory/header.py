@@ -2,14 +2,30 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Annotated
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cellflux_bridge.base.errors import UserError
 
-HEADER, MANIFEST, FORMAT = "trajectory.json", "manifest.csv", 2
+HEADER, FORMAT = "trajectory.json", 2
+# A folder may come from somebody else: a larger header is refused before it is read.
+_MAX_BYTES = 2**20
+
+
+def _rise(values: tuple) -> tuple:
+    if list(values) != sorted(set(values)):
+        raise ValueError("expected numbers that rise")
+    return values
+
+
+def _differ(labels: tuple) -> tuple:
+    if len(set(labels)) < len(labels):
+        raise ValueError("expected different labels")
+    return labels
 
 
 @dataclass(frozen=True)
@@ -25,19 +41,23 @@ class TrajectoryHeader:
     method: str
     source: str
     target: str
-    classes: tuple[str, ...]
-    levels: tuple[float, ...]
+    classes: Annotated[tuple[str, ...], AfterValidator(_differ)]
+    levels: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=2), AfterValidator(_rise)]
     config_hash: str
-    mpp: float | None = None
+    mpp: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """B sequences of K+1 frames.
 
-    frames (K+1, B, C, H, W) uint8; levels (K+1,) float; soft_labels (K+1, B, num_classes) float32, rows sum to 1;
-    source_ids (B,) text; nfe (B,) network forwards and gradients (B,) classifier gradients that a sequence took, summed
-    over its levels; frame 0 is the source patch itself.
+    frames (K+1, B, C, H, W) uint8, any number of channels C; levels (K+1,) float; soft_labels (K+1, B, num_classes)
+    float32, rows sum to 1; source_ids (B,) text; nfe (B,) network forwards and gradients (B,) classifier gradients that
+    a sequence took, summed over its levels; frame 0 is the source patch itself. depths (K+1, B) float, of methods that
+    go back towards noise: how far, in the method's own unit (numbers of respaced steps for "ddim"), 0 for frame 0; None
+    for other methods, and NaN for sequences that were written without them.
     """
 
     header: TrajectoryHeader
@@ -46,6 +66,7 @@ class Trajectory:
     source_ids: tuple[str, ...]
     nfe: tuple[int, ...]
     gradients: tuple[int, ...]
+    depths: np.ndarray | None = None
 
     def __post_init__(self):
         expected = (len(self.header.levels), len(self.source_ids))
@@ -53,6 +74,7 @@ class Trajectory:
         assert self.frames.shape[:2] == expected, self.frames.shape
         assert self.soft_labels.shape == (*expected, len(self.header.classes)), self.soft_labels.shape
         assert len(self.nfe) == len(self.gradients) == len(self.source_ids)
+        assert self.depths is None or self.depths.shape == expected, self.depths.shape
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -65,6 +87,7 @@ class Trajectory:
     @staticmethod
     def cat(parts: "Sequence[Trajectory]") -> "Trajectory":
         """Sequences of the same run joined along the batch."""
+        depths = [np.full(part.frames.shape[:2], np.nan) if part.depths is None else part.depths for part in parts]
         return Trajectory(
             parts[0].header,
             np.concatenate([part.frames for part in parts], axis=1),
@@ -72,6 +95,7 @@ class Trajectory:
             tuple(source_id for part in parts for source_id in part.source_ids),
             tuple(count for part in parts for count in part.nfe),
             tuple(count for part in parts for count in part.gradients),
+            None if all(part.depths is None for part in parts) else np.concatenate(depths, axis=1),
         )
 
 
@@ -90,21 +114,46 @@ def linear_soft_labels(header: TrajectoryHeader, num_sequences: int) -> np.ndarr
     return np.repeat(labels[:, None], num_sequences, axis=1)
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of a folder; UserError where it lies outside (an absolute name, .., a symbolic link)."""
+    path = folder / name
+    try:
+        is_inside = ".." not in PurePath(name).parts and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL in the name
+        is_inside = False
+    if not is_inside:
+        raise UserError(f"{name!r}: leads out of the trajectory {folder}; expected a file below it, without links")
+    return path
+
+
+def read_limited(path: Path, *, most: int) -> bytes:
+    """A file's bytes; UserError for one of more than `most`, before it is read, and for one that cannot be read."""
+    try:
+        if path.stat().st_size > most:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than the {most:,} that are read")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent}: no {path.name} here; expected a folder that `translate` wrote") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
 def read_header(folder: Path) -> TrajectoryHeader:
     """What `trajectory.json` of a folder says; UserError names the file and what is wrong with it."""
-    path = folder / HEADER
+    path = inside(folder, HEADER)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no {HEADER} here; expected a folder that `translate` wrote") from error
-    except (OSError, ValueError) as error:
+        data = json.loads(read_limited(path, most=_MAX_BYTES))
+        found = data.pop("format", None) if isinstance(data, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{path}: expected a mapping of format {FORMAT}, found {found!r:.80}")
+        header = TypeAdapter(TrajectoryHeader).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {key}: {first['msg']}, found {first['input']!r:.80}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    wanted = {f.name for f in fields(TrajectoryHeader)}
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT or set(data) | {"mpp"} != wanted:
-        raise UserError(f"{path}: expected format {FORMAT} with the keys {', '.join(sorted(wanted))}")
-    if not all(isinstance(data[key], list) for key in ("classes", "levels")):
-        raise UserError(f"{path}: expected lists of classes and levels")
-    if (mpp := data.get("mpp")) is not None and not (isinstance(mpp, (int, float)) and mpp > 0):
-        raise UserError(f"{path}: mpp {mpp!r}: expected microns per pixel, above 0, or null")
-    data["classes"], data["levels"] = tuple(data["classes"]), tuple(data["levels"])
-    return TrajectoryHeader(**data)
+    for label in (header.source, header.target):
+        if label not in header.classes:
+            raise UserError(f"{path}: {label!r} is none of its classes, {', '.join(header.classes)}")
+    return header

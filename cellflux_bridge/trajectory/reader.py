@@ -1,71 +1,54 @@
-"""Trajectory, the waist of the house: sequences of finished images from A to B, and the folder that holds them.
-
-Everything that makes sequences (a flow, a reference bridge, a user's own frames) writes Trajectories; everything that
-judges or shows them reads Trajectories and never sees a network. On disk a trajectory is a folder:
+"""A trajectory folder read by the run that completes it and by whatever judges or shows its sequences.
 
     trajectory.json     what was made: method, source, target, classes, levels, config hash; mpp, where it is known
-    manifest.csv        one row a frame: file, source_id, level, nfe and gradients of its sequence, p_<class> for each
-    frames/*.png        <running number>_<source stem>/<frame>.png
+    manifest.csv        one row a frame: file, source_id, level, nfe and gradients of its sequence, depth (of methods
+                        that have depths), p_<class> for each class
+    frames/             <running number>_<source stem>/<frame>.png; .npy (H, W, C) uint8 where C is not 3
 
-Batches are written as they are finished, so that a stopped run keeps what it made and resumes.
+The folder may come from somebody else: nothing outside it is read, and sizes are checked before memory is taken.
 """
 
-import csv
-import io
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.images import read_rgb
-from cellflux_bridge.trajectory.header import MANIFEST, Trajectory, TrajectoryHeader, read_header
+from cellflux_bridge.images import UnreadableImage, read_rgb, read_size
+from cellflux_bridge.trajectory.header import Trajectory, TrajectoryHeader, inside, read_header
+from cellflux_bridge.trajectory.manifest import Frame, read_manifest
+
+# Of frames: what is loaded at most, and what a batch of `iter_trajectory` holds at most (but one sequence at least).
+_MAX_BYTES, _BATCH_BYTES = 2**34, 2**30
 
 
-def _columns(header: TrajectoryHeader) -> list[str]:
-    return ["file", "source_id", "level", "nfe", "gradients", *(f"p_{name}" for name in header.classes)]
+def _sequences_of(manifest: Path, header: TrajectoryHeader) -> dict[str, list[Frame]]:
+    """By source, the frames of a manifest's whole sequences (a stop can cut the last one)."""
+    found = read_manifest(manifest, header)
+    return {source_id: frames for source_id, frames in found.items() if len(frames) == len(header.levels)}
 
 
-def _rows_of(manifest: Path, header: TrajectoryHeader) -> dict[str, list[dict[str, str]]]:
-    """By source, the rows of a manifest that are not cut."""
-    try:
-        # Without its line's end a row may have lost digits of its last number, too.
-        text = manifest.read_bytes().rpartition(b"\n")[0].decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{manifest}: cannot be read ({error})") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if text and reader.fieldnames != _columns(header):
-        raise UserError(f"{manifest}: expected the columns {', '.join(_columns(header))}")
-    grouped: dict[str, list[dict[str, str]]] = {}
-    for row in reader:
-        rows = grouped.setdefault(row["source_id"], [])
-        if None not in row and None not in row.values():
-            rows.append(row)
-    return grouped
+def _manifests(folder: Path) -> list[Path]:
+    return [inside(folder, path.name) for path in sorted(folder.glob("manifest*.csv"))]
 
 
-def _sequences_of(manifest: Path, header: TrajectoryHeader) -> dict[str, list[dict[str, str]]]:
-    """By source, the rows of a manifest's sequences whose every frame is listed (a stop can cut the last one)."""
-    return {source: rows for source, rows in _rows_of(manifest, header).items() if len(rows) == len(header.levels)}
-
-
-def _whole_sequences(folder: Path, header: TrajectoryHeader) -> list[list[dict[str, str]]]:
+def _whole_sequences(folder: Path, header: TrajectoryHeader) -> list[list[Frame]]:
     """The sequences of every process, in the run's order."""
-    whole: dict[str, list[dict[str, str]]] = {}
-    for manifest in sorted(folder.glob("manifest*.csv")):
+    whole: dict[str, list[Frame]] = {}
+    for manifest in _manifests(folder):
         whole |= _sequences_of(manifest, header)
-    return sorted(whole.values(), key=lambda rows: rows[0]["file"])
+    return sorted(whole.values(), key=lambda frames: frames[0].file)
 
 
 def read_source_ids(folder: Path) -> tuple[str, ...]:
     """The sources of a folder's whole sequences, in the run's order, without a look at their frames."""
-    return tuple(rows[0]["source_id"] for rows in _whole_sequences(folder, read_header(folder)))
+    return tuple(frames[0].source_id for frames in _whole_sequences(folder, read_header(folder)))
 
 
 def count_incomplete(folder: Path) -> int:
     """How many sources have some rows in a folder's manifest, but not one for each level; readers leave them out."""
     header = read_header(folder)
-    named = {source for manifest in folder.glob("manifest*.csv") for source in _rows_of(manifest, header)}
+    named = {source_id for manifest in _manifests(folder) for source_id in read_manifest(manifest, header)}
     return len(named - set(read_source_ids(folder)))
 
 
@@ -75,12 +58,13 @@ def load_trajectory(
     """The sequences `start` to `start + num` (all by default) of a trajectory folder, in the run's order; of those of
     `source_ids` alone, where they are given.
 
-    Raises UserError for a folder without sequences and for frames that are missing, unreadable or of another size.
+    Raises UserError for a folder without sequences, for one that is damaged or names files outside it, for frames that
+    are missing, unreadable or of another size, and for more than 16 GiB of frames.
     """
     header = read_header(folder)
     chosen = _whole_sequences(folder, header)
     if source_ids is not None:
-        chosen = [rows for rows in chosen if rows[0]["source_id"] in source_ids]
+        chosen = [frames for frames in chosen if frames[0].source_id in source_ids]
     chosen = chosen[start : None if num is None else start + num]
     if not chosen:
         raise UserError(f"{folder}: holds no whole sequence from number {start} on")
@@ -88,33 +72,64 @@ def load_trajectory(
 
 
 def iter_trajectory(folder: Path, *, batch_size: int = 64) -> Iterator[Trajectory]:
-    """The sequences of a folder in batches, so that memory stays flat however many there are."""
+    """The sequences of a folder in batches of `batch_size` or of 1 GiB, so that memory stays flat."""
     header = read_header(folder)
     sequences = _whole_sequences(folder, header)
+    if sequences:
+        of_one = len(header.levels) * int(np.prod(_shape(_path(folder, sequences[0][0]))))
+        batch_size = max(1, min(batch_size, _BATCH_BYTES // of_one))
     for start in range(0, len(sequences), batch_size):
         yield _load(folder, header, sequences[start : start + batch_size])
 
 
-def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[dict[str, str]]]) -> Trajectory:
-    frames, labels, nfe, gradients = [], [], [], []
-    for rows in sequences:
-        try:
-            rows = sorted(rows, key=lambda row: float(row["level"]))
-            labels.append([[float(row[f"p_{name}"]) for name in header.classes] for row in rows])
-            nfe.append(int(rows[0]["nfe"]))
-            gradients.append(int(rows[0]["gradients"]))
-        except ValueError as error:
-            raise UserError(f"{folder / MANIFEST}: {rows[0]['source_id']}: {error}") from error
-        frames.append([read_rgb(folder / row["file"]) for row in rows])
-        for row, image in zip(rows, frames[-1], strict=True):
-            if image.shape != frames[0][0].shape:
-                size = f"{image.shape[1]} x {image.shape[0]}"
-                raise UserError(f"{folder / row['file']}: {size} pixels, unlike the others")
+def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[Frame]]) -> Trajectory:
+    height, width, channels = shape = _shape(_path(folder, sequences[0][0]))
+    whole = (len(header.levels), len(sequences), channels, height, width)
+    if np.prod(whole, dtype=float) > _MAX_BYTES:
+        raise UserError(
+            f"{folder}: {len(sequences)} sequences of {len(header.levels)} frames of {width} x {height} pixels are "
+            f"{np.prod(whole, dtype=float) / 2**30:.0f} GiB, more than the {_MAX_BYTES // 2**30} that are loaded; "
+            "read them in parts"
+        )
+    frames = np.empty(whole, np.uint8)
+    for b, sequence in enumerate(sequences):
+        for k, frame in enumerate(sequence):
+            path = _path(folder, frame)
+            image = _open_array(path) if path.suffix == ".npy" else read_rgb(path)
+            if image.shape != shape:
+                raise UserError(f"{path}: {image.shape[1]} x {image.shape[0]} pixels, unlike the others")
+            frames[k, b] = image.transpose(2, 0, 1)
+    depths = np.array([[frame.depth for frame in sequence] for sequence in sequences], float).T  # None becomes NaN
     return Trajectory(
         header,
-        np.array(frames).transpose(1, 0, 4, 2, 3),
-        np.array(labels, np.float32).transpose(1, 0, 2),
-        tuple(rows[0]["source_id"] for rows in sequences),
-        tuple(nfe),
-        tuple(gradients),
+        frames,
+        np.array([[frame.soft_label for frame in sequence] for sequence in sequences], np.float32).transpose(1, 0, 2),
+        tuple(sequence[0].source_id for sequence in sequences),
+        tuple(sequence[0].nfe for sequence in sequences),
+        tuple(sequence[0].gradients for sequence in sequences),
+        None if np.isnan(depths).all() else depths,
     )
+
+
+def _path(folder: Path, frame: Frame) -> Path:
+    try:
+        return inside(folder, frame.file)
+    except UserError as error:
+        raise UserError(f"{folder}, manifest, line {frame.line}: {error}") from error
+
+
+def _shape(path: Path) -> tuple[int, int, int]:
+    """(H, W, C) of a frame, from its file's header."""
+    return _open_array(path).shape if path.suffix == ".npy" else (*read_size(path), 3)
+
+
+def _open_array(path: Path) -> np.ndarray:
+    """A .npy file as an array that is read from the disk when it is used; no pickle is loaded."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"truncated or no array ({error})"
+        raise UnreadableImage(f"{path}: {reason}") from error
+    if array.dtype != np.uint8 or array.ndim != 3 or not array.size:
+        raise UnreadableImage(f"{path}: {array.dtype} {array.shape}: expected uint8 (H, W, C)")
+    return array

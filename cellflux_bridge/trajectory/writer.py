@@ -1,29 +1,33 @@
 """Sequences written batch by batch, so that a stopped run keeps what it made and resumes."""
 
-import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import replace_text
+from cellflux_bridge.base.files import replace_text, safe_name
 from cellflux_bridge.images import write_png
-from cellflux_bridge.trajectory.header import FORMAT, HEADER, MANIFEST, Trajectory, TrajectoryHeader, read_header
-from cellflux_bridge.trajectory.reader import _columns, _sequences_of, _whole_sequences
+from cellflux_bridge.trajectory.header import FORMAT, HEADER, Trajectory, TrajectoryHeader, read_header
+from cellflux_bridge.trajectory.manifest import MANIFEST, Frame, manifest_text
+from cellflux_bridge.trajectory.reader import _sequences_of, _whole_sequences
 
 
 class TrajectoryWriter:
     """Writes sequences into a folder, batch by batch; opening a folder that holds the same run resumes it.
 
     Every process of a run has its own writer (`rank`), which appends to a manifest of its own until `finish`.
-    Raises UserError where the folder holds another run or something else altogether.
+    Raises UserError where the folder holds another run, symbolic links (through which it would write elsewhere) or
+    something else altogether.
     """
 
     def __init__(self, folder: Path, header: TrajectoryHeader, *, rank: int = 0):
         self.folder, self.header = folder, header
         self._manifest = folder / (MANIFEST if rank == 0 else f"manifest.rank{rank}.csv")
+        self._has_depth = False
         existing = folder / HEADER
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file; choose another output folder")
@@ -37,6 +41,9 @@ class TrajectoryWriter:
                     "with other settings, or before a network or guide was trained again; choose another --output, or "
                     "replace it with --overwrite"
                 )
+            for path in folder.rglob("*"):
+                if path.is_symlink():
+                    raise UserError(f"{path}: is a symbolic link; remove it, or choose another output folder")
         elif folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".tmp"):
             raise UserError(f"{folder}: is not empty and holds no trajectory; choose another output folder")
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,42 +53,49 @@ class TrajectoryWriter:
         (folder / "frames").mkdir(exist_ok=True)
         if self._manifest.exists():
             # A stop can have cut the last sequence: what is left of it must not mix with its second attempt.
-            self._write_manifest(self._manifest, list(_sequences_of(self._manifest, header).values()))
-        self.done = {rows[0]["source_id"] for rows in _whole_sequences(folder, header)}
+            self._rewrite(_sequences_of(self._manifest, header).values())
+        self.done = {frames[0].source_id for frames in _whole_sequences(folder, header)}
 
     def append(self, trajectory: Trajectory, *, numbers: Sequence[int]) -> None:
         """Add the sequences of a batch; `numbers` are their places in the whole run's order."""
-        rows = []
+        rows, depths = [], trajectory.depths
         for b, (number, source_id) in enumerate(zip(numbers, trajectory.source_ids, strict=True)):
             stem = PurePosixPath(source_id.replace("\\", "/")).stem
-            folder = f"frames/{number:06d}_{stem[:60]}"
+            folder = f"frames/{number:06d}_{safe_name(stem, room=len(f'{number:06d}_'))}"
             (self.folder / folder).mkdir(exist_ok=True)
-            for k, rgb in enumerate(trajectory.sequence(b)):
-                file = f"{folder}/{k:03d}.png"
-                write_png(self.folder / file, rgb)
-                labels = [f"{p:.6g}" for p in trajectory.soft_labels[k, b]]
-                cost = [trajectory.nfe[b], trajectory.gradients[b]]
-                rows.append([file, source_id, repr(float(trajectory.levels[k])), *cost, *labels])
-        is_new = not self._manifest.exists()
+            for k, image in enumerate(trajectory.sequence(b)):
+                file = f"{folder}/{k:03d}.{'png' if image.shape[2] == 3 else 'npy'}"
+                (write_png if image.shape[2] == 3 else _write_npy)(self.folder / file, image)
+                level, cost = float(trajectory.levels[k]), (trajectory.nfe[b], trajectory.gradients[b])
+                depth = None if depths is None or np.isnan(depths[k, b]) else float(depths[k, b])
+                labels = tuple(trajectory.soft_labels[k, b].tolist())
+                rows.append(Frame(file, source_id, level, *cost, depth, labels))
+        is_there = self._manifest.exists()
+        if not is_there or (depths is not None and not self._has_depth):
+            kept = _sequences_of(self._manifest, self.header) if is_there else {}
+            self._rewrite(kept.values(), has_depth=depths is not None)
+        text = manifest_text(self.header, rows, has_depth=self._has_depth, has_heading=False)
         with open(self._manifest, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow(_columns(self.header))
-            writer.writerows(rows)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         self.done.update(trajectory.source_ids)
 
     def finish(self) -> None:
         """Join every process's manifest into one, in the run's order. Call on rank 0 when all have ended."""
-        self._write_manifest(self.folder / MANIFEST, _whole_sequences(self.folder, self.header))
+        self._rewrite(_whole_sequences(self.folder, self.header))
         for part in self.folder.glob("manifest.rank*.csv"):
             part.unlink()
 
-    def _write_manifest(self, path: Path, sequences: list[list[dict[str, str]]]) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _columns(self.header))
-            writer.writeheader()
-            writer.writerows(row for rows in sequences for row in rows)
-        os.replace(temporary, path)
+    def _rewrite(self, sequences: Iterable[list[Frame]], *, has_depth: bool = False) -> None:
+        """The manifest with these sequences alone; with depths where one has them."""
+        frames = [frame for sequence in sequences for frame in sequence]
+        self._has_depth = has_depth or any(frame.depth is not None for frame in frames)
+        replace_text(self._manifest, manifest_text(self.header, frames, has_depth=self._has_depth))
+
+
+def _write_npy(path: Path, image: np.ndarray) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, np.ascontiguousarray(image))
+    os.replace(temporary, path)
