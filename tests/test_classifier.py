@@ -21,7 +21,7 @@ from cellflux_bridge.classifier.task import ClassifierTask
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.metrics.flip import flip_rate
+from cellflux_bridge.metrics.classify import flip_rate
 from cellflux_bridge.training.loop import fit, make_fabric
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
 

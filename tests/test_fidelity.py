@@ -12,7 +12,7 @@ from cellflux_bridge.metrics import benchmark
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.manifold import FIGURES, manifold_floors, neighbourhoods
 from cellflux_bridge.metrics.values import Value
-from cellflux_bridge.metrics.warnings import cautions
+from cellflux_bridge.metrics.warnings import figure_warnings
 
 
 class Features(torch.nn.Module):
@@ -136,7 +136,7 @@ def test_too_few_images_are_told():
     def value(quantity, number, n, n_real, level=None):
         return Value("", "path", quantity, level, "x", n, n_real, "test", number, np.nan, np.nan)
 
-    few, undefined = cautions(
+    few, undefined = figure_warnings(
         [
             value("frechet_own", 3.0, 5000, 2047, 0.5),
             value("frechet_target", 3.0, 5000, 6000, 1.0),
@@ -150,8 +150,8 @@ def test_too_few_images_are_told():
         "recall_own of path at level 0.5, 1 is undefined: 3 images against 40; it needs 4 frames and 4 real patches of "
         "different groups."
     )
-    assert list(cautions([value("frechet_own", 3.0, 2048, 2048)])) == []
-    (floor,) = cautions([value("kid_floor", np.nan, 2, 2), value("kid_floor_spread", np.nan, 2, 2)])
+    assert list(figure_warnings([value("frechet_own", 3.0, 2048, 2048)])) == []
+    (floor,) = figure_warnings([value("kid_floor", np.nan, 2, 2), value("kid_floor_spread", np.nan, 2, 2)])
     assert floor == "kid_floor of path is undefined: 2 images against 2; it needs 4 groups."
 
 

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from cellflux_bridge.base.files import csv_text, safe_name
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import csv_rows, csv_text, safe_name
 
 
 @pytest.mark.parametrize("text", ["a", "lung_n", "ADH.2-x", "Präparat_7"])
@@ -30,3 +31,16 @@ def test_texts_that_are_changed_alike_keep_different_names():
 def test_no_cell_starts_a_formula_and_numbers_stay_numbers():
     text = csv_text([["=1+1", "+x", "-y", "@z", "plain", -1.5, None]])
     assert text == "'=1+1,'+x,'-y,'@z,plain,-1.5,\r\n"
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    header, row = ["a", "b", "c", "d"], ["=1", "'=1", "''-x", "it's, 'so'\n\"too\""]
+    (tmp_path / "t.csv").write_text(csv_text([header, row]), newline="")
+    assert list(csv_rows(tmp_path / "t.csv")) == [dict(zip(header, row, strict=True))]
+    for rest in ("1,2,3", "1,2,3,4,5"):
+        (tmp_path / "t.csv").write_text(f"a,b,c,d\n1,2,3,4\n{rest}\n")
+        with pytest.raises(UserError, match=r"t\.csv, line 3: [35] cells, but the header has 4"):
+            list(csv_rows(tmp_path / "t.csv"))
+    (tmp_path / "t.csv").write_bytes(b"a,b\n\xff,1\n")
+    with pytest.raises(UserError, match=r"t\.csv, line"):
+        list(csv_rows(tmp_path / "t.csv"))

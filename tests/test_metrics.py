@@ -86,6 +86,21 @@ def test_the_interval_of_kid_covers_the_truth():
     assert 85 <= covered <= 100
 
 
+def test_the_interval_of_kid_is_the_basic_one_of_halves_by_group():
+    rng = draw(7)
+    a, b = rng.exponential(size=(24, 3)), 0.3 + rng.exponential(size=(30, 3))
+    groups, real_groups = np.arange(24) // 2, 100 + np.arange(30) // 3
+    found = kid(a, b, groups=groups, real_groups=real_groups, num_subsamples=25, generator=draw(3))
+    generator = draw(3)
+    halves = (half_splits(of, num=25, generator=generator) for of in (groups, real_groups))
+    drawn = [
+        looped_kid(a[i], b[j], groups[i], real_groups[j]) - found.value for (i, _), (j, _) in zip(*halves, strict=True)
+    ]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert (found.low, found.high) == pytest.approx((found.value - high, found.value - low), rel=1e-9)
+    assert abs(high + low) > 0.2 * (high - low)  # so skewed that a mirrored interval is another one
+
+
 def test_kid_by_level_is_kid_of_every_level():
     rng = draw()
     frames, real = rng.normal(size=(20, 3, 5)), rng.normal(size=(30, 5))

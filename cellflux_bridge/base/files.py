@@ -6,11 +6,13 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cellflux_bridge.base.errors import UserError
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 def require_json(output: Path) -> None:
@@ -51,18 +53,31 @@ def safe_name(text: str, *, room: int = 0) -> str:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows as CSV, None as an empty cell. A text that looks like a formula gets a ' in front."""
+    """Rows as CSV, None as an empty cell. A text that looks like a formula gets a ' in front, and so does such a text
+    with ' in front: `csv_rows` gives back what was written."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([_inert(cell) for cell in row] for row in rows)
+    csv.writer(text).writerows(
+        [f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in row] for row in rows
+    )
     return text.getvalue()
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a table that `csv_text` made, each by its columns, with the texts that were written."""
+def csv_rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a CSV that `csv_text` wrote, by the columns' names, without the ' before a formula.
+
+    Raises UserError, which names the line, for a row with more or fewer cells than the header, and for a file that is
+    no CSV in UTF-8.
+    """
     with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: cell[1:] if cell and _inert(cell[1:]) == cell else cell for key, cell in row.items()} for row in rows]
-
-
-def _inert(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+        reader = csv.reader(file)
+        try:
+            header = next(reader, [])
+            for row in reader:
+                if len(row) != len(header):
+                    raise ValueError(f"{len(row)} cells, but the header has {len(header)}")
+                yield {
+                    name: cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+                    for name, cell in zip(header, row, strict=True)
+                }
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}") from error

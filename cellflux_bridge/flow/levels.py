@@ -21,7 +21,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import csv_text, read_csv, replace_text
+from cellflux_bridge.base.files import csv_text, csv_rows, replace_text
 from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.classifier import inference
 from cellflux_bridge.classifier.calibration import balanced_weights, figures, fit_temperature
@@ -172,7 +172,7 @@ def read_levels(path: Path, patches: Patches) -> np.ndarray:
     levels = np.full((len(patches.ids), len(patches.classes)), np.nan, np.float32)
     number = {patch_id: i for i, patch_id in enumerate(patches.ids)}
     try:
-        for row in read_csv(path):
+        for row in csv_rows(path):
             levels[number[row["path"]]] = [float(row[f"p_{label}"]) for label in patches.classes]
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged, or of other patches ({error!r}); remove it and it is made again") from error

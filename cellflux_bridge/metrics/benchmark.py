@@ -30,21 +30,18 @@ _CHUNK = 256
 def main(argv: Sequence[str]) -> None:
     """Half of the images stand for frames, half for real patches."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
+    for name, default in (("images", 10_000), ("size", 64), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model, rng = PatchClassifier(2).eval(), np.random.default_rng(0)
-    began, parts = time.perf_counter(), []
-    for start in range(0, args.images, _CHUNK):
-        shape = (min(_CHUNK, args.images - start), 3, args.size, args.size)
+    model, rng, parts = PatchClassifier(2).eval(), np.random.default_rng(0), []
+    began = start = time.perf_counter()
+    for first in range(0, args.images, _CHUNK):
+        shape = (min(_CHUNK, args.images - first), 3, args.size, args.size)
         batch = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
         parts.append(inference.features(model, batch, device=torch.device("cpu"), chunk=FORWARD))
-    features = np.concatenate(parts)
-    _tell("features", began)
-    frames, real = np.array_split(features, 2)
+    frames, real = np.array_split(np.concatenate(parts), 2)
     groups = np.arange(len(real))
 
     def manifold() -> None:
@@ -52,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
             estimate_mean(each, np.arange(len(each)), num=NUM_RESAMPLES, generator=rng)
 
     for name, work in (
+        ("features", lambda: None),
         ("KID with its interval", lambda: kid(frames, real, num_subsamples=NUM_SUBSAMPLES, generator=rng)),
         ("KID's floor", lambda: kid_floor(real, groups, generator=rng)),
         ("Frechet distance", lambda: frechet_distance(frames, real)),
@@ -59,12 +57,9 @@ def main(argv: Sequence[str]) -> None:
         ("their floors", lambda: manifold_floors(real, groups, generator=rng)),
         ("nearest training image", lambda: nearest(frames, real)),
     ):
-        start = time.perf_counter()
         work()
-        _tell(name, start)
+        print(f"{time.perf_counter() - start:8.1f} s  {name}", flush=True)
+        start = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    _tell(f"all of {args.images} images of {args.size} px, peak {peak:.2f} GiB", began)
-
-
-def _tell(what: str, since: float) -> None:
-    print(f"{time.perf_counter() - since:8.1f} s  {what}", flush=True)
+    whole = f"all of {args.images} images of {args.size} px, peak {peak:.2f} GiB"
+    print(f"{time.perf_counter() - began:8.1f} s  {whole}", flush=True)

@@ -1,4 +1,4 @@
-"""What networks made of images, kept in files, so that a stopped evaluation goes on where it was."""
+"""Outputs of networks for images, kept in files, so that a stopped evaluation continues where it was."""
 
 import hashlib
 import os
@@ -14,9 +14,8 @@ _FORMAT = 1  # goes up whenever another answer would be given
 class FeatureCache:
     """A folder of .npz files, one a batch of images and network; None keeps nothing.
 
-    A file's name is the digest of the network's weights, of what is asked and of the images' pixels, so that nothing
-    stale is ever found, and files of the same images have their answer whatever their names are. The folder may be
-    removed at any time.
+    The name of a file is the digest of the network's weights, the question and the pixels. So nothing stale is ever
+    found, and the same images have one answer, whatever their file names are. The folder may be removed at any time.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -35,11 +34,10 @@ class FeatureCache:
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
         except FileNotFoundError:
-            pass
+            self._folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            path.unlink()  # damaged: it is made anew
+            pass  # damaged: it is made anew
         found = answer()
-        self._folder.mkdir(parents=True, exist_ok=True)
         building = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with open(building, "wb") as file:
             np.savez(file, **found)

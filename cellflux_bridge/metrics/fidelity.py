@@ -1,4 +1,4 @@
-"""How far a set of images lies from another in a network's features: kernel and Frechet distance.
+"""How far a set of images is from another in a network's features: kernel and Frechet distance.
 
 Features (N, D) of any float type. Values of different feature extractors are never comparable.
 """
@@ -27,10 +27,10 @@ class Floor(NamedTuple):
 def require_finite(features: np.ndarray, *, name: str) -> None:
     """UserError where a feature of (N, ...) is not a finite number."""
     if not np.isfinite(features).all():
-        wrong = int((~np.isfinite(features.reshape(len(features), -1))).any(axis=1).sum())
+        wrong = (~np.isfinite(features.reshape(len(features), -1))).any(axis=1).sum()
         raise UserError(
             f"{name}: {wrong} of {len(features)} images have features or probabilities that are not finite numbers; "
-            "the network that looks at them has diverged, train it again or name another"
+            "the network has diverged, train it again or name another"
         )
 
 
@@ -59,12 +59,18 @@ def _mean_kernel(x, y, groups_x, groups_y, chosen_x, chosen_y, block: int) -> np
         return totals / counts  # NaN where there is no pair
 
 
+def _membership(num_items: int, subsets: Sequence[np.ndarray]) -> np.ndarray:
+    """(N, S): 1 where an item belongs to a subset, which is an array of indices."""
+    chosen = np.zeros((num_items, len(subsets)))
+    for column, subset in enumerate(subsets):
+        chosen[subset, column] = 1
+    return chosen
+
+
 def _subsets(groups: np.ndarray, *, num: int, generator: np.random.Generator | None) -> np.ndarray:
     """(N, 1 + num): all items, then halves of the groups drawn without replacement."""
-    chosen = np.ones((len(groups), 1 + num))
-    for column, (half, _) in enumerate(half_splits(groups, num=num, generator=generator) if num else (), start=1):
-        chosen[:, column] = np.isin(np.arange(len(groups)), half)
-    return chosen
+    halves = half_splits(groups, num=num, generator=generator) if num else []
+    return _membership(len(groups), [np.arange(len(groups)), *(half for half, _ in halves)])
 
 
 def kid(features_a: np.ndarray, features_b: np.ndarray, **options) -> Estimate:
@@ -82,16 +88,17 @@ def kid_by_level(
     generator: np.random.Generator | None = None,
     block: int = _BLOCK,
 ) -> list[Estimate]:
-    """Kernel distance of Binkowski et al. (2018), unbiased MMD^2 with the kernel (x.y / D + 1)^3, on all samples.
+    """Kernel distance of Binkowski et al. (2018), unbiased MMD^2 with the kernel (x.y / D + 1)^3, on all samples, of
+    each of the L levels of `frames` (N, L, D) to `real` (M, D).
 
-    Of each of the L levels of `frames` (N, L, D) to `real` (M, D). The expectation is 0 for two sets of one
-    distribution, so a value may be negative. Pairs of one group (patches of a tile, or a frame and the real patch that
-    it was made from) are not independent and count in none of the three means; without groups that leaves out an
-    item's pair with itself alone, the estimator as published. Kernels are made block by block: memory stays flat.
+    The expectation is 0 for two sets of one distribution, so a value may be negative. Pairs of one group (patches of a
+    tile, or a frame and the real patch that it was made from) are not independent and count in none of the three means;
+    without groups only an item's pair with itself is left out, as published. Memory stays flat.
 
-    The interval is the basic one over `num_subsamples` draws of half of the groups of either set without replacement:
-    such a half's deviation spreads as widely as the whole's error (delete-half jackknife, Shao & Wu 1989). It is NaN
-    without subsamples and for fewer than four groups, the value is NaN for fewer than two.
+    The interval is the basic one (value - high, value - low of the deviations) over `num_subsamples` draws of half of
+    the groups of either set without replacement: the deviation of such a half spreads as widely as the error of the
+    whole (delete-half jackknife, Shao & Wu 1989). It is NaN without subsamples and for fewer than four groups; the
+    value is NaN for fewer than two.
     """
     frames, real = np.asarray(frames, np.float64), np.asarray(real, np.float64)
     own, of_real = group_codes(groups, real_groups, len(frames), len(real))
@@ -138,27 +145,20 @@ def kid_floor(
 ) -> Floor:
     """`kid` between random halves, by group, of the real patches.
 
-    Its mean is 0 in expectation and may come out negative, and single splits are skewed upward, all the more so where
-    the patches are of two kinds: what a difference to the mean is worth is told by `spread`.
+    Its mean is 0 in expectation and may be negative. Single splits are skewed upward, most where the patches are of two
+    kinds. Compare a difference to the mean with `spread`.
     """
     x, (codes, _) = np.asarray(features, np.float64), group_codes(groups, [], len(features), 0)
     splits = half_splits(groups, num=num_splits, generator=generator)
     if len(splits) == 0 or len(np.unique(codes)) < 4:
         return floor_of(np.empty(0))
-    first = np.stack([np.isin(np.arange(len(x)), half) for half, _ in splits], axis=1).astype(np.float64)
-    second = 1 - first
-    within = _mean_kernel(x, x, codes, codes, first, first, block) + _mean_kernel(
-        x, x, codes, codes, second, second, block
-    )
-    return floor_of(within - 2 * _mean_kernel(x, x, codes, codes, first, second, block))
+    first = _membership(len(x), [half for half, _ in splits])
+    within = sum(_mean_kernel(x, x, codes, codes, half, half, block) for half in (first, 1 - first))
+    return floor_of(within - 2 * _mean_kernel(x, x, codes, codes, first, 1 - first, block))
 
 
 def frechet_floor(
-    features: np.ndarray,
-    groups: Sequence[str] | np.ndarray,
-    *,
-    generator: np.random.Generator,
-    num_splits: int = 20,
+    features: np.ndarray, groups: Sequence[str] | np.ndarray, *, generator: np.random.Generator, num_splits: int = 20
 ) -> Floor:
     """`frechet_distance` between random halves, by group: of half as many images, so larger than of all."""
     splits = half_splits(groups, num=num_splits, generator=generator)
@@ -166,7 +166,7 @@ def frechet_floor(
 
 
 def floor_of(values: np.ndarray) -> Floor:
-    """The floor that a distance's values over random splits tell; NaN where one of them does not exist."""
+    """The floor of a distance from its values over random splits; NaN where one of them does not exist."""
     if len(values) == 0 or not np.isfinite(values).all():
         return Floor(*(float("nan"),) * 4)
     low, high = np.percentile(values, COVERAGE)

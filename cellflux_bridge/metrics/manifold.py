@@ -1,11 +1,11 @@
 """Precision, recall, density and coverage: whether images lie where real ones lie, and the other way round.
 
-Both sets' neighbourhoods are balls in a network's features: about every image, as far as its k-th nearest neighbour.
-As everywhere, two images of one group (patches of a tile, a frame and the patch that it was made from) are not
-independent: such pairs are no neighbours, else copying the source would be perfectly precise.
+The neighbourhood of an image is a ball in a network's features, as far as its k-th nearest neighbour. Two images of one
+group (patches of a tile, a frame and the patch that it was made from) are not independent, so they are no neighbours:
+else a copy of the source would be perfectly precise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,23 +34,23 @@ class Neighbourhoods(NamedTuple):
     coverage: np.ndarray
 
 
-def squared_distances(x: np.ndarray, y: np.ndarray, y_squared: np.ndarray | None = None) -> np.ndarray:
-    """|x_i - y_j|^2 of float64 features (N, D) and (M, D), (N, M); `y_squared` (M,) is |y_j|^2 where it is known."""
-    y_squared = (y**2).sum(1) if y_squared is None else y_squared
-    return np.maximum((x**2).sum(1)[:, None] + y_squared - 2 * x @ y.T, 0)
-
-
-def _radii(x: np.ndarray, codes: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances (N,) to the 3rd and the 5th nearest of another group; infinite where there are fewer."""
-    ks = (NUM_NEIGHBOURS, NUM_NEIGHBOURS_OF_DENSITY)
-    found = np.full((len(ks), len(x)), np.inf)
+def _distance_blocks(x, y, groups_x, groups_y, block: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows, |x_i - y_j|^2 of these rows to all of y) of float64 features; infinite for a pair of one group."""
     for start in range(0, len(x), block):
         rows = slice(start, start + block)
-        squared = np.where(codes[rows, None] != codes, squared_distances(x[rows], x), np.inf)
+        squared = (x[rows] ** 2).sum(1)[:, None] + (y**2).sum(1) - 2 * x[rows] @ y.T
+        yield rows, np.where(groups_x[rows, None] != groups_y, np.maximum(squared, 0), np.inf)
+
+
+def _radii(x: np.ndarray, codes: np.ndarray, block: int) -> np.ndarray:
+    """Squared distances (2, N) to the 3rd and the 5th nearest of another group; infinite where there are fewer."""
+    ks = (NUM_NEIGHBOURS, NUM_NEIGHBOURS_OF_DENSITY)
+    found = np.full((len(ks), len(x)), np.inf)
+    for rows, squared in _distance_blocks(x, x, codes, codes, block):
         for k, radii in zip(ks, found, strict=True):
             if k <= len(x):
                 radii[rows] = np.partition(squared, k - 1, axis=1)[:, k - 1]
-    return found[0], found[1]
+    return found
 
 
 def neighbourhoods(
@@ -70,9 +70,7 @@ def neighbourhoods(
     (balls, _), (real_balls, real_balls_of_density) = _radii(frames, own, block), _radii(real, of_real, block)
     precise, dense = np.zeros(len(frames)), np.zeros(len(frames))
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for start in range(0, len(frames), block):
-        rows = slice(start, start + block)
-        squared = np.where(own[rows, None] != of_real, squared_distances(frames[rows], real), np.inf)
+    for rows, squared in _distance_blocks(frames, real, own, of_real, block):
         inside = squared <= real_balls_of_density
         precise[rows] = (squared <= real_balls).any(1)
         dense[rows] = inside.sum(1) / NUM_NEIGHBOURS_OF_DENSITY
@@ -87,13 +85,9 @@ def neighbourhoods(
 
 
 def manifold_floors(
-    features: np.ndarray,
-    groups: Sequence[str] | np.ndarray,
-    *,
-    generator: np.random.Generator,
-    num_splits: int = 10,
+    features: np.ndarray, groups: Sequence[str] | np.ndarray, *, generator: np.random.Generator, num_splits: int = 10
 ) -> dict[str, Floor]:
-    """The four figures between random halves, by group, of real patches: what images without fault would reach."""
+    """The four figures between random halves, by group, of real patches: those of images without fault."""
     groups, values = np.asarray(groups), []
     for first, second in half_splits(groups, num=num_splits, generator=generator):
         found = neighbourhoods(features[first], features[second], groups=groups[first], real_groups=groups[second])

@@ -1,19 +1,17 @@
-"""Whether frames repeat what was trained on: their nearest training patches, beside those of held-out real patches.
+"""Whether frames repeat training patches: distances to the nearest ones, beside those of held-out real patches.
 
-Only a comparison tells: real patches of one tissue lie near each other, too. Blurred or average images lie near many
-patches without repeating one, and a network's features may hold copies apart, so near copies are listed to be looked
-at, not counted alone.
+Only the comparison counts: real patches of one tissue lie near each other, too. Blurred or average images lie near many
+patches without repeating one, and a network's features may hold copies apart. So near copies are listed to be looked
+at, not only counted.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.metrics import pairwise_distances_argmin
 
-from cellflux_bridge.metrics.manifold import squared_distances
 from cellflux_bridge.metrics.networks import Network
 
-_BLOCK, _OTHERS = 512, 16384  # rows and columns of the distances that are in memory at once
 # Distance, as a share of a training patch's typical length in features, up to which two images are the same one: what
 # the rounding of float32 features comes to.
 _ROUNDING = 1e-5
@@ -38,11 +36,10 @@ class NearCopy(NamedTuple):
 
 
 class NearestTraining(NamedTuple):
-    """Of L levels and N sequences: distances (L, N) to the nearest training patch, whose numbers are (L, N) and classes
-    `kinds` (L, N) int, and for either class the sorted distances of the held-out patches nearest to a patch of it;
-    up to `same` apart, two images are one.
-
-    Comparing within a class matters: one tissue may lie far denser than the other.
+    """The nearest training patches of L levels of N sequences: their distances, numbers and classes `kinds` (1 for the
+    target), each (L, N). `held_out`: for either class the sorted distances of the held-out patches whose nearest
+    training patch is of that class, because one tissue may lie far denser than the other. Images no farther apart than
+    `same` are one image.
     """
 
     distances: np.ndarray
@@ -61,9 +58,11 @@ class NearestTraining(NamedTuple):
         mean is the Mann-Whitney statistic, 0.5 where frames and held-out patches are alike (Meehan et al. 2020)."""
         d = self.distances
         shares = [
-            1 - (np.searchsorted(h, d) + np.searchsorted(h, d, side="right")) / (2 * len(h)) for h in self.held_out
+            np.where(
+                np.isnan(h[0]), np.nan, 1 - (np.searchsorted(h, d) + np.searchsorted(h, d, "right")) / (2 * len(h))
+            )
+            for h in self.held_out
         ]
-        shares = [np.where(np.isnan(h[0]), np.nan, share) for h, share in zip(self.held_out, shares, strict=True)]
         return np.where(self.kinds == 1, shares[1], shares[0])
 
     def least(self) -> np.ndarray:
@@ -75,27 +74,14 @@ class NearestTraining(NamedTuple):
         return (self.distances < self.least()) | (self.distances <= self.same)
 
 
-def nearest(
-    x: np.ndarray, others: np.ndarray, *, block: int = _BLOCK, others_block: int = _OTHERS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distances (N,) of features (N, D) to their nearest of others (M, D), and its numbers; in blocks of both."""
-    x = np.asarray(x, np.float64)
-    least, numbers = np.full(len(x), np.inf), np.zeros(len(x), int)
-    for first in range(0, len(others), others_block):
-        part = np.asarray(others[first : first + others_block], np.float64)
-        part_squared = (part**2).sum(1)
-        for start in range(0, len(x), block):
-            rows = slice(start, start + block)
-            squared = squared_distances(x[rows], part, part_squared)
-            found = squared.argmin(1)
-            squared = squared[np.arange(len(found)), found]
-            nearer = squared < least[rows]
-            least[rows][nearer], numbers[rows][nearer] = squared[nearer], first + found[nearer]
-    return np.linalg.norm(x - others[numbers], axis=1), numbers  # exact for a copy, whose expanded square is not
+def nearest(x: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances (N,) of features (N, D) to their nearest of others (M, D), and its numbers; memory stays flat."""
+    numbers = pairwise_distances_argmin(np.ascontiguousarray(x), others)
+    # Exact for a copy, whose expanded square is not.
+    return np.linalg.norm(np.asarray(x, np.float64) - others[numbers], axis=1), numbers
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(NamedTuple):
     """The training patches of both classes in the extractor's features, whether each `is_target`, and of the real test
     patches the sorted distances to their nearest ones, of the source class and of the target class.
 
@@ -111,19 +97,20 @@ class Training:
     num_repeated: int
 
     @staticmethod
-    def look(extractor: Network, real_features: np.ndarray) -> "Training":
+    def of(extractor: Network, real_features: np.ndarray) -> "Training":
+        """The training patches of an extractor's data, compared to the features (M, D) of real test patches."""
         patches = extractor.patches
         numbers = np.concatenate([patches.indices("train", label) for label in (extractor.source, extractor.target)])
-        features = extractor.look_at_patches(patches, numbers, desc="training patches").features
+        features = extractor.outputs_of_patches(patches, numbers, desc="training patches").features
         is_target = patches.labels[numbers] == patches.class_index(extractor.target)
         same = _ROUNDING * float(np.median(np.linalg.norm(features, axis=1)))
         held_out, num_repeated = held_out_distances(real_features, features, is_target, same=same)
         return Training(tuple(patches.ids[i] for i in numbers), features, is_target, held_out, same, num_repeated)
 
-    def memory(self, frames: np.ndarray) -> NearestTraining:
-        """Of frames (N, L, D)."""
+    def nearest_to(self, frames: np.ndarray) -> NearestTraining:
+        """Of features (N, L, D) of frames."""
         found = [nearest(level, self.features) for level in frames.swapaxes(0, 1)]
-        distances, numbers = (np.stack(parts) for parts in zip(*found, strict=True))
+        distances, numbers = map(np.stack, zip(*found, strict=True))
         return NearestTraining(distances, numbers, self.is_target[numbers].astype(int), self.held_out, self.same)
 
 

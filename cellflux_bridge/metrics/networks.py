@@ -1,7 +1,7 @@
-"""The networks that look at frames: judges, the extractor that neither guided nor judged, the severity estimator."""
+"""The networks that frames are shown to: judges, an extractor that neither guided nor judges, a severity estimator."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from cellflux_bridge.metrics.feature_cache import FeatureCache
 from cellflux_bridge.metrics.fidelity import require_finite
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distance
 
+USES = ("judge", "features", "scores")
 _CHUNK = 256
 # Images a network is given at once: on a CPU more are slower, for the memory that their maps take.
 FORWARD = 64
@@ -30,13 +31,12 @@ FORWARD = 64
 _SAME_PATCH = 8.0
 
 
-@dataclass(frozen=True)
-class NetworkOutputs:
-    """What a network makes of images.
+class NetworkOutputs(NamedTuple):
+    """What a network gives for images.
 
     `value` (...) is p(target class), or of a severity estimator the severity in the direction of the target;
-    `is_target` (...) whether the target is the most probable class; `features` (..., D) what its last layer sees. Of an
-    extractor that is no classifier, `value` is NaN and `is_target` False.
+    `is_target` (...) whether the target is the most probable class; `features` (..., D) the input of its last layer. Of
+    an extractor that is no classifier, `value` is NaN and `is_target` False.
     """
 
     value: np.ndarray
@@ -44,16 +44,14 @@ class NetworkOutputs:
     features: np.ndarray
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "NetworkOutputs":
-        return NetworkOutputs(function(self.value), function(self.is_target), function(self.features))
+        return NetworkOutputs(*map(function, self))
 
     def at(self, index) -> "NetworkOutputs":
         return self.map(lambda array: array[index])
 
     @staticmethod
     def cat(parts: "Sequence[NetworkOutputs]") -> "NetworkOutputs":
-        return NetworkOutputs(
-            *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(NetworkOutputs))
-        )
+        return NetworkOutputs(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 class RealPatches(NamedTuple):
@@ -66,7 +64,7 @@ class RealPatches(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """A trained classifier in one `use` ("judge", "features" or "scores"), and the patches of its own configuration.
+    """A trained classifier in one of the `USES`, and the patches of its own configuration.
 
     `name` tells it apart from the others; `weights` (C,) turn class probabilities into `NetworkOutputs.value`, and are
     None for an extractor that is no classifier, whose patches are those of the first judge. `checkpoint` is the folder
@@ -95,8 +93,8 @@ class Network:
         """The number of each of its patches by id."""
         return {source_id: number for number, source_id in enumerate(self.patches.ids)}
 
-    def look(self, batch: np.ndarray | torch.Tensor, *, origin: str) -> NetworkOutputs:
-        """What it makes of uint8 patches (N, 3, S, S); UserError, naming `origin`, where that is not finite."""
+    def outputs(self, batch: np.ndarray | torch.Tensor, *, where: str) -> NetworkOutputs:
+        """Of uint8 patches (N, 3, S, S); UserError where they are not finite, naming `where` the patches are from."""
         batch = torch.as_tensor(batch)
 
         def answer() -> dict[str, np.ndarray]:
@@ -104,7 +102,7 @@ class Network:
             p = np.empty((len(batch), 0), np.float32)
             if self.weights is not None:
                 p = inference.predict(self.model, batch, device=self.device, chunk=FORWARD)
-            require_finite(np.column_stack([p, features]), name=f"{self.name}, looking at {origin}")
+            require_finite(np.column_stack([p, features]), name=f"{self.name}, looking at {where}")
             return {"p": p, "features": features}
 
         found = self.cache.remember(self.digest, "features", batch.numpy(), answer)
@@ -125,37 +123,27 @@ class Network:
 
         return self.cache.remember(self.digest, "structure", frames, answer)["structure"]
 
-    def look_at_patches(self, patches: Patches, numbers: np.ndarray, *, desc: str = "real patches") -> NetworkOutputs:
-        """What it makes of the middle patches of a data set, never more than a chunk of them in memory."""
+    def outputs_of_patches(self, patches: Patches, numbers: np.ndarray, *, desc: str = "real patches"):
+        """`outputs` of the middle patches of a data set, never more than a chunk of them in memory."""
         starts = progress(range(0, len(numbers), _CHUNK), desc=f"{self.name}: {desc}", unit="batch", leave=False)
-        return NetworkOutputs.cat(
-            [self.look(patches.centre(numbers[i : i + _CHUNK]), origin="real patches") for i in starts]
-        )
-
-    def groups_of(self, numbers: np.ndarray) -> np.ndarray:
-        return np.array(self.patches.group_names)[self.patches.groups[numbers]]
+        chunks = (patches.centre(numbers[start : start + _CHUNK]) for start in starts)
+        return NetworkOutputs.cat([self.outputs(chunk, where="real patches") for chunk in chunks])
 
     def groups_of_sources(self, source_ids: Sequence[str]) -> np.ndarray:
         """The group of each source; one that is not among the network's patches is a group of its own."""
-        names = self.patches.group_names
-        found = map(self._numbers.get, source_ids)
-        return np.array(
-            [
-                source_id if number is None else names[self.patches.groups[number]]
-                for source_id, number in zip(source_ids, found, strict=True)
-            ]
-        )
+        names, groups, known = self.patches.group_names, self.patches.groups, self._numbers
+        return np.array([names[groups[known[each]]] if each in known else each for each in source_ids])
 
     def split_of(self, source_ids: Sequence[str]) -> str:
         """The split of the sources, several joined by a comma; "" where none of them is among the network's patches."""
-        numbers = (self._numbers[source_id] for source_id in source_ids if source_id in self._numbers)
-        found = {int(self.patches.splits[number]) for number in numbers}
-        return ", ".join(SPLITS[number] for number in sorted(found))
+        numbers = [self._numbers[source_id] for source_id in source_ids if source_id in self._numbers]
+        return ", ".join(SPLITS[split] for split in np.unique(self.patches.splits[numbers]))
 
     def real_patches(self, *, num: int | None = None, seed: int = 0) -> RealPatches:
-        """Test patches: of the source and of the target class, at most `num` of each (None: all), drawn by the seed; of
-        a severity estimator at most `num` of all that have a score."""
-        if self.use == "scores":
+        """At most `num` test patches of the source class and of the target class (None: all), drawn by the seed; for a
+        severity estimator at most `num` of all test patches that have a score."""
+        scored = self.use == "scores"
+        if scored:
             numbers = self.patches.indices("test")
             sets = {"scored": numbers[np.isfinite(self.patches.scores[numbers])]}
         else:
@@ -165,44 +153,39 @@ class Network:
         )
         numbers = np.concatenate([np.sort(drawn) for drawn in draws])
         is_target = self.patches.labels[numbers] == self.patches.class_index(self.target)
-        if len(numbers) == 0 or (self.use != "scores" and len(np.unique(is_target)) < 2):
-            wanted = "patches with a score" if self.use == "scores" else f"{self.source} and {self.target}"
+        if len(np.unique(is_target)) < (1 if scored else 2):
+            wanted = "patches with a score" if scored else f"{self.source} and {self.target}"
             raise UserError(
                 f"{self.name}: the test split of its data lacks {wanted}, to which frames are compared; raise "
                 "data.split.test and train it again, or name splits in the data"
             )
-        return RealPatches(numbers, self.groups_of(numbers), is_target)
+        return RealPatches(numbers, np.array(self.patches.group_names)[self.patches.groups[numbers]], is_target)
 
-    def scores(self, numbers: np.ndarray) -> np.ndarray:
-        """True severities in the direction of the target, (M,)."""
-        return self.patches.scores_towards(self.target, numbers)
-
-    def require_fair(self, source_ids: Sequence[str], sources: np.ndarray, *, origin: str) -> None:
+    def require_fair(self, source_ids: Sequence[str], sources: np.ndarray, *, where: str) -> None:
         """UserError where it trained on one of the sources (B, 3, S, S), or knows them at another crop or stain.
 
         A severity estimator's data set is another one, whose files may bear the same names by chance.
         """
         if sources.shape[-2:] != (self.image_size,) * 2:
             raise UserError(
-                f"{origin}: frames of {sources.shape[-1]} x {sources.shape[-2]} px, {self.name} was trained on "
+                f"{where}: frames of {sources.shape[-1]} x {sources.shape[-2]} px, {self.name} was trained on "
                 f"{self.image_size} px; evaluate with classifiers of the frames' size (data.image_size)"
             )
-        known = self._numbers
-        pairs = [(b, known[source_id]) for b, source_id in enumerate(source_ids) if source_id in known]
+        pairs = [(row, self._numbers[each]) for row, each in enumerate(source_ids) if each in self._numbers]
         if self.use == "scores" or not pairs:
             return
         rows, numbers = np.array(pairs).T
         real = self.patches.centre(numbers).numpy().astype(np.float32)
         if np.median(np.abs(real - sources[rows]).mean((1, 2, 3))) > _SAME_PATCH:
             raise UserError(
-                f"{origin}: its sources are not the patches that {self.name} knows under these names; its data must "
+                f"{where}: its sources are not the patches that {self.name} knows under these names; its data must "
                 "have the same data.root, data.crop and data.stain as the run that made the sequences"
             )
         trained = self.patches.splits[numbers] == SPLITS.index("train")
         if trained.any():
-            names = [source_ids[b] for b in rows[trained]]
+            names = [source_ids[row] for row in rows[trained]]
             raise UserError(
-                f"{self.name}: trained on sources of {origin}: {abbreviate(names, limit=3)}; translate patches of the "
+                f"{self.name}: trained on sources of {where}: {abbreviate(names, limit=3)}; translate patches of the "
                 "test split, and train classifiers with the flow's seed and data.split, which decide the splits"
             )
 
@@ -216,13 +199,14 @@ def load_networks(
     device: torch.device,
     cache: FeatureCache | None = None,
 ) -> list[Network]:
-    """The newest checkpoints of (use, run folder), a judge first; `overrides` apply to all but a severity estimator's
-    data. An extractor may be a name (`metrics.extractor`) instead of a folder; its patches are then the judge's.
+    """The newest checkpoints of (use, run folder), in the order of `USES`. `overrides` apply to all but a severity
+    estimator. An extractor may be a name (`metrics.extractor`) instead of a folder: its patches are the first judge's.
 
     Raises UserError for a guide, for a run that is named twice, and for one that does not know the classes.
     """
     cache = FeatureCache() if cache is None else cache
-    trained = [(use, Path(run)) for use, run in runs if not (use == "features" and is_name(str(run)))]
+    named = [str(run) for use, run in runs if use == "features" and is_name(str(run))]
+    trained = [(use, Path(run)) for use, run in runs if str(run) not in named]
     folders = [checkpoint.latest(run) for _, run in trained]
     _require_different([run for _, run in trained], [folder.resolve() for folder in folders], "is named twice")
     names = _names([folder.parent.parent if folder.parent.name == "checkpoints" else folder for folder in folders])
@@ -232,12 +216,8 @@ def load_networks(
     ]
     digests = [network.digest for network in loaded]
     _require_different([run for _, run in trained], digests, "has the very weights of another network here")
-    found = iter(loaded)
-    networks: list[Network] = []
-    for use, run in runs:
-        named = use == "features" and is_name(str(run))
-        networks.append(_load_named(str(run), networks[0]) if named else next(found))
-    return networks
+    loaded += [_load_named(name, loaded[0]) for name in named]
+    return sorted(loaded, key=lambda network: USES.index(network.use))
 
 
 def _load_named(name: str, judge: Network) -> Network:

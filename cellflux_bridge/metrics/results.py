@@ -1,5 +1,6 @@
-"""An evaluation as files: metrics.json, metrics.csv in long form, tables in metrics.md and what the judges say of every
-single frame in metrics.frames.csv (trajectory, source_id, judge, level, probability), each whole or not at all.
+"""An evaluation as files: metrics.json, metrics.csv in long form, tables in metrics.md and the judges' probabilities of
+every single frame in metrics.frames.csv (trajectory, source_id, judge, level, probability), each whole or not at all.
+`base.files.csv_rows` reads both CSVs.
 
 metrics.json, format 1; a number that does not exist is null:
 
@@ -8,27 +9,27 @@ metrics.json, format 1; a number that does not exist is null:
                   of its weights
     methods       [{name, trajectory, method, config_hash, n, split, levels, frame_levels, device, unguided}], baselines
                   after them, with a null trajectory; `frame_levels` are the soft labels of the frames that stand for
-                  `levels`; `device` is that of `seconds` ("cpu", "cuda: NAME", or null); `unguided` names the method
-                  that a guided one is compared to
+                  `levels`; `device` is that of `seconds` ("cpu", "cuda: NAME", or null); a guided method is compared to
+                  the method `unguided`
     values        [{trajectory, method, quantity, level, extractor, n, n_real, split, value, low, high}], as in
-                  metrics.csv and `metrics.values`; the quantities are listed in `metrics.evaluate`
+                  metrics.csv and `metrics.values`; `metrics.words` lists the quantities
     differences   [{first, second, quantity, extractor, n, difference, low, high, p, num_groups}], p of Wilcoxon's
                   signed-rank test on means of groups
     memorisation  {extractor, patches, num_training, num_held_out, num_near_copies, near_copies: [{method, trajectory,
                   source_id, level, training_id, distance, held_out}]}: the worst near copies (`metrics.memorisation`),
                   a hundred at most; `num_held_out` are [those nearest to training of the source, of the target],
                   without those that repeat a training patch; `patches` is the checkpoint in whose data `training_id` is
-    warnings      [text]: what not to believe, in plain words
+    warnings      [text]: sentences about figures that mislead
 """
 
-import csv
-import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cellflux_bridge.base.files import replace_text, require_json, without_nan
+from cellflux_bridge.base.files import csv_text, replace_text, require_json, without_nan
 from cellflux_bridge.metrics.evaluate import Evaluation
+from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.table import by_level, markdown
 from cellflux_bridge.metrics.values import Value
 
@@ -39,6 +40,11 @@ FRAMES_SUFFIX = ".frames.csv"
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """The content of metrics.json."""
+    keys = ("name", "use", "view", "checkpoint", "image_size", "digest")
+    networks = [{key: getattr(network, key) for key in keys} for network in evaluation.networks]
+    extractor = next(network for network in evaluation.networks if network.use == "features")
+    with_patches = extractor if extractor.weights is not None else evaluation.networks[0]
+    copies = sorted(evaluation.near_copies, key=lambda copy: copy.share)[:_MOST_COPIES]
     return without_nan(
         {
             "format": FORMAT,
@@ -47,76 +53,50 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "num_levels": evaluation.num_levels,
             "seed": evaluation.seed,
             "max_real": evaluation.max_real,
-            "networks": [
-                {
-                    "name": network.name,
-                    "use": network.use,
-                    "view": network.view,
-                    "checkpoint": str(network.checkpoint),
-                    "image_size": network.image_size,
-                    "digest": network.digest,
-                }
-                for network in evaluation.networks
-            ],
-            "methods": [
-                {
-                    "name": of.name,
-                    "trajectory": None if of.folder is None else str(of.folder),
-                    "method": None if of.folder is None else of.header.method,
-                    "config_hash": None if of.folder is None else of.header.config_hash,
-                    "n": len(of.source_ids),
-                    "split": of.split,
-                    "levels": of.levels,
-                    "frame_levels": of.frame_levels,
-                    "device": None if of.cost is None else of.cost.device,
-                    "unguided": evaluation.unguided.get(of.name),
-                }
-                for of in (*evaluation.methods, *evaluation.baselines)
-            ],
+            "networks": [{**network, "checkpoint": str(network["checkpoint"])} for network in networks],
+            "methods": [_method(of, evaluation) for of in (*evaluation.methods, *evaluation.baselines)],
             "values": [value._asdict() for value in evaluation.values],
             "differences": [
                 {key: value for key, value in row._asdict().items() if key != "paired"} | row.paired._asdict()
                 for row in evaluation.differences
             ],
-            "memorisation": _memorisation(evaluation),
+            "memorisation": {
+                "extractor": extractor.name,
+                "patches": str(with_patches.checkpoint),
+                "num_training": evaluation.num_training,
+                "num_held_out": evaluation.num_held_out,
+                "num_near_copies": len(evaluation.near_copies),
+                "near_copies": [copy._asdict() for copy in copies],
+            },
             "warnings": evaluation.warnings,
         }
     )
 
 
-def _memorisation(evaluation: Evaluation) -> dict[str, Any]:
-    extractor = next(network for network in evaluation.networks if network.use == "features")
-    of_data = extractor if extractor.weights is not None else evaluation.networks[0]
+def _method(of: Sequences, evaluation: Evaluation) -> dict[str, Any]:
+    is_baseline = of.folder is None
     return {
-        "extractor": extractor.name,
-        "patches": str(of_data.checkpoint),
-        "num_training": evaluation.num_training,
-        "num_held_out": evaluation.num_held_out,
-        "num_near_copies": len(evaluation.near_copies),
-        "near_copies": [
-            copy._asdict() for copy in sorted(evaluation.near_copies, key=lambda copy: copy.share)[:_MOST_COPIES]
-        ],
+        "name": of.name,
+        "trajectory": None if is_baseline else str(of.folder),
+        "method": None if is_baseline else of.header.method,
+        "config_hash": None if is_baseline else of.header.config_hash,
+        "n": len(of.source_ids),
+        "split": of.split,
+        "levels": of.levels,
+        "frame_levels": of.frame_levels,
+        "device": None if of.cost is None else of.cost.device,
+        "unguided": evaluation.unguided.get(of.name),
     }
 
 
-def _as_csv(evaluation: Evaluation) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(Value._fields)
-    writer.writerows(without_nan(value) for value in evaluation.values)
-    return text.getvalue()
-
-
-def _frames_csv(evaluation: Evaluation) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["trajectory", "source_id", "judge", "level", "probability"])
+def _frames(evaluation: Evaluation) -> Iterator[list[Any]]:
+    """The rows of metrics.frames.csv."""
+    yield ["trajectory", "source_id", "judge", "level", "probability"]
     for of in evaluation.methods:
         for judge in (network.name for network in evaluation.networks if network.use == "judge"):
-            for source_id, row in zip(of.source_ids, of.seen[judge].value, strict=True):
+            for source_id, row in zip(of.source_ids, of.outputs[judge].value, strict=True):
                 for level, p in zip((0.0, *of.frame_levels), row, strict=True):
-                    writer.writerow([of.folder, source_id, judge, level, f"{p:.4f}"])
-    return text.getvalue()
+                    yield [str(of.folder), source_id, judge, level, f"{p:.4f}"]
 
 
 def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str]:
@@ -126,8 +106,8 @@ def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str
     table = markdown(evaluation)
     texts = {
         output: json.dumps(as_json(evaluation), indent=1, allow_nan=False) + "\n",
-        output.with_suffix(".csv"): _as_csv(evaluation),
-        output.with_suffix(FRAMES_SUFFIX): _frames_csv(evaluation),
+        output.with_suffix(".csv"): csv_text([Value._fields, *map(without_nan, evaluation.values)]),
+        output.with_suffix(FRAMES_SUFFIX): csv_text(_frames(evaluation)),
         output.with_suffix(".md"): f"{table}\n{by_level(evaluation)}",
     }
     for path, text in texts.items():

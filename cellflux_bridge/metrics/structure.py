@@ -12,7 +12,6 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 from cellflux_bridge.images.stain import StainReference, concentrations, normalise
 
-FIGURES = ("ms_ssim", "layer_distance")
 # Weights of the scales, finest first (Wang, Simoncelli & Bovik 2003), and the side of the window.
 _SCALE_WEIGHTS, _WINDOW = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 11
 # Concentration, in natural units of optical density, that counts as black.
@@ -66,6 +65,11 @@ def layer_distance(frames: np.ndarray, maps: Callable[[torch.Tensor], list[torch
             total = total + (unit - unit[:, :1]).square().sum(2).mean((2, 3))
         parts.append((total / len(layers)).numpy())
     return np.concatenate(parts)
+
+
+def with_networks(structure: np.ndarray, network) -> list[tuple[str, np.ndarray, object]]:
+    """(figure, values (N, L), the network that they are by) of structure (N, L, 2); MS-SSIM is by none."""
+    return [("ms_ssim", structure[..., 0], None), ("layer_distance", structure[..., 1], network)]
 
 
 def recolour(patches: np.ndarray, reference: StainReference) -> np.ndarray:

@@ -1,20 +1,20 @@
-"""The long form in which all figures are kept: one row a value, with what it is of, by whom, and from how many."""
+"""The long form of all figures: one row a value, with its subject, its network, and the number of images behind it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from cellflux_bridge.base.statistics import Estimate
+from cellflux_bridge.base.statistics import Estimate, Resamples, estimate
 from cellflux_bridge.metrics.networks import Network
 
 
 class Value(NamedTuple):
-    """One figure. `level` is None where it belongs to the whole sequence; `extractor` "" where no network is asked;
-    `n` sequences or images, `n_real` the real patches they are compared to; `low` and `high` a 95 % interval. `split`
-    is that of the sources, or of the real patches that the value is of: "test" or "val", both, or "" for sources that
-    are in no split; what they are compared to is always of the test split."""
+    """One figure. `level` is None for a figure of the whole sequence, `extractor` is "" for one that needs no network;
+    `n` counts sequences or images, `n_real` the real patches they are compared to; `low` and `high` are a 95 %
+    interval. `split` is that of the sources, or of the real patches that the value is of: "test" or "val", both, or ""
+    for sources that are in no split. Real patches that are compared to are always of the test split."""
 
     trajectory: str
     method: str
@@ -30,8 +30,7 @@ class Value(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What values are of: a method's or a baseline's sequences, or a set of real patches; `levels` (K,). `split` as in
-    `Value`."""
+    """What values are of: the sequences of a method or baseline, or a set of real patches; `levels` (K,)."""
 
     name: str
     n: int
@@ -40,39 +39,39 @@ class Subject(NamedTuple):
     split: str = "test"
 
 
-class Values:
-    """Collects rows."""
+class Recorder(NamedTuple):
+    """Appends figures of one subject to `rows`; `resamples` of its sequences give intervals."""
 
-    def __init__(self):
-        self.rows: list[Value] = []
+    rows: list[Value]
+    of: Subject
+    resamples: Resamples | None = None
+
+    def __call__(
+        self, quantity: str, figure: np.ndarray | Callable[[np.ndarray], np.ndarray | float], **options
+    ) -> None:
+        """The mean of an array (N, ...) over the sequences, or a statistic of chosen sequences, with its interval."""
+        statistic = figure if callable(figure) else lambda chosen: figure[chosen].mean(0)
+        self.add(quantity, estimate(statistic, self.resamples), **options)
 
     def add(
         self,
-        of: Subject,
         quantity: str,
-        found: Estimate | float,
+        found: Estimate | float | list[Estimate],
         *,
         level: float | None = None,
         by: Network | None = None,
         n_real: int | None = None,
     ) -> None:
-        """One value; a plain number has no interval."""
+        """A value; a plain number has no interval. A list, or an Estimate of arrays, has a value a level: of all levels
+        with the source, or without it."""
+        if isinstance(found, Estimate) and np.ndim(found.value):
+            found = [Estimate(*one) for one in zip(*found, strict=True)]
+        if isinstance(found, list):
+            for own_level, one in zip((0.0, *self.of.levels)[-len(found) :], found, strict=True):
+                self.add(quantity, one, level=own_level, by=by, n_real=n_real)
+            return
+        name, n, folder, _, split = self.of
         numbers = found if isinstance(found, Estimate) else (found, np.nan, np.nan)
-        folder, extractor = str(of.folder or ""), "" if by is None else by.name
-        row = Value(folder, of.name, quantity, level, extractor, of.n, n_real, of.split, *map(float, numbers))
+        extractor = "" if by is None else by.name
+        row = Value(str(folder or ""), name, quantity, level, extractor, n, n_real, split, *map(float, numbers))
         self.rows.append(row)
-
-    def add_levels(
-        self,
-        of: Subject,
-        quantity: str,
-        found: Estimate | Sequence[Estimate],
-        *,
-        by: Network | None = None,
-        n_real: int | None = None,
-    ) -> None:
-        """A value a level: an estimate of arrays or as many estimates, for all levels with the source or without."""
-        each = [Estimate(*one) for one in zip(*found, strict=True)] if isinstance(found, Estimate) else found
-        levels = (0.0, *of.levels)[-len(each) :]
-        for level, one in zip(levels, each, strict=True):
-            self.add(of, quantity, one, level=level, by=by, n_real=n_real)

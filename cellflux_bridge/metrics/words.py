@@ -1,88 +1,116 @@
-"""What figures are called in a report, and how a reader who did not compute them should read them."""
+"""All quantities that `metrics.evaluate` computes: what each is called, what it means, and what a table shows of it.
 
+A quantity has a value a level, a value of the whole sequences, or both. Networks are judges, the extractor (which
+neither guided nor judges) and the severity estimator. A value that does not exist is NaN: a ratio to a distance that is
+not above 0, an interval of a Frechet distance. *_own compares the frames of a level to real patches of the level's
+score, or else of the nearer class; *_target compares those of level 1 to real target patches; *_pooled compares to
+both classes (Frechet distance and figures of `metrics.manifold`: all frames after the sources as one set).
+
+Real patches have floors: kid_floor, frechet_floor, precision_floor, recall_floor, density_floor and coverage_floor are
+means over random halves by group, `n` against `n_real` patches (`low` and `high`: their 95 % range), *_floor_spread the
+standard deviations. There are floors of both classes together ("real pooled"), of target patches ("real target"), and,
+a level, of the patches that *_own compares to ("real own"). A Frechet distance of half as many patches is larger: its
+floor lies above that of all. Real patches also have probability, flip_rate, severity_error, the structure of pairs of
+different groups, and the figures of `metrics.tissue`.
+"""
+
+import math
 from typing import NamedTuple
 
 
 class Words(NamedTuple):
-    """`where` says what the main table shows: level 1 ("end"), the "whole" sequence, "largest" or "smallest" level."""
+    """`where` says what the report shows: level 1 ("end"), the "whole" sequence, the "largest" or "smallest" level;
+    `table` what the Markdown table shows, where that differs: also "mean" over levels, "inner" (largest below 1)."""
 
     section: str
     label: str
     reading: str
     where: str = "end"
+    table: tuple[str, ...] = ()
 
 
-SECTIONS = {
-    "arrival": "Does it arrive?",
-    "levels": "Do the levels mean what they say?",
-    "likeness": "Do the images look like real ones?",
-    "kept": "Is it still the same tissue, and is the way even?",
-    "memory": "Are images copied from the training set?",
-    "tissue": "What no network was asked",
-    "cost": "What does it cost?",
-    "other": "Further figures",
-}
+# Sections, and in each: quantity | where, or where/table | label | reading
+_TEXT = """
+arrival: Does it arrive?
+flip_rate | end | called the target class (flip rate) | share of images; real target patches beside
+probability | end | mean p(target) | what real target patches get is the aim
 
-QUANTITIES = {
-    "flip_rate": Words("arrival", "called the target class", "share of images at level 1; real target patches beside"),
-    "probability": Words("arrival", "mean p(target)", "at level 1; what real target patches get is the aim"),
-    "calibration_mean": Words(
-        "levels", "error of the mean p", "mean over levels of |mean p - level|; 0 is exact", "whole"
-    ),
-    "calibration_image": Words("levels", "error of each image's p", "mean |p - level| of single images", "whole"),
-    "monotone_share": Words(
-        "levels", "never falls back", "share of sequences whose p never falls by over 0.02", "whole"
-    ),
-    "rank_correlation": Words("levels", "rank correlation with the level", "Spearman, mean over sequences", "whole"),
-    "severity_error": Words(
-        "levels", "severity error", "mean |estimated severity - level|; real: its own error", "whole"
-    ),
-    "kid_target": Words("likeness", "KID to real target", "unbiased; beside the floor between real halves"),
-    "kid_own": Words(
-        "likeness", "KID to real of the own level, worst", "against real patches of that level", "largest"
-    ),
-    "kid_pooled": Words("likeness", "KID to real, pooled, worst", "both classes together", "largest"),
-    "kid_pooled_over_floor": Words("likeness", "KID pooled, over the floor, worst", "0 is as near as real", "whole"),
-    "frechet_target": Words(
-        "likeness", "Fréchet distance to real target", "biased upwards for small n: read KID first"
-    ),
-    "frechet_own": Words("likeness", "Fréchet, own level, worst", "biased upwards for small n", "largest"),
-    "precision_target": Words("likeness", "precision at real target", "share of frames among real target patches"),
-    "recall_target": Words("likeness", "recall of real target", "share of real target patches among frames"),
-    "density_target": Words("likeness", "density at real target", "like precision, steadier; may exceed 1"),
-    "coverage_target": Words("likeness", "coverage of real target", "share of real patches with a frame near"),
-    "precision_own": Words("likeness", "precision, own level, worst", "", "smallest"),
-    "recall_own": Words("likeness", "recall, own level, worst", "", "smallest"),
-    "density_own": Words("likeness", "density, own level, worst", "", "smallest"),
-    "coverage_own": Words("likeness", "coverage, own level, worst", "", "smallest"),
-    "guidance_kid_ratio": Words("likeness", "KID guided / unguided", "mean of the levels' ratios", "whole"),
-    "guidance_kid_ratio_of_means": Words(
-        "likeness", "KID guided / unguided, of means", "below 1: guidance helps", "whole"
-    ),
-    "guidance_frechet_ratio": Words("likeness", "Fréchet guided / unguided", "mean of the levels' ratios", "whole"),
-    "guidance_frechet_ratio_of_means": Words(
-        "likeness", "Fréchet guided / unguided, of means", "below 1: helps", "whole"
-    ),
-    "preservation": Words("kept", "distance to own source", "relative to a random real source: 0 same, 1 unrelated"),
-    "path_over_straight": Words("kept", "way / straight distance", "in features; 1 is a straight way", "whole"),
-    "largest_over_mean_step": Words("kept", "largest / mean step", "1 is even, K one single jump", "whole"),
-    "ms_ssim": Words("kept", "MS-SSIM to own source", "haematoxylin; real: between different source patches"),
-    "layer_distance": Words("kept", "layer distance to own source", "LPIPS-like; real: between different patches"),
-    "cycle_preservation": Words("kept", "there and back: distance", "to the own source, over that to others", "whole"),
-    "cycle_ms_ssim": Words("kept", "there and back: MS-SSIM", "1 returns to the source", "whole"),
-    "cycle_layer_distance": Words("kept", "there and back: layer distance", "0 returns to the source", "whole"),
-    "nearest_training_ratio": Words("memory", "distance to training", "median, over that of held-out real patches"),
-    "nearest_training_closer": Words("memory", "nearer to training than held-out", "chance; 0.5 is no memory"),
-    "near_copy_share": Words("memory", "near-copies", "share of frames nearer than all held-out patches", "whole"),
-    "stain_share": Words("tissue", "change explained by stain", "share that a mere stain transfer would make, too"),
-    "haematoxylin_area": Words("tissue", "haematoxylin area", "share of pixels; real target patches are the aim"),
-    "contrast": Words("tissue", "contrast", "standard deviation of pixels"),
-    "fine_detail": Words("tissue", "fine detail", "mean difference of neighbouring pixels, grey levels"),
-    "nfe": Words("cost", "network forwards", "a sequence", "whole"),
-    "gradients": Words("cost", "classifier gradients", "a sequence", "whole"),
-    "seconds": Words("cost", "seconds", "a sequence, by the clock", "whole"),
-    "cpu_seconds": Words("cost", "CPU seconds", "a sequence", "whole"),
-}
+levels: Do the levels mean what they say?
+calibration_mean | whole | error of the mean p | mean over levels of |mean p - level|; 0 is exact
+calibration_image | whole | error of each image's p | mean over images and levels of |p - level|
+monotone_share | whole | never falls back | share of sequences whose p never falls by over 0.02 from frame to frame
+rank_correlation | whole | rank correlation with the level | Spearman, of p, mean over sequences
+severity_error | whole | severity error | mean |estimated severity - level|; real: its own error
+
+likeness: Do the images look like real ones?
+kid_target | end | KID to real target | unbiased; beside the floor between real halves
+kid_own | largest/mean | KID to real of the own level, worst | against real patches of that level
+kid_pooled | largest | KID to real, pooled, worst | both classes together
+kid_pooled_over_floor | whole/inner whole | KID pooled, over the floor, worst | less the mean floor; 0: as near as real
+frechet_target | end | Fréchet distance to real target | biased upwards for small n: read KID first
+frechet_own | largest/mean | Fréchet, own level, worst | biased upwards for small n
+frechet_pooled | whole | Fréchet of all frames, pooled | biased upwards for small n
+precision_target | end | precision at real target | share of frames among real target patches
+recall_target | end | recall of real target | share of real target patches among frames
+density_target | end | density at real target | like precision, steadier; may exceed 1
+coverage_target | end | coverage of real target | share of real patches with a frame near
+precision_own | smallest/mean | precision, own level, worst | share of frames among the level's real patches
+recall_own | smallest/mean | recall, own level, worst | share of the level's real patches among frames
+density_own | smallest/mean | density, own level, worst | like precision, steadier; may exceed 1
+coverage_own | smallest/mean | coverage, own level, worst | share of the level's real patches with a frame near
+precision_pooled | whole | precision of all frames, pooled | both classes together
+recall_pooled | whole | recall of all frames, pooled | both classes together
+density_pooled | whole | density of all frames, pooled | both classes together
+coverage_pooled | whole | coverage of all frames, pooled | both classes together
+guidance_kid_ratio | whole | KID guided / unguided | kid_own on common sources; mean of the levels' ratios
+guidance_kid_ratio_of_means | whole | KID guided / unguided, of means | below 1: guidance helps
+guidance_frechet_ratio | whole | Fréchet guided / unguided | mean of the levels' ratios
+guidance_frechet_ratio_of_means | whole | Fréchet guided / unguided, of means | below 1: helps
+
+kept: Is it still the same tissue, and is the way even?
+preservation | end/inner | distance to own source | relative to a random real source: 0 same, 1 unrelated
+path_over_straight | whole | way / straight distance | in features; 1 is a straight way
+largest_over_mean_step | whole | largest / mean step | in features; 1 is even, K one single jump
+ms_ssim | end | MS-SSIM to own source | haematoxylin; real: between different source patches
+layer_distance | end | layer distance to own source | LPIPS-like; real: between different patches
+cycle_preservation | whole | there and back: distance | to the own source, over that to others
+cycle_ms_ssim | whole | there and back: MS-SSIM | 1 returns to the source
+cycle_layer_distance | whole | there and back: layer distance | 0 returns to the source
+
+memory: Are images copied from the training set?
+nearest_training_ratio | end | distance to training | median, over that of held-out real patches near the same class
+nearest_training_closer | end | nearer to training than held-out | chance of it; 0.5: nothing is memorised
+near_copy_share | whole | near-copies | share of frames nearer than all M held-out patches; by chance 1 / (M + 1)
+
+tissue: Stain and texture
+stain_share | end | change explained by stain | share of the squared feature change that a Reinhard transfer explains
+haematoxylin_area | end | haematoxylin area | share of pixels; real target patches are the aim
+contrast | end | contrast | standard deviation of pixels
+fine_detail | end | fine detail | mean difference of neighbouring pixels, grey levels
+
+cost: What does it cost?
+nfe | whole | network forwards | a sequence
+gradients | whole | classifier gradients | a sequence
+seconds | whole | seconds | a sequence, by the clock, on the method's device
+cpu_seconds | whole | CPU seconds | a sequence, of a CPU alone
+
+other: Further figures
+"""
+
+
+def _read(text: str) -> tuple[dict[str, str], dict[str, Words]]:
+    sections, quantities, section = {}, {}, ""
+    for line in filter(None, text.splitlines()):
+        quantity, *cells = line.split(" | ", 3)
+        if cells:
+            (where, _, table), label, reading = cells[0].partition("/"), *cells[1:]
+            quantities[quantity] = Words(section, label, reading, where, tuple(table.split()))
+        else:
+            section, _, sections[section] = line.partition(": ")
+    return sections, quantities
+
+
+SECTIONS, QUANTITIES = _read(_TEXT)
 
 # Of cellularity.json.
 NUCLEI = {
@@ -97,9 +125,9 @@ NUCLEI = {
 
 
 def floor_of(quantity: str) -> tuple[str, str] | None:
-    """Which figure of which real patches stands beside a quantity as its floor; None where their own one does.
+    """The floor of a quantity: (which real patches, which figure); None where real patches have the quantity itself.
 
-    That of "own", real patches of a level, has the level; the others have none.
+    A floor of "own" patches, those of a level, has that level; other floors have none.
     """
     kind, _, to = quantity.rpartition("_")
     if kind and to in ("target", "pooled", "own"):
@@ -113,8 +141,8 @@ def words(quantity: str) -> Words:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, without an exponent where there need be none."""
-    if value is None:
+    """Three significant digits, with an exponent below 0.001 only; None and NaN are undefined."""
+    if value is None or math.isnan(value):
         return "undefined"
     if value != 0 and abs(value) < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")

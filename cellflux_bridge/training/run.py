@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError, abbreviate
-from cellflux_bridge.base.files import csv_text, read_csv, replace_text
+from cellflux_bridge.base.files import csv_text, csv_rows, replace_text
 from cellflux_bridge.config import PLACES_AND_PACE, Config, load_config
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches
@@ -85,7 +85,7 @@ def _split_rows(patches: Patches) -> Iterator[list[str]]:
 
 
 def _read_splits(path: Path) -> dict[str, str]:
-    return {row["path"]: row["split"] for row in read_csv(path)} if path.exists() else {}
+    return {row["path"]: row["split"] for row in csv_rows(path)} if path.exists() else {}
 
 
 def last_values(folder: Path, prefix: str) -> dict[str, float]:
