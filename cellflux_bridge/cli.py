@@ -359,12 +359,13 @@ def cellularity_command(args: argparse.Namespace) -> None:
 
 def _cellularity_of_images(args: argparse.Namespace, parameters) -> None:
     from cellflux_bridge.cellularity import counting, validation
+    from cellflux_bridge.cellularity.measurement import MIN_PIXELS
 
     if args.images is not None:
         output = args.output or args.images.with_name(f"{args.images.name}_nuclei.csv")
         tally = counting.write_counts(args.images, output, mpp=args.mpp, parameters=parameters, workers=args.workers)
         if tally.too_small:
-            print(f"{tally.too_small} images: nuclei under {counting.MIN_PIXELS:g} px, counts are left out")
+            print(f"{tally.too_small} images: nuclei under {MIN_PIXELS:g} px, counts are left out")
         if tally.unmeasured:
             print(f"{tally.unmeasured} images: could not be measured; the column reason says why")
         print(f"wrote: {output}")
@@ -382,6 +383,8 @@ def _cellularity_of_images(args: argparse.Namespace, parameters) -> None:
             values = validation.score(chosen)._asdict().items()
             shown = (f"{name} {'undefined' if math.isnan(value) else f'{value:.4g}'}" for name, value in values)
             print(f"{group}: " + "  ".join(shown))
+        if num_masks := sum(one.was_mask for one in compared):
+            print(f"{num_masks} label maps are masks without numbers: their connected parts were taken for nuclei")
 
 
 def video_command(args: argparse.Namespace) -> None:

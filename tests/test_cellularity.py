@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from skimage.measure import regionprops
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.parallel import in_processes
-from cellflux_bridge.cellularity import benchmark, counting, curves, splitting, validation
+from cellflux_bridge.cellularity import along, benchmark, counting, curves, label_maps, splitting, validation
 from cellflux_bridge.cellularity.along import along_trajectories
 from cellflux_bridge.cellularity.export import write_results
 from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure, measure_all
@@ -176,13 +177,14 @@ def test_basins_with_no_neck_between_them_are_one():
     mask = np.zeros((20, 40), bool)
     mask[4:16, 4:36] = True
     density = np.zeros(mask.shape, np.float32)
-    options = {"smoothing": 0.2, "density_smoothing": 0.2, "density_reach": 1.0, "density_weight": 0.0, "neck_power": 1}
+    options = {"density_smoothing": 0.2, "density_reach": 1.0, "density_weight": 0.0, "neck_power": 1}
+    parameters = Parameters(landscape_smoothing=0.2, **options)
     distance = np.minimum(np.minimum.reduce([*(np.indices(mask.shape)[0] - 3, 16 - np.indices(mask.shape)[0])]), 6)
     distance = (distance * mask).astype(np.float32)
     distance[:, 19:21] -= 1.5  # a shallow pass between two hills
     distance *= mask
     whole, parted = (
-        len(np.unique(splitting.split(mask, distance, density, 6.0, split_depth=depth, **options))) - 1
+        len(np.unique(splitting.split(mask, distance, density, 6.0, replace(parameters, split_depth=depth)))) - 1
         for depth in (0.6, 0.01)
     )
     assert whole == 1
@@ -235,7 +237,7 @@ def test_matches_are_one_to_one_above_a_half():
     found = np.zeros_like(truth)
     found[:, :6], found[:, 6:10], found[:, 25:35] = 3, 4, 9  # 0.6 of the first; half of the second, over its border
     compared = validation.compare(truth, found)
-    assert compared == (2, 3, 1, 0.5, 0.5)
+    assert compared == (2, 3, 1, 0.5, 0.5, False)
     scores = validation.score([compared, compared._replace(num_found=2, num_matched=2)])
     assert scores.f1 == 2 * 3 / (4 + 5)
     assert scores.count_error_median == 0.25
@@ -271,6 +273,74 @@ def test_label_maps_of_a_folder_by_group(tmp_path, capsys):
     (tmp_path / "labels" / "i1.png").unlink()
     with pytest.raises(SystemExit, match=r"i1.png: no such label map \(1 of 3"):
         main(label_maps)
+
+
+def of_palette(indices, colours) -> Image.Image:
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette(np.asarray(colours, np.uint8).tobytes())
+    return image
+
+
+_COLOURS = np.random.default_rng(0).permutation(255)[:, None].astype(np.uint8).repeat(3, 1) ^ (0, 85, 170)
+
+
+@pytest.mark.parametrize(
+    ("stored", "was_mask"),
+    [
+        (lambda labels: (labels > 0).astype(np.uint8), True),
+        (lambda labels: (255 * (labels > 0)).astype(np.uint8), True),
+        (lambda labels: Image.fromarray(labels > 0), True),
+        (lambda labels: np.dstack([255 * (labels > 0).astype(np.uint8)] * 3), True),
+        (lambda labels: (3000 * labels).astype(np.uint16), False),
+        (lambda labels: np.where(labels[..., None] > 0, _COLOURS[labels], 0).astype(np.uint8), False),
+        (lambda labels: np.dstack([_COLOURS[labels], 255 * (labels > 0)]).astype(np.uint8), False),
+        (lambda labels: of_palette(labels, [(9, 9, 9), *[(200, 0, 0), (0, 200, 0)] * 20]), False),  # colours repeat
+        (lambda labels: of_palette(40 - labels, [(n, 7, 7) for n in range(1, 41)] + [(0, 0, 0)]), False),
+        (lambda labels: labels * (np.indices(labels.shape)[0] % 8 != 4), False),  # every nucleus has a gap
+    ],
+)
+def test_every_way_to_store_label_maps_gives_the_same_nuclei(tmp_path, stored, was_mask):
+    truth = discs(lattice(24))[1]
+    made = stored(truth)
+    made = made if isinstance(made, Image.Image) else Image.fromarray(np.asarray(made, made.dtype.type))
+    path = tmp_path / ("m.tif" if made.mode == "I" else "m.png")
+    made.save(path)
+    labels, found_mask = label_maps.read_label_map(path, truth.shape)
+    compared = validation.compare(truth, labels)
+    assert (compared.num_true, compared.num_found, compared.num_matched) == (16, 16, 16)
+    assert found_mask == was_mask
+
+
+def test_label_maps_without_numbers_of_nuclei_are_refused(tmp_path):
+    truth = discs(lattice(24))[1]
+
+    def refused(values, message):
+        np.save(tmp_path / "m.npy", values)
+        with pytest.raises(UserError, match=rf"m\.npy: {message}"):
+            label_maps.read_label_map(tmp_path / "m.npy", truth.shape)
+
+    refused(np.where(truth > 0, 1 + truth % 2, 0), "2 numbers in 16 separate pieces are classes")
+    refused(truth + 1, "holds no background")
+    refused(truth - 1, "expected whole numbers")
+    refused((truth > 0) * 0.5, "expected whole numbers")
+    refused(truth[:50], r"a label map of \(50, 96\), its image has \(96, 96\)")
+    refused(np.dstack([truth, truth]), "a label map of")
+    refused(np.array([truth], object), "truncated or not an image")
+    np.save(tmp_path / "m.npy", truth.astype(float))
+    assert np.array_equal(label_maps.read_label_map(tmp_path / "m.npy", truth.shape)[0], truth)
+
+
+def test_masks_are_named_and_label_maps_lie_as_their_images_do(tmp_path, capsys):
+    for name, step in (("a/1", 24), ("b/1", 32)):
+        rgb, labels = discs(lattice(step))
+        for kind, image in (("images", rgb), ("labels", (255 * (labels > 0)).astype(np.uint8))):
+            (tmp_path / kind / name).parent.mkdir(parents=True)
+            Image.fromarray(image).save(tmp_path / kind / f"{name}.png")
+    write_png(tmp_path / "images" / "._1.png", rgb)
+    main(["cellularity", "--label-maps", str(tmp_path), "--workers", "1"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("all: n 2  num_nuclei 25  f1 1 ")
+    assert "2 label maps are masks without numbers" in shown
 
 
 def test_a_group_without_nuclei_has_no_error_of_its_count():
@@ -312,6 +382,10 @@ def test_a_folder_becomes_a_table_whatever_the_number_of_processes(tmp_path):
     for number, step in enumerate((24, 32, 48)):
         write_png(tmp_path / "in" / f"{number}.png", discs(lattice(step))[0])
     write_png(tmp_path / "in" / "tiny.png", discs(lattice(8), radius=2)[0])
+    for hidden in (".ipynb_checkpoints/0.png", "@eaDir/0.png", "__MACOSX/0.png", "._0.png", ".hidden/a/0.png"):
+        (tmp_path / "in" / hidden).parent.mkdir(parents=True, exist_ok=True)
+        write_png(tmp_path / "in" / hidden, discs(lattice(24))[0])
+    (tmp_path / "in" / "0.png").rename(tmp_path / "in" / "=0.png")
     tables = []
     for workers in ("1", "2"):
         output = tmp_path / f"{workers}.csv"
@@ -319,8 +393,8 @@ def test_a_folder_becomes_a_table_whatever_the_number_of_processes(tmp_path):
         tables.append(output.read_text())
     assert tables[0] == tables[1]
     rows = list(csv.DictReader(tables[0].splitlines()))
-    assert [row["path"] for row in rows] == ["0.png", "1.png", "2.png", "tiny.png"]
-    assert [row["count"] for row in rows] == ["16", "9", "4", ""]
+    assert [row["path"] for row in rows] == ["1.png", "2.png", "'=0.png", "tiny.png"]  # no formula
+    assert [row["count"] for row in rows] == ["9", "4", "16", ""]
     assert float(rows[3]["area_fraction"]) > 0.05
     assert rows[0]["density_mm2"] == ""
 
@@ -555,7 +629,7 @@ def test_real_patches_are_counted_once_however_many_figures_they_enter(tmp_path,
     monkeypatch.setattr("cellflux_bridge.cellularity.along.count_arrays", counted)
     patches = scored_patches((48, 32, 24, 24), (0.02, np.nan, 0.55, 0.97))  # one of A has no score
     content = along_trajectories([folder], patches=patches, workers=1)
-    assert seen == [4]
+    assert seen == [4, 3]  # real patches, then the sequences
     real = {row["class"]: (row["n"], row["mean"]) for row in content["real"] if row["quantity"] == "count"}
     assert real == {"A": (2, 6.5), "B": (2, 16)}
     by_level = {row["level"]: row["n"] for row in content["real_by_level"] if row["quantity"] == "count"}
@@ -613,6 +687,59 @@ def test_grey_frames_are_left_out_and_counted(tmp_path):
         main(["cellularity", str(write_trajectory(tmp_path / "u", grey_at=0)), "--workers", "1"])
 
 
+@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize("empty", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("of_real", [(4, 16), (0, 16), (4, 0), (0, 0)])
+def test_levels_and_real_patches_without_nuclei_have_no_numbers_of_single_nuclei(empty, of_real, num):
+    def counted(*counts: float) -> curves.Counted:
+        rows = np.full((num, len(counts), 1 + len(QUANTITIES)), np.nan)
+        for k, count in enumerate(counts):
+            rows[:, k, 1:3] = count, count / 100  # count and area fraction
+            rows[:, k, [0, 3]] = 100.0 if count else np.nan  # median and mean area
+        return curves.Counted.of(list(rows), [str(n) for n in range(num)])
+
+    numbers = np.array([4.0, 9.0, 16.0])
+    numbers[list(empty)] = 0
+    real = [counted(count) for count in of_real]
+    levels = (0.0, 0.5, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = {row["quantity"]: row for row in curves.checks(counted(*numbers), levels, *real, None, seed=0)}
+        curves.correlations(counted(*numbers), levels, seed=0)
+        assert len(curves.means(counted(*numbers), levels, seed=0)) in (6, 9)
+    assert rows["count"]["end_minus_target"] == numbers[-1] - of_real[1]
+    assert ("mean_area" in rows) == (len(empty) < 3 and 0 not in of_real)
+    if "mean_area" in rows:
+        area = rows["mean_area"]
+        assert np.isnan(area["end_minus_target"]) == (2 in empty)
+        assert area["end"] == "undecided" or 2 not in empty
+        assert area["n_inner"] == (1 not in empty)
+
+
+def test_a_trajectory_without_nuclei_at_its_end_is_written(tmp_path, capsys):
+    folder = write_trajectory(tmp_path / "t", steps=(48, 24, 192))
+    source, target = real_folder(tmp_path / "A", (48, 48)), real_folder(tmp_path / "B", (24, 24))
+    main(["cellularity", str(folder), "--real-source", source, "--real-target", target, "--workers", "1"])
+    of = json.loads((folder / "cellularity.json").read_text())["trajectories"][0]
+    checks = {row["quantity"]: row for row in of["checks"]}
+    assert (checks["count"]["end_minus_target"], checks["count"]["end"]) == (-16, "missed")
+    assert (checks["mean_area"]["end_minus_target"], checks["mean_area"]["end"]) == (None, "undecided")
+    assert re.search("  mean_area .* undecided", capsys.readouterr().out)
+
+
+def test_nuclei_of_frames_with_other_channels_are_refused_by_name(tmp_path, monkeypatch):
+    folder = write_trajectory(tmp_path / "t")
+    whole = along.iter_trajectory
+
+    def two_channels(folder, **options):
+        for batch in whole(folder, **options):
+            yield replace(batch, frames=batch.frames[:, :, :2])
+
+    monkeypatch.setattr(along, "iter_trajectory", two_channels)
+    with pytest.raises(UserError, match=r"t: frames of: 2 channels; nuclei are counted in RGB images \(H&E\) only"):
+        along_trajectories([folder], workers=1)
+
+
 def test_sequences_that_lack_rows_are_counted(tmp_path, capsys):
     folder = write_trajectory(tmp_path / "t")
     lines = (folder / "manifest.csv").read_text().splitlines()
@@ -629,16 +756,20 @@ def test_counts_of_small_nuclei_are_refused_for_all_levels():
     for row in rows:
         row[:, 0] = (MIN_PIXELS + 5, MIN_PIXELS - 1, MIN_PIXELS - 1)
     counted = curves.Counted.of(rows, list("abcd"))
-    shown = {point.quantity for point in curves.points(counted, (0.0, 0.5, 1.0), seed=0)}
+    shown = {row["quantity"] for row in curves.means(counted, (0.0, 0.5, 1.0), seed=0)}
     assert shown == {"area_fraction", "darkness"}
 
 
 def test_intervals_are_drawn_over_groups():
     values = np.repeat([1.0, 2.0, 3.0, 4.0], 25)
-    alone = curves._mean_of(values, np.arange(100), seed=0, purpose="x")[1]
-    grouped = curves._mean_of(values, np.repeat(np.arange(4), 25), seed=0, purpose="x")[1]
-    assert alone.value == grouped.value == 2.5
-    assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
+    table = np.full((100, 1, 1 + len(QUANTITIES)), np.nan)
+    table[:, 0, 1 + QUANTITIES.index("darkness")] = values
+    alone, grouped = (
+        curves.means(curves.Counted.of(list(table), groups), (0.0,), seed=0)[0]
+        for groups in (np.arange(100), np.repeat(np.arange(4), 25))
+    )
+    assert alone["mean"] == grouped["mean"] == 2.5
+    assert grouped["high"] - grouped["low"] > 3 * (alone["high"] - alone["low"])
 
 
 def counted_areas(*means: float, num: int, seed: int) -> curves.Counted:
@@ -656,8 +787,8 @@ def verdicts(end: float, *, num: int) -> list[str]:
         made = counted_areas(0.3, 0.35, end, num=num, seed=3 * repeat)
         real = (counted_areas(mean, num=60, seed=3 * repeat + k) for k, mean in ((1, 0.3), (2, 0.45)))
         (check,) = curves.checks(made, (0.0, 0.5, 1.0), *real, None, seed=repeat)
-        assert (check.end == "missed") == (not check.low <= 0 <= check.high)
-        found.append(check.end)
+        assert (check["end"] == "missed") == (not check["low"] <= 0 <= check["high"])
+        found.append(check["end"])
     return found
 
 
@@ -716,7 +847,8 @@ def test_each_of_several_processes_runs_torch_with_one_thread():
         torch.set_num_threads(own)
 
 
-def test_the_benchmark_times_every_size_that_is_asked_for(capsys):
+def test_the_benchmark_times_every_size_that_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "SIZES", ((32, 32, 2), (64, 64, 2), (256, 320, 1)))
     benchmark.main(["--largest", "64"])
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0].strip() for row in rows] == ["32 x 32", "64 x 64"]

@@ -1,50 +1,25 @@
-"""Nuclei along trajectories and in the real patches that they are held against: the content of cellularity.json."""
+"""Nuclei along trajectories and in the real patches beside them: the content of cellularity.json."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import without_nan
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.cellularity.counting import count_arrays, list_images
-from cellflux_bridge.cellularity.curves import Counted, Scored, curves_of, points
-from cellflux_bridge.cellularity.export import as_json
+from cellflux_bridge.cellularity.curves import Counted, Scored, checks, correlations, means
+from cellflux_bridge.cellularity.measurement import QUANTITIES
 from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.images import read_rgb
-from cellflux_bridge.trajectory import TrajectoryHeader, read_header
+from cellflux_bridge.trajectory import TrajectoryHeader, count_incomplete, iter_trajectory, read_header
 
+FORMAT = 2
 _CHUNK = 64
-_Real = tuple[Iterator[np.ndarray], list[str]]
-
-
-def _of_class(patches: Patches, label: str) -> np.ndarray:
-    """The numbers of the test patches of a class."""
-    numbers = patches.indices("test", label)
-    if len(numbers) == 0:
-        raise UserError(
-            f"no real test patch of class {label!r}; set data.split.test, or give --real-source/--real-target"
-        )
-    return numbers
-
-
-def _of_patches(patches: Patches, numbers: np.ndarray) -> _Real:
-    """The middle patches of these numbers, each a stack of one, and their groups."""
-    chunks = (numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK))
-    images = (rgb[None] for part in chunks for rgb in patches.centre(part).permute(0, 2, 3, 1).numpy())
-    return images, [_group(patches, number) for number in numbers]
-
-
-def _group(patches: Patches, number: int) -> str:
-    return patches.group_names[patches.groups[number]]
-
-
-def _of_folder(folder: Path) -> _Real:
-    """The images of a folder, each a stack of one and a group of its own."""
-    files = list_images(folder)
-    return (read_rgb(file)[None] for file in files), [str(file) for file in files]
 
 
 def _scale(folders: Sequence[Path], headers: Sequence[TrajectoryHeader]) -> float | None:
@@ -61,6 +36,68 @@ def _scale(folders: Sequence[Path], headers: Sequence[TrajectoryHeader]) -> floa
     return known[0]
 
 
+def _require_rgb(channels: int, of: str) -> None:
+    if channels != 3:
+        raise UserError(f"{of}: {channels} channels; nuclei are counted in RGB images (H&E) only")
+
+
+def _count_real(images: Iterable[np.ndarray], groups: list[str], label: str, **options) -> list[np.ndarray]:
+    rows = count_arrays((rgb[None] for rgb in images), **options)
+    return list(progress(rows, total=len(groups), desc=f"nuclei of real {label}", unit="image"))
+
+
+def _count_folder(folder: Path, label: str, **options) -> Counted:
+    """The images of a folder, each a group of its own."""
+    files = list_images(folder)
+    groups = [str(file) for file in files]
+    return Counted.of(_count_real(map(read_rgb, files), groups, label, **options), groups)
+
+
+def _count_patches(patches: Patches, ends: tuple[str, str], **options) -> tuple[dict[str, Counted], Scored | None]:
+    """The test patches of both classes, by class, and those with scores; each patch is counted once."""
+    _require_rgb(patches.pixels.shape[-1], "the data")
+    by_class = {label: patches.indices("test", label) for label in ends}
+    for label, numbers in by_class.items():
+        if len(numbers) == 0:
+            raise UserError(
+                f"no real test patch of class {label!r}; set data.split.test, or give --real-source/--real-target"
+            )
+    test = patches.indices("test")
+    with_score = test[np.isfinite(patches.scores[test])]
+    numbers = np.unique(np.concatenate([*by_class.values(), with_score]))
+    chunks = (numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK))
+    images = (rgb for part in chunks for rgb in patches.centre(part).permute(0, 2, 3, 1).numpy())
+    groups = {i: patches.group_names[patches.groups[i]] for i in numbers}
+    rows = dict(zip(numbers, _count_real(images, list(groups.values()), "patches", **options), strict=True))
+
+    def counted(chosen: np.ndarray) -> Counted:
+        return Counted.of([rows[i] for i in chosen], [groups[i] for i in chosen])
+
+    real = {label: counted(chosen) for label, chosen in by_class.items()}
+    return real, Scored(counted(with_score), patches.scores_towards(ends[1], with_score)) if len(with_score) else None
+
+
+def count_trajectory(folder: Path, groups: dict[str, str], **options) -> tuple[list[str], Counted]:
+    """The source ids of a trajectory folder, and the nuclei of all frames, which are read as they are counted.
+
+    `groups` are by source id; a source without one is a group of its own.
+    """
+    ids: list[str] = []
+
+    def sequences() -> Iterator[np.ndarray]:
+        for batch in iter_trajectory(folder, batch_size=16):
+            _require_rgb(batch.frames.shape[2], f"{folder}: frames of")
+            ids.extend(batch.source_ids)
+            yield from (batch.sequence(b) for b in range(len(batch.source_ids)))
+
+    rows = list(progress(count_arrays(sequences(), **options), desc=f"nuclei of {folder.name}", unit="sequence"))
+    if not rows:
+        raise UserError(f"{folder}: no whole sequence to count in; let `cellflux-bridge translate` finish first")
+    found = Counted.of(rows, [groups.get(source, source) for source in ids])
+    found.require_some(of=f"{folder}: its sources")
+    return ids, found
+
+
 def along_trajectories(
     folders: Sequence[Path],
     *,
@@ -73,47 +110,61 @@ def along_trajectories(
 ) -> dict[str, Any]:
     """The content of cellularity.json of trajectory folders of one transition.
 
-    Real patches come from the test split of `patches`, which also tell the sources' groups, or from `real_folders`
-    (source, target), or are left out. `mpp` is microns per pixel of frames and real patches (None: what the
-    trajectories say). Raises UserError for trajectories of two transitions or scales, and where all sources, or all
-    real patches of a class, are grey or inverted; single such images are left out and, in trajectories, counted.
+    Real patches come from the test split of `patches`, which also give the sources' groups, or from `real_folders`
+    (source, target), or are left out. `mpp` is microns per pixel of frames and real patches (None: that of the
+    trajectories). Raises UserError for trajectories of two transitions or scales, for frames that are not RGB, and
+    where all sources, or all real patches of a class, are grey or inverted; single such images are left out and, in
+    trajectories, counted as `unmeasured`.
     """
     parameters = Parameters() if parameters is None else parameters
     headers = [read_header(folder) for folder in folders]
-    source, target = headers[0].source, headers[0].target
+    ends = headers[0].source, headers[0].target
     for folder, header in zip(folders, headers, strict=True):
-        if (header.source, header.target) != (source, target):
-            raise UserError(f"{folder}: {header.source} -> {header.target}, but {folders[0]} is {source} -> {target}")
+        if (header.source, header.target) != ends:
+            raise UserError(f"{folder}: {header.source} -> {header.target}, but {folders[0]} is {ends[0]} -> {ends[1]}")
     mpp = _scale(folders, headers) if mpp is None else mpp
-    groups = {} if patches is None else {id_: _group(patches, i) for i, id_ in enumerate(patches.ids)}
-
-    def count(images: Iterator[np.ndarray], own: list[str], label: str) -> list[np.ndarray]:
-        rows = count_arrays(images, mpp=mpp, parameters=parameters, workers=workers)
-        return list(progress(rows, total=len(own), desc=f"nuclei of real {label}", unit="image"))
-
-    real, scored = {}, None
+    options = {"mpp": mpp, "parameters": parameters, "workers": workers}
+    real, scored, groups = {}, None, {}
+    if patches is not None:
+        groups = {id_: patches.group_names[number] for id_, number in zip(patches.ids, patches.groups, strict=True)}
     if real_folders is not None:
-        found = {label: _of_folder(folder) for label, folder in zip((source, target), real_folders, strict=True)}
-        real = {label: Counted.of(count(images, own, label), own) for label, (images, own) in found.items()}
+        real = {label: _count_folder(of, label, **options) for label, of in zip(ends, real_folders, strict=True)}
     elif patches is not None:
-        by_class = {label: _of_class(patches, label) for label in (source, target)}
-        with_score = patches.indices("test")
-        with_score = with_score[np.isfinite(patches.scores[with_score])]
-        numbers = np.unique(np.concatenate([*by_class.values(), with_score]))
-        rows = dict(zip(numbers, count(*_of_patches(patches, numbers), "patches"), strict=True))  # each counted once
-
-        def counted(chosen: np.ndarray) -> Counted:
-            return Counted.of([rows[i] for i in chosen], [_group(patches, i) for i in chosen])
-
-        real = {label: counted(chosen) for label, chosen in by_class.items()}
-        if len(with_score):
-            scored = Scored(counted(with_score), patches.scores_towards(target, with_score))
+        real, scored = _count_patches(patches, ends, **options)
     for label, of_class in real.items():
-        of_class.require_some(0, of=f"real {label} patches")
-    pair = (real[source], real[target]) if real else None
-    options = {"mpp": mpp, "parameters": parameters, "seed": seed, "workers": workers}
-    curves = [curves_of(folder, groups, pair, scored, **options) for folder in folders]
-    real_points = {label: points(counted, [None], seed=seed) for label, counted in real.items()}
-    levels = dict.fromkeys(level for each in curves for level in each.header.levels)
-    by_level = () if scored is None else scored.points(sorted(levels), seed=seed)
-    return as_json(curves, real_points, by_level, mpp=mpp, parameters=parameters, seed=seed)
+        of_class.require_some(of=f"real {label} patches")
+    trajectories = []
+    for folder, header in zip(folders, headers, strict=True):
+        ids, counted = count_trajectory(folder, groups, **options)
+        shown, refused = counted.split_by_size()
+        beside = (real[ends[0]], real[ends[1]], scored) if real else None
+        trajectories.append(
+            {
+                "trajectory": str(folder),
+                **{key: getattr(header, key) for key in ("method", "source", "target", "config_hash", "levels")},
+                "n": len(ids),
+                "median_area": counted.median_area,
+                "incomplete": count_incomplete(folder),
+                "unmeasured": int(np.isnan(counted.values[..., QUANTITIES.index("area_fraction")]).sum()),
+                "refused": refused,
+                "curves": means(counted, header.levels, seed=seed),
+                "spearman": correlations(counted, header.levels, seed=seed),
+                "checks": checks(counted, header.levels, *beside, seed=seed) if beside else [],
+                "per_source": [
+                    {"source_id": source, **{name: values[:, QUANTITIES.index(name)].tolist() for name in shown}}
+                    for source, values in zip(ids, counted.values, strict=True)
+                ],
+            }
+        )
+    real_rows = [(label, row) for label, of_class in real.items() for row in means(of_class, [None], seed=seed)]
+    levels = sorted({level for header in headers for level in header.levels}) if scored else []
+    content = {
+        "format": FORMAT,
+        "mpp": mpp,
+        "seed": seed,
+        "parameters": asdict(parameters),
+        "trajectories": trajectories,
+        "real": [{"class": label, **{k: v for k, v in row.items() if k != "level"}} for label, row in real_rows],
+        "real_by_level": [row for level in levels for row in means(scored.of_level(level), [level], seed=seed)],
+    }
+    return without_nan(content)

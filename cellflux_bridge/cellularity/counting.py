@@ -5,6 +5,7 @@ import glob
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -14,21 +15,24 @@ from typing import NamedTuple
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import csv_text
 from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
-from cellflux_bridge.cellularity.measurement import MIN_PIXELS, QUANTITIES, measure_all, without_single_nuclei
+from cellflux_bridge.cellularity.measurement import QUANTITIES, measure_all, trusted
 from cellflux_bridge.cellularity.nuclei import NotBrightField, Parameters, segment
 from cellflux_bridge.images import SUFFIXES, UnreadableImage, read_rgb
 
 _SLAB = 64
+_HIDDEN = re.compile(r"\.|@|__MACOSX")
 _COLUMNS = ("path", "width", "height", "median_area", *QUANTITIES, "reason")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files under a folder, by name; UserError where there are none."""
+    """The image files under a folder, by name, without hidden and system files; UserError where there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one that holds images ({', '.join(SUFFIXES)})")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = [path for path in files if not any(_HIDDEN.match(part) for part in path.relative_to(folder).parts)]
     if not files:
         raise UserError(f"{folder}: holds no images; expected files that end in {', '.join(SUFFIXES)}")
     return files
@@ -54,50 +58,56 @@ def _count_file(file: Path, *, mpp: float | None, parameters: Parameters) -> dic
     rgb, labels = segment_file(file, mpp=mpp, parameters=parameters)
     measured, median_area = measure_all(rgb, labels, mpp=mpp)
     size = {"width": rgb.shape[1], "height": rgb.shape[0], "median_area": median_area}
-    return size | asdict(without_single_nuclei(measured) if median_area < MIN_PIXELS else measured)
+    return size | asdict(trusted(measured, median_area))
 
 
-def _count_or_reason(file: Path, *, mpp: float | None, parameters: Parameters) -> list[str]:
+def _count_or_reason(file: Path, *, mpp: float | None, parameters: Parameters) -> list[float | str | None]:
     """The cells of an image file after its path: what was counted, or nothing and the reason."""
     try:
         counted = _count_file(file, mpp=mpp, parameters=parameters)
     except (UnreadableImage, NotBrightField) as error:
         reason = " ".join(str(error).removeprefix(f"{file}: ").split())
-        return [*[""] * (len(_COLUMNS) - 2), reason]
-    return [*("" if isinstance(v, float) and np.isnan(v) else f"{v:.6g}" for v in counted.values()), ""]
+        return [*[None] * (len(_COLUMNS) - 2), reason]
+    return [*map(_short, counted.values()), None]
+
+
+def _short(value: float) -> float | None:
+    """Six significant digits, None for NaN."""
+    short = float(f"{value:.6g}")
+    return None if np.isnan(short) else int(short) if short.is_integer() else short
 
 
 class Tally(NamedTuple):
-    """Of a folder's images: how many have nuclei too small to be counted, and how many could not be measured at all."""
+    """The numbers of a folder's images whose nuclei are too small to be counted, and that could not be measured."""
 
     too_small: int
     unmeasured: int
 
 
 def write_counts(folder: Path, output: Path, *, mpp: float | None, parameters: Parameters, workers: int = 0) -> Tally:
-    """Count every image under a folder into a CSV, a row an image, empty where a quantity does not exist; the row of an
-    image that cannot be read or is grey, dark or inverted holds the reason alone.
+    """Count every image under a folder into a CSV, one row an image.
 
-    Rows are kept beside `output` as they are made: a run that was stopped goes on there, if files and settings are the
-    same. Raises UserError where no image could be measured, when the table is written.
+    A cell is empty where a quantity does not exist. The row of an image that cannot be read or is grey, dark or
+    inverted holds only the reason.
+
+    Rows are kept beside `output` as they are made, and a run that was stopped continues there if files and settings are
+    the same. Raises UserError after the table is written where no image could be measured.
     """
     files = list_images(folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = _kept_place(output, files, mpp=mpp, parameters=parameters)
-    num_lines = _num_whole_lines(kept)
-    done = max(0, num_lines - 1)
+    done = _num_kept_rows(kept)
     with open(kept, "a", buffering=1, newline="", encoding="utf-8") as stream:  # a line is written when it is whole
-        writer = csv.writer(stream)
-        if not num_lines:
-            writer.writerow(_COLUMNS)
+        if not stream.tell():
+            stream.write(csv_text([_COLUMNS]))
         work = partial(_count_or_reason, mpp=mpp, parameters=parameters)
         counted = in_processes(work, files[done:], workers=workers)
         bar = progress(counted, total=len(files), initial=done, desc="nuclei", unit="image")
         for file, cells in zip(files[done:], bar, strict=True):
-            writer.writerow([file.relative_to(folder).as_posix(), *cells])
+            stream.write(csv_text([[file.relative_to(folder).as_posix(), *cells]]))
     os.replace(kept, output)
-    for stale in output.parent.glob(f"{glob.escape(output.name)}.*.tmp"):  # of other files or settings
-        stale.unlink()
+    for outdated in output.parent.glob(f"{glob.escape(output.name)}.*.tmp"):  # of other files or settings
+        outdated.unlink()
     with open(output, newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if not row["count"]]
     refused = [row for row in rows if row["reason"]]
@@ -115,21 +125,21 @@ def _kept_place(output: Path, files: list[Path], *, mpp: float | None, parameter
     return output.with_name(f"{output.name}.{key}.tmp")
 
 
-def _num_whole_lines(table: Path) -> int:
-    """The lines of a CSV, the heading with them, less one that a stop has cut, which is removed."""
+def _num_kept_rows(table: Path) -> int:
+    """The rows of a CSV below its heading, without one that a stop has cut, which is removed."""
     if not table.exists():
         return 0
     content = table.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     os.truncate(table, len(whole))
-    return sum(1 for _ in csv.reader(io.StringIO(whole.decode(), newline="")))
+    return max(0, sum(1 for _ in csv.reader(io.StringIO(whole.decode(), newline=""))) - 1)
 
 
 def count_arrays(
     stacks: Iterable[np.ndarray], *, mpp: float | None, parameters: Parameters, workers: int = 0
 ) -> Iterator[np.ndarray]:
-    """Of each stack of RGB uint8 images (K, H, W, 3): (K, 1 + Q) float64, the median nuclear area in px and every
-    quantity, however small the nuclei; a row of NaN for an image in which nuclei cannot be sought (grey, inverted)."""
+    """For each stack of RGB uint8 images (K, H, W, 3) a table (K, 1 + Q) float64: the median nuclear area in px and
+    every quantity, however small the nuclei. The row of a grey, dark or inverted image is NaN."""
     work = partial(_count_stack, mpp=mpp, parameters=parameters)
     yield from in_processes(work, stacks, workers=workers, slab=_SLAB)
 

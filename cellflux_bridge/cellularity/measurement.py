@@ -1,12 +1,12 @@
-"""What a label map says of an image: how many nuclei, of which size and shape, and how dark."""
+"""Measurements of an image by its label map: how many nuclei, of which size and shape, and how dark."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from cellflux_bridge.images.stain import RUIFROK_HE, optical_density
 
-# Below this median area of an image's nuclei, in px, neighbours run into one another and counts are refused.
+# Below this median area of an image's nuclei, in px, neighbours merge and counts are refused.
 MIN_PIXELS = 16.0
 
 
@@ -32,31 +32,27 @@ class Measurement:
 
 
 QUANTITIES = tuple(field.name for field in fields(Measurement))
-# Those that need nuclei told apart from one another.
+# Those that need single nuclei.
 OF_SINGLE_NUCLEI = ("count", "mean_area", "mean_area_um2", "eccentricity", "density_mm2")
 
 
 def measure_all(rgb: np.ndarray, labels: np.ndarray, *, mpp: float | None = None) -> tuple[Measurement, float]:
     """The measurement of RGB uint8 (H, W, 3) by its label map (H, W), however small the nuclei, and their median
     area in px (NaN without any)."""
-    flat = labels.ravel()
-    area = np.bincount(flat, minlength=2).astype(np.float64)
-    inside = flat > 0
-    present = np.flatnonzero(area[1:]) + 1
-    num, fraction = len(present), float(inside.mean())
+    areas = np.bincount(labels.ravel(), minlength=2).astype(np.float64)
+    areas[0] = 0
+    present = np.flatnonzero(areas)
     square = np.nan if mpp is None else mpp**2
-    density = num / (flat.size * square / 1e6)
-    if num == 0:
+    density = len(present) / (labels.size * square / 1e6)
+    if len(present) == 0:
         return Measurement(0.0, 0.0, np.nan, np.nan, np.nan, np.nan, density), np.nan
-    areas = area[present]
-    # Of nuclear pixels only, and without a matrix product, whose threads would wait on other processes'.
+    areas, nuclear = areas[present], optical_density(rgb[labels > 0])
+    # Without a matrix product, whose threads would wait on those of other processes.
     weights = np.linalg.pinv(RUIFROK_HE)[:, 0]
-    darkness = sum(
-        w * channel for w, channel in zip(weights, optical_density(rgb.reshape(-1, 3)[inside]).T, strict=True)
-    )
+    darkness = sum(w * channel for w, channel in zip(weights, nuclear.T, strict=True))
     measured = Measurement(
-        count=float(num),
-        area_fraction=fraction,
+        count=float(len(present)),
+        area_fraction=float((labels > 0).mean()),
         mean_area=float(areas.mean()),
         mean_area_um2=float(areas.mean() * square),
         eccentricity=float(_eccentricities(labels)[present].mean()),
@@ -81,15 +77,11 @@ def _eccentricities(labels: np.ndarray) -> np.ndarray:
     return np.sqrt(1 - (half - spread) / (half + spread))
 
 
-def without_single_nuclei(measured: Measurement) -> Measurement:
-    """The measurement with NaN for all that needs nuclei told apart."""
-    return Measurement(**{name: np.nan if name in OF_SINGLE_NUCLEI else getattr(measured, name) for name in QUANTITIES})
+def trusted(measured: Measurement, median_area: float) -> Measurement:
+    """The measurement, with NaN for all that needs single nuclei where their median area lies below `MIN_PIXELS`."""
+    return replace(measured, **dict.fromkeys(OF_SINGLE_NUCLEI, np.nan)) if median_area < MIN_PIXELS else measured
 
 
 def measure(rgb: np.ndarray, labels: np.ndarray, *, mpp: float | None = None) -> Measurement:
-    """The measurement of RGB uint8 (H, W, 3) by its label map (H, W); `mpp` microns per pixel.
-
-    Where the nuclei's median area lies below `MIN_PIXELS` all that needs single nuclei is NaN.
-    """
-    measured, median_area = measure_all(rgb, labels, mpp=mpp)
-    return without_single_nuclei(measured) if median_area < MIN_PIXELS else measured
+    """The trusted measurement of RGB uint8 (H, W, 3) by its label map (H, W); `mpp` microns per pixel."""
+    return trusted(*measure_all(rgb, labels, mpp=mpp))

@@ -13,10 +13,10 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.cellularity.parameters import Parameters
 from cellflux_bridge.cellularity.splitting import split
 from cellflux_bridge.images.stain import RUIFROK_HE, macenko_stains
 
-STAINS = ("red", "ruifrok", "macenko")
 # Mean difference of the largest and smallest channel below which an image is grey, median brightness below which it is
 # dark, and how much more green than red and blue an inverted H&E image shows on average, all in grey levels.
 _GREY, _DARK, _GREENER = 3.0, 50.0, 8.0
@@ -25,45 +25,7 @@ _LEAST_CONTRAST = 0.06
 _LEAST_SHARE = 0.5  # of the contrast by fixed stain vectors, that an image's own must reach to be used
 _RADII = (2.0, 40.0)  # px, between which a nuclear radius is sought
 _RADII_UM = (1.5, 12.0)  # microns, where microns per pixel are known
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """How nuclei are sought; lengths are shares of the typical nuclear radius, which each image tells itself.
-
-    stains            "red": absorption of the red channel; "ruifrok", "macenko": of haematoxylin, unmixed by fixed or
-                      by the image's own stain vectors (fixed ones where those are unfit: see `haematoxylin`)
-    smoothing         px, of absorption before it is thresholded
-    threshold         share of the way from the background's mean to Otsu's threshold from which a pixel is nuclear
-    landscape_smoothing, density_smoothing, density_reach, density_weight, split_depth, neck_power: see `splitting`
-    outline           a nucleus ends where absorption has fallen to this share of its own mean, over the background
-    least_area        of a nucleus, as a share of a disc of the typical radius
-    least_contrast    of a nucleus's mean with the background, as a share of that of all nuclear pixels
-    instanseg         a TorchScript file of InstanSeg, which then finds the nuclei instead (see `instanseg`); or ""
-    first_scale, scale, scale_quantile   radius from the mean distance to the background (exactly 1 for discs); from
-                      the area of which this share of the nuclear pixels lies in smaller nuclei (1 for discs)
-    """
-
-    stains: str = "red"
-    instanseg: str = ""
-    smoothing: float = 0.58
-    threshold: float = 0.9
-    landscape_smoothing: float = 0.12
-    density_smoothing: float = 0.34
-    density_reach: float = 0.9
-    density_weight: float = 0.86
-    split_depth: float = 0.07
-    neck_power: float = 1.9
-    outline: float = 0.62
-    least_area: float = 0.03
-    least_contrast: float = 0.35
-    first_scale: float = 0.73
-    scale: float = 1.0
-    scale_quantile: float = 0.64
-
-    def __post_init__(self):
-        if self.stains not in STAINS:
-            raise UserError(f"stains {self.stains!r}: expected {', '.join(STAINS)}")
+_DEFAULT = Parameters()
 
 
 class NotBrightField(UserError):
@@ -146,7 +108,7 @@ def _threshold(absorption: np.ndarray, sigma: float, share: float) -> _Ground | 
     return _Ground(smooth, mask, distance, background, nuclear - background)
 
 
-def segment(rgb: np.ndarray, *, mpp: float | None = None, parameters: Parameters = Parameters()) -> np.ndarray:
+def segment(rgb: np.ndarray, *, mpp: float | None = None, parameters: Parameters = _DEFAULT) -> np.ndarray:
     """The nuclei of an RGB uint8 image (H, W, 3) as a label map (H, W) int32: 0 background, 1..n in no order.
 
     With `mpp` (microns per pixel) the nuclear radius is sought between 1.5 and 12 microns, and no nucleus is smaller
@@ -168,28 +130,13 @@ def segment(rgb: np.ndarray, *, mpp: float | None = None, parameters: Parameters
     density = density / max(float(stained.mean() - density[~ground.mask].mean()), 0.05)
     # The mean distance to the edge is a third of a disc's radius.
     radius = float(np.clip(parameters.first_scale * 3 * ground.distance[ground.mask].mean(), *radii))
-    labels = _split(ground, density, radius, parameters)
+    labels = split(ground.mask, ground.distance, density, radius, parameters)
     areas = np.sort(np.bincount(labels.ravel())[1:])
     if not areas.any():
         return nothing
     middle = areas[np.searchsorted(np.cumsum(areas), parameters.scale_quantile * areas.sum())]
     radius = float(np.clip(parameters.scale * np.sqrt(middle / np.pi), *radii))
-    return _sift(_split(ground, density, radius, parameters), ground, radius, parameters)
-
-
-def _split(ground: _Ground, density: np.ndarray, radius: float, parameters: Parameters) -> np.ndarray:
-    return split(
-        ground.mask,
-        ground.distance,
-        density,
-        radius,
-        smoothing=parameters.landscape_smoothing,
-        density_smoothing=parameters.density_smoothing,
-        density_reach=parameters.density_reach,
-        density_weight=parameters.density_weight,
-        split_depth=parameters.split_depth,
-        neck_power=parameters.neck_power,
-    )
+    return _sift(split(ground.mask, ground.distance, density, radius, parameters), ground, radius, parameters)
 
 
 def _sift(labels: np.ndarray, ground: _Ground, radius: float, parameters: Parameters) -> np.ndarray:

@@ -7,44 +7,36 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
+from cellflux_bridge.cellularity.parameters import Parameters
+
 # Of a straight border at a random angle, the number of neighbouring pixel pairs across it a pixel of its length.
 _PAIRS_A_PIXEL = 1.27
 
 
 def split(
-    mask: np.ndarray,
-    distance: np.ndarray,
-    density: np.ndarray,
-    radius: float,
-    *,
-    smoothing: float,
-    density_smoothing: float,
-    density_reach: float,
-    density_weight: float,
-    split_depth: float,
-    neck_power: float,
+    mask: np.ndarray, distance: np.ndarray, density: np.ndarray, radius: float, parameters: Parameters
 ) -> np.ndarray:
     """Label map (H, W) int32 of `mask` (H, W) bool; some numbers stay unused.
 
     The landscape is `distance` to the background (H, W) px over `radius` px, plus `density_weight` times `density`
     (H, W; 1 is a typical nucleus's) less its mean over a square of `density_reach` to either side: inside a clump,
-    nuclei are darker than what lies between them. `smoothing` and `density_smoothing` are those of Gaussians; both,
-    and the reach, are in radii. The peaks are flooded; two neighbouring basins become one where the pass between them
-    lies less than `split_depth` below the lower peak, times (length of their border / diameter of the smaller) to
+    nuclei are darker than what lies between them. `landscape_smoothing` and `density_smoothing` are those of Gaussians;
+    both, and the reach, are in radii. The peaks are flooded. Two neighbouring basins become one where the pass between
+    them lies less than `split_depth` below the lower peak, times (length of their border / diameter of the smaller) to
     `neck_power`: the narrower the neck, the shallower it may be.
     """
-    reach = smoothing * radius
+    reach = parameters.landscape_smoothing * radius
     height = ndimage.gaussian_filter(distance / np.float32(radius), reach, truncate=3)
-    fine = ndimage.gaussian_filter(density, max(density_smoothing * radius, 0.5), truncate=2.5)
-    around = ndimage.uniform_filter(fine, max(3, 2 * round(density_reach * radius) + 1))
-    height += np.float32(density_weight) * (fine - around)
+    fine = ndimage.gaussian_filter(density, max(parameters.density_smoothing * radius, 0.5), truncate=2.5)
+    around = ndimage.uniform_filter(fine, max(3, 2 * round(parameters.density_reach * radius) + 1))
+    height += np.float32(parameters.density_weight) * (fine - around)
     peaks = mask & (height == ndimage.maximum_filter(height, max(3, 2 * round(reach) + 1)))
     markers, num = ndimage.label(peaks, structure=np.ones((3, 3)))
     if num == 0:
         return np.zeros(mask.shape, np.int32)
     top = np.zeros(num + 1)
     top[markers[peaks]] = height[peaks]
-    return _merge(watershed(-height, markers, mask=mask), height, top, split_depth=split_depth, neck_power=neck_power)
+    return _merge(watershed(-height, markers, mask=mask), height, top, parameters)
 
 
 def _borders(basins: np.ndarray, height: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -66,15 +58,13 @@ def _borders(basins: np.ndarray, height: np.ndarray, num: int) -> tuple[np.ndarr
     return key[starts] // (num + 1), key[starts] % (num + 1), over[starts], length
 
 
-def _merge(
-    basins: np.ndarray, height: np.ndarray, top: np.ndarray, *, split_depth: float, neck_power: float
-) -> np.ndarray:
+def _merge(basins: np.ndarray, height: np.ndarray, top: np.ndarray, parameters: Parameters) -> np.ndarray:
     """Join basins with peaks of height `top` (num + 1,), highest pass first; the higher peak is the joined one's."""
     num = len(top) - 1
     first, second, over, length = _borders(basins, height, num)
     area = np.bincount(basins.ravel(), minlength=num + 1)
     diameter = 2 * np.sqrt(np.maximum(np.minimum(area[first], area[second]), 1) / np.pi)
-    tolerance = split_depth * (length / diameter) ** neck_power
+    tolerance = parameters.split_depth * (length / diameter) ** parameters.neck_power
     root, peak = list(range(num + 1)), top.tolist()
 
     def find(label: int) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from scipy.stats import pearsonr, spearmanr
+from skimage.metrics import contingency_table
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.parallel import in_processes
@@ -16,17 +16,20 @@ from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.base.statistics import NUM_RESAMPLES, Estimate, bootstrap, estimate
 from cellflux_bridge.cellularity.counting import count_images, list_images, segment_file
+from cellflux_bridge.cellularity.label_maps import SUFFIXES, find_label_map, read_label_map
 from cellflux_bridge.cellularity.nuclei import Parameters
 
 
 class Compared(NamedTuple):
-    """One image's found label map against the true one; two nuclei match at an intersection over union above 0.5."""
+    """One image's found label map against the true one; two nuclei match at an intersection over union above 0.5.
+    `was_mask` where the true one had no numbers and its connected parts were taken for nuclei."""
 
     num_true: int
     num_found: int
     num_matched: int
     area_true: float
     area_found: float
+    was_mask: bool = False
 
 
 class Scores(NamedTuple):
@@ -45,15 +48,13 @@ class Scores(NamedTuple):
 
 
 def compare(truth: np.ndarray, found: np.ndarray) -> Compared:
-    """Match the nuclei of two label maps (H, W), 0 background. Above a half, a nucleus has one match at most."""
-    true_ids, true = np.unique(truth, return_inverse=True)
-    found_ids, own = np.unique(found, return_inverse=True)
-    table = np.zeros((len(true_ids), len(found_ids)), np.int64)
-    np.add.at(table, (true.ravel(), own.ravel()), 1)
-    union = table.sum(1, keepdims=True) + table.sum(0) - table
-    matched = table / union > 0.5
-    matched = matched[np.ix_(true_ids > 0, found_ids > 0)]
-    return Compared(*matched.shape, int(matched.sum()), float((truth > 0).mean()), float((found > 0).mean()))
+    """Match the nuclei of two label maps (H, W) of int, 0 background. Above a half, a nucleus has one match at most."""
+    table = contingency_table(truth, found).tocoo()
+    area_true, area_found = np.bincount(truth.ravel()), np.bincount(found.ravel())
+    union = area_true[table.row] + area_found[table.col] - table.data
+    matched = (table.row > 0) & (table.col > 0) & (table.data / union > 0.5)
+    num_true, num_found = (int(np.count_nonzero(areas[1:])) for areas in (area_true, area_found))
+    return Compared(num_true, num_found, int(matched.sum()), float((truth > 0).mean()), float((found > 0).mean()))
 
 
 def _f1(matched: np.ndarray, nuclei: np.ndarray) -> np.ndarray:
@@ -63,7 +64,7 @@ def _f1(matched: np.ndarray, nuclei: np.ndarray) -> np.ndarray:
 
 def score(compared: Sequence[Compared]) -> Scores:
     """The scores of some images; NaN are the count errors where none shows nuclei, and correlations of under three."""
-    true, found, matched, area_true, area_found = np.array(compared, np.float64).T
+    true, found, matched, area_true, area_found, _ = np.array(compared, np.float64).T
     shows = true > 0
     errors = np.abs(found - true)[shows] / true[shows] if shows.any() else np.array([np.nan])
     constant = len(compared) < 3 or min(np.ptp(area_true), np.ptp(area_found)) == 0
@@ -80,34 +81,31 @@ def score(compared: Sequence[Compared]) -> Scores:
 
 
 def _compare_file(pair: tuple[Path, Path], *, mpp: float | None, parameters: Parameters) -> Compared:
-    image, labels = pair
-    try:
-        with Image.open(labels) as file:
-            truth = np.asarray(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{labels}: truncated or not an image ({error})") from error
-    _, found = segment_file(image, mpp=mpp, parameters=parameters)
-    if truth.shape != found.shape:
-        raise UserError(f"{labels}: a label map of {truth.shape}, its image has {found.shape}")
-    return compare(truth, found)
+    _, found = segment_file(pair[0], mpp=mpp, parameters=parameters)
+    truth, was_mask = read_label_map(pair[1], found.shape)
+    return compare(truth, found)._replace(was_mask=was_mask)
 
 
 def score_label_maps(
     folder: Path, *, mpp: float | None = None, parameters: Parameters, workers: int = 0
 ) -> tuple[list[str], list[str], list[Compared]]:
-    """Compare every image of `folder`/images with the label map of its name in `folder`/labels (PNG, 0 background).
+    """Compare every image of `folder`/images with the label map of its name in `folder`/labels (see `label_maps`).
 
     Returns the names, each one's group (column `group`, or one that ends in `_group`, of `folder`/index.csv by its
-    column `id`; "" without), and what was found.
+    column `id`; "" without), and what was found. UserError for images without a label map and for what is none.
     """
     images = list_images(folder / "images")
-    pairs = [(image, folder / "labels" / f"{image.stem}.png") for image in images]
-    missing = [labels for _, labels in pairs if not labels.exists()]
+    names = [image.relative_to(folder / "images").with_suffix("").as_posix() for image in images]
+    maps = [find_label_map(folder / "labels", name) for name in names]
+    missing = [name for name, path in zip(names, maps, strict=True) if path is None]
     if missing:
-        raise UserError(f"{missing[0]}: no such label map ({len(missing)} of {len(pairs)} images have none)")
-    work = in_processes(partial(_compare_file, mpp=mpp, parameters=parameters), pairs, workers=workers)
-    compared = list(progress(work, total=len(pairs), desc="label maps", unit="image"))
-    names = [image.stem for image in images]
+        raise UserError(
+            f"{folder / 'labels' / missing[0]}.png: no such label map ({len(missing)} of {len(images)} images have "
+            f"none); expected the image's name with {', '.join(SUFFIXES)}"
+        )
+    work = partial(_compare_file, mpp=mpp, parameters=parameters)
+    found = in_processes(work, list(zip(images, maps, strict=True)), workers=workers)
+    compared = list(progress(found, total=len(images), desc="label maps", unit="image"))
     groups = _groups(folder / "index.csv")
     return names, [groups.get(name, "") for name in names], compared
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cellularity.export import FORMAT as CELLULARITY_FORMAT
+from cellflux_bridge.cellularity.along import FORMAT as CELLULARITY_FORMAT
 from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.metrics.results import FORMAT
 
