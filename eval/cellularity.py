@@ -7,9 +7,7 @@ python eval/cellularity.py --annotated breastpathq.csv
 python eval/cellularity.py --label-maps dsb2018_nuclei
 """
 
-import sys
-
-from cellflux_bridge.cli import main
+from cellflux_bridge.cli import script
 
 if __name__ == "__main__":
-    main(["cellularity", *sys.argv[1:]])
+    script("cellularity")

@@ -4,9 +4,7 @@
         --classifier runs/lung/judge_rgb --classifier runs/lung/judge_grey
 """
 
-import sys
-
-from cellflux_bridge.cli import main
+from cellflux_bridge.cli import script
 
 if __name__ == "__main__":
-    main(["classify", *sys.argv[1:]])
+    script("classify")

@@ -6,9 +6,7 @@
         --scores runs/severity/judge_rgb --unguided runs/phantom/trajectories/unguided --output metrics.json
 """
 
-import sys
-
-from cellflux_bridge.cli import main
+from cellflux_bridge.cli import script
 
 if __name__ == "__main__":
-    main(["evaluate", *sys.argv[1:]])
+    script("evaluate")

@@ -4,9 +4,7 @@ python eval/report.py runs/lung
 python eval/report.py runs/phantom runs/phantom_depth --output reports/phantom.html --sequences 20
 """
 
-import sys
-
-from cellflux_bridge.cli import main
+from cellflux_bridge.cli import script
 
 if __name__ == "__main__":
-    main(["report", *sys.argv[1:]])
+    script("report")

@@ -4,9 +4,7 @@ python eval/translate.py runs/lung --source lung_n --target lung_aca translate.n
 torchrun --nproc_per_node 8 eval/translate.py runs/mhist --source HP --target SSA
 """
 
-import sys
-
-from cellflux_bridge.cli import main
+from cellflux_bridge.cli import script
 
 if __name__ == "__main__":
-    main(["translate", *sys.argv[1:]])
+    script("translate")

@@ -3,9 +3,7 @@
 python eval/video.py runs/lung/trajectories/lung_n_to_lung_aca_progression video.fps=12 video.sequences=6
 """
 
-import sys
-
-from cellflux_bridge.cli import main
+from cellflux_bridge.cli import script
 
 if __name__ == "__main__":
-    main(["video", *sys.argv[1:]])
+    script("video")

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from cellflux_bridge import cli
+from cellflux_bridge.cli.parse import COMMANDS
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.config import load_config
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = tuple(cli._COMMANDS)
+COMMANDS = tuple(COMMANDS)
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("train", "eval") for path in (ROOT / folder).glob("*.py"))
 
 
@@ -24,6 +25,7 @@ def test_help_needs_no_torch():
     program = f"""
 import sys
 from cellflux_bridge import cli
+from cellflux_bridge.cli.parse import COMMANDS
 for arguments in [["--help"], ["--version"], *([command, "--help"] for command in {COMMANDS!r})]:
     try:
         cli.main(arguments)
@@ -95,7 +97,7 @@ def test_signals_and_full_disks_end_without_a_traceback(monkeypatch, capsys):
         def raising(where, overrides):
             raise error
 
-        monkeypatch.setattr(cli, "_config", raising)
+        monkeypatch.setattr("cellflux_bridge.cli.config.configuration", raising)
         with pytest.raises(SystemExit) as end:
             cli.main(["config", "show", "x.yaml"])
         return end.value.code

@@ -6,9 +6,7 @@ python train/classifier.py configs/lung.yaml data.root=/data/lc25000_lung classi
 python train/classifier.py configs/lung.yaml data.root=/data/lc25000_lung classifier.role=guide classifier.sees=state
 """
 
-import sys
-
-from cellflux_bridge.cli import main
+from cellflux_bridge.cli import script
 
 if __name__ == "__main__":
-    main(["train-classifier", *sys.argv[1:]])
+    script("train-classifier")

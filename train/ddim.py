@@ -5,9 +5,7 @@ python train/bridge.py configs/ddim_lung.yaml data.root=/data/lc25000_lung
 python train/bridge.py runs/ddim_lung ddim.denoiser.train.max_cpu_minutes=30    # goes on where it was stopped
 """
 
-import sys
-
-from cellflux_bridge.cli import main
+from cellflux_bridge.cli import script
 
 if __name__ == "__main__":
-    main(["train-ddim", *sys.argv[1:]])
+    script("train-ddim")

@@ -5,9 +5,7 @@ python train/flow.py configs/lung.yaml data.root=/data/lc25000_lung train.steps=
 torchrun --nproc_per_node 8 train/flow.py configs/mhist.yaml data.root=/data/mhist
 """
 
-import sys
-
-from cellflux_bridge.cli import main
+from cellflux_bridge.cli import script
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    script("train")

@@ -1,0 +1,3 @@
+from cellflux_bridge.cli import main
+
+main()

@@ -1,0 +1,101 @@
+"""`cellflux-bridge cellularity`"""
+
+import argparse
+import math
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.cli.places import (
+    configuration,
+    tell_written,
+    trajectories_and_overrides,
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    """cellularity TRAJECTORY_OR_RUN ...: count nuclei along the levels, beside real patches of both classes.
+
+    With --images, --annotated or --label-maps: of a folder's images, against annotated cellularity, or label maps.
+    """
+    from cellflux_bridge.cellularity.nuclei import Parameters
+
+    if args.mpp is not None and not 0 < args.mpp < math.inf:
+        raise UserError(f"--mpp {args.mpp}: expected microns per pixel, above 0")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: expected a number of processes, or 0 for one a core")
+    other = {"--images": args.images, "--annotated": args.annotated, "--label-maps": args.label_maps}
+    asked = [flag for flag, given in other.items() if given is not None]
+    if len(asked) + (args.config is not None) != 1:
+        raise UserError(f"expected trajectories or one of {', '.join(other)}; given: {', '.join(asked) or 'nothing'}")
+    if args.instanseg is not None and not args.instanseg.is_file():
+        raise UserError(
+            f"--instanseg {args.instanseg}: no such file; expected InstanSeg's TorchScript file, instanseg.pt"
+        )
+    if args.instanseg is not None and args.stains != "red":
+        raise UserError(f"--stains {args.stains}: --instanseg finds nuclei without stains; leave one out")
+    parameters = Parameters(stains=args.stains, instanseg=str(args.instanseg or ""))
+    if args.config is None:
+        for flag, given in (("--real-source", args.real_source), ("--real-target", args.real_target)):
+            if given is not None:
+                raise UserError(f"{flag}: goes with trajectories, not with {asked[0]}")
+        if args.output is not None and args.images is None:
+            raise UserError(f"--output: {asked[0]} prints its figures and writes nothing")
+        _cellularity_of_images(args, parameters)
+        return
+    from cellflux_bridge.base.files import require_json
+    from cellflux_bridge.cellularity.along import along_trajectories
+    from cellflux_bridge.cellularity.export import summary, write_results
+
+    folders, overrides = trajectories_and_overrides(args)
+    output = args.output or folders[0] / "cellularity.json"
+    require_json(output)
+    if (args.real_source is None) != (args.real_target is None):
+        raise UserError("--real-source and --real-target: give both folders, or neither")
+    patches = None
+    if args.real_source is None and (folders[0] / "config.yaml").exists():
+        from cellflux_bridge.data.patches import load_patches
+
+        config = configuration(folders[0], overrides)
+        patches = load_patches(config.data, seed=config.seed)
+    elif overrides:
+        raise UserError(f"{overrides[0]}: the trajectory has no configuration to override, or real folders are given")
+    content = along_trajectories(
+        folders,
+        patches=patches,
+        real_folders=None if args.real_source is None else (args.real_source, args.real_target),
+        mpp=args.mpp,
+        parameters=parameters,
+        workers=args.workers,
+    )
+    files = write_results(content, output)
+    print(summary(content))
+    tell_written(files)
+
+
+def _cellularity_of_images(args: argparse.Namespace, parameters) -> None:
+    from cellflux_bridge.cellularity import counting, validation
+    from cellflux_bridge.cellularity.measurement import MIN_PIXELS
+
+    if args.images is not None:
+        output = args.output or args.images.with_name(f"{args.images.name}_nuclei.csv")
+        tally = counting.write_counts(args.images, output, mpp=args.mpp, parameters=parameters, workers=args.workers)
+        if tally.too_small:
+            print(f"{tally.too_small} images: nuclei under {MIN_PIXELS:g} px, counts are left out")
+        if tally.unmeasured:
+            print(f"{tally.unmeasured} images: could not be measured; the column reason says why")
+        print(f"wrote: {output}")
+    elif args.annotated is not None:
+        found = validation.agree(args.annotated, mpp=args.mpp, parameters=parameters, workers=args.workers)
+        print(f"{args.annotated}: {found.n} images")
+        for name, one in zip(found._fields[1:], found[1:], strict=True):
+            print(f"  {name:<20} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]")
+    else:
+        _, groups, compared = validation.score_label_maps(
+            args.label_maps, mpp=args.mpp, parameters=parameters, workers=args.workers
+        )
+        for group in ["all", *(sorted(set(groups)) if len(set(groups)) > 1 else [])]:
+            chosen = [one for one, of in zip(compared, groups, strict=True) if group in ("all", of)]
+            values = validation.score(chosen)._asdict().items()
+            shown = (f"{name} {'undefined' if math.isnan(value) else f'{value:.4g}'}" for name, value in values)
+            print(f"{group}: " + "  ".join(shown))
+        if num_masks := sum(one.was_mask for one in compared):
+            print(f"{num_masks} label maps are masks without numbers: their connected parts were taken for nuclei")

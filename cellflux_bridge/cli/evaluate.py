@@ -1,0 +1,45 @@
+"""`cellflux-bridge evaluate`"""
+
+import argparse
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.cli.places import (
+    configuration,
+    tell_written,
+    trajectories_and_overrides,
+    trajectory_folder,
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    """evaluate TRAJECTORY_OR_RUN ...: fidelity, calibration, preservation and cost of methods side by side."""
+    from cellflux_bridge import checkpoint
+    from cellflux_bridge.base.files import require_json
+    from cellflux_bridge.metrics.evaluate import evaluate
+    from cellflux_bridge.metrics.results import write_results
+    from cellflux_bridge.training.processes import make_fabric
+
+    folders, overrides = trajectories_and_overrides(args)
+    for flag, given in (("--judge", args.judge), ("--features", args.features)):
+        if not given:
+            raise UserError(f"{flag}: none given; name the run of a classifier (cellflux-bridge train-classifier)")
+    output = args.output or folders[0] / "metrics.json"
+    require_json(output)
+    judge = configuration(checkpoint.latest(args.judge[0]), overrides)
+    fabric = make_fabric(judge.classifier.train, section="classifier.train")
+    evaluation = evaluate(
+        folders,
+        judges=args.judge,
+        features=args.features,
+        scores=args.scores,
+        cycle=None if args.cycle is None else trajectory_folder(args.cycle),
+        unguided=[trajectory_folder(text) for text in args.unguided],
+        num_levels=args.levels,
+        max_real=args.max_real,
+        overrides=overrides,
+        device=fabric.device,
+        cache=output.with_suffix(".cache"),
+    )
+    files, table = write_results(evaluation, output)
+    print(table)
+    tell_written(files)

@@ -1,0 +1,139 @@
+"""The table of commands: what each takes. A command is a module of this folder with a function `run(args)`."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cellflux_bridge.base.errors import UserError
+
+Flag = tuple[str, dict[str, Any]]
+
+
+class Command(NamedTuple):
+    """A command's positional argument, its flags, the fixed word after its name, and whether several processes share
+    its work (of any other command one process is enough). `optional`: the positional argument may be missing."""
+
+    positional: str
+    flags: tuple[Flag, ...] = ()
+    word: str | None = None
+    shared: bool = False
+    optional: bool = False
+
+
+def _flag(name: str, help: str, **options: Any) -> Flag:
+    return name, {"help": help, **options}
+
+
+def _path(name: str, help: str, **options: Any) -> Flag:
+    return _flag(name, help, type=Path, **options)
+
+
+_TRUST = _flag(
+    "--trust", "import the modules that a run or trajectory names (package.module:Class)", action="store_true"
+)
+_FOLDER = _path("--output", "folder to write to instead of the default")
+COMMANDS = {
+    "data": Command(
+        "CONFIG", (_path("--output", "PNG file for the contact sheet instead of the default"),), word="check"
+    ),
+    "config": Command("CONFIG_OR_RUN", (_flag("--key", "print the value of one key only"),), word="show"),
+    "train": Command("CONFIG_OR_RUN", shared=True),
+    "train-classifier": Command("CONFIG_OR_RUN", shared=True),
+    "train-ddim": Command("CONFIG_OR_RUN", shared=True),
+    "translate": Command(
+        "RUN",
+        (
+            _flag("--source", "class of the images to carry"),
+            _flag("--target", "class to carry them to"),
+            _FOLDER,
+            _flag("--overwrite", "remove an earlier translation that differs", action="store_true"),
+        ),
+        shared=True,
+    ),
+    "classify": Command(
+        "TRAJECTORY_OR_RUN",
+        (_flag("--classifier", "may be repeated; default: the run's own", action="append", metavar="RUN"),),
+    ),
+    "evaluate": Command(
+        "TRAJECTORY_OR_RUN",
+        (
+            _path("--judge", "classifier that judges; may be repeated", action="append", metavar="RUN"),
+            _flag(
+                "--features",
+                "classifier that neither guided nor judges, or timm:, hf-hub:, local-dir:",
+                metavar="RUN",
+            ),
+            _path("--scores", "classifier of severity (classifier.labels=score)", metavar="RUN"),
+            _flag("--unguided", "the same method unguided", action="append", default=[], metavar="TRAJECTORY"),
+            _flag("--cycle", "carries the last frames of one of these back again", metavar="TRAJECTORY"),
+            _flag("--levels", "levels at which methods are compared (10)", type=int, default=10),
+            _flag("--max-real", "most real patches of a class to compare to (10,000)", type=int, default=10_000),
+            _path("--output", "metrics.json to write, .csv and .md beside it"),
+        ),
+    ),
+    "cellularity": Command(
+        "TRAJECTORY_OR_RUN",
+        (
+            _path("--output", "cellularity.json to write, .csv beside it; a CSV with --images"),
+            _path("--real-source", "real source patches, of the frames' scale", metavar="FOLDER"),
+            _path("--real-target", "real target patches, of the frames' scale", metavar="FOLDER"),
+            _path("--images", "count in a folder's images instead", metavar="FOLDER"),
+            _path("--annotated", "columns path, cellularity: how well they agree", metavar="CSV"),
+            _path("--label-maps", "images/ and labels/: how well nuclei match", metavar="FOLDER"),
+            _flag("--mpp", "microns per pixel of what is counted (default: a trajectory's own)", type=float),
+            _path("--instanseg", "let InstanSeg's TorchScript file find the nuclei", metavar="FILE"),
+            _flag("--stains", "red (the red channel's absorption), ruifrok or macenko", default="red"),
+            _flag("--workers", "processes (0: one a core)", type=int, default=0),
+        ),
+        optional=True,
+    ),
+    "video": Command("TRAJECTORY_OR_RUN", (_FOLDER,)),
+    "report": Command(
+        "RUN",
+        (
+            _path("--output", "HTML file (default: report.html in the first run), figures/ beside it"),
+            _flag("--sequences", "most sources to show of each transition (50)", type=int, default=50),
+        ),
+    ),
+}
+
+
+def _function(name: str) -> Callable[[argparse.Namespace], None]:
+    return import_module(f"cellflux_bridge.cli.{name.replace('-', '_')}").run
+
+
+def usage() -> str:
+    """The help of `cellflux-bridge` itself: the first line of every command's docstring."""
+    lines = ["usage: cellflux-bridge COMMAND CONFIG_OR_RUN [key.sub=value ...]", "", "commands:"]
+    lines += [f"  {_function(name).__doc__.splitlines()[0]}" for name in COMMANDS]
+    lines += [
+        "",
+        "key.sub=value overrides the YAML file, as in train.steps=2000; `cellflux-bridge config show CONFIG` prints",
+        "every key. `cellflux-bridge COMMAND --help` explains a command's flags. For research only.",
+    ]
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, Callable[[argparse.Namespace], None], argparse.Namespace]:
+    """The command that a command line means, its function and the arguments for it."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        raise SystemExit(0 if argv else 2)
+    if argv[0] == "--version":
+        from cellflux_bridge import __version__
+
+        print(__version__)
+        raise SystemExit(0)
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}; known: {', '.join(COMMANDS)}")
+    command, function = COMMANDS[argv[0]], _function(argv[0])
+    parser = argparse.ArgumentParser(prog=f"cellflux-bridge {argv[0]}", description=function.__doc__)
+    if command.word is not None:
+        parser.add_argument("action", choices=[command.word])
+    parser.add_argument("config", metavar=command.positional, **({"nargs": "?"} if command.optional else {}))
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
+    for name, options in (*command.flags, _TRUST):
+        parser.add_argument(name, **options)
+    return command, function, parser.parse_intermixed_args(argv[1:])

@@ -1,0 +1,45 @@
+"""`cellflux-bridge train`"""
+
+import argparse
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.cli.places import (
+    configuration,
+    holds_ddim,
+    start,
+    tell_trained,
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    """train CONFIG_OR_RUN: train the flow, or go on where its run was stopped."""
+    from cellflux_bridge.flow.levels import target_levels
+    from cellflux_bridge.flow.task import FlowTask, build_flow
+    from cellflux_bridge.training.loop import fit
+    from cellflux_bridge.training.processes import on_rank_zero
+    from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
+
+    config = configuration(args.config, args.overrides)
+    if config.data.classes is not None:
+        build_flow(config)  # what cannot fit is said before anything is decoded
+    fabric, config, patches = start(config, config.train, section="train")
+    by_level = config.condition.target == "level"
+    crossfit = by_level and config.condition.level == "crossfit"
+
+    def prepare() -> None:
+        if holds_ddim(config.output):
+            raise UserError(f"{config.output}: holds a reference bridge's run; choose another output for the flow")
+        unused = ("ddim",) if crossfit else ("ddim", "classifier")
+        require_free(config.output, config, ignore=unused, resume=config.train.resume)
+        record_splits(config.output, patches)
+        claim(config.output, config)
+
+    task = FlowTask(config, patches)  # refuses what cannot be trained before anything is written
+    on_rank_zero(fabric, prepare)
+    if by_level:
+        levels = target_levels(config, patches, folder=config.output, fabric=fabric)
+        fabric.seed_everything(config.seed, verbose=False)  # cross-fitting drew, where it was not done already
+        task = FlowTask(config, patches, levels=levels)
+    newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
+    if fabric.is_global_zero:
+        tell_trained(newest, last_values(config.output, "val/"))

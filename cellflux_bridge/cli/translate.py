@@ -1,0 +1,33 @@
+"""`cellflux-bridge translate`"""
+
+import argparse
+from pathlib import Path
+
+from cellflux_bridge.cli.places import (
+    configuration,
+    holds_ddim,
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    """translate RUN: carry held-out patches of one class to another and write the sequences.
+
+    A YAML file in the place of RUN names weights of a reference bridge that were trained elsewhere.
+    """
+    where = Path(args.config)
+    if where.is_file():
+        config = configuration(args.config, args.overrides)
+        # A file that names weights is a reference bridge itself; another one stands for the run that it made.
+        where = where if config.ddim.denoiser.weights is not None else config.output
+    if where.is_file() or holds_ddim(where):
+        from cellflux_bridge.translation.ddim import DDIMTranslator as Kind
+    else:
+        from cellflux_bridge.api import Bridge as Kind
+
+    translator = Kind.load(where, args.overrides)
+    folder, figures = translator.translate_split(
+        source=args.source, target=args.target, output=args.output, overwrite=args.overwrite
+    )
+    made = figures["made_now"]
+    pace = f", {figures['seconds'] / made:.3f} s each" if made else ""
+    translator.fabric.print(f"sequences: {folder} ({figures['sequences']}, {made} made now{pace})")
