@@ -200,7 +200,7 @@ def test_what_a_file_is_and_not_what_it_is_called_decides(tmp_path):
     for format_ in ("BMP", "GIF", "WEBP", "PPM", "ICO", "TGA"):
         image.save(tmp_path / "x.png", format=format_)
         for read in (images.read_rgb, images.read_size):
-            with pytest.raises(images.UnreadableImage, match=r"x\.png: (not a PNG, JPEG, TIFF or NPY|truncated)"):
+            with pytest.raises(images.UnreadableImage, match=r"x\.png: truncated,? or not"):
                 read(tmp_path / "x.png")
     image.save(tmp_path / "x.png", save_all=True, append_images=[Image.new("RGB", (16, 8))])
     with pytest.raises(images.UnreadableImage, match="animated PNG of 2 images"):

@@ -82,9 +82,8 @@ def _open(path: Path, use: Callable[[_ImageInFile], Any]) -> Any:
     except UnreadableImage as error:
         raise UnreadableImage(f"{path}: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise UnreadableImage(
-            f"{path}: not a PNG, JPEG, TIFF or NPY file, whatever its name says; convert it"
-        ) from error
+        found = "no PNG, JPEG, TIFF or NPY file, whatever its name says"
+        raise UnreadableImage(f"{path}: truncated or not an image ({found})") from error
     except Exception as error:  # decoders stumble over damaged files in many ways
         raise UnreadableImage(f"{path}: truncated or not an image ({error})") from error
 

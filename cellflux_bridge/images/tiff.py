@@ -165,11 +165,11 @@ def _stated_white(tiff: TiffFile, page: TiffPage) -> int | None:
 
 
 def _require_whole(page: TiffPage, first: TiffPage, tiff: TiffFile) -> None:
-    """UnreadableImage where the data of a page is not all there, or unpacks to more than the page has room for."""
+    """ValueError where the data of a page is not all there, UnreadableImage where it unpacks to more than has room."""
     size = tiff.filehandle.size
     counts, offsets = page.databytecounts, page.dataoffsets
     if not counts or any(not count or offset + count > size for offset, count in zip(offsets, counts, strict=True)):
-        raise UnreadableImage("is truncated: data that its header names is not there")
+        raise ValueError("data that its header names is not there")
     room = int(np.prod(first.chunks)) * first.dtype.itemsize
     if room > max(first.nbytes, 2**24):
         raise UnreadableImage(f"its tiles are larger than it ({first.chunks}); write it without tiles")
@@ -183,4 +183,4 @@ def _require_whole(page: TiffPage, first: TiffPage, tiff: TiffFile) -> None:
                 raise UnreadableImage("refused as a decompression bomb: its data unpacks to more than its header says")
             total += unpacked
     if total < first.nbytes:
-        raise UnreadableImage("is truncated: it holds fewer samples than its header says")
+        raise ValueError("it holds fewer samples than its header says")
