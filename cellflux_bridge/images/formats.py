@@ -81,6 +81,8 @@ def _open(path: Path, use: Callable[[_ImageInFile], Any]) -> Any:
         raise UnreadableImage(f"{path}: no such file") from error
     except UnreadableImage as error:
         raise UnreadableImage(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"{path}: refused as a decompression bomb ({error})") from error
     except Image.UnidentifiedImageError as error:
         found = "no PNG, JPEG, TIFF or NPY file, whatever its name says"
         raise UnreadableImage(f"{path}: truncated or not an image ({found})") from error
