@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -56,8 +57,33 @@ def test_sixteen_bits_are_scaled_by_1_257(tmp_path, suffix):
     assert read_back(image, tmp_path / f"x.{suffix}")[0, :, 0].tolist() == [0, 1, 100, 201, 250, 255]
 
 
-def test_a_dark_sixteen_bit_image_stays_dark(tmp_path):
-    assert read_back(Image.fromarray(row(0, 200, 255, dtype=np.uint16)), tmp_path / "x.png").max() == 1
+def png16(path, values: np.ndarray) -> None:
+    """A PNG of 16-bit samples (H, W, C): grey, grey and alpha, RGB or RGBA. Pillow writes grey only."""
+    height, width, channels = values.shape
+    pixels = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    path.write_bytes(png(struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0), zlib.compress(pixels)))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_fewer_bits_in_sixteen_are_refused_and_sixteen_are_read(tmp_path, channels, bits):
+    grey = np.array([[0, 60, 200, 255]], np.uint16)
+    values = np.stack([grey] * channels, axis=-1) * 257
+    low = values >> (16 - bits)
+    if channels in (2, 4):  # transparent pixels become white, whatever the colours' range is
+        values[..., -1] = low[..., -1] = 65535
+        low[0, 0, -1] = 0
+    png16(tmp_path / "whole.png", values)
+    assert images.read_rgb(tmp_path / "whole.png").tolist() == [[[v] * 3 for v in (0, 60, 200, 255)]]
+    png16(tmp_path / "low.png", low)
+    with pytest.raises(images.UnreadableImage, match=r"low\.png: 16-bit integers .* which value is white"):
+        images.read_rgb(tmp_path / "low.png")
+    assert images.read_size(tmp_path / "low.png") == (1, 4)
+
+
+def test_sixteen_bits_that_are_all_zero_are_black(tmp_path):
+    assert read_back(Image.fromarray(np.zeros((2, 3), np.uint16)), tmp_path / "x.png").max() == 0
 
 
 @pytest.mark.parametrize(
@@ -68,11 +94,32 @@ def test_a_dark_sixteen_bit_image_stays_dark(tmp_path):
         (row(0.0, 25700.0, 65535.0, dtype=np.float32), [0, 100, 255]),
         (row(0, 128, 255, dtype=np.int32), [0, 128, 255]),
         (row(0, 25700, 65535, dtype=np.int32), [0, 100, 255]),
-        (row(-5, 25700, 99999, dtype=np.int32), [0, 100, 255]),
+        (row(-0.0009, 0.5, 1.0009, dtype=np.float32), [0, 128, 255]),
+        (row(-0.2, 128.4, 255.2, dtype=np.float32), [0, 128, 255]),
+        (row(0.0, 0.0, 0.0, dtype=np.float32), [0, 0, 0]),
     ],
 )
 def test_thirty_two_bit_grey_is_scaled_by_the_range_its_values_show(tmp_path, values, expected):
     assert read_back(Image.fromarray(values), tmp_path / "x.tif")[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (row(0.1, np.nan, dtype=np.float32), "NaN or infinite"),
+        (row(0.1, -np.inf, dtype=np.float32), "NaN or infinite"),
+        (row(-0.5, 0.5, dtype=np.float32), "floats from -0.5 to 0.5"),
+        (row(0.0, 1.5, dtype=np.float32), "floats from 0 to 1.5, .* which value is white: 255"),
+        (row(0.0, 4095.0, dtype=np.float32), "which value is white: 65535"),
+        (row(-500, 25700, 65535, dtype=np.int32), "from -500 to 65535"),
+        (row(0, 25700, 99999, dtype=np.int32), "from 0 to 99999"),
+        (row(0, 4095, dtype=np.int32), "which value is white"),
+    ],
+)
+def test_values_of_no_known_range_are_refused(tmp_path, values, reason):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(images.UnreadableImage, match=rf"x\.tif: .*{reason}"):
+        images.read_rgb(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -104,14 +151,87 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert read_back(cmyk, tmp_path / "x.tif").tolist() == [[[255] * 3, [0, 255, 255], [0] * 3]]
 
 
+# How a picture is stored that tag 274 of this number turns back, by numpy alone.
+STORED = {
+    1: lambda shown: shown,
+    2: np.fliplr,
+    3: lambda shown: np.rot90(shown, 2),
+    4: np.flipud,
+    5: lambda shown: np.rot90(np.fliplr(shown), 1),
+    6: lambda shown: np.rot90(shown, 1),
+    7: lambda shown: np.rot90(np.fliplr(shown), -1),
+    8: lambda shown: np.rot90(shown, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", [0, *STORED, 9])
+@pytest.mark.parametrize("file", ["x.png", "late.png", "x.jpg", "x.tif", "lzw.tif", "16.tif"])
+def test_an_image_is_turned_once_as_its_orientation_says(tmp_path, file, orientation):
+    """`late.png` has its EXIF data after the pixels, `16.tif` planes of 16 bits."""
+    shown = np.zeros((16, 24, 3), np.uint8)
+    shown[:8, :8], shown[8:, 16:] = (255, 0, 0), (0, 0, 255)
+    stored = np.ascontiguousarray(STORED.get(orientation, STORED[1])(shown))
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / file
+    if file == "16.tif":
+        planes, tag = stored.transpose(2, 0, 1).astype(np.uint16) * 257, (274, 3, 1, orientation, True)
+        tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate", extratags=[tag])
+    elif file.endswith("tif"):
+        options = {"compression": "tiff_lzw"} if file == "lzw.tif" else {}
+        tags = {274: orientation} if orientation in STORED or not options else {}  # libtiff writes no other
+        Image.fromarray(stored).save(path, tiffinfo=tags, **options)
+    elif file == "late.png":
+        Image.fromarray(stored).save(path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + whole[-12:])
+    else:
+        Image.fromarray(stored).save(path, exif=exif, **({"quality": 95, "subsampling": 0} if file == "x.jpg" else {}))
+    found = images.read_rgb(path).astype(int)
+    assert images.read_size(path) == found.shape[:2] == (16, 24)
+    assert np.abs(found - shown).mean() <= (3 if file == "x.jpg" else 0)
+
+
+def test_what_a_file_is_and_not_what_it_is_called_decides(tmp_path):
+    image = Image.new("RGB", (16, 8), (200, 120, 160))
+    for format_ in ("JPEG", "TIFF", "PNG"):
+        image.save(tmp_path / "x.png", format=format_)
+        assert np.abs(images.read_rgb(tmp_path / "x.png").astype(int) - (200, 120, 160)).max() <= 3
+    for format_ in ("BMP", "GIF", "WEBP", "PPM", "ICO", "TGA"):
+        image.save(tmp_path / "x.png", format=format_)
+        for read in (images.read_rgb, images.read_size):
+            with pytest.raises(images.UnreadableImage, match=r"x\.png: truncated,? or not"):
+                read(tmp_path / "x.png")
+    image.save(tmp_path / "x.png", save_all=True, append_images=[Image.new("RGB", (16, 8))])
+    with pytest.raises(images.UnreadableImage, match="animated PNG of 2 images"):
+        images.read_rgb(tmp_path / "x.png")
+
+
+def test_arrays_of_bytes_are_images_and_nothing_is_unpickled(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    path = tmp_path / "x.npy"
+    for stored, expected in ((rgb, rgb), (np.asfortranarray(rgb), rgb), (rgb[..., 0], rgb[..., :1].repeat(3, 2))):
+        np.save(path, stored)
+        np.testing.assert_array_equal(images.read_rgb(path), expected)
+        assert images.read_size(path) == (5, 7)
+    for other in (rgb / 255, rgb.transpose(2, 0, 1), rgb[:0], rgb[0, 0], np.array([[{}]], object)):
+        np.save(path, other)
+        for read in (images.read_rgb, images.read_size):
+            with pytest.raises(images.UnreadableImage, match=r"x\.npy: "):
+                read(path)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(header: bytes, packed: bytes) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header promises `width` x `height` pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), zlib.compress(b"\0" * 64))
 
 
 @pytest.mark.parametrize("side", [8193, 20_000, 60_000])

@@ -2,7 +2,8 @@
 
 from cellflux_bridge.images.arrays import centre_crop, decode, encode, resize
 from cellflux_bridge.images.display import sheet, to_rgb
-from cellflux_bridge.images.formats import MAX_PIXELS, SUFFIXES, UnreadableImage, read_rgb, read_size, write_png
+from cellflux_bridge.images.formats import MAX_PIXELS, SUFFIXES, read_rgb, read_size, write_png
+from cellflux_bridge.images.samples import UnreadableImage
 
 __all__ = [
     "MAX_PIXELS",

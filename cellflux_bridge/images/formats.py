@@ -1,77 +1,146 @@
-"""Image files, value ranges and resizing: the only place that knows them.
+"""Image files: PNG, JPEG, TIFF and NPY in, PNG out.
 
-Inside, images are float32 in [-1, 1], (B, C, H, W); outside they are uint8 RGB, and files are PNG.
+Whatever a file's suffix, its first bytes say what it is. Outside this room images are RGB uint8 (H, W, 3).
 """
 
 import os
+import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.images import samples
+from cellflux_bridge.images.samples import UnreadableImage
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 # Larger images are refused by their header, before anything is decoded.
 MAX_PIXELS = 8192 * 8192
-_GREY_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_ORIENTATION = 274
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_NPY_MAGIC = b"\x93NUMPY"
 
 
-class UnreadableImage(UserError):
-    """An image file that cannot be decoded; the message names it."""
+class _ImageInFile(Protocol):
+    height: int
+    width: int
 
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB by mode: transparency is laid on white (glass), 16-bit grey is scaled by 1/257, palettes and CMYK by Pillow's
-    conversion. 32-bit grey names no range, so its values tell: float in [0, 1] is scaled by 255, anything above 255 is
-    taken for 16-bit, and the rest for 8-bit."""
-    if image.mode in _GREY_16_BIT:
-        values = np.asarray(image, dtype=np.float64)
-        if values.size and values.min() >= 0 and values.max() <= 1 and image.mode == "F":
-            values = values * 255.0
-        elif image.mode.startswith("I;16") or values.max(initial=0) > 255:
-            values = values / 257.0
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    def read(self) -> np.ndarray:
+        """RGB uint8 (height, width, 3)."""
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) from an image file's header, without decoding it."""
+    """(height, width) of what `read_rgb` gives, from an image file's header, without decoding it."""
     return _open(path, lambda image: (image.height, image.width))
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """An image file as RGB uint8 (H, W, 3), whatever its mode (see `_to_rgb`).
+    """A PNG, JPEG, TIFF or NPY file as RGB uint8 (H, W, 3), turned as its EXIF or TIFF orientation says.
 
-    Raises UnreadableImage, naming the file, for anything that is not a whole image, and for one of more than
-    `MAX_PIXELS` (a decompression bomb).
+    Grey becomes three equal channels; palettes and CMYK are converted; transparent pixels become white (glass). Samples
+    of other types than uint8 are scaled as `samples.to_uint8` says. Of several images in a TIFF file the one of full
+    resolution is read (see `tiff.TIFFImage`). NPY files hold uint8 (H, W, 3) or (H, W).
+
+    Raises UnreadableImage, which names the file, for anything that is not a whole image of one of these formats, for
+    z-stacks, time series and channels other than grey and RGB, for samples whose range nobody states, and for more than
+    `MAX_PIXELS` pixels (a decompression bomb).
     """
-    return _open(path, lambda image: np.array(_to_rgb(image)))
+    return _open(path, _read)
 
 
-def _open(path: Path, use):
+def _read(image: _ImageInFile) -> np.ndarray:
+    rgb = image.read()
+    if rgb.shape != (image.height, image.width, 3):
+        raise UnreadableImage(f"{rgb.shape} samples in an image of {image.width} x {image.height} pixels")
+    return rgb
+
+
+def _open(path: Path, use: Callable[[_ImageInFile], Any]) -> Any:
     try:
-        with warnings.catch_warnings():
-            # Pillow's own limit warns first and only then refuses; ours is below and is checked before decoding.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UnreadableImage(
-                        f"{path}: {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are read; "
-                        "cut it into patches first"
-                    )
-                return use(image)
-    except UnreadableImage:
-        raise
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            # Decoders warn of what they doubt, Pillow also of its own limit of size; ours is below.
+            warnings.simplefilter("ignore")
+            head = file.read(6)
+            file.seek(0)
+            if head[:4] in _TIFF_MAGIC:
+                from cellflux_bridge.images.tiff import TIFFImage
+
+                image = TIFFImage(file)
+            else:
+                image = _NPYImage(path) if head == _NPY_MAGIC else _PillowImage(file)
+            if image.width * image.height > MAX_PIXELS:
+                raise UnreadableImage(
+                    f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are read; "
+                    "cut it into patches first"
+                )
+            return use(image)
+    except FileNotFoundError as error:
+        raise UnreadableImage(f"{path}: no such file") from error
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"{path}: refused as a decompression bomb ({error})") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"truncated or not an image ({error})"
-        raise UnreadableImage(f"{path}: {reason}") from error
+    except Image.UnidentifiedImageError as error:
+        found = "no PNG, JPEG, TIFF or NPY file, whatever its name says"
+        raise UnreadableImage(f"{path}: truncated or not an image ({found})") from error
+    except Exception as error:  # decoders stumble over damaged files in many ways
+        raise UnreadableImage(f"{path}: truncated or not an image ({error})") from error
+
+
+class _NPYImage:
+    """A NumPy array file of uint8 (H, W, 3) or (H, W); nothing in it is unpickled."""
+
+    def __init__(self, path: Path):
+        self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+        shape, dtype = self._array.shape, self._array.dtype
+        if dtype != np.uint8 or len(shape) < 2 or shape[2:] not in ((), (3,)) or not self._array.size:
+            found = f"{dtype} of shape {shape}"
+            raise UnreadableImage(f"an array of {found}; expected uint8 of shape (H, W, 3) or (H, W)")
+        self.height, self.width = shape[:2]
+
+    def read(self) -> np.ndarray:
+        return samples.to_rgb(np.array(self._array.reshape(self.height, self.width, -1)))
+
+
+class _PillowImage:
+    """A PNG or JPEG file."""
+
+    def __init__(self, file: BinaryIO):
+        self._image = image = Image.open(file, formats=("PNG", "JPEG"))
+        if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
+            raise UnreadableImage(f"an animated PNG of {image.n_frames} images; save the one that is meant")
+        self._orientation = 1 if _has_no_exif(image, file) else image.getexif().get(_ORIENTATION, 1)
+        transposed = samples.is_transposed(self._orientation)
+        self.height, self.width = (image.width, image.height) if transposed else (image.height, image.width)
+
+    def read(self) -> np.ndarray:
+        image = self._image
+        # Of 16-bit colour Pillow gives the upper bytes.
+        upper = image.mode in ("RGB", "RGBA") and image.format == "PNG" and ";16" in str(image.tile)
+        if image.mode.startswith("I"):
+            rgb = samples.to_rgb(samples.to_uint8(np.array(image, np.uint16)[..., None]))
+        else:
+            rgb = samples.pillow_to_rgb(image, of_high_bytes=upper)
+        return samples.turned(rgb, self._orientation)
+
+
+def _has_no_exif(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether a PNG file has no EXIF or XMP data, which may also stand after the pixels: Pillow would decode these to
+    see it. False for a JPEG file, whose header tells."""
+    if image.format != "PNG":
+        return False
+    place, kinds = file.tell(), []
+    file.seek(8)
+    while len(chunk := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", chunk)
+        keyword = file.read(min(length, 24)) if kind in (b"iTXt", b"zTXt", b"tEXt") else b""
+        kinds.append(kind == b"eXIf" or keyword.startswith((b"XML:com.adobe.xmp", b"Raw profile type exif")))
+        file.seek(length + 4 - len(keyword), os.SEEK_CUR)
+    file.seek(place)
+    return not any(kinds)
 
 
 def write_png(path: Path, rgb: np.ndarray) -> None:
