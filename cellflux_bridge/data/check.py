@@ -17,8 +17,10 @@ from cellflux_bridge.data.compression import Encoding, compare, encoding
 from cellflux_bridge.data.index import frame_mpp, list_records, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.data.near_copies import near_copies, thumbnail
+from cellflux_bridge.data.pairs import Pairs
+from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.data.settings import DataConfig
+from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.data.split import shares
 
 # Shares of a split further from the asked ones than this are told.
@@ -44,7 +46,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     files whose decoded pixels are equal. Training cannot start with an unreadable file, nor where a class lacks
     training, validation or test patches (test patches may be done without by data.split.test=0).
     """
-    records, classes = list_records(config, seed=seed)
+    index, classes = list_records(config, seed=seed)
+    records = list(index)
     layout = registry.build("layout", config.layout, config.root.expanduser())
     given = {record.split for record in layout.records()}
     preprocessing = Preprocessing(config.image_size, config.crop)
@@ -80,6 +83,13 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
         lines.append(f"contact sheet: {sheet}")
     lacking = _lacking(counts, classes, config, given=given)
     return "\n".join(lines + lacking), not unreadable and not lacking
+
+
+def require_pairs(patches: Patches, *, pairs: PairsConfig, data: DataConfig, by_level: bool, seed: int) -> None:
+    """UserError where training would find no pair to draw: an unknown transition, a class or group without patches."""
+    levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels] if by_level else None
+    for split in ("train", "val"):
+        Pairs(patches, None, split=split, batch_size=1, seed=seed, pairs=pairs, data=data, levels=levels)
 
 
 def _inspect(record: PatchRecord, preprocessing: Preprocessing) -> _Facts | str:
