@@ -10,7 +10,7 @@ from cellflux_bridge.cli.places import (
 
 def run(args: argparse.Namespace) -> None:
     """data check CONFIG: count, measure and look through the patches, and decode them into the cache."""
-    from cellflux_bridge.data.check import check_data
+    from cellflux_bridge.data.check import check_data, require_pairs
     from cellflux_bridge.data.patches import load_patches
 
     config = configuration(args.config, args.overrides)
@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> None:
     report, usable = check_data(config.data, seed=config.seed, sheet=sheet)
     print(report)
     if not usable:
-        raise UserError("some files cannot be used (listed above): mend or remove them")
-    load_patches(config.data, seed=config.seed)
+        raise UserError("some files cannot be used, or a class lacks patches (listed above): mend that first")
+    patches, by_level = load_patches(config.data, seed=config.seed), config.condition.target == "level"
+    require_pairs(patches, pairs=config.pairs, data=config.data, by_level=by_level, seed=config.seed)
     print("the cache is filled: training can start")

@@ -2,7 +2,9 @@
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,73 +12,143 @@ from cellflux_bridge import images
 from cellflux_bridge.base.errors import abbreviate
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.config import registry
+from cellflux_bridge.data.compression import Encoding, compare, encoding
 from cellflux_bridge.data.index import frame_mpp, list_records, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
+from cellflux_bridge.data.near_copies import near_copies, thumbnail
+from cellflux_bridge.data.pairs import Pairs
+from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.data.settings import DataConfig
+from cellflux_bridge.data.settings import DataConfig, PairsConfig
+from cellflux_bridge.data.split import shares
+
+# Shares of a split further from the asked ones than this are told.
+_FAR = 0.05
+_NUM_PICTURED = 12
+
+
+class _Facts(NamedTuple):
+    """What one decoding of a file told: its size (height, width), a digest of its pixels, its thumbnail."""
+
+    size: tuple[int, int]
+    digest: str
+    thumbnail: np.ndarray
+    encoding: Encoding
 
 
 def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool]:
-    """A report in plain words, and whether training can start: counts, sizes, duplicates, unreadable files.
+    """A report in plain words, and whether training can start: how the folder was read, counts, shares, sizes,
+    compression, duplicates, near copies, unreadable files.
 
-    Every file is decoded. A contact sheet, a row a class, of patches as the network will see them (before stain
-    normalisation) is written to `sheet`. Duplicates are files whose decoded pixels are equal.
+    Every file is decoded once. Two pictures are written: to `sheet`, a row a class, patches as the network will see
+    them (before stain normalisation), and beside it, to `near_copies.png`, the most alike near copies. Duplicates are
+    files whose decoded pixels are equal. Training cannot start with an unreadable file, nor where a class lacks
+    training, validation or test patches (test patches may be done without by data.split.test=0).
     """
-    records, classes = list_records(config, seed=seed)
+    index, classes = list_records(config, seed=seed)
+    records = list(index)
+    layout = registry.build("layout", config.layout, config.root.expanduser())
+    given = {record.split for record in layout.records()}
     preprocessing = Preprocessing(config.image_size, config.crop)
-    facts = threaded(lambda r: _inspect(r, preprocessing), records, workers=config.workers, desc="checking")
+    found = threaded(lambda r: _inspect(r, preprocessing), records, workers=config.workers, desc="checking")
     lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
     counts = Counter((record.label, record.split) for record in records)
     width = max(map(len, classes))
     lines.append("  " + " " * width + "".join(f"{split:>9}" for split in SPLITS))
     for label in classes:
         lines.append(f"  {label:<{width}}" + "".join(f"{counts[label, split]:>9}" for split in SPLITS))
+    lines += layout.reading()
     taken = taken_from_training(config, seed=seed)
     if taken:
         lines.append(taken)
     groups = {record.group for record in records if record.group is not None}
     lines.append(f"groups: {len(groups) or 'none named; every patch counts as its own'}")
-    sizes = Counter(fact[1] for fact in facts if fact[0] is None)
-    shown = [f"{w} x {h} ({n})" for (h, w), n in sizes.most_common()]
-    seen = f"{config.crop} px of a file" if config.crop else "a file's shorter side"
-    lines.append(f"sizes: {abbreviate(shown)}; one patch shows {seen} at {config.image_size} px")
-    scaled = [preprocessing.scaled_size(*size, name="") for size in sizes.elements()]
-    if scaled:
-        (height, width), (usual_height, usual_width) = np.min(scaled, axis=0), np.median(scaled, axis=0)
-        lines.append(f"in the cache: every image is cut to {width} x {height} px, the smallest at the network's scale")
-        if 1.25 * height < usual_height or 1.25 * width < usual_width:
-            lines[-1] += f"; WARNING: most are {usual_width:.0f} x {usual_height:.0f}, leave the small ones out"
-    unreadable = [fact[0] for fact in facts if fact[0] is not None]
+    lines += _shares(records, config, given=given)
+    readable = [(record, facts) for record, facts in zip(records, found, strict=True) if isinstance(facts, _Facts)]
+    lines += _sizes([facts.size for _, facts in readable], config, preprocessing)
+    unreadable = [facts for facts in found if isinstance(facts, str)]
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
     lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *unreadable[:20], *more]))
-    lines += _duplicates(records, [fact[2] for fact in facts])
-    readable = [record for record, fact in zip(records, facts, strict=True) if fact[0] is None]
+    lines += compare([facts.encoding for _, facts in readable], [record.label for record, _ in readable])
+    lines += _duplicates(readable)
+    lines += _near_copies(readable, sheet.with_name("near_copies.png"))
+    usable = [record for record, _ in readable]
     if any(record.mpp is not None for record in records):
-        mpp = frame_mpp(readable, preprocessing)
+        mpp = frame_mpp(usable, preprocessing)
         unknown = "not known (missing for some patches, or more than 5 % apart); set --mpp where nuclei are counted"
         lines.append(f"microns per pixel at {config.image_size} px: {unknown if mpp is None else f'{mpp:.4g}'}")
-    if readable:
-        images.write_png(sheet, _contact_sheet(readable, classes, preprocessing, seed=seed))
+    if usable:
+        images.write_png(sheet, _contact_sheet(usable, classes, preprocessing, seed=seed))
         lines.append(f"contact sheet: {sheet}")
-    return "\n".join(lines), not unreadable
+    lacking = _lacking(counts, classes, config, given=given)
+    return "\n".join(lines + lacking), not unreadable and not lacking
 
 
-def _inspect(
-    record: PatchRecord, preprocessing: Preprocessing
-) -> tuple[str | None, tuple[int, int] | None, str | None]:
+def require_pairs(patches: Patches, *, pairs: PairsConfig, data: DataConfig, by_level: bool, seed: int) -> None:
+    """UserError where training would find no pair to draw: an unknown transition, a class or group without patches."""
+    levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels] if by_level else None
+    for split in ("train", "val"):
+        Pairs(patches, None, split=split, batch_size=1, seed=seed, pairs=pairs, data=data, levels=levels)
+
+
+def _inspect(record: PatchRecord, preprocessing: Preprocessing) -> _Facts | str:
     try:
         rgb = images.read_rgb(record.file)
         preprocessing.scaled_size(*rgb.shape[:2], name=str(record.file))
     except ValueError as error:
-        return str(error), None, None
-    return None, rgb.shape[:2], hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
+        return str(error)
+    digest = hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
+    return _Facts(rgb.shape[:2], digest, thumbnail(rgb), encoding(record.file))
 
 
-def _duplicates(records: list[PatchRecord], hashes: list[str | None]) -> list[str]:
+def _shares(records: Sequence[PatchRecord], config: DataConfig, *, given: set[str | None]) -> list[str]:
+    """The shares that came out where the data does not name the splits, and a warning for each that is far off."""
+    found = shares(records, given=given, val=config.split.val, test=config.split.test)
+    lines = [
+        f"split {split}: asked {asked:.0%} of each class, got "
+        + ", ".join(f"{share.label} {share.got:.0%}" for share in found if share.split == split)
+        for split, asked in dict.fromkeys((share.split, share.asked) for share in found)
+    ]
+    for share in found:
+        if abs(share.got - share.asked) > _FAR:
+            lines.append(
+                f"WARNING: class {share.label!r} has {share.got:.0%} of its patches in {share.split}, asked were "
+                f"{share.asked:.0%}: groups go whole, and it has {share.num_parts}, of which the largest holds "
+                f"{share.largest:.0%}"
+            )
+    return lines
+
+
+def _lacking(counts: Counter, classes: Sequence[str], config: DataConfig, *, given: set[str | None]) -> list[str]:
+    """Which classes lack patches of which split, so that they cannot be trained or judged."""
+    lines = []
+    for split in SPLITS:
+        without = [repr(label) for label in classes if not counts[label, split]]
+        if without and (split != "test" or "test" in given or config.split.test):
+            how = f"name a {split} split for it" if split in given else f"raise data.split.{split}"
+            way = "add patches or groups of it" if split == "train" else f"add patches or groups of it, or {how}"
+            lines.append(f"PROBLEM: no patch of class {abbreviate(without)} in the {split} split: {way}")
+    return lines
+
+
+def _sizes(sizes: Sequence[tuple[int, int]], config: DataConfig, preprocessing: Preprocessing) -> list[str]:
+    shown = [f"{w} x {h} ({n})" for (h, w), n in Counter(sizes).most_common()]
+    seen = f"{config.crop} px of a file" if config.crop else "a file's shorter side"
+    lines = [f"sizes: {abbreviate(shown)}; one patch shows {seen} at {config.image_size} px"]
+    if sizes:
+        scaled = [preprocessing.scaled_size(*size, name="") for size in sizes]
+        (height, width), (usual_height, usual_width) = np.min(scaled, axis=0), np.median(scaled, axis=0)
+        lines.append(f"in the cache: every image is cut to {width} x {height} px, the smallest at the network's scale")
+        if 1.25 * height < usual_height or 1.25 * width < usual_width:
+            lines[-1] += f"; WARNING: most are {usual_width:.0f} x {usual_height:.0f}, leave the small ones out"
+    return lines
+
+
+def _duplicates(readable: Sequence[tuple[PatchRecord, _Facts]]) -> list[str]:
     same = defaultdict(list)
-    for record, key in zip(records, hashes, strict=True):
-        if key is not None:
-            same[key].append(record)
+    for record, facts in readable:
+        same[facts.digest].append(record)
     sets = [members for members in same.values() if len(members) > 1]
     lines = [f"exact duplicates: {sum(map(len, sets)) - len(sets)} patches repeat another one"]
     for title, attribute in (("across splits", "split"), ("across classes", "label")):
@@ -85,6 +157,45 @@ def _duplicates(records: list[PatchRecord], hashes: list[str | None]) -> list[st
             examples = [" = ".join(f"{record.id} ({getattr(record, attribute)})" for record in m[:2]) for m in crossing]
             lines.append(f"  {title}: {len(crossing)} sets: {abbreviate(examples, limit=3)}")
     return lines
+
+
+def _near_copies(readable: Sequence[tuple[PatchRecord, _Facts]], sheet: Path) -> list[str]:
+    """Pairs of different groups that are nearly one picture, across splits and across classes, the most alike drawn."""
+    sheet.unlink(missing_ok=True)  # an older one would mislead
+    if not readable:
+        return []
+    records, digest = [record for record, _ in readable], _numbered(facts.digest for _, facts in readable)
+    split, label = _numbered(r.split for r in records), _numbered(r.label for r in records)
+    group = _numbered(f"\0{r.id}" if r.group is None else r.group for r in records)
+
+    def counts(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        apart = (split[i] != split[j]) | (label[i] != label[j])
+        return apart & (group[i] != group[j]) & (digest[i] != digest[j])
+
+    pairs, likeness = near_copies(np.stack([facts.thumbnail for _, facts in readable]), counts=counts)
+    lines = [f"near copies (saved again, resized, turned, mirrored) of different groups: {len(pairs)} pairs"]
+    for title, number, attribute in (("across splits", split, "split"), ("across classes", label, "label")):
+        crossing = [
+            (records[i], records[j], r) for (i, j), r in zip(pairs, likeness, strict=True) if number[i] != number[j]
+        ]
+        if crossing:
+            examples = [
+                f"{a.id} ({getattr(a, attribute)}) ~ {b.id} ({getattr(b, attribute)}), correlation {r:.2f}"
+                for a, b, r in crossing[:3]
+            ]
+            rest = f" and {len(crossing) - 3} more" if len(crossing) > 3 else ""
+            lines.append(f"  {title}: {len(crossing)} pairs: {'; '.join(examples)}{rest}")
+    if len(pairs):
+        tiles = [
+            [images.resize(images.read_rgb(records[i].file), 96, 96) for i in pair] for pair in pairs[:_NUM_PICTURED]
+        ]
+        images.write_png(sheet, images.sheet(tiles))
+        lines.append(f"  give copies one group in a manifest.csv, or remove them; the most alike are drawn in {sheet}")
+    return lines
+
+
+def _numbered(values) -> np.ndarray:
+    return np.unique(list(values), return_inverse=True)[1]
 
 
 def _contact_sheet(records: list[PatchRecord], classes: tuple[str, ...], preprocessing: Preprocessing, *, seed: int):
