@@ -76,6 +76,46 @@ def test_optimal_transport_has_the_least_summed_squared_distance_of_all_permutat
     assert j.tolist() == list(best)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_optimal_transport_is_the_least_sum_without_a_patch_on_both_sides(seed):
+    x0 = pictures(6, seed=seed)
+    x1 = x0 + 0.1 * pictures(6, seed=100 + seed)  # another crop of the same patch, nearer than any other
+    patches = torch.arange(6), torch.tensor([0, 1, 2, 3, 9, 5])
+    coupling, blocks = MinibatchOT(cost="pixels"), torch.tensor([0, 1, 0, 0, 0, 0])
+    options = {"blocks": blocks, "generator": torch.Generator()}
+    _, j = coupling.pair(coupling.features(x0), coupling.features(x1), **options, patches=patches)
+    squared = (x0.flatten(1)[:, None] - x1.flatten(1)).square().sum(-1)
+    allowed = [
+        p for p in permutations(range(6)) if p[1] == 1 and not {(k, k) for k in (0, 2, 3, 5)} & set(enumerate(p))
+    ]
+    assert j.tolist() == list(min(allowed, key=lambda p: squared[range(6), p].sum().item()))
+
+
+@pytest.mark.parametrize("name", registry.names("coupling"))
+def test_a_patch_on_both_sides_is_exchanged_and_the_other_pairs_stay(name):
+    coupling = registry.build("coupling", registry.validate("coupling", name, key="coupling"))
+    x0, x1, blocks = pictures(40, seed=0), pictures(40, seed=1), torch.arange(40) % 2
+    free = pairs(coupling, x0, x1, blocks=blocks)[1]
+    source, target = torch.arange(40), 100 + torch.arange(40)
+
+    def apart():
+        features = coupling.features(x0), coupling.features(x1)
+        generator = torch.Generator().manual_seed(0)
+        return coupling.pair(*features, blocks=blocks, generator=generator, patches=(source, target))[1]
+
+    assert torch.equal(apart(), free)
+    target[free[4]] = 4
+    changed = apart()
+    assert changed[4] != free[4]
+    assert torch.equal(blocks[changed], blocks)
+    assert torch.equal(changed[1::2], free[1::2])  # the other block
+    if name == "independent":
+        assert (changed != free).sum() == 2
+    target[:] = 4
+    source[::2] = 4
+    assert torch.equal(apart().sort().values, torch.arange(40))  # one block has no other target
+
+
 def test_shuffled_copies_are_found_again():
     x0 = pictures(12, seed=0)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))

@@ -245,9 +245,9 @@ class Turned(Coupling):
     def __init__(self):
         self.pools = []
 
-    def pair(self, x0, x1, *, blocks, generator):
+    def pair(self, x0, x1, **options):
         self.pools.append([])
-        return super().pair(x0, x1, blocks=blocks, generator=generator)
+        return super().pair(x0, x1, **options)
 
     def permutation(self, x0, x1, *, generator):
         self.pools[-1].append((numbers(x0).numpy(), numbers(x1).numpy()))
@@ -428,28 +428,29 @@ def test_a_pooled_batch_is_a_function_of_seed_step_and_rank(data):
 def straightforward(pairs: Pairs, patches: Patches, data, coupling, *, split: str, number: int, size: int, pool: int):
     """x0, x1 (pool * size, 3, S, S) in [-1, 1] and patches' numbers of the batches of a pool: all pixels are drawn,
     and all images encoded and coupled at once."""
-    sources, targets, x0, x1, blocks = [], [], [], [], []
+    x0, x1, drawn = [], [], []
     for step in range(number * pool, (number + 1) * pool):
         generator = torch_generator(0, "pairs", split, step, 0)
-        source, target, _, kind, _ = pairs._draw_indices(generator)
-        for indices, x in ((source, x0), (target, x1)):
+        drawn.append([torch.from_numpy(column) for column in pairs._draw_indices(generator)])
+        for indices, x in zip(drawn[-1][:2], (x0, x1), strict=True):
             is_train = split == "train"
             x.append(
                 patches.random(indices, flips=data.flips, generator=generator) if is_train else patches.centre(indices)
             )
-        x1[-1][source == target] = x0[-1][source == target]
-        for found, rows in ((sources, source), (targets, target), (blocks, kind)):
-            found.append(torch.from_numpy(rows))
-    source, target, block = map(torch.cat, (sources, targets, blocks))
+    source, target, stays, block, _ = map(torch.cat, zip(*drawn, strict=True))
     x0, x1 = images.encode(torch.cat(x0)), images.encode(torch.cat(x1))
-    moves = torch.nonzero(source != target).squeeze(1)
-    found = torch.arange(len(source))
-    generator = torch_generator(0, "coupling", split, number, 0)
+    moves = torch.nonzero(~stays).squeeze(1)
     _, j = coupling.pair(
-        coupling.features(x0[moves]), coupling.features(x1[moves]), blocks=block[moves], generator=generator
+        coupling.features(x0[moves]),
+        coupling.features(x1[moves]),
+        blocks=block[moves],
+        generator=torch_generator(0, "coupling", split, number, 0),
+        patches=(source[moves], target[moves]),
     )
-    found[moves] = moves[j]
-    return x0, x1[found], source, target[found]
+    x1[moves], target[moves] = x1[moves[j]], target[moves[j]]
+    target = torch.where(stays, source, target)
+    x1[source == target] = x0[source == target]
+    return x0, x1, source, target
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -469,6 +470,58 @@ def test_pairs_are_bit_for_bit_those_of_all_images_at_once(data, coupling, split
             batch = pairs.batch(number * pool + place)
             for found, one in zip((batch.x0, batch.x1, batch.source_index, batch.target_index), expected, strict=True):
                 assert torch.equal(found, one)
+
+
+@pytest.mark.parametrize("coupling", [Independent(), MinibatchOT(cost="pixels"), Turned()], ids=["any", "ot", "own"])
+@pytest.mark.parametrize("match_group", [False, True], ids=["all", "groups"])
+@pytest.mark.parametrize("kind", ["class", "level", "self"])
+def test_no_source_gets_another_crop_of_itself(data, coupling, match_group, kind):
+    """Optimal transport would choose it before any other, since it resembles the source most. Of n rows of which s show
+    a patch as source and t as target, s + t - n cannot but pair it with itself."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 20, 20, 3), dtype=np.uint8)
+    patches = hand_made(pixels, labels=np.arange(60) % 3, groups=np.arange(60) // 20)
+    by_class = {"identity": True, "transitions": [("A", "C")]}
+    by_level = {"levels": np.eye(3, dtype=np.float32)[patches.labels], "self_pairs": 0.5 if kind == "self" else 0.0}
+    more = by_class if kind == "class" else by_level
+    pairs = make_pairs(patches, data, coupling=coupling, batch_size=24, pool=4, match_group=match_group, **more)
+    num_stay = num_own = 0
+    for number in range(6):
+        pool = pairs._coupled(number, 0)
+        rows = [np.concatenate(column) for column in zip(*pool, strict=True)]
+        source, target, stays, kinds, groups, *_ = rows
+        for block in set(zip(kinds, groups, strict=True)):
+            of = (kinds == block[0]) & (groups == block[1]) & ~stays
+            same = int((source[of] == target[of]).sum())
+            counts = np.bincount(np.concatenate([source[of], target[of]]), minlength=60)
+            assert same == max(0, counts.max() - of.sum())
+            num_own += same
+        num_stay += stays.sum()
+    assert num_own < 3
+    assert (num_stay > 0) == (kind == "self")
+    for step in range(12):
+        batch = pairs.batch(step)
+        own = batch.source_index == batch.target_index
+        assert torch.equal(own, (batch.x0 == batch.x1).flatten(1).all(1))
+
+
+def test_a_source_without_any_other_target_is_its_own(data):
+    """In a group of one patch: the same crop at its own level, though no self pair was asked for."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3), dtype=np.uint8)
+    groups, c = np.array([0] * 6 + [1] * 5 + [2]), np.linspace(0, 1, 12)
+    patches, levels = hand_made(pixels, labels=(c > 0.5) * 2, groups=groups), between_ends(c)
+    pairs = make_pairs(
+        patches, data, batch_size=6, match_group=True, levels=levels, level_bins=1, transitions=[("C", "A")]
+    )
+    batches = [pairs.batch(step) for step in range(20)]
+    alone = torch.cat([batch.source_index == 11 for batch in batches])
+    own = torch.cat([batch.source_index == batch.target_index for batch in batches])
+    assert alone.any()
+    assert own[alone].all()
+    same = torch.cat([(batch.x0 == batch.x1).flatten(1).all(1) for batch in batches])
+    assert torch.equal(own, same)
+    np.testing.assert_array_equal(
+        torch.cat([batch.target_level for batch in batches])[alone], levels[[11] * alone.sum()]
+    )
 
 
 def test_a_coupling_is_never_shown_more_images_than_a_batch_has(data):

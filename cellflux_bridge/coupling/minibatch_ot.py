@@ -37,7 +37,8 @@ class MinibatchOT(Coupling):
             cells = (cells - cells.mean(dim=1, keepdim=True)) / cells.std(dim=1, keepdim=True).clamp_min(1e-4)
         return cells
 
+    def costs(self, x0, x1, chosen=None):
+        return torch.cdist(x0, x1).square()
+
     def permutation(self, x0, x1, *, generator):
-        distances = torch.cdist(x0, x1).square()
-        _, columns = linear_sum_assignment(distances.cpu().numpy())
-        return torch.from_numpy(columns).long()
+        return torch.from_numpy(linear_sum_assignment(self.costs(x0, x1).cpu().numpy())[1])

@@ -29,9 +29,7 @@ class Coupling(Protocol):
 
     def features(self, images: torch.Tensor) -> torch.Tensor: ...
 
-    def pair(
-        self, x0: torch.Tensor, x1: torch.Tensor, *, blocks: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def pair(self, x0: torch.Tensor, x1: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class PairBatch(NamedTuple):
@@ -56,12 +54,12 @@ class _Kind(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows before or after they are coupled: numbers of patches (n,) that are sources, that are targets, and whose
-    levels the targets are said to have; the kind and the group of each row; where both are cut (n, 3)."""
+    """Rows before or after they are coupled: numbers (n,) of the patches that are sources and targets; which sources
+    are their own targets, at the level of the target that they replace; kinds and groups; where both are cut (n, 3)."""
 
     source: np.ndarray
     target: np.ndarray
-    told: np.ndarray
+    stays: np.ndarray
     kind: np.ndarray
     group: np.ndarray
     source_place: np.ndarray
@@ -80,8 +78,11 @@ class Pairs:
     have nearly the same level (`level_bins` steps between two classes), so that nothing is paired across levels, and a
     level that few patches have is drawn more often than they are frequent, by the square root. Of the sources whose own
     level is that of their kind's targets, the share `pairs.self_pairs` are their own targets: to become what one is
-    already is to stay. They are told the level of the target that they replace, so that a network cannot learn to stay
-    at exactly its source's level only, and to draw the source anew beside it.
+    already is to stay. Their target level is that of the target that they replace, so that a network cannot learn to
+    stay at exactly its source's level only, and to draw the source anew beside it.
+
+    No other source gets a crop of itself as target. Where its block has no other target for it (in a block of one row,
+    or in a group of one patch), it becomes a self pair: the same crop, at its own level.
 
     Raises UserError for a transition between unknown classes, and where a class, or a group that is to be matched,
     has too few patches.
@@ -184,15 +185,17 @@ class Pairs:
             for oldest in list(self._coupled_pools)[:-_NUM_POOLS]:
                 del self._coupled_pools[oldest]
         rows = pool.result()[place]
+        shown = np.where(rows.stays, rows.source, rows.target)
+        target_place = np.where((rows.source == shown)[:, None], rows.source_place, rows.target_place)
         x0 = images.encode(self._patches.cut(rows.source, rows.source_place))
-        x1 = images.encode(self._patches.cut(rows.target, rows.target_place))
+        x1 = images.encode(self._patches.cut(shown, target_place))
         if self._split == "train" and self._data.stain.mode == "augment":
             generator = torch_generator(self._seed, "stain", step, rank)
             both = stain.augment(torch.stack([x0, x1], dim=1), strength=self._data.stain.strength, generator=generator)
             x0, x1 = both.unbind(1)
         labels = torch.from_numpy(self._patches.labels)
-        levels = torch.from_numpy(self._levels[rows.told])
-        source, target = torch.from_numpy(rows.source), torch.from_numpy(rows.target)
+        levels = torch.from_numpy(self._levels[rows.target])
+        source, target = torch.from_numpy(rows.source), torch.from_numpy(shown)
         return PairBatch(x0, x1, labels[source], labels[target], levels, source, target)
 
     def _coupled(self, number: int, rank: int) -> list[_Rows]:
@@ -200,16 +203,17 @@ class Pairs:
         first = number * self._config.pool
         drawn = [self._drawn(step, rank) for step in range(first, first + self._config.pool)]
         rows = _Rows(*map(np.concatenate, zip(*drawn, strict=True)))
-        moves = np.flatnonzero(rows.source != rows.target)  # the others are their own targets
+        moves = np.flatnonzero(~rows.stays)
         if len(moves):
             i, j = self._coupling.pair(
                 self._features(rows.source[moves], rows.source_place[moves]),
                 self._features(rows.target[moves], rows.target_place[moves]),
                 blocks=torch.from_numpy(_numbered_blocks(rows.kind[moves], rows.group[moves])),
                 generator=torch_generator(self._seed, "coupling", self._split, number, rank),
+                patches=(torch.from_numpy(rows.source[moves]), torch.from_numpy(rows.target[moves])),
             )
             i, j = moves[i.numpy()], moves[j.numpy()]
-            for of_target in (rows.target, rows.told, rows.target_place):
+            for of_target in (rows.target, rows.target_place):
                 of_target[i] = of_target[j]
         return [_Rows(*of) for of in zip(*(np.split(part, self._config.pool) for part in rows), strict=True)]
 
@@ -222,19 +226,18 @@ class Pairs:
     def _drawn(self, step: int, rank: int) -> _Rows:
         """The rows of a batch before they are coupled."""
         generator = torch_generator(self._seed, "pairs", self._split, step, rank)
-        source, target, told, kind, group = self._draw_indices(generator)
+        indices = self._draw_indices(generator)
         if self._split == "train":
-            source_place, target_place = (
+            places = [
                 self._patches.random_places(self._batch_size, flips=self._data.flips, generator=generator)
                 for _ in range(2)
-            )
+            ]
         else:
-            source_place = target_place = self._patches.middle_places(self._batch_size)
-        target_place = np.where((source == target)[:, None], source_place, target_place)  # the same crop of it
-        return _Rows(source, target, told, kind, group, source_place, target_place)
+            places = [self._patches.middle_places(self._batch_size)] * 2
+        return _Rows(*indices, *places)
 
     def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, ...]:
-        """Of each row of a batch: source, target, the patch whose level is told, kind and group (0 if unmatched)."""
+        """Of each row of a batch: source, target, whether the source stays, kind and group (0 if unmatched)."""
         if self._by_level:
             weights = torch.tensor([kind.weight for kind in self._kinds])
             num = -(-self._batch_size // _ROWS_PER_DRAW)
@@ -247,12 +250,12 @@ class Pairs:
             # A batch smaller than the number of transitions leaves some of them out.
             for group, sources, targets, num in self._pools(kind, len(share), generator) if len(share) else ():
                 source = _draw(sources, num, generator)
-                told = target = _draw(targets, num, generator)
+                target = _draw(targets, num, generator)
+                stays = np.zeros(num, bool)
                 if self._by_level and self._config.self_pairs:
                     stays = torch.rand(num, generator=generator).numpy() < self._config.self_pairs
                     stays &= self._bin_of[source] == self._bin_of[target]
-                    target = np.where(stays, source, target)
-                rows.append((source, target, told, np.full(num, kind), np.full(num, group)))
+                rows.append((source, target, stays, np.full(num, kind), np.full(num, group)))
         return tuple(np.concatenate(column) for column in zip(*rows, strict=True))
 
     def _pools(self, kind: int, num: int, generator: torch.Generator):
