@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cellflux_bridge.base.errors import UserError
@@ -101,17 +101,17 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load EMA weights strictly; UserError for a truncated file or another architecture."""
     path, own = checkpoint / WEIGHTS, model.state_dict()
     try:
-        with safe_open(path, framework="pt") as file:  # reads the header alone; memory is taken by get_tensor
-            found = {name: file.get_slice(name) for name in file.keys()}
-            missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-            shapes = sorted(n for n in own.keys() & found.keys() if list(own[n].shape) != found[n].get_shape())
-            if missing or unexpected or shapes:
-                raise UserError(
-                    f"{path}: of another architecture than its config.yaml describes: {len(missing)} tensors missing "
-                    f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, "
-                    f"{len(shapes)} of another shape {shapes[:3]}"
-                )
-            model.load_state_dict({name: file.get_tensor(name) for name in found}, strict=True)
+        with safe_open(path, framework="numpy") as file:  # reads names and shapes alone
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+        shapes = sorted(name for name in own.keys() & found.keys() if list(own[name].shape) != found[name])
+        if missing or unexpected or shapes:
+            raise UserError(
+                f"{path}: of another architecture than its config.yaml describes: {len(missing)} tensors missing "
+                f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, "
+                f"{len(shapes)} of another shape {shapes[:3]}"
+            )
+        model.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: truncated or not a weights file ({error}); train again, or bring the file back"

@@ -1,9 +1,11 @@
 """Checkpoints: complete or absent, checked strictly, and never unpickled."""
 
 import errno
+import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,24 @@ def test_truncated_weights_are_named(save, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"step-00000003/model\.safetensors: truncated or not a weights file"):
         checkpoint.load_weights(path.parent, network())
+
+
+def test_sizes_are_compared_before_memory_is_taken(save):
+    """A terabyte of weights, and a state that is unpacked to far more than its file holds."""
+    folder = save(3)
+    header = json.dumps(
+        {"0.weight": {"dtype": "F32", "shape": [500_000, 500_000], "data_offsets": [0, 10**12]}}
+    ).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 10**12)  # a sparse file
+    with pytest.raises(UserError, match=r"model\.safetensors: of another architecture .* 1 of another shape"):
+        checkpoint.load_weights(folder, network())
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "state.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data/0", bytes(10**7))
+    with pytest.raises(UserError, match=r"state\.pt: .*it declares 10,000,000 bytes, expected at most"):
+        checkpoint.load_state(folder)
 
 
 def test_missing_weights_are_named(save):

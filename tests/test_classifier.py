@@ -109,30 +109,33 @@ def test_an_unknown_backbone_is_refused_by_name():
         PatchClassifier(2, backbone="resnet_of_nowhere")
 
 
-@pytest.fixture
-def judged(patch_folder, tmp_path, write_config):
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, make_patches, write_config):
     """A function that trains a classifier on the two-coloured patches and returns it with its patches and scores."""
 
     def judge(steps=25, **options):
+        folder = tmp_path_factory.mktemp("judge")
+        make_patches(folder / "patches")
         train = {"steps": steps, "batch_size": 16, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5}
         section = {**options, "train": train}
-        file = write_config(tmp_path, classifier=section, data={"split": {"val": 0.2, "test": 0.3}})
+        file = write_config(folder, classifier=section, data={"split": {"val": 0.2, "test": 0.3}})
         config = load_config(file, ["data.classes=[A, B]", "classifier.train.accelerator=cpu"])
-        patches = load_patches(config.data, seed=config.seed)
-        (tmp_path / "judge").mkdir()
-        train = config.classifier.train
+        patches, train = load_patches(config.data, seed=config.seed), config.classifier.train
         torch.manual_seed(0)
-        newest = fit(
-            ClassifierTask(config, patches), config, train, folder=tmp_path / "judge", fabric=make_fabric(train)
-        )
+        newest = fit(ClassifierTask(config, patches), config, train, folder=folder, fabric=make_fabric(train))
         model = inference.load(newest, CPU)
         return model, patches, classifier_scores.image_scores(model, patches, device=CPU), newest
 
     return judge
 
 
+@pytest.fixture(scope="module")
+def judged(judge):
+    return judge()
+
+
 def test_colours_that_differ_are_learned_and_the_colour_baseline_says_so(judged):
-    model, patches, scores, newest = judged()
+    model, patches, scores, newest = judged
     assert scores["test/n"] == len(patches.indices("test")) > 8
     assert scores["test/accuracy"] == scores["test/balanced_accuracy"] == 1
     assert scores["test/colour_only_balanced_accuracy"] == scores["test/colour_only_auc"] == scores["test/auc"] == 1
@@ -161,7 +164,7 @@ def test_colours_that_differ_are_learned_and_the_colour_baseline_says_so(judged)
 
 
 def test_a_trained_classifier_does_not_depend_on_the_batch(judged):
-    model, patches, *_ = judged(view="grey", jitter=0.2, blur=0.5)
+    model, patches, *_ = judged
     x = patches.centre(patches.indices("test"))
     together = predict(model, x, device=CPU)
     np.testing.assert_allclose(together.sum(1), 1, atol=1e-5)
@@ -432,8 +435,8 @@ def test_mixup_mixes_patches_and_labels_by_one_share(configured):
     assert torch.equal(ClassifierTask(config, patches).batch(2, rank=0).x, mixed.x)
 
 
-def test_mixup_makes_the_probability_linear_between_the_classes(judged):
-    model, patches, scores, _ = judged(steps=100, mixup=1.0)
+def test_mixup_makes_the_probability_linear_between_the_classes(judge):
+    model, patches, scores, _ = judge(steps=70, mixup=1.0)
     a, b = (patches.centre(patches.indices("test", label)[:4]).float() for label in "AB")
     shares = np.linspace(0, 1, 5)
     seen = [predict(model, torch.lerp(a, b, s).round().to(torch.uint8), device=CPU)[:, 1].mean() for s in shares]

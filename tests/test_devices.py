@@ -77,10 +77,9 @@ def test_a_flow_stays_on_its_device(tmp_path, write_config, options, sections):
     assert found.frames.shape == (3, 3, 3, 16, 16)
 
 
-@pytest.mark.parametrize("depths", ["uniform", "fourier"])
-@pytest.mark.parametrize("guidance", ["classifier", "classifier_free"])
+@pytest.mark.parametrize(("guidance", "depths"), [("classifier", "fourier"), ("classifier_free", "uniform")])
 def test_the_reference_bridge_stays_on_its_device(tmp_path, write_config, guidance, depths):
-    section = {"timesteps": 10, "denoiser": ADM, "classifier": ADM, "guidance": guidance, "depths": depths}
+    section = {"timesteps": 5, "denoiser": ADM, "classifier": ADM, "guidance": guidance, "depths": depths}
     file = write_config(tmp_path, ddim=section, data={"image_size": 32})
     config = load_config(file, ["data.classes=[A, B]"])
     with PretendedGPU():
@@ -92,8 +91,8 @@ def test_the_reference_bridge_stays_on_its_device(tmp_path, write_config, guidan
             denoiser=shuffled(build_denoiser(config)),
             classifier=shuffled(build_noisy_classifier(config)) if guidance == "classifier" else None,
         )
-        found = bridge.translate(PATCHES.repeat(1, 1, 2, 2), source="A", target="B", levels=2, batch_size=4)
-    assert found.frames.shape == (3, 3, 3, 32, 32)
+        found = bridge.translate(PATCHES[:1].repeat(1, 1, 2, 2), source="A", target="B", levels=2, batch_size=4)
+    assert found.frames.shape == (3, 1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("sees", ["flow", "image", "mixed images", "state"])

@@ -19,17 +19,13 @@ _CHUNK = 256
 def build_classifier(config: Config, *, download: bool = True) -> PatchClassifier:
     """The (untrained) classifier of a resolved configuration; `download`: whether pretrained weights are fetched."""
     c = config.classifier
+    options = c.model_dump(include={"backbone", "pretrained", "sees", "view", "jitter", "blur"})
     return PatchClassifier(
         len(config.data.classes),
         channels=build_codec(config).channels if c.sees == "state" else config.data.channels,
-        backbone=c.backbone,
-        pretrained=c.pretrained,
         download=download,
-        sees=c.sees,
         source_image=config.condition.source_image,
-        view=c.view,
-        jitter=c.jitter,
-        blur=c.blur,
+        **options,
     )
 
 
@@ -44,7 +40,7 @@ def load(folder: Path, device: torch.device) -> PatchClassifier:
 def _in_chunks(
     function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, device: torch.device, chunk: int
 ) -> np.ndarray:
-    return torch.cat([function(images.encode(part).to(device)).float().cpu() for part in batch.split(chunk)]).numpy()
+    return torch.cat([function(images.encode(part.to(device))).float().cpu() for part in batch.split(chunk)]).numpy()
 
 
 def predict(model: PatchClassifier, batch: torch.Tensor, *, device: torch.device, chunk: int = _CHUNK) -> np.ndarray:

@@ -6,16 +6,7 @@ from torchcfm.models.unet.unet import UNetModel
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec
-from cellflux_bridge.velocity.base import (
-    Count,
-    Dropout,
-    Multipliers,
-    Prediction,
-    Velocity,
-    Width,
-    as_velocity,
-    require_levels,
-)
+from cellflux_bridge.velocity import base
 
 
 class _ConditionedUNet(UNetModel):
@@ -33,7 +24,7 @@ class _ConditionedUNet(UNetModel):
         return self.out(h)
 
 
-class ADM(Velocity):
+class ADM(base.Velocity):
     """v(t, x, cond) by guided-diffusion's U-Net, CellFlux's backbone.
 
     CellFlux's own size is channels 128, multipliers (2, 2, 2), blocks 4, attention (1,), dropout 0.3. `attention`
@@ -45,17 +36,17 @@ class ADM(Velocity):
         image_channels: int,
         spec: ConditionSpec,
         *,
-        channels: Width = 128,
-        multipliers: Multipliers = (1, 2, 2),
-        blocks: Count = 2,
+        channels: base.Width = 128,
+        multipliers: base.Multipliers = (1, 2, 2),
+        blocks: base.Count = 2,
         attention: tuple[int, ...] = (2,),
-        head_channels: Count = 64,
-        dropout: Dropout = 0.0,
+        head_channels: base.Count = 64,
+        dropout: base.Dropout = 0.0,
         resblock_updown: bool = True,
-        predict: Prediction = "velocity",
+        predict: base.Prediction = "velocity",
     ):
         super().__init__()
-        require_levels(attention, multipliers)
+        base.require_levels(attention, multipliers)
         if channels % 32:
             raise UserError(f"velocity.channels: {channels}; the ADM U-Net has 32 groups: use a multiple of 32")
         # The middle block of this network always attends.
@@ -83,4 +74,4 @@ class ADM(Velocity):
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
         vector, _, maps = self.condition(cond)
-        return as_velocity(self.net(t, torch.cat([x, *maps], dim=1), vector), t, x, predict=self._predict)
+        return base.as_velocity(self.net(t, torch.cat([x, *maps], dim=1), vector), t, x, predict=self._predict)

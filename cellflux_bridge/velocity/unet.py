@@ -6,17 +6,7 @@ from torch.nn import functional as F
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec
-from cellflux_bridge.velocity.base import (
-    Count,
-    Dropout,
-    Multipliers,
-    Prediction,
-    Velocity,
-    Width,
-    as_velocity,
-    require_levels,
-    sinusoidal,
-)
+from cellflux_bridge.velocity import base
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -78,7 +68,7 @@ class _Block(nn.ModuleList):
         return self[1](h, tokens) if len(self) > 1 else h
 
 
-class UNet(Velocity):
+class UNet(base.Velocity):
     """v(t, x, cond): a U-Net over the image, or over its pixel-unshuffled form.
 
     `channels` times each of `multipliers` is the width of a level, every level after the first at half the size of
@@ -92,17 +82,17 @@ class UNet(Velocity):
         image_channels: int,
         spec: ConditionSpec,
         *,
-        channels: Width = 64,
-        multipliers: Multipliers = (1, 2, 3),
-        blocks: Count = 2,
+        channels: base.Width = 64,
+        multipliers: base.Multipliers = (1, 2, 3),
+        blocks: base.Count = 2,
         attention: tuple[int, ...] = (2,),
-        head_channels: Count = 32,
-        dropout: Dropout = 0.0,
-        patch: Count = 1,
-        predict: Prediction = "target",
+        head_channels: base.Count = 32,
+        dropout: base.Dropout = 0.0,
+        patch: base.Count = 1,
+        predict: base.Prediction = "target",
     ):
         super().__init__()
-        require_levels(attention, multipliers)
+        base.require_levels(attention, multipliers)
         if spec.has("tokens") and not attention:
             raise UserError("velocity.attention: empty, but the condition has tokens; name a level to attend to them")
         widths = [channels * m for m in multipliers]
@@ -149,7 +139,7 @@ class UNet(Velocity):
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
         vector, tokens, maps = self.condition(cond)
-        embedding = F.silu(self.time(sinusoidal(t, self._time_dim)) + vector)
+        embedding = F.silu(self.time(base.sinusoidal(t, self._time_dim)) + vector)
         h = self.stem(F.pixel_unshuffle(torch.cat([x, *maps], dim=1), self._patch))
         skips = [h]
         for level, stage in enumerate(self.down):
@@ -167,4 +157,4 @@ class UNet(Velocity):
             if level < len(self.grow):
                 h = self.grow[level](F.interpolate(h, scale_factor=2, mode="nearest"))
         output = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self._patch)
-        return as_velocity(output, t, x, predict=self._predict)
+        return base.as_velocity(output, t, x, predict=self._predict)
