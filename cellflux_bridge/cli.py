@@ -407,6 +407,14 @@ def video_command(args: argparse.Namespace) -> None:
         print(f"wrote: {path}")
 
 
+def export_command(args: argparse.Namespace) -> None:
+    """export TRAJECTORY_OR_RUN: copy the sequences into the folders and arrays of Cellflow's release."""
+    from cellflux_bridge.trajectory import export_cellflow
+
+    folder = _trajectory(args.config)
+    print(f"wrote: {export_cellflow(folder, args.output or folder / 'cellflow')}")
+
+
 def report_command(args: argparse.Namespace) -> None:
     """report RUN ...: one HTML file about runs that were evaluated, and figures for a paper beside it."""
     from cellflux_bridge.report.page import write_report
@@ -496,6 +504,7 @@ _COMMANDS: dict[str, tuple[Callable, str, list, str | None]] = {
         None,
     ),
     "video": (video_command, "TRAJECTORY_OR_RUN", [_OUTPUT], None),
+    "export": (export_command, "TRAJECTORY_OR_RUN", [_OUTPUT], None),
     "report": (
         report_command,
         "RUN",
