@@ -1,4 +1,4 @@
-"""The reference bridge against equations written out again and closed forms."""
+"""DDIM stairs against equations written out again and closed forms."""
 
 from types import SimpleNamespace
 
@@ -8,6 +8,7 @@ import torch
 from toy_ddim import SIDE, TINY, random, shuffled, toy_classifier, toy_eps, toy_stairs, written_out
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.ddim import stairs
 from cellflux_bridge.ddim.depths import fourier_depths, low_frequency_magnitudes, uniform_depths
 from cellflux_bridge.ddim.networks import Denoiser, NoisyClassifier
 from cellflux_bridge.ddim.schedule import add_noise, alphas_bar, respaced
@@ -17,18 +18,33 @@ from cellflux_bridge.ddim.steps import ClassifierFree, Conditional, classifier_g
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_schedule_is_ddpms_respaced():
+def guided_diffusions_steps(num: int) -> list[int] | None:
+    """What "ddim<num>" means in guided-diffusion: the first stride that takes so many of 1000 steps."""
+    for stride in range(1, 1000):
+        if len(range(0, 1000, stride)) == num:
+            return list(range(0, 1000, stride))
+    return None
+
+
+@pytest.mark.parametrize("timesteps", [1000, 500, 334, 100, 72, 63, 30, 25, 7, 3, 2])
+def test_the_schedule_is_ddpms_respaced(timesteps):
     products = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    for timesteps in (1000, 100, 25):
-        schedule = respaced(timesteps)
-        step = 1000 // timesteps
-        assert schedule.tau.tolist() == list(range(0, 1000, step))
-        assert (schedule.at(-1), schedule.at(timesteps)) == (1.0, 0.0)
-        found = [schedule.at(k) for k in range(timesteps)]
-        np.testing.assert_allclose(found, products[::step], rtol=1e-12)
-    assert respaced(100).at(0) == pytest.approx(0.9999, abs=1e-12)
-    with pytest.raises(UserError, match=r"ddim\.timesteps: 30 does not divide 1000"):
-        respaced(30)
+    schedule = respaced(timesteps)
+    assert schedule.tau.tolist() == guided_diffusions_steps(timesteps)
+    assert (len(schedule), schedule.at(-1), schedule.at(timesteps)) == (timesteps, 1.0, 0.0)
+    found = [schedule.at(k) for k in range(timesteps)]
+    np.testing.assert_allclose(found, products[schedule.tau], rtol=1e-12)
+    assert schedule.at(0) == pytest.approx(0.9999, abs=1e-12)
+
+
+def test_only_numbers_of_steps_that_no_stride_gives_are_refused():
+    for timesteps in [*range(1, 80), 100, 333, 334, 499, 500, 501, 999, 1000, 1001]:
+        if (steps := guided_diffusions_steps(timesteps)) is not None:
+            assert respaced(timesteps).tau.tolist() == steps
+    for timesteps, near in ((1, "2 or 3"), (61, "59 or 63"), (999, "500 or 1000")):
+        assert guided_diffusions_steps(timesteps) is None
+        with pytest.raises(UserError, match=rf"ddim\.timesteps: .* {timesteps} of 1000 steps; use {near}"):
+            respaced(timesteps)
 
 
 def test_noised_images_have_the_schedules_mean_and_spread():
@@ -366,6 +382,32 @@ def test_every_image_has_its_own_fourier_depths():
             assert torch.equal(alone.depths[0], together.depths[b])
             given = run(x0[b : b + 1], y[b : b + 1], together.depths[b])
             torch.testing.assert_close(given.frames[:, 0], together.frames[:, b], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_memory_of_the_rules_is_bounded_and_changes_nothing(monkeypatch, room):
+    """Whatever number of images a rule sees at a time: the same frames and depths, and no forward more."""
+    x0, schedule = random(5, 3, 20, 20).tanh(), respaced(20)
+    seen = []
+
+    def eps(x, tau, y):
+        return torch.sin(3 * x + tau[:, None, None, None].double() / 300 + y[:, None, None, None])
+
+    def rule(states):
+        seen.append(tuple(states.shape))
+        return fourier_rule(3, mirrored=True)(states)
+
+    def run():
+        network, y = Conditional(eps), torch.tensor([0, 1, 0, 1, 1])
+        return ddim_stairs(x0, y, 1 - y, schedule=schedule, encoder=network, decoder=network, depths=rule)
+
+    whole = run()
+    monkeypatch.setattr(stairs, "_STATES_BYTES", (room + 1) * 20 * 3 * 20 * 20 * 8 - 1)
+    parts = run()
+    assert seen[0] == (20, 5, 3, 20, 20)
+    assert [shape[1] for shape in seen[1:]] == [room] * (5 // room) + [5 % room] * (5 % room > 0)
+    for found, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_uniform_depths_span_the_levels():

@@ -1,4 +1,4 @@
-"""The reference bridge's networks, guided-diffusion's checkpoint layout, and the variational bound."""
+"""The networks of DDIM stairs, guided-diffusion's checkpoint layout, and the variational bound."""
 
 import pickle
 from pathlib import Path
@@ -170,6 +170,32 @@ def test_cellflows_class_network_becomes_rows_of_a_table(tmp_path):
 def test_sizes_that_do_not_fit_are_refused(size, changes, message):
     with pytest.raises(UserError, match=message):
         denoiser(size=size, **changes)
+
+
+def test_multipliers_are_fractions_where_the_groups_allow_it(tmp_path, write_config):
+    file = write_config(tmp_path, ddim={"denoiser": {"channels": 64, "multipliers": [0.5, 1.5]}})
+    assert load_config(file).ddim.denoiser.widths == (32, 96)
+    whole = load_config(file, ["ddim.denoiser.multipliers=[1, 2]"]).ddim.denoiser.multipliers
+    assert [(type(multiplier), multiplier) for multiplier in whole] == [(int, 1), (int, 2)]  # as hashes have them
+    for wrong, message in (
+        ("[0.25, 1]", "times channels .64. they must give multiples of 32"),
+        ("[0, 1]", "greater than 0"),
+        ("[]", "at least 1 item"),
+        ("[-1]", "greater than 0"),
+    ):
+        with pytest.raises(UserError, match=rf"ddim\.denoiser\.multipliers.*{message}"):
+            load_config(file, [f"ddim.denoiser.multipliers={wrong}"])
+
+
+def test_a_source_denoiser_is_like_the_denoiser_where_it_says_nothing_else(tmp_path, write_config):
+    file = write_config(tmp_path, ddim={"denoiser": {"channels": 64, "blocks": 3, "new_attention_order": True}})
+    weights = "ddim.source_denoiser.weights=s.pt"
+    with pytest.raises(UserError, match="weights need new_attention_order stated"):
+        load_config(file, [weights])
+    stated = [weights, "ddim.source_denoiser.new_attention_order=false", "ddim.source_denoiser.blocks=2"]
+    source = load_config(file, stated).ddim.source_denoiser
+    assert (source.channels, source.blocks, source.new_attention_order) == (64, 2, False)
+    assert source.weights == Path("s.pt")
 
 
 # --- the variational bound --------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.images import write_png
+from cellflux_bridge.images import read_rgb, write_png
 from cellflux_bridge.trajectory import (
     Trajectory,
     TrajectoryHeader,
     TrajectoryWriter,
     count_incomplete,
+    export_cellflow,
     iter_trajectory,
     linear_soft_labels,
     load_trajectory,
@@ -550,3 +551,44 @@ def test_sources_without_all_their_rows_are_counted_and_left_out(tmp_path):
     put_rows(tmp_path, [*rows[:5], *rows[7:]])
     assert read_source_ids(tmp_path) == ("a", "c")
     assert count_incomplete(tmp_path) == 1
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ddim", "path"])
+def test_sequences_are_exported_in_cellflows_layout(tmp_path, monkeypatch, method):
+    header = replace(HEADER, method=method, source="A")
+    made = sequences("x/a.png", "bb", "ccc", header=header, has_depth=method == "ddim")
+    TrajectoryWriter(tmp_path / "run", header).append(made, numbers=range(3))
+    monkeypatch.setattr(reader, "_BATCH_BYTES", 1)
+    (tmp_path / "out" / "A_C.tmp" / "source_img").mkdir(parents=True)  # of an export that was stopped
+    folder = export_cellflow(tmp_path / "run", tmp_path / "out")
+    assert folder == tmp_path / "out" / "A_C"
+    assert list(folder.parent.iterdir()) == [folder]
+    source, target, depths = (np.load(folder / f"{name}.npy") for name in ("source", "target", "diffway"))
+    assert (source.dtype, target.dtype, depths.dtype) == (np.float32, np.uint8, np.int64)
+    np.testing.assert_array_equal(np.rint((source + 1) * 127.5), made.frames[0])
+    np.testing.assert_array_equal(target, made.frames[1:].transpose(1, 0, 2, 3, 4))
+    expected = [[len(name), 90] for name in made.source_ids] if method == "ddim" else [[1, 2]] * 3
+    assert depths.tolist() == expected
+    for n, (first, last) in enumerate(expected):
+        found = read_rgb(folder / "target_img" / f"A-C_batch{n:04d}_img0000_step{last:04d}.png")
+        np.testing.assert_array_equal(found, made.sequence(n)[2])
+        assert (folder / "target_img" / f"A-C_batch{n:04d}_img0000_step{first:04d}.png").exists()
+        found = read_rgb(folder / "source_img" / f"source_batch{n:04d}_img0000.png")
+        np.testing.assert_array_equal(found, made.sequence(n)[0])
+    assert len(list(folder.glob("*_img/*"))) == 9
+    with pytest.raises(UserError, match="A_C: is there already"):
+        export_cellflow(tmp_path / "run", tmp_path / "out")
+
+
+def test_an_export_stays_in_its_folder_and_is_of_rgb_only(tmp_path):
+    header = replace(HEADER, source="../" + "B" * 300, classes=("A", "../" + "B" * 300, "C"))
+    TrajectoryWriter(tmp_path / "run", header).append(sequences("a", header=header), numbers=[0])
+    folder = export_cellflow(tmp_path / "run", tmp_path / "out")
+    assert folder.parent == tmp_path / "out"
+    assert len(list(folder.glob("target_img/*"))) == 2
+    TrajectoryWriter(tmp_path / "many", HEADER).append(sequences("a", channels=5), numbers=[0])
+    with pytest.raises(UserError, match=r"frames of 5 channels; .* RGB images only"):
+        export_cellflow(tmp_path / "many", tmp_path / "other")

@@ -1,4 +1,4 @@
-"""A bridge of which everything is known, written out a second time, for the tests of the reference bridge."""
+"""A small DDIM stair of which everything is known, written out a second time, for the tests of DDIM stairs."""
 
 import numpy as np
 import torch

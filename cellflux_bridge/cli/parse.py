@@ -90,6 +90,7 @@ COMMANDS = {
         optional=True,
     ),
     "video": Command("TRAJECTORY_OR_RUN", (_FOLDER,)),
+    "export": Command("TRAJECTORY_OR_RUN", (_FOLDER,)),
     "report": Command(
         "RUN",
         (

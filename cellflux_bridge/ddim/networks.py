@@ -1,4 +1,4 @@
-"""The reference bridge's networks: torchcfm's copies of the ADM U-Net and of the ADM classifier.
+"""The networks of DDIM stairs: torchcfm's copies of the ADM U-Net and of the ADM classifier.
 
 Their parameters carry guided-diffusion's own names (Dhariwal & Nichol 2021), so that its checkpoints, and Cellflow's,
 load into `net`.
@@ -14,8 +14,6 @@ from torchcfm.models.unet.unet import EncoderUNetModel, UNetModel
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.ddim.settings import ADMConfig
 
-IMAGE_CHANNELS = 3
-
 
 class Denoiser(nn.Module):
     """The noise eps in a noised image, by class; with `learn_sigma` also where the step's variance lies.
@@ -24,13 +22,22 @@ class Denoiser(nn.Module):
     C channels, or 2C with `learn_sigma`: noise first, then v in [-1, 1] (improved diffusion, Nichol & Dhariwal 2021).
     """
 
-    def __init__(self, config: ADMConfig, *, image_size: int, num_classes: int, learn_sigma: bool, has_null: bool):
+    def __init__(
+        self,
+        config: ADMConfig,
+        *,
+        image_size: int,
+        num_classes: int,
+        learn_sigma: bool,
+        has_null: bool,
+        channels: int = 3,
+    ):
         super().__init__()
         self.null_class = num_classes if has_null else None
         self.net = UNetModel(
-            out_channels=IMAGE_CHANNELS * (2 if learn_sigma else 1),
+            out_channels=channels * (2 if learn_sigma else 1),
             num_classes=num_classes + has_null,
-            **_arguments(config, image_size, key="ddim.denoiser"),
+            **_arguments(config, image_size, channels, key="ddim.denoiser"),
         )
 
     def forward(self, x: torch.Tensor, tau: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -45,18 +52,17 @@ class Denoiser(nn.Module):
 class NoisyClassifier(nn.Module):
     """Logits of the class of a noised image: ADM's encoder half with attention pooling (sec. 4 of ADM)."""
 
-    def __init__(self, config: ADMConfig, *, image_size: int, num_classes: int):
+    def __init__(self, config: ADMConfig, *, image_size: int, num_classes: int, channels: int = 3):
         super().__init__()
-        self.net = EncoderUNetModel(
-            out_channels=num_classes, pool="attention", **_arguments(config, image_size, key="ddim.classifier")
-        )
+        arguments = _arguments(config, image_size, channels, key="ddim.classifier")
+        self.net = EncoderUNetModel(out_channels=num_classes, pool="attention", **arguments)
 
     def forward(self, x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         """Logits (B, num_classes) of states x (B, C, H, W) at steps tau (B,) of 1000."""
         return self.net(x, tau)
 
 
-def _arguments(config: ADMConfig, image_size: int, *, key: str) -> dict:
+def _arguments(config: ADMConfig, image_size: int, channels: int, *, key: str) -> dict:
     """What both networks of ADM take; UserError for sizes that do not fit each other."""
     rates = [2**level for level in range(len(config.multipliers))]
     if image_size % rates[-1]:
@@ -69,12 +75,12 @@ def _arguments(config: ADMConfig, image_size: int, *, key: str) -> dict:
     if unknown:
         raise UserError(f"{key}.attention: no map of side {unknown[0]} px at {image_size} px; sides: {list(sides)}")
     attending = [*(len(bin(sides[side])) - 3 for side in config.attention), -1]  # the innermost map always attends
-    undivided = [w for w in (config.channels * config.multipliers[n] for n in attending) if w % config.head_channels]
+    undivided = [w for w in (config.widths[n] for n in attending) if w % config.head_channels]
     if undivided:
         raise UserError(f"{key}.head_channels: {config.head_channels} does not divide the width {undivided[0]}")
     return {
         "image_size": image_size,
-        "in_channels": IMAGE_CHANNELS,
+        "in_channels": channels,
         "model_channels": config.channels,
         "num_res_blocks": config.blocks,
         "attention_resolutions": [sides[side] for side in config.attention],

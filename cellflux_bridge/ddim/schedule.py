@@ -1,4 +1,4 @@
-"""The noise schedule of the reference bridge: 1000 linear steps (Ho et al. 2020), respaced to fewer levels."""
+"""The noise schedule of DDIM stairs: 1000 linear steps (Ho et al. 2020), respaced to fewer levels."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ def alphas_bar() -> torch.Tensor:
 class Schedule(NamedTuple):
     """T levels k = 0..T-1 out of the 1000 steps.
 
-    `tau` (T,) int64 is what a network is told of level k; `alpha_bar` (T + 2,) float64 starts at level -1: use `at`.
+    `tau` (T,) int64 is the step that a network gets at k; `alpha_bar` (T + 2,) float64 starts at level -1: use `at`.
     """
 
     tau: torch.Tensor
@@ -39,13 +39,13 @@ class Schedule(NamedTuple):
 
 
 def respaced(timesteps: int) -> Schedule:
-    """The levels tau_k = 1000 k / T of T = `timesteps`, the "ddimT" respacing of guided-diffusion.
-
-    Raises UserError where T does not divide 1000, because the levels would not be steps that networks were trained on.
-    """
-    if timesteps < 1 or NUM_STEPS % timesteps:
-        raise UserError(f"ddim.timesteps: {timesteps} does not divide {NUM_STEPS}; use 100, 50 or 25")
-    tau = torch.arange(timesteps) * (NUM_STEPS // timesteps)
+    """The levels tau_k = i k of T = `timesteps`, the "ddimT" respacing of guided-diffusion: i is the smallest stride
+    that takes exactly T of the 1000 steps. Raises UserError where no stride does."""
+    strides = {len(range(0, NUM_STEPS, stride)): stride for stride in range(NUM_STEPS - 1, 0, -1)}
+    if timesteps not in strides:
+        near = sorted(sorted(strides, key=lambda num: abs(num - timesteps))[:2])
+        raise UserError(f"ddim.timesteps: no stride takes {timesteps} of {NUM_STEPS} steps; use {near[0]} or {near[1]}")
+    tau = torch.arange(0, NUM_STEPS, strides[timesteps])
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     return Schedule(tau, torch.cat([one, alphas_bar()[tau], zero]))
 

@@ -1,9 +1,9 @@
-"""The reference: Cellflow's classifier-guided DDIM bridge."""
+"""DDIM stairs, Cellflow's classifier-guided method, which is the reference here."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cellflux_bridge.classifier.settings import ClassifierTrainConfig
 from cellflux_bridge.config.schema import Count, Fraction, NonNegative, Section
@@ -11,16 +11,20 @@ from cellflux_bridge.training.settings import TrainConfig
 
 
 class DenoiserTrainConfig(TrainConfig):
-    """The training of the reference bridge's denoiser: without sheets of samples."""
+    """The training of the denoiser: without sheets of samples."""
 
     sample_every: Annotated[int, Field(ge=0)] = 0
+
+
+# A map is channels times its multiplier wide, as 0.5 x 256 in ADM's networks of 512 px.
+Multipliers = Annotated[tuple[Annotated[int | float, Field(gt=0)], ...], Field(min_length=1)]
 
 
 class ADMConfig(Section):
     """Size of an ADM network (Dhariwal & Nichol 2021); `attention` names the sides, in px, of the maps that attend."""
 
     channels: Annotated[int, Field(ge=32, multiple_of=32)] = 32
-    multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    multipliers: Multipliers = (1, 2, 4, 4)
     blocks: Count = 1
     attention: tuple[Count, ...] = (8,)
     head_channels: Count = 32
@@ -30,6 +34,19 @@ class ADMConfig(Section):
     new_attention_order: bool = False
     weights: Path | None = None  # a guided-diffusion or Cellflow .pt file, used instead of a training
     train: DenoiserTrainConfig = DenoiserTrainConfig()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the maps, from the outermost to the innermost."""
+        return tuple(int(self.channels * multiplier) for multiplier in self.multipliers)
+
+    @field_validator("multipliers")
+    @classmethod
+    def _give_groups(cls, multipliers, info):
+        channels = info.data.get("channels", 32)  # absent where it is wrong itself
+        if any(channels * multiplier % 32 for multiplier in multipliers):
+            raise ValueError(f"times channels ({channels}) they must give multiples of 32, the groups of the network")
+        return multipliers
 
     @model_validator(mode="after")
     def _attention_order_is_stated(self):
@@ -42,14 +59,14 @@ class ADMConfig(Section):
 
 
 class NoisyClassifierConfig(ADMConfig):
-    """Size and training of the reference bridge's classifier of noised images."""
+    """Size and training of the classifier of noised images."""
 
-    multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2)
+    multipliers: Multipliers = (1, 2, 2)
     train: ClassifierTrainConfig = ClassifierTrainConfig()
 
 
 class DDIMConfig(Section):
-    """The reference: Cellflow's classifier-guided DDIM bridge (`bridge/`)."""
+    """DDIM stairs. A key that `source_denoiser` leaves out has the value of `denoiser`; its weights must be stated."""
 
     learn_sigma: bool = False
     denoiser: ADMConfig = ADMConfig()
@@ -59,8 +76,17 @@ class DDIMConfig(Section):
     depths: Literal["uniform", "fourier", "fourier_unmirrored"] | list[Annotated[int, Field(ge=1)]] = "uniform"
     guidance: Literal["classifier", "classifier_free", "none"] = "classifier"
     scale: NonNegative = 2.0  # of the classifier's gradient
-    weight: NonNegative = 1.8  # of classifier-free guidance, on both ways; see `bridge.ddim.ClassifierFree`
+    weight: NonNegative = 1.8  # of classifier-free guidance, on both ways; see `ddim.steps.ClassifierFree`
     class_dropout: Fraction = 0.1  # of the denoiser's training for classifier-free guidance
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_denoiser_is_like_the_denoiser(cls, data):
+        if isinstance(data, dict) and isinstance(source := data.get("source_denoiser"), dict):
+            denoiser = data["denoiser"] if isinstance(data.get("denoiser"), dict) else {}
+            shared = {key: denoiser[key] for key in denoiser.keys() - {"weights", "new_attention_order"}}
+            return {**data, "source_denoiser": {**shared, **source}}
+        return data
 
     @model_validator(mode="after")
     def _source_denoiser_has_weights(self):

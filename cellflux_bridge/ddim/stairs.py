@@ -1,6 +1,6 @@
-"""The stairs of the reference bridge: one inversion of each source, read at K depths, decoded in full from each.
+"""DDIM stairs: one inversion of each source, read at K depths, decoded in full from each.
 
-This is Cellflow's bridge: z_1, z_2, .. encode the source image under its class without a guide; the state at depth d_m
+This is Cellflow's method: z_1, z_2, .. encode the source image under its class without a guide; the state at depth d_m
 is decoded under the target class, guided in every step, and becomes frame m. No label and no guidance is interpolated:
 how far back a frame starts is all that moves along the stair.
 """
@@ -24,6 +24,8 @@ from cellflux_bridge.ddim.steps import (
 
 # From the encoded states (T, B, C, H, W) to the depths (B, K) of every image.
 DepthRule = Callable[[torch.Tensor], torch.Tensor]
+# A rule sees all states of as many images at a time as fit into these bytes (of one image at least).
+_STATES_BYTES = 2**29
 
 
 class Stairs(NamedTuple):
@@ -64,8 +66,7 @@ def ddim_stairs(
 
     `depths` are (K,) for all images or (B, K), rising in 1..T, or a rule that finds them on the encoded states. A
     network call holds at most `batch_size` images or levels of images; `report` hears of every call how many. The
-    result of an image does not depend on the others. Memory holds B x K states, and
-    with a rule B x T for a while.
+    result of an image does not depend on the others. Memory holds B x K states, and with a rule 512 MiB of others.
 
     With depths 10, 20, .., 90, 99 an image takes 99 + 549 = 648 forwards and 549 classifier gradients. A rule takes T
     forwards to encode, and no more: as released the states that the rule looks at are thrown away and encoded again,
@@ -74,10 +75,11 @@ def ddim_stairs(
     timesteps, num_images = len(schedule), len(x0)
     run = _Run(schedule, batch_size, report)
     if callable(depths):
-        latents = torch.stack(list(run.encode(x0, y_source, encoder, torch.full((num_images,), timesteps))))
-        depths = depths(latents)
+        room = max(1, _STATES_BYTES // (timesteps * x0[0].numel() * x0.element_size()))
+        parts = zip(x0.split(room), y_source.split(room), strict=True)
+        latents, found = zip(*(run.encode_by(depths, x, y, encoder) for x, y in parts), strict=True)
+        latents, depths = torch.cat(latents, dim=1), torch.cat(found)
         num_encoded = torch.full((num_images,), timesteps)
-        latents = latents[depths.T - 1, torch.arange(num_images)]  # (K, B, C, H, W)
     else:
         depths = depths.expand(num_images, -1).cpu()
         for row in depths.tolist():
@@ -110,6 +112,14 @@ class _Run(NamedTuple):
                 tau = self._tau(k, rows, z.device)
                 z[rows] = encode_step(z[rows], eps(z[rows], tau, y[rows]).to(z.dtype), k, self.schedule)
             yield z.clone()
+
+    def encode_by(self, rule: DepthRule, x0: torch.Tensor, y: torch.Tensor, eps: NoisePredictor):
+        """The states (K, B, C, H, W) of images at the depths (B, K) that a rule finds for them, and these depths."""
+        states = x0.new_empty(len(self.schedule), *x0.shape)
+        for k, z in enumerate(self.encode(x0, y, eps, torch.full((len(x0),), len(states)))):
+            states[k] = z
+        depths = rule(states)
+        return states[depths.T - 1, torch.arange(len(x0))], depths
 
     def decode(self, u, y, eps: NoisePredictor, depths, classifier: Classifier | None, scale: float) -> torch.Tensor:
         """Rows u decoded to the end, each from its own depth: it joins when the others have come down to it."""

@@ -1,9 +1,9 @@
-"""One step of the reference bridge on each of its ways, and the two forms of guidance.
+"""One DDIM step on each of the two ways, and the two forms of guidance.
 
 Equations are those of DDIM (Song et al. 2020, arXiv 2010.02502) with eta = 0 and of ADM (Dhariwal & Nichol 2021, arXiv
 2105.05233). With x = (z_k - sqrt(1 - abar_k) eps) / sqrt(abar_k), the predicted clean image (DDIM eq. 9), one step of
 either way is z_j = sqrt(abar_j) x + sqrt(1 - abar_j) eps: Euler's rule for d(z / sqrt(abar)) = eps dsigma with sigma =
-sqrt((1 - abar) / abar) (DDIM eq. 13 and 14). Where Cellflow's released bridge departs from them, "Departs" says so.
+sqrt((1 - abar) / abar) (DDIM eq. 13 and 14). Where Cellflow's release departs from them, "Departs" says so.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Conditional:
 class ClassifierFree:
     """eps = (1 + w) eps(x, y) - w eps(x, null) (Ho & Salimans 2022, arXiv 2207.12598, eq. 6); w = 0 is no guidance.
 
-    Cellflow's classifier-free bridge takes w = 1.8 on both ways: in the convention of flows, null + w' (class - null),
+    Cellflow's classifier-free variant takes w = 1.8 on both ways: in the convention of flows, null + w' (class - null),
     that is w' = 2.8. Departs: the release calls the network a third time in each step and discards the result.
     """
 

@@ -1,4 +1,4 @@
-"""The reference bridge's networks as training tasks: the denoiser, and the classifier of noised images."""
+"""The networks of DDIM stairs as training tasks: the denoiser, and the classifier of noised images."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ _REPORTED_STEPS = (0, 100, 250, 500, 750)
 class NoisyBatch(NamedTuple):
     """Clean images x0 and unit noise (B, C, H, W), steps tau (B,) in 0..999, classes y and y_seen (B,).
 
-    `y_seen` is the class that the denoiser is told: y, or the null class where it is dropped.
+    `y_seen` is the class that conditions the denoiser: y, or the null class where it is dropped.
     """
 
     x0: torch.Tensor
@@ -84,24 +84,26 @@ def build_denoiser(config: Config) -> Denoiser:
         num_classes=len(config.data.classes),
         learn_sigma=ddim.learn_sigma,
         has_null=ddim.guidance == "classifier_free",
+        channels=config.data.channels,
     )
 
 
 def build_noisy_classifier(config: Config) -> NoisyClassifier:
     """The (untrained) noisy classifier of a resolved configuration."""
-    size, num_classes = config.data.image_size, len(config.data.classes)
-    return NoisyClassifier(config.ddim.classifier, image_size=size, num_classes=num_classes)
+    data = config.data
+    size, num_classes = data.image_size, len(data.classes)
+    return NoisyClassifier(config.ddim.classifier, image_size=size, num_classes=num_classes, channels=data.channels)
 
 
 class DenoiserTask:
     """Regression of eps on the noise in x_tau, tau uniform over the 1000 steps (L_simple of DDPM, Ho et al. 2020).
 
     With `ddim.learn_sigma` the bound that trains the variance is added (L_hybrid, Nichol & Dhariwal 2021, eq. 16).
-    For classifier-free guidance `ddim.class_dropout` of the samples are told the null class (Ho & Salimans 2022).
+    For classifier-free guidance a share `ddim.class_dropout` of the samples gets the null class (Ho & Salimans 2022).
     """
 
     def __init__(self, config: Config, patches: Patches):
-        self._bridge = config.ddim
+        self._ddim = config.ddim
         self._train = config.ddim.denoiser.train
         self.preprocessing = patches.preprocessing
         self.model = build_denoiser(config)
@@ -111,12 +113,12 @@ class DenoiserTask:
     def batch(self, index: int, *, rank: int) -> NoisyBatch:
         if self.model.null_class is None:
             return self._data.batch(index, rank=rank)
-        return self._data.batch(index, rank=rank, dropout=self._bridge.class_dropout, null_class=self.model.null_class)
+        return self._data.batch(index, rank=rank, dropout=self._ddim.class_dropout, null_class=self.model.null_class)
 
     def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
         x_t = batch.x_t
         output = model(x_t, batch.tau, batch.y_seen).float()
-        if not self._bridge.learn_sigma:
+        if not self._ddim.learn_sigma:
             return F.mse_loss(output, batch.noise)
         eps, v = output.chunk(2, dim=1)
         return F.mse_loss(eps, batch.noise) + VLB_WEIGHT * step_bound(batch.x0, x_t, batch.tau, eps, v)
@@ -145,7 +147,7 @@ class DenoiserTask:
         return {"val/noise_mse": error.mean().item(), **thirds, "val/class_swap": swap}
 
     def sheet(self, model: nn.Module, device: torch.device) -> None:
-        return None  # a strip of the bridge takes hundreds of evaluations an image
+        return None  # a stair takes hundreds of evaluations an image
 
 
 class NoisyClassifierTask:
@@ -180,7 +182,7 @@ class NoisyClassifierTask:
 
 
 class Stage(NamedTuple):
-    """One of the bridge's two trainings: its settings, its task, and the parts of a configuration it does not use."""
+    """One of the two trainings: its settings, its task, and the parts of a configuration it does not use."""
 
     settings: Callable[[Config], ADMConfig]
     task: Callable[[Config, Patches], Any]

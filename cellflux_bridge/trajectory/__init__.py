@@ -1,6 +1,7 @@
 """The core data format. Whatever makes sequences writes Trajectories; whatever judges or shows them reads Trajectories
 and never sees a network."""
 
+from cellflux_bridge.trajectory.export import export_cellflow
 from cellflux_bridge.trajectory.header import (
     HEADER,
     Trajectory,
@@ -21,6 +22,7 @@ __all__ = [
     "TrajectoryWriter",
     "between",
     "count_incomplete",
+    "export_cellflow",
     "iter_trajectory",
     "linear_soft_labels",
     "load_trajectory",

@@ -1,4 +1,4 @@
-"""The reference bridge as a Python object: `DDIMTranslator.load("runs/ddim_lung").translate(images)`."""
+"""DDIM stairs as a Python object: `DDIMTranslator.load("runs/ddim_lung").translate(images)`."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
@@ -28,16 +29,18 @@ from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft
 from cellflux_bridge.translation.base import Translator, translation_fabric
 from cellflux_bridge.translation.settings import TranslateConfig
 
-# Keys of `translate` that the bridge heeds; what else it does stands in `bridge`.
+# Keys of `translate` that DDIM stairs read; all else that they do stands in `ddim`.
 _HEEDED = ("source", "target", "split", "num", "levels", "batch_size")
+_NETWORKS = ("denoiser", "source_denoiser", "classifier")
+# What sequences do not depend on. Weights count by their digest, not by their place.
 _NO_PART_IN_SEQUENCES = (
-    *("video", "classifier", "translate", "train"),
-    *("coupling", "path", "velocity", "condition", "pairs"),
+    *("video", "classifier", "translate", "train", "coupling", "path", "velocity", "condition", "pairs"),
+    *(f"ddim.{name}.weights" for name in _NETWORKS),
 )
 
 
 class DDIMTranslator(Translator):
-    """Cellflow's classifier-guided DDIM bridge: stairs of `translate.levels` levels, nominally k / K.
+    """DDIM stairs of `translate.levels` levels, nominally k / K, as Cellflow makes them.
 
     `denoiser` decodes, and encodes unless there is a `source_denoiser`.
     """
@@ -55,16 +58,10 @@ class DDIMTranslator(Translator):
         given: Mapping[str, Any] | None = None,
     ):
         super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
-        denoiser, source_denoiser, classifier = (
-            None
-            if network is None
-            else network.to(fabric.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-            for network in (denoiser, source_denoiser, classifier)
-        )
-        self._weights = [
-            "" if network is None else checkpoint.weights_digest(network)
-            for network in (denoiser, source_denoiser, classifier)
-        ]
+        networks = (denoiser, source_denoiser, classifier)
+        for network in filter(None, networks):
+            network.to(fabric.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self._weights = ["" if network is None else checkpoint.weights_digest(network) for network in networks]
         self._schedule = respaced(config.ddim.timesteps)
         self._classifier = classifier
         self._decoder = self._predictor(denoiser)
@@ -87,34 +84,21 @@ class DDIMTranslator(Translator):
         With `trust`, classes of foreign modules that the run names are imported, which runs their code. Raises
         UserError for a network that is missing, was trained otherwise, or does not fit the configuration.
         """
+        path = Path(run)
+        where, output = (path / checkpoint.CONFIG, path) if path.is_dir() else (path, None)
         with trusting(trust):
-            return cls._load(Path(run), overrides, fabric)
-
-    @classmethod
-    def _load(cls, path: Path, overrides: Sequence[str], fabric: Fabric | None) -> "DDIMTranslator":
-        config = (
-            load_config(path / checkpoint.CONFIG, overrides, output=path)
-            if path.is_dir()
-            else load_config(path, overrides)
-        )
-        if config.data.classes is None:
-            raise UserError(f"{path}: data.classes: name them, in the order of the networks' class numbers")
-        loader = _Loader(config)
-        denoiser = loader.denoiser()
-        source_denoiser = None if config.ddim.source_denoiser is None else loader.source_denoiser()
-        classifier = loader.classifier() if config.ddim.guidance == "classifier" else None
-        if fabric is None:
-            fabric = translation_fabric(config.ddim.denoiser.train, section="ddim.denoiser.train")
-        return cls(
-            config=config,
-            preprocessing=loader.preprocessing(),
-            step=loader.step,
-            fabric=fabric,
-            denoiser=denoiser,
-            source_denoiser=source_denoiser,
-            classifier=classifier,
-            given=parse_overrides(overrides).get("translate"),
-        )
+            config = load_config(where, overrides, output=output)
+            if config.data.classes is None:
+                raise UserError(f"{path}: data.classes: name them, in the order of the networks' class numbers")
+            loader = _Loader(config)
+            return cls(
+                config=config,
+                step=loader.step,
+                fabric=fabric or translation_fabric(config.ddim.denoiser.train, section="ddim.denoiser.train"),
+                given=parse_overrides(overrides).get("translate"),
+                preprocessing=loader.preprocessing(),
+                **loader.networks,
+            )
 
     def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
         settings = super()._settings(source, target, options)
@@ -124,12 +108,12 @@ class DDIMTranslator(Translator):
     def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         for key in sorted(set(given) - set(_HEEDED)):
             raise UserError(
-                f"translate.{key}: has no part in the reference bridge, which heeds {', '.join(_HEEDED)}, and the keys "
-                "of `bridge`; leave it out"
+                f"translate.{key}: DDIM stairs do not read it; leave it out. They read {', '.join(_HEEDED)}, and the "
+                "keys of `ddim`"
             )
         if "levels" in given and isinstance(self.config.ddim.depths, list):
             raise UserError(
-                "translate.levels: has no part where ddim.depths lists the depths, one a level; leave it out, or set "
+                "translate.levels: not read where ddim.depths lists the depths, one a level; leave it out, or set "
                 "ddim.depths=uniform"
             )
 
@@ -141,7 +125,7 @@ class DDIMTranslator(Translator):
             return torch.tensor(wanted)
         if isinstance(settings.levels, list):
             raise UserError(
-                "translate.levels: the reference bridge's levels are nominal, k / K; give their number, and depths as "
+                "translate.levels: the levels of DDIM stairs are nominal, k / K; give their number, and depths as "
                 "ddim.depths"
             )
         uniform = torch.tensor(uniform_depths(timesteps, settings.levels))
@@ -150,21 +134,16 @@ class DDIMTranslator(Translator):
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
         wanted = self.config.ddim.depths
         num = len(wanted) if isinstance(wanted, list) else settings.levels
+        used = self.config.flat(without=(*PLACES_AND_PACE, *_NO_PART_IN_SEQUENCES))
+        canonical = json.dumps([used, settings.split, self._weights], sort_keys=True)
         return TrajectoryHeader(
             method="ddim",
             source=settings.source,
             target=settings.target,
             classes=self.classes,
             levels=tuple(k / num for k in range(num + 1)),
-            config_hash=f"{self._digest(settings)}@{self.step}",
+            config_hash=f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}@{self.step}",
         )
-
-    def _digest(self, settings: TranslateConfig) -> str:
-        """A short hash of all that the sequences are made with, the weights of the networks included."""
-        places = tuple(f"ddim.{name}.weights" for name in ("denoiser", "source_denoiser", "classifier"))
-        used = self.config.flat(without=(*PLACES_AND_PACE, *_NO_PART_IN_SEQUENCES, *places))
-        canonical = json.dumps([used, settings.split, self._weights], sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def _name(self, settings: TranslateConfig) -> str:
         return f"{super()._name(settings)}_ddim"
@@ -199,6 +178,7 @@ class DDIMTranslator(Translator):
             tuple(ids),
             tuple(result.forwards.tolist()),
             tuple(result.gradients.tolist()),
+            np.pad(result.depths.numpy().T.astype(float), ((1, 0), (0, 0))),
         )
 
 
@@ -206,64 +186,52 @@ class _Loader:
     """The networks that a configuration means, from checkpoints of its run or from foreign files."""
 
     def __init__(self, config: Config):
-        self._config = config
+        self._config, ddim = config, config.ddim
         self._prepared: dict[Path, Preprocessing] = {}
         self.step = 0
+        self.networks = {"denoiser": self._network("denoiser", build_denoiser)}
+        if ddim.source_denoiser is not None:
+            like = ddim.model_copy(update={"denoiser": ddim.source_denoiser})
+            network = build_denoiser(config.model_copy(update={"ddim": like}))
+            self.networks["source_denoiser"] = self._foreign(network, "source_denoiser")
+        if ddim.guidance == "classifier":
+            self.networks["classifier"] = self._network("classifier", build_noisy_classifier)
 
-    def denoiser(self) -> Denoiser:
-        ddim = self._config.ddim
-        if ddim.denoiser.weights is not None:
-            return self._foreign(build_denoiser(self._config), ddim.denoiser.weights, "ddim.denoiser")
-        folder, trained = self._trained("denoiser")
-        self.step = checkpoint.step_of(folder)
-        network = build_denoiser(trained)
-        checkpoint.load_weights(folder, network)
-        if ddim.guidance == "classifier_free" and network.null_class is None:
-            raise UserError(
-                f"{folder}: has no null class, having been trained with ddim.guidance={trained.ddim.guidance}; "
-                "classifier-free guidance needs a training of its own"
-            )
-        return network
-
-    def source_denoiser(self) -> Denoiser:
-        ddim = self._config.ddim
-        source = ddim.model_copy(update={"denoiser": ddim.source_denoiser})
-        network = build_denoiser(self._config.model_copy(update={"ddim": source}))
-        return self._foreign(network, ddim.source_denoiser.weights, "ddim.source_denoiser")
-
-    def classifier(self) -> NoisyClassifier:
-        weights = self._config.ddim.classifier.weights
-        if weights is not None:
-            return self._foreign(build_noisy_classifier(self._config), weights, "ddim.classifier")
-        folder, trained = self._trained("noisy_classifier")
-        network = build_noisy_classifier(trained)
-        checkpoint.load_weights(folder, network)
-        return network
-
-    def _foreign(self, network, path: Path, key: str):
-        load_foreign(network.net, path.expanduser(), key=key)
-        return network
-
-    def _trained(self, name: str) -> tuple[Path, Config]:
-        folder = checkpoint.latest(self._config.output / name)
+    def _network(self, key: str, build) -> Denoiser | NoisyClassifier:
+        if getattr(self._config.ddim, key).weights is not None:
+            return self._foreign(build(self._config), key)
+        stage = "denoiser" if key == "denoiser" else "noisy_classifier"
+        folder = checkpoint.latest(self._config.output / stage)
         trained = checkpoint.read_config(folder)
-        key = "denoiser" if name == "denoiser" else "classifier"
         other = ("ddim.guidance", f"ddim.{key}.train")
-        differing = differences(trained, self._config, ignore=(*STAGES[name].unused, *other))
+        differing = differences(trained, self._config, ignore=(*STAGES[stage].unused, *other))
         if differing:
             raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
         self._prepared[folder] = Preprocessing.load(folder / checkpoint.PREPROCESSING)
-        return folder, trained
+        network = build(trained)
+        checkpoint.load_weights(folder, network)
+        if key == "denoiser":
+            self.step = checkpoint.step_of(folder)
+            if self._config.ddim.guidance == "classifier_free" and network.null_class is None:
+                raise UserError(
+                    f"{folder}: has no null class, having been trained with ddim.guidance={trained.ddim.guidance}; "
+                    "classifier-free guidance needs a training of its own"
+                )
+        return network
+
+    def _foreign(self, network, key: str):
+        load_foreign(network.net, getattr(self._config.ddim, key).weights.expanduser(), key=f"ddim.{key}")
+        return network
 
     def preprocessing(self) -> Preprocessing:
         """That of the trained networks; of the data where all weights are foreign."""
-        first, *others = self._prepared.items() or [(None, None)]
-        for folder, found in others:
-            if found != first[1]:
-                raise UserError(f"{folder}: saw patches of another preprocessing than {first[0]}")
-        if first[1] is not None:
-            return first[1]
         data = self._config.data
-        if data.stain.mode == "normalise":
-            return load_patches(data, seed=self._config.seed).preprocessing
-        return Preprocessing(data.image_size, data.crop)
+        if not self._prepared:
+            if data.stain.mode == "normalise":
+                return load_patches(data, seed=self._config.seed).preprocessing
+            return Preprocessing(data.image_size, data.crop)
+        (first, preprocessing), *others = self._prepared.items()
+        for folder, found in others:
+            if found != preprocessing:
+                raise UserError(f"{folder}: saw patches of another preprocessing than {first}")
+        return preprocessing
