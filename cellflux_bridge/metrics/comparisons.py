@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.statistics import Paired, paired_difference
+from cellflux_bridge.base.statistics import paired_difference
 from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.fidelity import frechet_distance
 from cellflux_bridge.metrics.quantities import kid_to, source_distances
@@ -14,14 +13,18 @@ from cellflux_bridge.metrics.sequences import Sequences
 
 
 class Difference(NamedTuple):
-    """`first` less `second` in the mean of a quantity, on the `n` sources that both carried."""
+    """`first` less `second` in the mean of a quantity, on their `n` common sources; the rest as in `Paired`."""
 
     first: str
     second: str
     quantity: str
     extractor: str
     n: int
-    paired: Paired
+    difference: float
+    low: float
+    high: float
+    p: float
+    num_groups: int
 
 
 def _common(first: Sequences, second: Sequences) -> tuple[Sequences, Sequences]:
@@ -41,7 +44,7 @@ def differences(first: Sequences, second: Sequences, reference: ReferenceSet) ->
     others, rows = _figures_of_sources(second, reference), []
     for (quantity, extractor), values in _figures_of_sources(first, reference).items():
         paired = paired_difference(values, others[quantity, extractor], groups, resamples=resamples)
-        rows.append(Difference(first.name, second.name, quantity, extractor, len(values), paired))
+        rows.append(Difference(first.name, second.name, quantity, extractor, len(values), *paired))
     return rows
 
 
@@ -65,10 +68,6 @@ def _figures_of_sources(of: Sequences, reference: ReferenceSet) -> dict[tuple[st
 def add_guidance(guided: Sequences, unguided: Sequences, reference: ReferenceSet) -> None:
     """KID and Frechet distance to real patches of the own level, with guidance over without, on common sources."""
     pair = _common(guided, unguided)
-    if not pair[0].source_ids:
-        raise UserError(
-            f"--unguided {unguided.folder}: none of its sources is one of {guided.folder}; translate the same ones"
-        )
     found = np.empty((2, 2, len(guided.levels)))  # KID or Frechet, with or without, level
     for number, level in enumerate(guided.frame_levels):
         real = reference.own(level)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.metrics.networks import Network
 from cellflux_bridge.metrics.quantities import source_distances
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect
@@ -14,8 +15,8 @@ from cellflux_bridge.metrics.structure import with_networks
 from cellflux_bridge.trajectory import read_header
 
 
-def add_cycle(methods: Sequence[Sequences], folder: Path, reference: ReferenceSet) -> None:
-    """Record the cycle figures of the method whose last frames are the first frames of the trajectory in `folder`.
+def match_cycle(methods: Sequence[Sequences], folder: Path, networks: Sequence[Network]) -> tuple[Sequences, Sequences]:
+    """The sequences of a method whose last frames are first frames of the trajectory in `folder`, and these of its own.
 
     Frames are matched pixel by pixel. Raises UserError where the trajectory does not lead back, or starts from no
     method's last frames.
@@ -26,13 +27,13 @@ def add_cycle(methods: Sequence[Sequences], folder: Path, reference: ReferenceSe
             f"--cycle {folder}: {header.source} -> {header.target}; expected the way back of "
             f"{forward.source} -> {forward.target}"
         )
-    back = collect(folder, reference.networks, name=f"{folder.name}, back", num_levels=1, fair=False)
+    back = collect(folder, networks, name=f"{folder.name}, back", num_levels=1, fair=False)
     for of in methods:
         places = {digest: number for number, digest in enumerate(_digests(of.arrays["last"]))}
         pairs = [(places[d], n) for n, d in enumerate(_digests(back.arrays["sources"])) if d in places]
         if pairs:
             rows, found = np.array(pairs).T
-            return _add(of.rows(rows), back.rows(found), reference)
+            return of.rows(rows), back.rows(found)
     raise UserError(
         f"--cycle {folder}: none of its first frames is a last frame of {', '.join(of.name for of in methods)}; "
         "translate the last frames themselves: Bridge.translate(torch.from_numpy(trajectory.frames[-1]), ...)"
@@ -43,7 +44,8 @@ def _digests(images: np.ndarray) -> list[bytes]:
     return [hashlib.blake2b(image.tobytes()).digest() for image in images]
 
 
-def _add(of: Sequences, back: Sequences, reference: ReferenceSet) -> None:
+def add_cycle(of: Sequences, back: Sequences, reference: ReferenceSet) -> None:
+    """Record the figures of `match_cycle`."""
     record = reference.recorder(of)
     for network in (*reference.judges, reference.extractor):
         start, end = of.outputs[network.name].features[:, 0], back.outputs[network.name].features[:, -1]
