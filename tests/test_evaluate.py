@@ -25,8 +25,8 @@ from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.images import write_png
 from cellflux_bridge.images.stain import fit_reference
 from cellflux_bridge.metrics import progression, reference_set
+from cellflux_bridge.metrics.comparisons import add_cycle, match_cycle
 from cellflux_bridge.metrics.cost import read_cost
-from cellflux_bridge.metrics.cycle import add_cycle, match_cycle
 from cellflux_bridge.metrics.evaluate import evaluate
 from cellflux_bridge.metrics.extractor import NamedExtractor
 from cellflux_bridge.metrics.feature_cache import FeatureCache

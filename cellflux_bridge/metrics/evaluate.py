@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.metrics.comparisons import Difference, add_guidance, differences
-from cellflux_bridge.metrics.cycle import add_cycle, match_cycle
+from cellflux_bridge.metrics.comparisons import Difference, add_cycle, add_guidance, differences, match_cycle
 from cellflux_bridge.metrics.extractor import is_name
 from cellflux_bridge.metrics.feature_cache import FeatureCache
 from cellflux_bridge.metrics.memorisation import NearCopy
@@ -131,9 +130,7 @@ def evaluate(
     reference = ReferenceSet(networks, levels=looked[0].levels, seed=seed, max_real=max_real)
     stain = reference.stain_reference()
     recoloured = [stain_transfer(sequences, networks, stain) for sequences in looked]
-    baselines = [copied_source(looked[0], reference.extractor), recoloured[0]]
-    if (of_targets := nearest_target(looked[0], networks, reference.extractor)) is not None:
-        baselines.append(of_targets)
+    baselines = [copied_source(looked[0], networks), recoloured[0], *nearest_target(looked[0], networks)]
     copies: list[NearCopy] = []
     for sequences, transfer in zip(looked, recoloured, strict=True):
         copies += add_figures(sequences, reference, recoloured=transfer)

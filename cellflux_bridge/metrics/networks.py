@@ -199,6 +199,10 @@ class Network:
             )
 
 
+def extractor_of(networks: Sequence[Network]) -> Network:
+    return next(network for network in networks if network.use == "features")
+
+
 def load_networks(
     runs: Sequence[tuple[str, Path | str]],
     *,

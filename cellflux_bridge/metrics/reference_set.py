@@ -13,7 +13,7 @@ from cellflux_bridge.images.stain import StainReference, fit_reference
 from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
 from cellflux_bridge.metrics.manifold import manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
-from cellflux_bridge.metrics.networks import Network, RealPatches
+from cellflux_bridge.metrics.networks import Network, RealPatches, extractor_of
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.structure import with_networks
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
@@ -40,7 +40,7 @@ class ReferenceSet:
         self.networks, self.seed, self.max_real = tuple(networks), seed, max_real
         self.rows: list[Value] = []
         self.judges = [network for network in networks if network.use == "judge"]
-        self.extractor = next(network for network in networks if network.use == "features")
+        self.extractor = extractor_of(networks)
         self.estimator = next((network for network in networks if network.use == "scores"), None)
         self.real: dict[str, RealPatches] = {}
         self.kid_floors: dict[str, Floor] = {}
