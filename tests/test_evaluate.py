@@ -25,8 +25,8 @@ from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.images import write_png
 from cellflux_bridge.images.stain import fit_reference
 from cellflux_bridge.metrics import progression, reference_set
+from cellflux_bridge.metrics.comparisons import add_cycle, match_cycle
 from cellflux_bridge.metrics.cost import read_cost
-from cellflux_bridge.metrics.cycle import add_cycle
 from cellflux_bridge.metrics.evaluate import evaluate
 from cellflux_bridge.metrics.extractor import NamedExtractor
 from cellflux_bridge.metrics.feature_cache import FeatureCache
@@ -188,11 +188,11 @@ def full(tiny, judged):
 
 @pytest.fixture
 def reference(plain) -> ReferenceSet:
-    return ReferenceSet(plain.networks, levels=(), seed=0, max_real=10)
+    return ReferenceSet(plain.reference.networks, levels=(), seed=0, max_real=10)
 
 
 def found(evaluation, method: str, quantity: str, level: float | None = None, by: str = ""):
-    values = evaluation.values if hasattr(evaluation, "values") else evaluation
+    values = evaluation if isinstance(evaluation, list) else evaluation.reference.rows
     (value,) = [
         v for v in values if (v.method, v.quantity, v.level) == (method, quantity, level) and v.extractor.endswith(by)
     ]
@@ -204,7 +204,7 @@ def method_of(evaluation, name: str):
 
 
 def extractor_of(evaluation):
-    return next(network for network in evaluation.networks if network.use == "features")
+    return evaluation.reference.extractor
 
 
 def features_by(network):
@@ -212,7 +212,7 @@ def features_by(network):
 
 
 def test_every_figure_of_a_method_is_what_its_parts_say(tiny, plain, path):
-    own = {network.name.split("/")[-1]: network for network in plain.networks}
+    own = {network.name.split("/")[-1]: network for network in plain.reference.networks}
     assert list(own) == ["rgb", "grey", "extractor"]
     (of,) = plain.methods
     a, b = tiny.images("test", "A")[1], tiny.images("test", "B")[1]
@@ -265,7 +265,7 @@ def test_every_figure_of_a_method_is_what_its_parts_say(tiny, plain, path):
 def test_time_on_a_gpu_is_time_by_the_clock_alone(tiny, full):
     assert read_cost(tiny.root / "guided") == ("cuda: Some GPU", 0.25, None)
     assert found(full, "progression", "seconds").value == 0.25
-    assert not [value for value in full.values if value.quantity == "cpu_seconds"]
+    assert not [value for value in full.reference.rows if value.quantity == "cpu_seconds"]
     methods = {of["name"]: of["device"] for of in as_json(full)["methods"]}
     assert methods == {"progression": "cuda: Some GPU", **dict.fromkeys(list(methods)[1:])}
     (row,) = (line for line in markdown(full).splitlines() if line.startswith("| seconds"))
@@ -294,7 +294,7 @@ def test_the_nearest_real_target_is_one_of_the_validation_split(tiny, plain):
 
 
 def test_severity_is_judged_by_scores_and_frames_are_compared_to_their_own(tiny, full):
-    of, network = method_of(full, "path"), full.networks[-1]
+    of, network = method_of(full, "path"), full.reference.networks[-1]
     severity = of.outputs[network.name].value
     errors = [np.abs(severity[:, k] - k / 4).mean() for k in range(1, 5)]
     assert found(full, "path", "severity_error", 0.5).value == pytest.approx(errors[1], rel=1e-6)
@@ -378,7 +378,7 @@ def test_results_are_json_csv_and_a_table(tiny, full):
 def test_ids_that_look_like_formulas_come_back_as_they_were(plain, tmp_path):
     (of,) = plain.methods
     ids = ("=1+1", "'=1+1", "-3.png", "'quoted'", 'a,"b', "plain", "@x", "+y")
-    write_results(replace(plain, methods=(replace(of, source_ids=ids),)), tmp_path / "m.json")
+    write_results(plain._replace(methods=(replace(of, source_ids=ids),)), tmp_path / "m.json")
     assert '\n"=' not in (text := (tmp_path / "m.frames.csv").read_text())
     assert ",=1+1" not in text
     assert list(dict.fromkeys(row["source_id"] for row in csv_rows(tmp_path / "m.frames.csv"))) == list(ids)
@@ -450,7 +450,7 @@ def test_floors_stand_beside_the_figures_of_every_level(tiny, plain):
 
 
 def test_at_most_so_many_real_patches_are_compared_to(full, reference, judged, path):
-    network, everyone = full.networks[0], full.networks[0].real_patches()
+    network, everyone = full.reference.networks[0], full.reference.networks[0].real_patches()
     drawn = [network.real_patches(num=5, seed=seed) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0].numbers, drawn[1].numbers)
     assert set(drawn[0].numbers) != set(drawn[2].numbers)
@@ -459,7 +459,7 @@ def test_at_most_so_many_real_patches_are_compared_to(full, reference, judged, p
         assert some.is_target.tolist() == [False] * 5 + [True] * 5
         assert some.groups.tolist() == [network.groups_of_sources([network.patches.ids[i]])[0] for i in some.numbers]
     np.testing.assert_array_equal(network.real_patches(num=12, seed=3).numbers, everyone.numbers)
-    assert len(full.networks[-1].real_patches(num=7).numbers) == 7
+    assert len(full.reference.networks[-1].real_patches(num=7).numbers) == 7
     assert len(reference.pooled.features) == 20
     assert [found(reference.rows, f"real {of}", "contrast").n for of in ("source", "target")] == [10, 10]
     assert as_json(full)["max_real"] == 10_000
@@ -481,11 +481,11 @@ def test_all_frames_are_compared_to_both_classes(tiny, plain):
 
 
 def test_the_split_stands_beside_every_value(full):
-    splits = {(v.method, v.split) for v in full.values if v.method in ("path", "depth", "real target")}
+    splits = {(v.method, v.split) for v in full.reference.rows if v.method in ("path", "depth", "real target")}
     assert splits == {("path", "test"), ("depth", "val"), ("real target", "test")}
     methods = {method["name"]: method["split"] for method in as_json(full)["methods"]}
     assert (methods["path"], methods["depth"]) == ("test", "val")
-    assert full.networks[0].split_of(["elsewhere/0.png"]) == ""
+    assert full.reference.networks[0].split_of(["elsewhere/0.png"]) == ""
 
 
 # Memorisation, structure, stain
@@ -573,7 +573,9 @@ def test_a_stopped_evaluation_goes_on_from_its_cache(tiny, judged, path, plain, 
     assert len(asked) <= 1  # of the damaged file alone
     assert zipfile.is_zipfile(damaged)
     assert not list(cache.glob("*.tmp"))
-    assert repr(second.values) == repr(third.values) == repr(plain.values)  # and no figure changes from run to run
+    assert (
+        repr(second.reference.rows) == repr(third.reference.rows) == repr(plain.reference.rows)
+    )  # and no figure changes from run to run
 
     other = load_networks(
         [("judge", tiny.classifier("another", seed=9))], source="A", target="B", device=CPU, cache=FeatureCache(cache)
@@ -599,7 +601,7 @@ def test_an_extractor_by_name_prepares_images_itself(tiny, full, judged):
     assert found(full, "path", "frechet_target", 1.0).value == pytest.approx(
         frechet_distance(frames, expected), rel=2e-2
     )
-    assert not [v for v in full.values if v.extractor == name and v.quantity in ("probability", "flip_rate")]
+    assert not [v for v in full.reference.rows if v.extractor == name and v.quantity in ("probability", "flip_rate")]
     assert found(full, "path", "layer_distance", 1.0, name).value > 0
     assert as_json(full)["memorisation"]["patches"].startswith(str(judged["judges"][0]))
 
@@ -621,7 +623,7 @@ def test_an_extractor_that_cannot_be_loaded_is_an_error(tiny):
 
 
 def test_the_way_back_is_matched_by_its_pixels(tiny, full, plain, path, reference):
-    add_cycle(plain.methods, tiny.back("returned", path, 4, 0), reference)
+    add_cycle(*match_cycle(plain.methods, tiny.back("returned", path, 4, 0), plain.reference.networks), reference)
     value = found(reference.rows, "path", "cycle_preservation", None, "rgb")
     assert (value.n, value.value) == (6, pytest.approx(0, abs=1e-5))
     assert found(reference.rows, "path", "cycle_ms_ssim").value == pytest.approx(1, abs=1e-5)
@@ -631,9 +633,9 @@ def test_the_way_back_is_matched_by_its_pixels(tiny, full, plain, path, referenc
     ):
         folder = tiny.root / name if first is None else tiny.back(name, path, first, 0)
         with pytest.raises(UserError, match=rf"--cycle .*{wrong}"):
-            add_cycle(plain.methods, folder, reference)
+            match_cycle(plain.methods, folder, plain.reference.networks)
 
-    network, of = full.networks[0], method_of(full, "progression")  # whose way back stays where it is
+    network, of = full.reference.networks[0], method_of(full, "progression")  # whose way back stays where it is
     sources, ends = (of.outputs[network.name].features[2:, number] for number in (0, 4))
     real, groups = features_by(network)(tiny.images("test", "A")[1]), np.arange(12) // 2
     others = progression.distance_to_others(sources[:, None], real, groups=groups[2:8], other_groups=groups)
@@ -689,7 +691,7 @@ def test_a_network_named_twice_is_refused(judged, path, tmp_path):
     with pytest.raises(UserError, match=r"rgb: is named twice"):
         evaluate([path], **{**judged, "features": judged["judges"][0]})
     copied = shutil.copytree(judged["judges"][0], tmp_path / "copied")
-    with pytest.raises(UserError, match=r"rgb: has the very weights of another network here"):
+    with pytest.raises(UserError, match=r"copied: has the very weights of another network here"):
         evaluate([path], **{**judged, "features": copied})
     with pytest.raises(UserError, match=r"a trajectory is named twice"):
         evaluate([path, path], **judged)

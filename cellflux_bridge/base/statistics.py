@@ -62,9 +62,8 @@ def estimate(statistic: Callable[[np.ndarray], np.ndarray | float], resamples: R
 def estimate_mean(
     values: np.ndarray, groups: Sequence[str] | np.ndarray, *, num: int, generator: np.random.Generator
 ) -> Estimate:
-    """The mean of values (N,) with the cluster bootstrap's interval, on the very draws of `bootstrap`, of which one at
-    a time is in memory; NaN where there is no value.
-    """
+    """The mean of values (N,) as `estimate` gives it on `bootstrap`, with one draw at a time in memory; NaN where there
+    is no value."""
     if len(values) == 0:
         return Estimate(*(float("nan"),) * 3)
     _, numbers = np.unique(np.asarray(groups), return_inverse=True)
@@ -82,19 +81,12 @@ def half_splits(
     if len(members) < 2:
         return []
     orders = [generator.permutation(len(members)) for _ in range(num)]
-    middle = len(members) // 2
-    return [
-        (np.concatenate([members[g] for g in order[:middle]]), np.concatenate([members[g] for g in order[middle:]]))
-        for order in orders
-    ]
+    halves = ((order[: len(members) // 2], order[len(members) // 2 :]) for order in orders)
+    return [tuple(np.concatenate([members[g] for g in half]) for half in pair) for pair in halves]
 
 
 def paired_difference(
-    first: np.ndarray,
-    second: np.ndarray,
-    groups: Sequence[str] | np.ndarray,
-    *,
-    resamples: Resamples,
+    first: np.ndarray, second: np.ndarray, groups: Sequence[str] | np.ndarray, *, resamples: Resamples
 ) -> Paired:
     """The mean of first - second, both (N,) and of the same N sources, with its interval on `bootstrap(groups)`.
 

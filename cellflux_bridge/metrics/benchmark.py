@@ -2,9 +2,7 @@
 
 Features take time linear in the number of images. All but the Frechet distance compares pairs: time grows with the
 square, which `evaluate` bounds by the number of real patches (`--max-real`); these halves are not cut to it.
-
-Left out: reading and writing, several levels, judges and methods, intervals over sources, stain transfer, and what is
-computed from pixels (tissue figures, MS-SSIM, layer distances).
+Left out: files, several levels, judges and methods, intervals over sources, stain transfer, figures of pixels.
 """
 
 import argparse

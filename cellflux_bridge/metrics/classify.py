@@ -1,10 +1,9 @@
 """How many frames of one trajectory judges give to the target class, beside their accuracy on real patches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ from cellflux_bridge.metrics.structure import recolour
 from cellflux_bridge.trajectory import Trajectory, iter_trajectory, read_header
 
 
-@dataclass(frozen=True)
-class FlipRate:
+class FlipRate(NamedTuple):
     """By level of a trajectory: the fraction of frames whose most probable class is the target, and the mean
     probability of the target; `reinhard` is the same fraction for a mere colour transfer of the sources."""
 
@@ -33,8 +31,7 @@ class FlipRate:
     num_sequences: int
 
 
-@dataclass(frozen=True)
-class Classified:
+class Classified(NamedTuple):
     """A judge, its `scores` on the real patches of its test split (`image_scores`), and its flip rate."""
 
     judge: Network
@@ -44,7 +41,7 @@ class Classified:
     def as_json(self) -> dict[str, Any]:
         """Its entry in classification.json."""
         of = {"classifier": str(self.judge.checkpoint), "view": self.judge.view}
-        return {**of, **self.scores, **asdict(self.rate)}
+        return {**of, **self.scores, **self.rate._asdict()}
 
 
 def classify(
@@ -57,10 +54,9 @@ def classify(
     """
     header = read_header(folder)
     require_same_data([folder], runs, overrides)
-    judges = [("judge", run) for run in runs]
-    for judge in load_networks(judges, source=header.source, target=header.target, overrides=overrides, device=device):
-        config = load_config(judge.checkpoint / checkpoint.CONFIG, overrides)
-        patches = judge.patches
+    uses = [("judge", run) for run in runs]
+    for judge in load_networks(uses, source=header.source, target=header.target, overrides=overrides, device=device):
+        config, patches = load_config(judge.checkpoint / checkpoint.CONFIG, overrides), judge.patches
         targets = patches.sample("train", header.target, num=MOST_FOR_STATISTICS, seed=config.seed)
         rate = flip_rate(
             _fair(folder, judge),

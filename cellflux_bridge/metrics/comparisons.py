@@ -1,27 +1,38 @@
-"""Methods against methods on their common sources: paired differences, and guidance against no guidance."""
+"""Methods against methods on their common sources; guidance against no guidance; sources against themselves, carried to
+the target and back."""
 
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.statistics import Paired, paired_difference
+from cellflux_bridge.base.statistics import paired_difference
 from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.fidelity import frechet_distance
+from cellflux_bridge.metrics.networks import Network
 from cellflux_bridge.metrics.quantities import kid_to, source_distances
 from cellflux_bridge.metrics.reference_set import ReferenceSet
-from cellflux_bridge.metrics.sequences import Sequences
+from cellflux_bridge.metrics.sequences import Sequences, collect
+from cellflux_bridge.metrics.structure import with_networks
+from cellflux_bridge.trajectory import read_header
 
 
 class Difference(NamedTuple):
-    """`first` less `second` in the mean of a quantity, on the `n` sources that both carried."""
+    """`first` less `second` in the mean of a quantity, on their `n` common sources; the rest as in `Paired`."""
 
     first: str
     second: str
     quantity: str
     extractor: str
     n: int
-    paired: Paired
+    difference: float
+    low: float
+    high: float
+    p: float
+    num_groups: int
 
 
 def _common(first: Sequences, second: Sequences) -> tuple[Sequences, Sequences]:
@@ -41,7 +52,7 @@ def differences(first: Sequences, second: Sequences, reference: ReferenceSet) ->
     others, rows = _figures_of_sources(second, reference), []
     for (quantity, extractor), values in _figures_of_sources(first, reference).items():
         paired = paired_difference(values, others[quantity, extractor], groups, resamples=resamples)
-        rows.append(Difference(first.name, second.name, quantity, extractor, len(values), paired))
+        rows.append(Difference(first.name, second.name, quantity, extractor, len(values), *paired))
     return rows
 
 
@@ -65,10 +76,6 @@ def _figures_of_sources(of: Sequences, reference: ReferenceSet) -> dict[tuple[st
 def add_guidance(guided: Sequences, unguided: Sequences, reference: ReferenceSet) -> None:
     """KID and Frechet distance to real patches of the own level, with guidance over without, on common sources."""
     pair = _common(guided, unguided)
-    if not pair[0].source_ids:
-        raise UserError(
-            f"--unguided {unguided.folder}: none of its sources is one of {guided.folder}; translate the same ones"
-        )
     found = np.empty((2, 2, len(guided.levels)))  # KID or Frechet, with or without, level
     for number, level in enumerate(guided.frame_levels):
         real = reference.own(level)
@@ -87,3 +94,44 @@ def add_guidance(guided: Sequences, unguided: Sequences, reference: ReferenceSet
 def _ratio(above: float, below: float) -> float:
     """NaN where a distance is not above 0, as an unbiased estimate may be: the ratio then says nothing."""
     return float(above / below) if min(above, below) > 0 else float("nan")
+
+
+def match_cycle(methods: Sequence[Sequences], folder: Path, networks: Sequence[Network]) -> tuple[Sequences, Sequences]:
+    """The sequences of a method whose last frames are first frames of the trajectory in `folder`, and these of its own.
+
+    Frames are matched pixel by pixel. Raises UserError where the trajectory does not lead back, or starts from no
+    method's last frames.
+    """
+    header, forward = read_header(folder), methods[0].header
+    if (header.source, header.target) != (forward.target, forward.source):
+        raise UserError(
+            f"--cycle {folder}: {header.source} -> {header.target}; expected the way back of "
+            f"{forward.source} -> {forward.target}"
+        )
+    back = collect(folder, networks, name=f"{folder.name}, back", num_levels=1, fair=False)
+    for of in methods:
+        places = {digest: number for number, digest in enumerate(_digests(of.arrays["last"]))}
+        pairs = [(places[d], n) for n, d in enumerate(_digests(back.arrays["sources"])) if d in places]
+        if pairs:
+            rows, found = np.array(pairs).T
+            return of.rows(rows), back.rows(found)
+    raise UserError(
+        f"--cycle {folder}: none of its first frames is a last frame of {', '.join(of.name for of in methods)}; "
+        "translate the last frames themselves: Bridge.translate(torch.from_numpy(trajectory.frames[-1]), ...)"
+    )
+
+
+def _digests(images: np.ndarray) -> list[bytes]:
+    return [hashlib.blake2b(image.tobytes()).digest() for image in images]
+
+
+def add_cycle(of: Sequences, back: Sequences, reference: ReferenceSet) -> None:
+    """Record the figures of `match_cycle`."""
+    record = reference.recorder(of)
+    for network in (*reference.judges, reference.extractor):
+        start, end = of.outputs[network.name].features[:, 0], back.outputs[network.name].features[:, -1]
+        own, others = np.linalg.norm(end - start, axis=1), source_distances(of, network, reference)[1][:, 0]
+        record("cycle_preservation", lambda i, own=own, others=others: own[i].mean() / others[i].mean(), by=network)
+    both = np.stack([of.arrays["sources"], back.arrays["last"]], axis=1)
+    for figure, each, by in with_networks(reference.extractor.structure(both)[:, 1], reference.extractor):
+        record(f"cycle_{figure}", each, by=by)

@@ -4,49 +4,40 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.metrics.comparisons import Difference, add_guidance, differences
-from cellflux_bridge.metrics.cycle import add_cycle
+from cellflux_bridge.metrics.comparisons import Difference, add_cycle, add_guidance, differences, match_cycle
 from cellflux_bridge.metrics.extractor import is_name
 from cellflux_bridge.metrics.feature_cache import FeatureCache
 from cellflux_bridge.metrics.memorisation import NearCopy
-from cellflux_bridge.metrics.networks import Network, load_networks
+from cellflux_bridge.metrics.networks import load_networks
 from cellflux_bridge.metrics.provenance import require_same_data
 from cellflux_bridge.metrics.quantities import add_figures
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target, stain_transfer
-from cellflux_bridge.metrics.values import Value
 from cellflux_bridge.metrics.warnings import figure_warnings, incomplete, repeated
-from cellflux_bridge.trajectory import TrajectoryHeader, read_header
+from cellflux_bridge.trajectory import TrajectoryHeader, read_header, read_source_ids
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """All figures of some trajectories, and their networks; methods and baselines in the table's order.
+class Evaluation(NamedTuple):
+    """All figures of some trajectories (`reference.rows`), in the order of methods and baselines of the table.
 
     `unguided` maps a guided method to the unguided one that it is compared to; `warnings` are sentences about figures
     that mislead.
     """
 
-    source: str
-    target: str
+    transition: tuple[str, str]
     num_levels: int
-    seed: int
-    max_real: int
-    networks: tuple[Network, ...]
+    reference: ReferenceSet
     methods: tuple[Sequences, ...]
     baselines: tuple[Sequences, ...]
     unguided: dict[str, str]
-    values: tuple[Value, ...]
     differences: tuple[Difference, ...]
     near_copies: tuple[NearCopy, ...]
-    num_training: int
-    num_held_out: tuple[int, int]
     warnings: tuple[str, ...]
 
 
@@ -66,6 +57,26 @@ def _require_same_transition(headers: dict[Path, TrajectoryHeader]) -> tuple[str
                 "compared on one transition, evaluate the others by themselves"
             )
     return of.source, of.target
+
+
+def _guided_pairs(
+    trajectories: Sequence[Path], unguided: Sequence[Path], headers: dict[Path, TrajectoryHeader]
+) -> list[tuple[int, int]]:
+    """Each guided trajectory with the unguided one of its method, as numbers into [*trajectories, *unguided]."""
+    pairs = []
+    for number, without in enumerate(unguided, start=len(trajectories)):
+        method, ids = headers[without].method, set(read_source_ids(without))
+        guided = [n for n, folder in enumerate(trajectories) if headers[folder].method == method]
+        if not guided:
+            methods = ", ".join(headers[folder].method for folder in trajectories)
+            raise UserError(f"--unguided {without}: its method {method} is none of {methods}; name its guided one, too")
+        for n in guided:
+            if not ids & set(read_source_ids(trajectories[n])):
+                raise UserError(
+                    f"--unguided {without}: none of its sources is one of {trajectories[n]}; translate the same ones"
+                )
+        pairs += [(n, number) for n in guided]
+    return pairs
 
 
 def evaluate(
@@ -106,13 +117,7 @@ def evaluate(
         raise UserError("a trajectory is named twice; name each once, as a trajectory or with --unguided")
     headers = {folder: read_header(folder) for folder in folders}
     source, target = _require_same_transition(headers)
-    methods = [headers[folder].method for folder in trajectories]
-    for folder in unguided:
-        if headers[folder].method not in methods:
-            raise UserError(
-                f"--unguided {folder}: its method {headers[folder].method} is none of {', '.join(methods)}; name the "
-                "guided trajectory of its method, too"
-            )
+    pairs = _guided_pairs(trajectories, unguided, headers)
     require_same_data(folders, [*judges, *([] if is_name(str(features)) else [Path(features)])], overrides)
     runs = [*(("judge", run) for run in judges), ("features", features)]
     runs += [("scores", scores)] if scores is not None else []
@@ -121,39 +126,28 @@ def evaluate(
     )
     names = zip(folders, _names(headers, unguided), strict=True)
     looked = [collect(folder, networks, name=name, num_levels=num_levels) for folder, name in names]
+    there_and_back = None if cycle is None else match_cycle(looked, cycle, networks)
     reference = ReferenceSet(networks, levels=looked[0].levels, seed=seed, max_real=max_real)
     stain = reference.stain_reference()
     recoloured = [stain_transfer(sequences, networks, stain) for sequences in looked]
-    baselines = [copied_source(looked[0], reference.extractor), recoloured[0]]
-    if (of_targets := nearest_target(looked[0], networks, reference.extractor)) is not None:
-        baselines.append(of_targets)
+    baselines = [copied_source(looked[0], networks), recoloured[0], *nearest_target(looked[0], networks)]
     copies: list[NearCopy] = []
     for sequences, transfer in zip(looked, recoloured, strict=True):
         copies += add_figures(sequences, reference, recoloured=transfer)
     for sequences in baselines:
         add_figures(sequences, reference, recoloured=recoloured[0])
-    if cycle is not None:
-        add_cycle(looked, cycle, reference)
-    comparisons = {}
-    for without in looked[len(trajectories) :]:
-        for guided in looked[: len(trajectories)]:
-            if guided.header.method == without.header.method:
-                add_guidance(guided, without, reference)
-                comparisons[guided.name] = without.name
+    if there_and_back is not None:
+        add_cycle(*there_and_back, reference)
+    for guided, without in pairs:
+        add_guidance(looked[guided], looked[without], reference)
     return Evaluation(
-        source=source,
-        target=target,
+        transition=(source, target),
         num_levels=num_levels,
-        seed=seed,
-        max_real=max_real,
-        networks=tuple(networks),
+        reference=reference,
         methods=tuple(looked),
         baselines=tuple(baselines),
-        unguided=comparisons,
-        values=tuple(reference.rows),
+        unguided={looked[guided].name: looked[without].name for guided, without in pairs},
         differences=tuple(row for other in looked[1:] for row in differences(looked[0], other, reference)),
         near_copies=tuple(copies),
-        num_training=len(reference.training.ids),
-        num_held_out=tuple(map(len, reference.training.held_out)),
         warnings=(*incomplete(folders), *repeated(reference.training.num_repeated), *figure_warnings(reference.rows)),
     )

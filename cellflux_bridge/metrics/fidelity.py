@@ -169,5 +169,4 @@ def floor_of(values: np.ndarray) -> Floor:
     """The floor of a distance from its values over random splits; NaN where one of them does not exist."""
     if len(values) == 0 or not np.isfinite(values).all():
         return Floor(*(float("nan"),) * 4)
-    low, high = np.percentile(values, COVERAGE)
-    return Floor(float(values.mean()), float(values.std(ddof=1)), float(low), float(high))
+    return Floor(*map(float, (values.mean(), values.std(ddof=1), *np.percentile(values, COVERAGE))))

@@ -55,11 +55,20 @@ class NetworkOutputs(NamedTuple):
 
 
 class RealPatches(NamedTuple):
-    """Real test patches: `numbers` (M,) into a network's patches, group names, and whether each is of the target."""
+    """Real test patches: `numbers` (M,) into a network's patches, group names, whether each is of the target; once a
+    network has seen them, its `outputs`."""
 
     numbers: np.ndarray
     groups: np.ndarray
     is_target: np.ndarray
+    outputs: NetworkOutputs | None = None
+
+    @property
+    def features(self) -> np.ndarray:
+        return self.outputs.features
+
+    def at(self, chosen: np.ndarray) -> "RealPatches":
+        return RealPatches(*(array[chosen] for array in self[:3]), self.outputs.at(chosen))
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,10 @@ class Network:
             )
 
 
+def extractor_of(networks: Sequence[Network]) -> Network:
+    return next(network for network in networks if network.use == "features")
+
+
 def load_networks(
     runs: Sequence[tuple[str, Path | str]],
     *,
@@ -204,20 +217,29 @@ def load_networks(
 
     Raises UserError for a guide, for a run that is named twice, and for one that does not know the classes.
     """
-    cache = FeatureCache() if cache is None else cache
-    named = [str(run) for use, run in runs if use == "features" and is_name(str(run))]
-    trained = [(use, Path(run)) for use, run in runs if str(run) not in named]
-    folders = [checkpoint.latest(run) for _, run in trained]
-    _require_different([run for _, run in trained], [folder.resolve() for folder in folders], "is named twice")
-    names = _names([folder.parent.parent if folder.parent.name == "checkpoints" else folder for folder in folders])
-    loaded = [
-        _load(use, name, folder, source, target, () if use == "scores" else overrides, device, cache)
-        for (use, _), name, folder in zip(trained, names, folders, strict=True)
+    networks: dict[str, Network] = {}
+    for use, run in sorted(runs, key=lambda each: USES.index(each[0])):
+        if use == "features" and is_name(str(run)):
+            network = _load_named(str(run), next(iter(networks.values())))
+        else:
+            folder, given = checkpoint.latest(Path(run)), () if use == "scores" else overrides
+            network = _load(use, folder, source, target, given, device, cache or FeatureCache())
+        if other := networks.get(network.digest):
+            problem = "has the very weights of another network here"
+            raise UserError(
+                f"{run}: {'is named twice' if network.checkpoint == other.checkpoint else problem}; judges, --features "
+                "and --scores must be separately trained networks, each with a classifier.seed of its own"
+            )
+        networks[network.digest] = network
+    names = [network.name for network in networks.values()]
+    return [
+        replace(network, name=str(_run_of(network.checkpoint))) if names.count(network.name) > 1 else network
+        for network in networks.values()
     ]
-    digests = [network.digest for network in loaded]
-    _require_different([run for _, run in trained], digests, "has the very weights of another network here")
-    loaded += [_load_named(name, loaded[0]) for name in named]
-    return sorted(loaded, key=lambda network: USES.index(network.use))
+
+
+def _run_of(folder: Path) -> Path:
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def _load_named(name: str, judge: Network) -> Network:
@@ -229,21 +251,7 @@ def _load_named(name: str, judge: Network) -> Network:
     )
 
 
-def _require_different(runs: list[Path], marks: list, problem: str) -> None:
-    for run, mark in zip(runs, marks, strict=True):
-        if marks.count(mark) > 1:
-            raise UserError(
-                f"{run}: {problem}; judges, --features and --scores must be separately trained networks, each with a "
-                "classifier.seed of its own"
-            )
-
-
-def _names(runs: list[Path]) -> list[str]:
-    short = ["/".join(run.resolve().parts[-2:]) for run in runs]
-    return [name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)]
-
-
-def _load(use: str, name: str, folder: Path, source: str, target: str, overrides, device, cache) -> Network:
+def _load(use: str, folder: Path, source: str, target: str, overrides, device, cache) -> Network:
     config = load_config(folder / checkpoint.CONFIG, overrides)
     if config.classifier.role == "guide":
         raise UserError(
@@ -267,7 +275,7 @@ def _load(use: str, name: str, folder: Path, source: str, target: str, overrides
         weights = weights if target == classes[-1] else 1 - weights
     model = inference.load(folder, device)
     return Network(
-        name=name,
+        name="/".join(_run_of(folder).resolve().parts[-2:]),
         use=use,
         view=config.classifier.view,
         checkpoint=folder,

@@ -48,13 +48,15 @@ def distance_to_others(
 def path_over_straight(features: np.ndarray) -> np.ndarray:
     """Length of the way through the features over the straight distance of its ends, (N,); NaN where it is closed."""
     steps = np.linalg.norm(np.diff(features, axis=1), axis=2).sum(1)
-    straight = np.linalg.norm(features[:, -1] - features[:, 0], axis=1)
-    return np.divide(steps, straight, out=np.full(len(steps), np.nan), where=straight > 0)
+    return _ratio(steps, np.linalg.norm(features[:, -1] - features[:, 0], axis=1))
 
 
 def largest_over_mean_step(features: np.ndarray) -> np.ndarray:
     """The largest step between neighbouring frames over the mean one, (N,): 1 is even, K one single jump; NaN where
     nothing moves."""
     steps = np.linalg.norm(np.diff(features, axis=1), axis=2)
-    mean = steps.mean(1)
-    return np.divide(steps.max(1), mean, out=np.full(len(mean), np.nan), where=mean > 0)
+    return _ratio(steps.max(1), steps.mean(1))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full(len(below), np.nan), where=below > 0)

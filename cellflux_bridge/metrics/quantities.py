@@ -7,8 +7,8 @@ from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level
 from cellflux_bridge.metrics.manifold import neighbourhoods
 from cellflux_bridge.metrics.memorisation import NearCopy, NearestTraining
-from cellflux_bridge.metrics.networks import Network
-from cellflux_bridge.metrics.reference_set import NUM_SUBSAMPLES, RealFeatures, ReferenceSet
+from cellflux_bridge.metrics.networks import Network, RealPatches
+from cellflux_bridge.metrics.reference_set import NUM_SUBSAMPLES, ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.structure import stain_share, with_networks
 from cellflux_bridge.metrics.tissue import FIGURES
@@ -90,12 +90,12 @@ def source_distances(of: Sequences, network: Network, reference: ReferenceSet) -
     """Feature distances of every frame (N, K+1) to its own source, and to a random real source-class patch of another
     group (the mean over at most 256, and how many these are)."""
     real, features = reference.real[network.name], of.outputs[network.name].features
-    chosen = reference.generator("others").permutation(np.flatnonzero(~real.patches.is_target))[:_NUM_OTHERS]
+    chosen = reference.generator("others").permutation(np.flatnonzero(~real.is_target))[:_NUM_OTHERS]
     others = progression.distance_to_others(
         features,
-        real.outputs.features[chosen],
+        real.features[chosen],
         groups=network.groups_of_sources(of.source_ids),
-        other_groups=real.patches.groups[chosen],
+        other_groups=real.groups[chosen],
     )
     return progression.distance_to_source(features), others, len(chosen)
 
@@ -104,20 +104,20 @@ def _add_pooled(record: Recorder, of: Sequences, network: Network, reference: Re
     real = reference.real[network.name]
     found = kid_by_level(
         of.outputs[network.name].features,
-        real.outputs.features,
+        real.features,
         groups=network.groups_of_sources(of.source_ids),
-        real_groups=real.patches.groups,
+        real_groups=real.groups,
         num_subsamples=NUM_SUBSAMPLES,
         generator=reference.generator("kid", "pooled"),
     )
-    over = [Estimate(*(number - real.floor.mean for number in one)) for one in found]
+    over = [Estimate(*(number - reference.kid_floors[network.name].mean for number in one)) for one in found]
     worst = max(over[1:], key=lambda one: one.value)
     for quantity, each in (("kid_pooled", found), ("kid_pooled_over_floor", over), ("kid_pooled_over_floor", worst)):
-        record.add(quantity, each, by=network, n_real=len(real.patches.numbers))
+        record.add(quantity, each, by=network, n_real=len(real.numbers))
 
 
 def kid_to(
-    of: Sequences, number: int, real: RealFeatures, reference: ReferenceSet, *, num_subsamples: int = 0
+    of: Sequences, number: int, real: RealPatches, reference: ReferenceSet, *, num_subsamples: int = 0
 ) -> Estimate:
     """KID of the frames of a number to real patches, in the extractor's features."""
     return kid(
@@ -130,7 +130,7 @@ def kid_to(
     )
 
 
-def _add_level(record: Recorder, of: Sequences, to: str, number: int, real: RealFeatures, reference) -> None:
+def _add_level(record: Recorder, of: Sequences, to: str, number: int, real: RealPatches, reference) -> None:
     """The frames of a number against real patches."""
     extractor, level = reference.extractor, of.levels[number - 1]
     found = kid_to(of, number, real, reference, num_subsamples=NUM_SUBSAMPLES)
@@ -149,7 +149,7 @@ def _add_all_frames(record: Recorder, of: Sequences, reference: ReferenceSet) ->
 
 
 def _add_set(
-    record: Recorder, to: str, frames: np.ndarray, groups: np.ndarray, real: RealFeatures, reference, *, level=None
+    record: Recorder, to: str, frames: np.ndarray, groups: np.ndarray, real: RealPatches, reference, *, level=None
 ) -> None:
     """Frechet distance and the figures of `metrics.manifold` of frames (N, D) to real patches."""
     near = neighbourhoods(frames, real.features, groups=groups, real_groups=real.groups)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from cellflux_bridge.images.stain import StainReference, fit_reference
 from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
 from cellflux_bridge.metrics.manifold import manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
-from cellflux_bridge.metrics.networks import Network, NetworkOutputs, RealPatches
+from cellflux_bridge.metrics.networks import Network, RealPatches, extractor_of
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.structure import with_networks
 from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
@@ -27,46 +26,32 @@ _CHUNK = 256
 _NUM_PAIRS, _NUM_FOR_STAIN = 256, 2000
 
 
-class Real(NamedTuple):
-    """Real test patches of source and target, a network's outputs for them, and its floor of KID on all of them."""
-
-    patches: RealPatches
-    outputs: NetworkOutputs
-    floor: Floor
-
-
-class RealFeatures(NamedTuple):
-    """Features (M, D) of real patches by the extractor, and their groups (M,)."""
-
-    features: np.ndarray
-    groups: np.ndarray
-
-    def at(self, chosen: np.ndarray) -> "RealFeatures":
-        return RealFeatures(self.features[chosen], self.groups[chosen])
-
-
 class ReferenceSet:
     """Networks with their outputs for real patches; figures of these, and of all that is compared, go to `rows`.
 
     `judges` give probabilities, `extractor` is the network that neither guided nor judges, `estimator` (or None) gives
-    severities. `levels` are those whose own real patches get a floor; at most `max_real` real patches of a class, or
-    with a score, are used. Every draw is seeded by `seed` and a purpose.
+    severities. `real[network]` are its real test patches of both classes, and `kid_floors[network]` the floor of all of
+    them; `pooled` and `target` are those of the extractor, all and of the target. `levels` are those whose own real
+    patches get a floor; at most `max_real` real patches of a class, or with a score, are used. Every draw is seeded by
+    `seed` and a purpose.
     """
 
     def __init__(self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, max_real: int | None):
-        self.networks, self.seed, self._max_real = tuple(networks), seed, max_real
+        self.networks, self.seed, self.max_real = tuple(networks), seed, max_real
         self.rows: list[Value] = []
         self.judges = [network for network in networks if network.use == "judge"]
-        self.extractor = next(network for network in networks if network.use == "features")
+        self.extractor = extractor_of(networks)
         self.estimator = next((network for network in networks if network.use == "scores"), None)
-        self.real = {network.name: self._real(network) for network in (*self.judges, self.extractor)}
-        real = self.real[self.extractor.name]
-        self.training = Training.of(self.extractor, real.outputs.features)
-        self.pooled = RealFeatures(real.outputs.features, real.patches.groups)
-        self.target = self.pooled.at(real.patches.is_target)
-        self._add_tissue(real.patches)
-        self._add_structure(real.patches)
-        self._scored = None if self.estimator is None else self._scored_features(self.estimator)
+        self.real: dict[str, RealPatches] = {}
+        self.kid_floors: dict[str, Floor] = {}
+        for network in (*self.judges, self.extractor):
+            self._add_real(network)
+        self.pooled = self.real[self.extractor.name]
+        self.target = self.pooled.at(self.pooled.is_target)
+        self.training = Training.of(self.extractor, self.pooled.features)
+        self._add_tissue(self.pooled)
+        self._add_structure(self.pooled)
+        self._scored = None if self.estimator is None else self._scored_patches(self.estimator)
         self._add_floors(levels)
 
     def generator(self, *purpose: str) -> np.random.Generator:
@@ -86,17 +71,16 @@ class ReferenceSet:
         """The mean of values (N,) with its interval over their groups."""
         return estimate_mean(values, groups, num=NUM_RESAMPLES, generator=self.generator("bootstrap"))
 
-    def own(self, level: float) -> RealFeatures:
+    def own(self, level: float) -> RealPatches:
         """The real patches that frames of a level are compared to.
 
         With scores: patches of the level (`data.patches.near_level`). Else the source class below 0.5, the target class
         above, both at 0.5.
         """
         if self._scored is not None:
-            scores, features = self._scored
-            return features.at(near_level(scores, level))
-        is_target = self.real[self.extractor.name].patches.is_target
-        return self.pooled if abs(level - 0.5) < 1e-6 else self.pooled.at(is_target == (level > 0.5))
+            scores, real = self._scored
+            return real.at(near_level(scores, level))
+        return self.pooled if abs(level - 0.5) < 1e-6 else self.pooled.at(self.pooled.is_target == (level > 0.5))
 
     def stain_reference(self) -> StainReference:
         """The mean colours of real target patches of the training split (Reinhard)."""
@@ -104,14 +88,14 @@ class ReferenceSet:
         chosen = patches.sample("train", self.extractor.target, num=_NUM_FOR_STAIN, seed=self.seed)
         return fit_reference("reinhard", list(patches.centre(chosen).permute(0, 2, 3, 1).numpy()))
 
-    def _real(self, network: Network) -> Real:
-        patches = network.real_patches(num=self._max_real, seed=self.seed)
-        outputs = network.outputs_of_patches(network.patches, patches.numbers)
-        floor = kid_floor(outputs.features, patches.groups, generator=self.generator("floor", REAL_POOLED, "kid"))
-        self._add_floor(REAL_POOLED, "kid", floor, by=network, num=len(outputs.features))
+    def _add_real(self, network: Network) -> None:
+        real = network.real_patches(num=self.max_real, seed=self.seed)
+        outputs = network.outputs_of_patches(network.patches, real.numbers)
+        floor = kid_floor(outputs.features, real.groups, generator=self.generator("floor", REAL_POOLED, "kid"))
+        self._add_floor(REAL_POOLED, "kid", floor, by=network, num=len(real.numbers))
         known = {} if network.weights is None else {"probability": outputs.value, "flip_rate": outputs.is_target}
-        self._add_by_class(patches, known, by=network)
-        return Real(patches, outputs, floor)
+        self._add_by_class(real, known, by=network)
+        self.real[network.name], self.kid_floors[network.name] = real._replace(outputs=outputs), floor
 
     def _add_by_class(self, patches: RealPatches, figures: dict[str, np.ndarray], *, by: Network | None = None) -> None:
         """The means of figures (M,) of either class."""
@@ -140,13 +124,14 @@ class ReferenceSet:
                 if (name, kind) != (REAL_POOLED, "kid"):  # which every network has
                     self._add_floor(name, kind, floor, by=self.extractor, num=len(real.features), level=level)
 
-    def _floors(self, name: str, real: RealFeatures) -> dict[str, Floor]:
+    def _floors(self, name: str, real: RealPatches) -> dict[str, Floor]:
         """Of KID, the Frechet distance and the figures of `metrics.manifold`, between random halves."""
-        draw, of_pooled = partial(self.generator, "floor", name), self.real[self.extractor.name].floor
+        draw, of = partial(self.generator, "floor", name), (real.features, real.groups)
+        pooled = self.kid_floors[self.extractor.name]
         return {
-            "kid": of_pooled if name == REAL_POOLED else kid_floor(*real, generator=draw("kid")),
-            "frechet": frechet_floor(*real, generator=draw("frechet")),
-            **manifold_floors(*real, generator=draw("manifold")),
+            "kid": pooled if name == REAL_POOLED else kid_floor(*of, generator=draw("kid")),
+            "frechet": frechet_floor(*of, generator=draw("frechet")),
+            **manifold_floors(*of, generator=draw("manifold")),
         }
 
     def _add_tissue(self, real: RealPatches) -> None:
@@ -166,11 +151,11 @@ class ReferenceSet:
         for figure, each, by in with_networks(self.extractor.structure(both), self.extractor):
             record.add(figure, self.mean(each[:, 1], real.groups[first]), by=by)
 
-    def _scored_features(self, estimator: Network) -> tuple[np.ndarray, RealFeatures]:
-        """Scores, in the direction of the target, of real test patches that have one, and the extractor's features."""
-        real, patches = estimator.real_patches(num=self._max_real, seed=self.seed), estimator.patches
+    def _scored_patches(self, estimator: Network) -> tuple[np.ndarray, RealPatches]:
+        """Real test patches that have a score, before the extractor: scores in the direction of the target, patches."""
+        real, patches = estimator.real_patches(num=self.max_real, seed=self.seed), estimator.patches
         scores = patches.scores_towards(estimator.target, real.numbers)
         error = np.abs(estimator.outputs_of_patches(patches, real.numbers).value - scores)
         record = Recorder(self.rows, Subject(REAL_SCORED, len(error)))
         record.add("severity_error", self.mean(error, real.groups), by=estimator)
-        return scores, RealFeatures(self.extractor.outputs_of_patches(patches, real.numbers).features, real.groups)
+        return scores, real._replace(outputs=self.extractor.outputs_of_patches(patches, real.numbers))

@@ -41,30 +41,27 @@ FRAMES_SUFFIX = ".frames.csv"
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """The content of metrics.json."""
     keys = ("name", "use", "view", "checkpoint", "image_size", "digest")
-    networks = [{key: getattr(network, key) for key in keys} for network in evaluation.networks]
-    extractor = next(network for network in evaluation.networks if network.use == "features")
-    with_patches = extractor if extractor.weights is not None else evaluation.networks[0]
+    reference, extractor = evaluation.reference, evaluation.reference.extractor
+    networks = [{key: getattr(network, key) for key in keys} for network in reference.networks]
+    with_patches = extractor if extractor.weights is not None else reference.networks[0]
     copies = sorted(evaluation.near_copies, key=lambda copy: copy.share)[:_MOST_COPIES]
     return without_nan(
         {
             "format": FORMAT,
-            "source": evaluation.source,
-            "target": evaluation.target,
+            "source": evaluation.transition[0],
+            "target": evaluation.transition[1],
             "num_levels": evaluation.num_levels,
-            "seed": evaluation.seed,
-            "max_real": evaluation.max_real,
+            "seed": reference.seed,
+            "max_real": reference.max_real,
             "networks": [{**network, "checkpoint": str(network["checkpoint"])} for network in networks],
             "methods": [_method(of, evaluation) for of in (*evaluation.methods, *evaluation.baselines)],
-            "values": [value._asdict() for value in evaluation.values],
-            "differences": [
-                {key: value for key, value in row._asdict().items() if key != "paired"} | row.paired._asdict()
-                for row in evaluation.differences
-            ],
+            "values": [value._asdict() for value in evaluation.reference.rows],
+            "differences": [row._asdict() for row in evaluation.differences],
             "memorisation": {
                 "extractor": extractor.name,
                 "patches": str(with_patches.checkpoint),
-                "num_training": evaluation.num_training,
-                "num_held_out": evaluation.num_held_out,
+                "num_training": len(reference.training.ids),
+                "num_held_out": [*map(len, reference.training.held_out)],
                 "num_near_copies": len(evaluation.near_copies),
                 "near_copies": [copy._asdict() for copy in copies],
             },
@@ -93,7 +90,7 @@ def _frames(evaluation: Evaluation) -> Iterator[list[Any]]:
     """The rows of metrics.frames.csv."""
     yield ["trajectory", "source_id", "judge", "level", "probability"]
     for of in evaluation.methods:
-        for judge in (network.name for network in evaluation.networks if network.use == "judge"):
+        for judge in (judge.name for judge in evaluation.reference.judges):
             for source_id, row in zip(of.source_ids, of.outputs[judge].value, strict=True):
                 for level, p in zip((0.0, *of.frame_levels), row, strict=True):
                     yield [str(of.folder), source_id, judge, level, f"{p:.4f}"]
@@ -106,7 +103,7 @@ def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str
     table = markdown(evaluation)
     texts = {
         output: json.dumps(as_json(evaluation), indent=1, allow_nan=False) + "\n",
-        output.with_suffix(".csv"): csv_text([Value._fields, *map(without_nan, evaluation.values)]),
+        output.with_suffix(".csv"): csv_text([Value._fields, *map(without_nan, evaluation.reference.rows)]),
         output.with_suffix(FRAMES_SUFFIX): csv_text(_frames(evaluation)),
         output.with_suffix(".md"): f"{table}\n{by_level(evaluation)}",
     }

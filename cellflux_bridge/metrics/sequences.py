@@ -1,5 +1,6 @@
 """One pass over a trajectory: the outputs of every network for its frames, at the levels where methods are compared."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from cellflux_bridge.base.progress import progress
 from cellflux_bridge.images.stain import StainReference
 from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.memorisation import nearest
-from cellflux_bridge.metrics.networks import Network, NetworkOutputs
+from cellflux_bridge.metrics.networks import Network, NetworkOutputs, extractor_of
 from cellflux_bridge.metrics.structure import recolour
 from cellflux_bridge.metrics.tissue import tissue_figures
 from cellflux_bridge.metrics.values import Subject
@@ -84,10 +85,10 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
     """
     header = read_header(folder)
     chosen = choose_frames(header.levels, num_levels, folder=folder)
-    extractor = next(network for network in networks if network.use == "features")
+    extractor = extractor_of(networks)
     ids: list[str] = []
-    outputs: dict[str, list[NetworkOutputs]] = {network.name: [] for network in networks}
-    arrays: dict[str, list[np.ndarray]] = {}
+    outputs: dict[str, list[NetworkOutputs]] = defaultdict(list)
+    arrays: dict[str, list[np.ndarray]] = defaultdict(list)
     for batch in progress(iter_trajectory(folder, batch_size=_BATCH), desc=f"looking at {name}", unit="batch"):
         frames = np.ascontiguousarray(batch.frames[chosen].swapaxes(0, 1))
         flat, shape = frames.reshape(-1, *frames.shape[2:]), frames.shape[:2]
@@ -105,7 +106,7 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
             "gradients": np.array(batch.gradients),
         }
         for key, array in computed.items():
-            arrays.setdefault(key, []).append(array)
+            arrays[key].append(array)
         ids += batch.source_ids
     if not ids:
         raise UserError(f"{folder}: no whole sequence to judge; let `cellflux-bridge translate` finish first")
@@ -123,38 +124,41 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
     )
 
 
-def copied_source(sequences: Sequences, extractor: Network) -> Sequences:
+def copied_source(sequences: Sequences, networks: Sequence[Network]) -> Sequences:
     """The baseline that changes nothing: the source at every level."""
     outputs = {name: each.at(np.s_[:, 0]) for name, each in sequences.outputs.items()}
-    return _still(sequences, "copy the source", sequences.arrays["sources"], outputs, extractor)
+    return _still(sequences, "copy the source", sequences.arrays["sources"], networks, outputs)
 
 
-def nearest_target(sequences: Sequences, networks: Sequence[Network], extractor: Network) -> Sequences | None:
+def nearest_target(sequences: Sequences, networks: Sequence[Network]) -> list[Sequences]:
     """The baseline of real images: at every level the real target patch nearest to the source in the extractor's
-    features, of the validation split, on which no network was trained; None where that split holds none."""
+    features, of the validation split, on which no network was trained; none where that split holds none."""
+    extractor = extractor_of(networks)
     candidates = extractor.patches.indices("val", extractor.target)
     if len(candidates) == 0:
-        return None
+        return []
     outputs = {network.name: network.outputs_of_patches(extractor.patches, candidates) for network in networks}
     _, chosen = nearest(sequences.outputs[extractor.name].features[:, 0], outputs[extractor.name].features)
     patches = extractor.patches.centre(candidates[chosen]).numpy()
     outputs = {name: each.at(chosen) for name, each in outputs.items()}
-    return _still(sequences, NEAREST_TARGET, patches, outputs, extractor)
+    return [_still(sequences, NEAREST_TARGET, patches, networks, outputs)]
 
 
 def stain_transfer(sequences: Sequences, networks: Sequence[Network], reference: StainReference) -> Sequences:
     """The baseline that changes nothing but colour: at every level the source in the stain of real targets."""
-    extractor = next(network for network in networks if network.use == "features")
     sources = sequences.arrays["sources"]
-    parts = [sources[start : start + _BATCH] for start in range(0, len(sources), _BATCH)]
-    bar = progress(parts, desc="stain transfer", leave=False)
-    patches = np.concatenate([recolour(part, reference) for part in bar])
+    starts = progress(range(0, len(sources), _BATCH), desc="stain transfer", leave=False)
+    patches = np.concatenate([recolour(sources[start : start + _BATCH], reference) for start in starts])
     outputs = {network.name: network.outputs(patches, where="recoloured sources") for network in networks}
-    return _still(sequences, "stain transfer", patches, outputs, extractor)
+    return _still(sequences, "stain transfer", patches, networks, outputs)
 
 
 def _still(
-    sequences: Sequences, name: str, patches: np.ndarray, outputs: dict[str, NetworkOutputs], extractor: Network
+    sequences: Sequences,
+    name: str,
+    patches: np.ndarray,
+    networks: Sequence[Network],
+    outputs: dict[str, NetworkOutputs],
 ) -> Sequences:
     """Sequences whose frames after the source are one image: of `patches` (N, 3, S, S), with `outputs` (N, ...)."""
     num, before = len(sequences.levels), sequences.arrays
@@ -162,7 +166,7 @@ def _still(
     def follow(first: np.ndarray, rest: np.ndarray) -> np.ndarray:
         return np.concatenate([first[:, :1], np.repeat(rest[:, None], num, axis=1)], axis=1)
 
-    structure = extractor.structure(np.stack([before["sources"], patches], axis=1))[:, 1]
+    structure = extractor_of(networks).structure(np.stack([before["sources"], patches], axis=1))[:, 1]
     return replace(
         sequences,
         name=name,

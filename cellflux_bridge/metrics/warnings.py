@@ -1,5 +1,6 @@
 """Sentences that warn of figures that mislead."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,10 +73,10 @@ def figure_warnings(values: Sequence[Value]) -> Iterator[str]:
                 f"A mere stain transfer explains most of the change that {extractor} sees: {', '.join(high)}{real}; "
                 "use judges of structure, too."
             )
-    undefined: dict[tuple[str, str], list[Value]] = {}
+    undefined: dict[tuple[str, str], list[Value]] = defaultdict(list)
     for value in values:
         if np.isnan(value.value) and value.quantity.startswith(tuple(_NEEDS)) and not value.quantity.endswith("spread"):
-            undefined.setdefault((value.quantity, value.method), []).append(value)
+            undefined[value.quantity, value.method].append(value)
     for (quantity, method), found in undefined.items():
         need = next(need for start, need in _NEEDS.items() if quantity.startswith(start))  # floors stand first
         levels = ", ".join(f"{value.level:g}" for value in found if value.level is not None)
