@@ -1,21 +1,20 @@
 """Figures at publication size, PNG and PDF, each with its numbers as CSV: a strip, the nuclei, and KID by level."""
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cellflux_bridge.base.files import replace_text
+from cellflux_bridge.base.files import csv_text, replace_text
 from cellflux_bridge.report import tables
 from cellflux_bridge.report.charts import Chart
-from cellflux_bridge.report.gallery import Gallery
-from cellflux_bridge.report.runs import Chapter
+from cellflux_bridge.report.gallery import Gallery, Shown
+from cellflux_bridge.report.runs import Chapter, Method
 
 # Okabe and Ito's palette, told apart by all; with the markers and dashes of the page.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -40,10 +39,7 @@ def write_figures(
     with matplotlib.rc_context(_STYLE):
         if gallery is not None:
             made += _save(folder / f"strip{suffix}", _strip(chapter, gallery, real), _strip_rows(chapter, gallery))
-        for name, charts in (
-            ("cellularity", tables.nuclei_charts(chapter)),
-            ("kid", _kid_charts(chapter)),
-        ):
+        for name, charts in (("cellularity", tables.nuclei_charts(chapter)), ("kid", _kid_charts(chapter))):
             if charts:
                 made += _save(folder / f"{name}{suffix}", _panels(charts), _panel_rows(charts))
     return made
@@ -64,9 +60,7 @@ def _save(stem: Path, figure: Figure, rows: Sequence[Sequence]) -> list[Path]:
         metadata = {"CreationDate": None} if form == "pdf" else {}
         figure.savefig(temporary, format=form, dpi=300, metadata=metadata)
         os.replace(temporary, path)
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    replace_text(paths[2], text.getvalue())
+    replace_text(paths[2], csv_text(rows))
     return paths
 
 
@@ -110,48 +104,57 @@ def _panel_rows(charts: Sequence[Chart]) -> list[Sequence]:
     return rows
 
 
-def _strip_places(chapter: Chapter, gallery: Gallery) -> list[tuple[str, int]]:
-    """(source key, slot) of the rows: methods side by side on as many sources as fit."""
-    slots = [method.slot for method in chapter.methods if method.slot in gallery.frames]
-    num = max(1, _ROWS // len(slots))
-    keys = list(gallery.shown)
-    chosen = [keys[i] for i in dict.fromkeys(np.linspace(0, len(keys) - 1, num).round().astype(int).tolist())]
-    return [(key, slot) for key in chosen for slot in slots if slot in gallery.shown[key]]
+class _StripRow(NamedTuple):
+    """One sequence of the strip: under each level of the first method, the number of its nearest frame."""
+
+    method: Method
+    shown: Shown
+    levels: list[float]
+    numbers: list[int]
 
 
-def _nearest_frames(gallery: Gallery, slot: int) -> list[int]:
-    """For each level of the first method, above whose frames the levels stand, the number of the nearest frame."""
-    asked, levels = gallery.levels[min(gallery.levels)], np.array(gallery.levels[slot])
-    return [int(np.abs(levels - level).argmin()) for level in asked]
+def _strip_sequences(chapter: Chapter, gallery: Gallery) -> list[_StripRow]:
+    """Methods side by side on as many sources as fit."""
+    methods = [method for method in chapter.methods if method.slot in gallery.levels]
+    sources = list(gallery.shown.values())
+    num = max(1, _ROWS // len(methods))
+    chosen = [sources[i] for i in dict.fromkeys(np.linspace(0, len(sources) - 1, num).round().astype(int).tolist())]
+    rows = []
+    for method, row in ((method, row) for row in chosen for method in methods if method.slot in row):
+        own = gallery.levels[method.slot]
+        numbers = [int(np.abs(np.array(own) - level).argmin()) for level in _head(gallery)]
+        rows.append(_StripRow(method, row[method.slot], own, numbers))
+    return rows
+
+
+def _head(gallery: Gallery) -> list[float]:
+    """The levels above the strip's columns: those of the first method."""
+    return gallery.levels[min(gallery.levels)]
 
 
 def _strip(chapter: Chapter, gallery: Gallery, real: dict[int, list[np.ndarray]]) -> Figure:
-    """Rows of frames under the first method's levels; a frame of another level tells its own."""
-    places = _strip_places(chapter, gallery)
-    names = {method.slot: method.name for method in chapter.methods}
-    head_levels, has_real = gallery.levels[min(gallery.levels)], bool(real)
-    rows, ratio = len(places) + has_real, gallery.size[0] / gallery.size[1]
+    """Rows of frames under the first method's levels; a frame of another level shows its own."""
+    head_levels, pictures = _head(gallery), []
+    for method, shown, levels, numbers in _strip_sequences(chapter, gallery):
+        own = [
+            "" if abs(levels[k] - s) < 0.005 else f"{levels[k]:.2g}" for k, s in zip(numbers, head_levels, strict=True)
+        ]
+        images = shown.sequence.frames[numbers]
+        pictures.append((method.name, dict(enumerate(zip(images, own, strict=True)))))
+    if real:
+        pictures.append(("real", {column: (patches[0], "") for column, patches in real.items()}))
     names_width, head, step = 24, 5, (_PAGE - 24) / len(head_levels)  # millimetres
-    height = head + rows * step * ratio
+    height = head + len(pictures) * step
     figure = Figure(figsize=(_PAGE / _INCH, height / _INCH))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
-    pictures = []
-    for key, slot in places:
-        tiles = {}
-        for column, k in enumerate(_nearest_frames(gallery, slot)):
-            own, asked = gallery.levels[slot][k], head_levels[column]
-            tiles[column] = gallery.kept[key, slot][k], "" if abs(own - asked) < 0.005 else f"{own:.2g}"
-        pictures.append((names[slot], tiles))
-    if has_real:
-        pictures.append(("real", {column: (patches[0], "") for column, patches in real.items()}))
     for row, (name, tiles) in enumerate(pictures):
-        top = head + row * step * ratio
+        top = head + row * step
         if row == 0 or name != pictures[row - 1][0]:
-            axis.text(names_width - 2, top + step * ratio / 2, name, ha="right", va="center", fontsize=6, wrap=True)
+            axis.text(names_width - 2, top + step / 2, name, ha="right", va="center", fontsize=6, wrap=True)
         for column, (image, own) in tiles.items():
-            left, width, tall = names_width + column * step, step - 0.8, step * ratio - 0.8
-            axis.imshow(image, interpolation="nearest", extent=(left, left + width, top + tall, top), aspect="auto")
+            left, side = names_width + column * step, step - 0.8
+            axis.imshow(image, interpolation="nearest", extent=(left, left + side, top + side, top), aspect="auto")
             if own:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
                 axis.text(left + 0.6, top + 0.6, own, va="top", fontsize=4.5, bbox=box)
@@ -162,14 +165,12 @@ def _strip(chapter: Chapter, gallery: Gallery, real: dict[int, list[np.ndarray]]
 
 
 def _strip_rows(chapter: Chapter, gallery: Gallery) -> list[Sequence]:
-    names = {method.slot: method.name for method in chapter.methods}
-    places = _strip_places(chapter, gallery)
-    known = list(dict.fromkeys(name for key, slot in places for name in gallery.shown[key][slot].curves))
+    sequences = _strip_sequences(chapter, gallery)
+    known = list(dict.fromkeys(name for of in sequences for name in of.shown.curves))
     rows = [["row", "method", "source_id", "level", "nfe", "gradients", *known]]
-    for row, (key, slot) in enumerate(places):
-        shown = gallery.shown[key][slot]
-        for k in _nearest_frames(gallery, slot):
-            level = gallery.levels[slot][k]
+    for row, (method, shown, levels, numbers) in enumerate(sequences):
+        of = shown.sequence
+        for k in numbers:
             values = [shown.curves[name][k] if name in shown.curves else None for name in known]
-            rows.append([row, names[slot], gallery.sources[key], level, shown.nfe, shown.gradients, *values])
+            rows.append([row, method.name, of.source_id, levels[k], of.nfe, of.gradients, *values])
     return rows

@@ -4,9 +4,9 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,9 +15,9 @@ from skimage.measure import approximate_polygon, find_contours
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.progress import progress
-from cellflux_bridge.images import resize
+from cellflux_bridge.images import resize, to_rgb
 from cellflux_bridge.report.runs import Chapter, Method
-from cellflux_bridge.trajectory import Trajectory, load_trajectory, read_source_ids
+from cellflux_bridge.trajectory import load_trajectory, read_source_ids
 
 # Of one sequence no more frames than this are shown, evenly chosen with both ends.
 MAX_FRAMES = 21
@@ -26,7 +26,18 @@ _STORED = ((None, "PNG"), (256, "WEBP"), (128, "WEBP"), (64, "WEBP"))
 _FEW = 12
 # Above this many pixels a row of patches is not stored without loss.
 PIXELATED = 96
-Segment = Callable[[np.ndarray], np.ndarray]
+# The quantities of cellularity.json that are shown for single sequences.
+_COUNTED = ("area_fraction", "count")
+Segment = Callable[[np.ndarray], np.ndarray | None]
+
+
+class Frames(NamedTuple):
+    """The frames of one source that are shown, RGB uint8 (K, H, W, 3), and what the whole sequence cost."""
+
+    source_id: str
+    frames: np.ndarray
+    nfe: int
+    gradients: int
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,17 @@ class Shown:
     `curves` values a frame by the key of a chart ("area_fraction", "p:<judge>"), None where one is not known.
     """
 
+    sequence: Frames
     sprite: str
     outlines: list[str]
     curves: dict[str, list[float | None]]
-    nfe: int
-    gradients: int
+
+    @property
+    def has_outlines(self) -> bool:
+        return any(self.outlines)
+
+    def for_page(self) -> dict[str, Any]:
+        return {"sprite": self.sprite, "outlines": self.outlines, "curves": self.curves}
 
     @property
     def size(self) -> int:
@@ -50,34 +67,39 @@ class Shown:
 
 @dataclass(frozen=True)
 class Gallery:
-    """The sequences that a chapter shows: `sources` by their key, `shown[source key][method slot]`.
+    """The sequences that a chapter shows, `shown[source key][method slot]`.
 
-    `frames[slot]` are the numbers of the shown frames and `levels[slot]` their levels; `size` the frames' (H, W);
-    `total` counts the sources there were to choose from, `shrunk` tells the stored side where frames lost detail.
+    `levels[slot]` are those of the shown frames; `total` counts the sources there were to choose from; `shrunk` is the
+    stored side, px, where frames lost detail.
     """
 
-    sources: dict[str, str]
     shown: dict[str, dict[int, Shown]]
-    frames: dict[int, list[int]]
     levels: dict[int, list[float]]
-    size: tuple[int, int]
     total: int
     shrunk: int | None
-    has_outlines: bool
-    kept: dict[tuple[str, int], np.ndarray]
+
+    @property
+    def labels(self) -> list[str]:
+        """The id of every source."""
+        return [next(iter(row.values())).sequence.source_id for row in self.shown.values()]
+
+    @property
+    def all(self) -> list[Shown]:
+        return [one for row in self.shown.values() for one in row.values()]
 
     @property
     def stored(self) -> int:
         """Characters of the page."""
-        return sum(one.size for row in self.shown.values() for one in row.values())
+        return sum(one.size for one in self.all)
 
 
 def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def encode_row(frames: Sequence[np.ndarray], side: int | None, form: str) -> str:
+def encode_row(frames: Iterable[np.ndarray], side: int | None, form: str) -> str:
     """Images (H, W, 3) uint8 side by side as a data URI; `side` bounds the longer side of each."""
+    frames = list(frames)
     height, width = frames[0].shape[:2]
     if side is not None and max(height, width) > side:
         scale = side / max(height, width)
@@ -116,60 +138,9 @@ def outline(labels: np.ndarray) -> str:
     return "".join(path)
 
 
-def rgb_frames(trajectory: Trajectory, index: int, chosen: Sequence[int]) -> list[np.ndarray]:
-    """Frames of a sequence as RGB (H, W, 3); of fewer than three channels the first in grey."""
-    frames = trajectory.sequence(index)[list(chosen)]
-    frames = frames[..., :3] if frames.shape[-1] >= 3 else frames[..., :1].repeat(3, -1)
-    return [np.ascontiguousarray(frame) for frame in frames]
-
-
-def _curves(
-    chapter: Chapter, method: Method, source_id: str, levels: Sequence[float], masks
-) -> dict[str, list[float | None]]:
-    curves = {"area_fraction": [None if m is None else round(float((m > 0).mean()), 4) for m in masks]}
-    curves |= _counted(method, source_id, levels)
-    for judge in method.run.judges:
-        by_level = method.run.probabilities.get((method.record["trajectory"], source_id, judge))
-        if by_level is not None:
-            curves[f"p:{chapter.called(method.run.network(judge))}"] = [by_level.get(level) for level in levels]
-    return curves
-
-
-def _counted(method: Method, source_id: str, levels: Sequence[float]) -> dict[str, list[float | None]]:
-    """What cellularity.json tells of this very source; it refuses quantities for which nuclei are too small."""
-    counted = method.cellularity
-    own = next((s for s in (counted or {}).get("per_source", []) if s["source_id"] == source_id), {})
-    known = {q: dict(zip(counted["levels"], own[q], strict=True)) for q in ("area_fraction", "count") if own.get(q)}
-    return {quantity: [values.get(level) for level in levels] for quantity, values in known.items()}
-
-
-def _segmented(segment: Segment, frames: Sequence[np.ndarray]) -> list[np.ndarray | None]:
-    def one(frame: np.ndarray) -> np.ndarray | None:
-        try:
-            return segment(frame)
-        except UserError:  # a frame in which nuclei cannot be counted is shown without
-            return None
-
-    return [one(frame) for frame in frames]
-
-
-def _choose_sources(methods: Sequence[Method], num: int) -> tuple[dict[int, list[str]], int]:
-    """Per method the sources to show: those of all methods where there are any, evenly over the run's order."""
-    ids = {method.slot: read_source_ids(method.trajectory) for method in methods}
-    common = set.intersection(*map(set, ids.values()))
-    pool = {slot: [i for i in of if i in common] if common else list(of) for slot, of in ids.items()}
-    num = num if common else max(1, num // len(methods))
-    evenly = {slot: np.linspace(0, len(of) - 1, min(num, len(of))).round().astype(int) for slot, of in pool.items()}
-    first = min(pool)
-    if common:
-        chosen = [pool[first][i] for i in evenly[first]]
-        return {slot: chosen for slot in pool}, len(pool[first])
-    return {slot: [pool[slot][i] for i in evenly[slot]] for slot in pool}, sum(map(len, pool.values()))
-
-
-def levels_shown(levels: Sequence[float]) -> list[float]:
-    """Those of a sequence's levels whose frames are shown."""
-    return [levels[k] for k in _shown_frames(len(levels))]
+def shown_frames(num: int) -> list[int]:
+    """The numbers of those of `num` frames that are shown."""
+    return np.linspace(0, num - 1, min(num, MAX_FRAMES)).round().astype(int).tolist()
 
 
 def gather(chapter: Chapter, *, num: int, budget: int, segment_of: Callable[[Method], Segment]) -> Gallery | None:
@@ -177,74 +148,93 @@ def gather(chapter: Chapter, *, num: int, budget: int, segment_of: Callable[[Met
 
     Raises UserError for frames of another size than those that were judged.
     """
-    methods = [method for method in chapter.methods if method.trajectory is not None]
+    methods = {method.slot: method for method in chapter.methods if method.trajectory is not None}
     if not methods:
         return None
     ids, total = _choose_sources(methods, num)
-    trajectories = {m.slot: load_trajectory(m.trajectory, source_ids=set(ids[m.slot])) for m in methods}
-    frames = {slot: _shown_frames(len(of.levels)) for slot, of in trajectories.items()}
-    levels = {slot: levels_shown(of.levels) for slot, of in trajectories.items()}
-    for method in methods:
-        _require_size(method, trajectories[method.slot], chapter.size)
-    by_key = _by_key(trajectories, ids)
-    side, form = _storage(trajectories, frames, by_key, budget)
-    size = (chapter.size, chapter.size)
-    sources, shown, kept, used = {}, {}, {}, 0
-    of_slot = {method.slot: method for method in methods}
-    bar = progress(by_key.items(), desc=f"drawing {chapter.source} -> {chapter.target}", unit="source")
-    for key, places in bar:
-        row = {}
-        for slot, index in places.items():
-            of, pictures = trajectories[slot], rgb_frames(trajectories[slot], index, frames[slot])
-            masks = _segmented(segment_of(of_slot[slot]), pictures)
-            outlines = ["" if mask is None else outline(mask) for mask in masks]
-            curves = _curves(chapter, of_slot[slot], of.source_ids[index], levels[slot], masks)
-            sprite = encode_row(pictures, side, form)
-            row[slot] = Shown(sprite, outlines, curves, of.nfe[index], of.gradients[index])
-        used += sum(one.size for one in row.values())
+    levels = {slot: [method.header.levels[k] for k in _shown_of(method)] for slot, method in methods.items()}
+    found: dict[str, dict[int, Frames]] = {}
+    for slot, method in methods.items():
+        for sequence in _load(method, ids[slot], chapter.size):
+            # A source is the same where id and picture are.
+            key = hashlib.sha256(sequence.source_id.encode() + sequence.frames[0].tobytes()).hexdigest()[:12]
+            found.setdefault(key, {})[slot] = sequence
+    side, form = _storage(list(found.values()), budget)
+    shown, used = {}, 0
+    for key, row in progress(found.items(), desc=f"drawing {chapter.source} -> {chapter.target}", unit="source"):
+        drawn = {
+            slot: _draw(chapter, methods[slot], of, levels[slot], segment_of, side, form) for slot, of in row.items()
+        }
+        used += sum(one.size for one in drawn.values())
         if shown and used > budget:
             break
-        slot, index = next(iter(places.items()))
-        sources[key], shown[key] = trajectories[slot].source_ids[index], row
-        for slot, index in places.items():
-            kept[key, slot] = np.stack(rgb_frames(trajectories[slot], index, frames[slot]))
-    shrunk = side if side is not None and max(size) > side else None
-    outlined = any(one.outlines and any(one.outlines) for row in shown.values() for one in row.values())
-    return Gallery(sources, shown, frames, levels, size, total, shrunk, outlined, kept)
+        shown[key] = drawn
+    return Gallery(shown, levels, total, side if side is not None and chapter.size > side else None)
 
 
-def _require_size(method: Method, of: Trajectory, size: int) -> None:
+def _choose_sources(methods: dict[int, Method], num: int) -> tuple[dict[int, list[str]], int]:
+    """Per method the sources to show: those of all methods where there are any, evenly over the run's order."""
+    ids = {slot: read_source_ids(method.trajectory) for slot, method in methods.items()}
+    common = set.intersection(*map(set, ids.values()))
+    first = [i for i in ids[min(ids)] if i in common]
+    pool = dict.fromkeys(ids, first) if common else ids
+    num = num if common else max(1, num // len(methods))
+    evenly = {slot: np.linspace(0, len(of) - 1, min(num, len(of))).round().astype(int) for slot, of in pool.items()}
+    total = len(first) if common else sum(map(len, pool.values()))
+    return {slot: [pool[slot][i] for i in chosen] for slot, chosen in evenly.items()}, total
+
+
+def _shown_of(method: Method) -> list[int]:
+    return shown_frames(len(method.header.levels))
+
+
+def _load(method: Method, ids: Sequence[str], size: int) -> Iterable[Frames]:
+    of = load_trajectory(method.trajectory, source_ids=set(ids))
     height, width = of.frames.shape[-2:]
     if (height, width) != (size, size):
         raise UserError(
             f"{method.trajectory}: frames of {width} x {height} px, but {method.run.file} judged frames of {size} px; "
             "run cellflux-bridge evaluate again"
         )
+    place = {source_id: number for number, source_id in enumerate(of.source_ids)}
+    for source_id in ids:
+        index = place[source_id]
+        frames = to_rgb(of.sequence(index)[_shown_of(method)])
+        yield Frames(source_id, np.ascontiguousarray(frames), of.nfe[index], of.gradients[index])
 
 
-def _shown_frames(num: int) -> list[int]:
-    return np.linspace(0, num - 1, min(num, MAX_FRAMES)).round().astype(int).tolist()
-
-
-def _by_key(trajectories: dict[int, Trajectory], ids: dict[int, list[str]]) -> dict[str, dict[int, int]]:
-    """{source key: {slot: its number in the slot's trajectory}}; a source is the same where name and picture are."""
-    found: dict[str, dict[int, int]] = {}
-    for slot, of in trajectories.items():
-        place = {source_id: number for number, source_id in enumerate(of.source_ids)}
-        for source_id in ids[slot]:
-            index = place[source_id]
-            digest = hashlib.sha256(source_id.encode() + of.frames[0, index].tobytes())
-            found.setdefault(digest.hexdigest()[:12], {})[slot] = index
-    return found
-
-
-def _storage(trajectories, frames, by_key, budget: int) -> tuple[int | None, str]:
+def _storage(rows: list[dict[int, Frames]], budget: int) -> tuple[int | None, str]:
     """The first way of storing frames in which all sources, or a few at least, come within the budget."""
-    sample = [next(iter(places.items())) for places in list(by_key.values())[:3]]
-    per_source = max(map(len, by_key.values()))
-    for side, form in _STORED:
-        encode = partial(encode_row, side=side, form=form)
-        bytes_each = np.mean([len(encode(rgb_frames(trajectories[s], i, frames[s]))) for s, i in sample])
-        if min(len(by_key), _FEW) * per_source * bytes_each <= budget:
-            return side, form
-    return _STORED[-1]
+    sample = [next(iter(row.values())).frames for row in rows[:3]]
+    num = min(len(rows), _FEW) * max(map(len, rows))
+    fits = (way for way in _STORED if num * np.mean([len(encode_row(frames, *way)) for frames in sample]) <= budget)
+    return next(fits, _STORED[-1])
+
+
+def _draw(chapter, method: Method, of: Frames, levels, segment_of, side: int | None, form: str) -> Shown:
+    masks = [_segmented(segment_of(method), frame) for frame in of.frames]
+    outlines = ["" if mask is None else outline(mask) for mask in masks]
+    return Shown(of, encode_row(of.frames, side, form), outlines, _curves(chapter, method, of.source_id, levels, masks))
+
+
+def _segmented(segment: Segment, frame: np.ndarray) -> np.ndarray | None:
+    try:
+        return segment(frame)
+    except UserError:  # a frame in which nuclei cannot be counted is shown without
+        return None
+
+
+def _curves(chapter, method: Method, source_id: str, levels: Sequence[float], masks) -> dict[str, list[float | None]]:
+    """What is known of every shown frame. cellularity.json, which leaves out counts of nuclei that are too small, comes
+    before what the outlines say."""
+    known = {"area_fraction": [None if m is None else round(float((m > 0).mean()), 4) for m in masks]}
+    counted, by_level = method.cellularity, {}
+    own = next((s for s in counted.per_source if s.source_id == source_id), None) if counted else None
+    for quantity in _COUNTED:
+        if values := getattr(own, quantity, None):
+            by_level[quantity] = dict(zip(counted.levels, values, strict=False))
+    for judge in method.run.judges:
+        found = method.run.probabilities.get((method.record.trajectory, source_id, judge))
+        if found is not None:
+            by_level[f"p:{chapter.called(method.run.network(judge))}"] = found
+    return known | {key: [values.get(level) for level in levels] for key, values in by_level.items()}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cellflux_bridge.report.gallery import data_uri, encode_rows, levels_shown
+from cellflux_bridge.report.gallery import data_uri, encode_rows, shown_frames
 from cellflux_bridge.report.real import NearCopy, near_copies, real_patches
 from cellflux_bridge.report.runs import Chapter
 
@@ -34,22 +34,23 @@ def stills(chapter: Chapter, *, budget: int) -> Stills:
     """Real patches by level and near copies in `budget` characters of page, of which the copies take half at most."""
     copies, warnings = near_copies(chapter, num=_PICTURED), []
     pairs = encode_rows([[copy.frame, copy.training] for copy in copies], budget // 2)
-    listed = [len((run.metrics.get("memorisation") or {"near_copies": []})["near_copies"]) for run in chapter.runs]
-    missing = sum(min(num, _PICTURED) for num in listed) - len(pairs)
+    missing = sum(min(len(run.near_copies), _PICTURED) for run in chapter.runs) - len(pairs)
     if missing:
         warnings.append(
             f"{missing} of the worst near copies that evaluate listed are not pictured: their sequences were made anew "
             "or are gone, their training patches are not in the cache, or they do not fit into the page."
         )
+    pictured = list(zip(copies, pairs, strict=False))
     header = next((method.header for method in chapter.methods if method.header is not None), None)
     if header is None:
-        return Stills({}, {}, "", list(zip(copies, pairs, strict=False)), warnings)
-    real, rule = real_patches(chapter, levels_shown(header.levels))
+        return Stills({}, {}, "", pictured, warnings)
+    levels = [header.levels[k] for k in shown_frames(len(header.levels))]
+    real, rule = real_patches(chapter, levels)
     rows = dict(zip(real, encode_rows(list(real.values()), budget - sum(map(len, pairs))), strict=False))
     if not rows:
         why = "they do not fit into the page" if real else rule
         warnings.append(f"Real patches are not shown beside the made ones: {why}.")
-    return Stills(real, rows, rule if rows else "", list(zip(copies, pairs, strict=False)), warnings)
+    return Stills(real, rows, rule if rows else "", pictured, warnings)
 
 
 def films(chapters: Sequence[Chapter], *, budget: int) -> list[list[tuple[str, str]]]:
@@ -58,8 +59,8 @@ def films(chapters: Sequence[Chapter], *, budget: int) -> list[list[tuple[str, s
     for chapter in chapters:
         found.append([])
         for method in (method for method in chapter.methods if method.video is not None):
-            uri = data_uri("video/mp4", method.video.read_bytes())
-            if len(uri) <= budget:
+            if method.video.stat().st_size * 4 / 3 + 100 <= budget:  # base64 takes four characters for three bytes
+                uri = data_uri("video/mp4", method.video.read_bytes())
                 found[-1].append((method.name, uri))
                 budget -= len(uri)
     return found

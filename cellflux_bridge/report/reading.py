@@ -1,66 +1,165 @@
-"""The JSON files of a run as far as a report reads them: checked once, so that damage ends in a sentence."""
+"""The JSON files of a run, as a report reads them.
+
+A run may come from somebody else, so every key is checked for its type and range before anything is made of it.
+"""
 
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cellularity.along import FORMAT as CELLULARITY_FORMAT
-from cellflux_bridge.cellularity.nuclei import Parameters
-from cellflux_bridge.metrics.results import FORMAT
+from cellflux_bridge.cellularity.parameters import Parameters
+from cellflux_bridge.metrics.results import FORMAT as METRICS_FORMAT
 
-_METRICS = {
-    "format": int, "source": str, "target": str, "networks": list, "methods": list, "values": list, "differences": list,
-}  # fmt: skip
-_CELLULARITY = {"format": int, "parameters": dict, "trajectories": list, "real": list}
-# The keys of the objects in a list of that name.
-_ROWS = {
-    "networks": {"name", "use", "view", "checkpoint", "image_size"},
-    "methods": {"name", "trajectory", "method", "config_hash", "n", "levels", "frame_levels"},
-    "values": {"method", "quantity", "level", "extractor", "n", "n_real", "value", "low", "high"},
-    "differences": {"first", "second", "quantity", "extractor", "n", "difference", "low", "high", "p", "num_groups"},
-    "trajectories": {"trajectory", "config_hash", "levels", "curves", "spearman", "per_source"},
-    "real": {"class", "quantity", "n", "mean", "low", "high"},
-}
+_MOST_BYTES = 1 << 29
+_Number = Annotated[float, Field(allow_inf_nan=False)] | None
+_Level = Annotated[float, Field(ge=0, le=1)]
+_Levels = Annotated[tuple[_Level, ...], Field(max_length=10_000)]
+_Place = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=4096)]
+_Count = Annotated[int, Field(ge=0)]
 
 
-def read_metrics(file: Path) -> dict[str, Any]:
-    """metrics.json. Like all here raises UserError, which names what is wrong and the command that makes it anew."""
-    anew = f"make it anew with: cellflux-bridge evaluate TRAJECTORY ... --output {file}"
-    data = _read(file, _METRICS, anew)
-    _require_format(file, data, FORMAT, anew)
-    if not any(network["use"] == "judge" for network in data["networks"]):
-        raise UserError(f"{file}: names no judge among its networks; {anew}")
-    return data
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
 
 
-def read_cellularity(file: Path) -> dict[str, Any]:
+class Figure(_Part):
+    """A number that rests on `n` images, with its 95 % interval; None where one does not exist."""
+
+    quantity: str
+    n: _Count
+    value: _Number = Field(validation_alias=AliasChoices("value", "mean"))
+    low: _Number
+    high: _Number
+    n_real: _Count | None = None
+    level: _Level | None = None
+    method: str = ""
+    extractor: str = ""
+    label: str = Field("", validation_alias="class")
+
+
+class NetworkRecord(_Part):
+    name: str
+    use: str
+    view: str
+    checkpoint: _Place
+    image_size: Annotated[int, Field(ge=1, le=8192)]
+    digest: str = ""
+
+
+class MethodRecord(_Part):
+    """A method, or a baseline, whose `trajectory` is None."""
+
+    name: str
+    trajectory: _Place | None
+    method: str | None
+    config_hash: str | None
+    n: _Count
+    levels: _Levels
+    frame_levels: _Levels
+    device: str | None = None
+
+
+class Difference(_Part):
+    first: str
+    second: str
+    quantity: str
+    extractor: str
+    n: _Count
+    num_groups: _Count
+    difference: _Number
+    low: _Number
+    high: _Number
+    p: _Number
+
+
+class NearCopyRecord(_Part):
+    trajectory: _Place
+    source_id: str
+    training_id: str
+    level: _Level
+
+
+class Memorisation(_Part):
+    patches: _Place = ""
+    near_copies: tuple[NearCopyRecord, ...] = ()
+
+
+class Metrics(_Part):
+    """metrics.json."""
+
+    source: str
+    target: str
+    networks: tuple[NetworkRecord, ...]
+    methods: tuple[MethodRecord, ...]
+    values: tuple[Figure, ...]
+    differences: tuple[Difference, ...]
+    warnings: tuple[str, ...] = ()
+    memorisation: Memorisation | None = None
+
+
+class SourceCurves(_Part):
+    """Numbers by level of one source; None where nuclei could not be counted or the quantity is refused."""
+
+    source_id: str
+    area_fraction: tuple[_Number, ...] | None = None
+    count: tuple[_Number, ...] | None = None
+
+
+class CountedTrajectory(_Part):
+    trajectory: _Place
+    config_hash: str
+    levels: _Levels
+    curves: tuple[Figure, ...]
+    spearman: tuple[Figure, ...]
+    per_source: tuple[SourceCurves, ...]
+
+
+class Cellularity(_Part):
     """cellularity.json."""
+
+    parameters: Parameters
+    mpp: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    trajectories: tuple[CountedTrajectory, ...] = ()
+    real: tuple[Figure, ...] = ()
+    real_by_level: tuple[Figure, ...] = ()
+
+
+_Model = TypeVar("_Model", bound=_Part)
+
+
+def read_metrics(file: Path) -> Metrics:
+    """metrics.json. UserError names what is wrong and the command that makes the file anew."""
+    anew = f"make it anew with: cellflux-bridge evaluate TRAJECTORY ... --output {file}"
+    metrics = _read(file, Metrics, METRICS_FORMAT, anew)
+    if not any(network.use == "judge" for network in metrics.networks):
+        raise UserError(f"{file}: names no judge among its networks; {anew}")
+    return metrics
+
+
+def read_cellularity(file: Path) -> Cellularity:
+    """cellularity.json. UserError names what is wrong and the command that makes the file anew."""
     anew = f"make it anew with: cellflux-bridge cellularity TRAJECTORY ... --output {file}"
-    data = _read(file, _CELLULARITY, anew)
-    _require_format(file, data, CELLULARITY_FORMAT, anew)
-    unknown = data["parameters"].keys() - {field.name for field in fields(Parameters)}
-    if unknown:
-        raise UserError(f"{file}: unknown parameters {', '.join(sorted(unknown))}; {anew}")
-    return data
+    return _read(file, Cellularity, CELLULARITY_FORMAT, anew)
 
 
-def _read(file: Path, shape: dict[str, type], remedy: str) -> dict[str, Any]:
+def _read(file: Path, model: type[_Model], known: int, anew: str) -> _Model:
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"larger than {_MOST_BYTES:,} bytes")
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {remedy}") from error
-    wrong = [key for key, kind in shape.items() if not isinstance(data, dict) or not isinstance(data.get(key), kind)]
-    if wrong:
-        expected = f"expected an object with {', '.join(shape)}"
-        raise UserError(f"{file}: {expected}; {', '.join(wrong)} missing or wrong; {remedy}")
-    for key in shape.keys() & _ROWS.keys():
-        if not all(isinstance(row, dict) and row.keys() >= _ROWS[key] for row in data[key]):
-            raise UserError(f"{file}: {key}: expected objects with {', '.join(sorted(_ROWS[key]))}; {remedy}")
-    return data
-
-
-def _require_format(file: Path, data: dict[str, Any], known: int, anew: str) -> None:
-    if data["format"] != known:
-        raise UserError(f"{file}: format {data['format']}, this version reads {known}; {anew}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {anew}") from error
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != known:
+        raise UserError(f"{file}: format {found}, this version reads {known}; {anew}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors()
+        where = ".".join(map(str, problems[0]["loc"]))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{file}: {where}: {problems[0]['msg']}{more}; {anew}") from error

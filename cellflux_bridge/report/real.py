@@ -8,19 +8,11 @@ import numpy as np
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import numpy_generator
-from cellflux_bridge.config import Config, load_config
+from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import SCORE_WINDOW, Patches, load_patches, near_level
-from cellflux_bridge.report.gallery import rgb_frames
-from cellflux_bridge.report.runs import Chapter
+from cellflux_bridge.images import to_rgb
+from cellflux_bridge.report.runs import Chapter, config_of
 from cellflux_bridge.trajectory import load_trajectory, read_source_ids
-
-
-def _configs(chapter: Chapter) -> list[Config]:
-    """Of the severity estimator, whose patches have scores of the whole range, then of the methods."""
-    estimators = [n["checkpoint"] for run in chapter.runs for n in run.metrics["networks"] if n["use"] == "scores"]
-    files = [Path(checkpoint) / "config.yaml" for checkpoint in estimators]
-    found = [load_config(file) for file in files if file.exists()]
-    return found + [method.config for method in chapter.methods if method.config is not None]
 
 
 class NearCopy(NamedTuple):
@@ -35,42 +27,36 @@ class NearCopy(NamedTuple):
 
 
 def near_copies(chapter: Chapter, *, num: int = 8) -> list[NearCopy]:
-    """The worst near copies that evaluate listed, as far as their frames and the training patches are here: neither
-    are where the sequences were made anew of other sources, or the data is elsewhere."""
+    """The worst near copies that evaluate listed. Left out are those whose sequence was made anew of other sources, and
+    those whose training patch is not in a cache here."""
     found = []
-    for run in chapter.runs:
-        memory = run.metrics.get("memorisation") or {"near_copies": []}
-        listed = memory["near_copies"][:num]
-        patches = _cached(Path(memory["patches"]) / "config.yaml") if listed else None
-        methods = {method.record["trajectory"]: method for method in chapter.methods if method.run is run}
-        for copy in listed:
-            method = methods.get(copy["trajectory"])
-            if patches is None or copy["training_id"] not in patches.ids or method is None or method.trajectory is None:
+    for run in (run for run in chapter.runs if run.near_copies):
+        patches = _load(config_of(Path(run.metrics.memorisation.patches)))
+        methods = {m.record.trajectory: m for m in chapter.methods if m.run is run and m.trajectory is not None}
+        for copy in run.near_copies[:num]:
+            method = methods.get(copy.trajectory)
+            if isinstance(patches, str) or copy.training_id not in patches.ids or method is None:
                 continue
-            if copy["source_id"] not in read_source_ids(method.trajectory):
+            if copy.source_id not in read_source_ids(method.trajectory):
                 continue
-            of = load_trajectory(method.trajectory, source_ids={copy["source_id"]})
-            k = min(range(len(of.levels)), key=lambda k, of=of, copy=copy: abs(of.levels[k] - copy["level"]))
-            training = patches.centre([patches.ids.index(copy["training_id"])])[0].permute(1, 2, 0).numpy()
-            frame = rgb_frames(of, 0, [k])[0]
-            if frame.shape != training.shape:
-                continue
-            place = (method.name, copy["level"], copy["source_id"], copy["training_id"])
-            found.append(NearCopy(*place, frame, np.ascontiguousarray(training)))
+            of = load_trajectory(method.trajectory, source_ids={copy.source_id})
+            k = int(np.abs(np.array(of.levels) - copy.level).argmin())
+            frame, training = to_rgb(of.sequence(0)[k]), _pictures(patches, [patches.ids.index(copy.training_id)])[0]
+            if frame.shape == training.shape:
+                place = (method.name, copy.level, copy.source_id, copy.training_id)
+                found.append(NearCopy(*place, np.ascontiguousarray(frame), training))
     return found
 
 
-def _cached(file: Path) -> Patches | None:
-    """The patches of a configuration, where data and cache are here."""
-    if not file.exists():
-        return None
-    config = load_config(file)
-    patches = _load(config)
-    return patches if isinstance(patches, Patches) else None
+def _pictures(patches: Patches, numbers: Sequence[int]) -> list[np.ndarray]:
+    """The middle patches of these numbers as RGB (H, W, 3)."""
+    return [np.ascontiguousarray(to_rgb(image)) for image in patches.centre(numbers).permute(0, 2, 3, 1).numpy()]
 
 
-def _load(config: Config) -> Patches | str:
+def _load(config: Config | str | None) -> Patches | str:
     """The patches from the cache that the training left, or why they cannot be had."""
+    if not isinstance(config, Config):
+        return config or "the configuration of its data is not here"
     if not config.data.root.expanduser().exists():
         return f"the data folder {config.data.root} is not here (relative paths count from where the command runs)"
     try:
@@ -84,16 +70,16 @@ def real_patches(chapter: Chapter, levels: Sequence[float], *, num: int = 8) -> 
 
     Patches come from the cache that the training left. Without it the dictionary is empty and the text says why.
     """
+    # The severity estimator comes first, because its patches have scores of the whole range.
+    networks = (network for run in chapter.runs for network in run.metrics.networks)
+    configs = [config_of(Path(network.checkpoint)) for network in networks if network.use == "scores"]
     why = "the configuration of its data is not here"
-    for config in _configs(chapter):
-        if config.data.image_size != chapter.size:
+    for config in (*configs, *(method.config for method in chapter.methods)):
+        if isinstance(config, Config) and config.data.image_size != chapter.size:
             why = f"the data of its networks have {config.data.image_size} px"
-            continue
-        patches = _load(config)
-        if isinstance(patches, str):
+        elif config is not None and isinstance(patches := _load(config), str):
             why = patches
-            continue
-        if {chapter.source, chapter.target} <= set(patches.classes):
+        elif config is not None and {chapter.source, chapter.target} <= set(patches.classes):
             return _by_level(chapter, patches, levels, num)
     return {}, why
 
@@ -110,8 +96,7 @@ def _by_level(chapter, patches, levels, num) -> tuple[dict[int, list[np.ndarray]
         else:
             chosen = patches.indices("test", ends[level]) if level in ends else test[:0]
         if len(chosen):
-            drawn = patches.centre(draw.permutation(chosen)[:num]).permute(0, 2, 3, 1).numpy()
-            found[k] = [np.ascontiguousarray(rgb) for rgb in drawn]
+            found[k] = _pictures(patches, draw.permutation(chosen)[:num])
     rule = (
         f"score within {SCORE_WINDOW} of the level" if scored else "of the two classes; the data has no scores between"
     )

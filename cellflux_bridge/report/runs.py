@@ -1,7 +1,7 @@
-"""What a report is made from: the figures, sequences and settings that run folders hold, and how they come together.
+"""The material of a report: figures, sequences and settings of run folders.
 
-Runs of one transition and image size make a chapter: their methods stand in the same tables. A figure of one network
-never stands in the row of another's, so what does not compare is not compared.
+Runs of one transition and image size make a chapter: their methods stand in the same tables. Figures of different
+networks stand in different rows, because they do not compare.
 """
 
 import csv
@@ -10,22 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cellularity.nuclei import Parameters
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.results import FRAMES_SUFFIX
-from cellflux_bridge.report.reading import read_cellularity, read_metrics
+from cellflux_bridge.report import reading
 from cellflux_bridge.trajectory import HEADER, TrajectoryHeader, read_header
 
 METRICS, CELLULARITY, VIDEO = "metrics.json", "cellularity.json", "interpolation.mp4"
-_REAL = "real "
 
 
 class Network(NamedTuple):
-    """A network as rows are kept apart by: two runs share a row only where name and weights are the same."""
+    """The key of a row: two runs share a row only where name and weights of the network are the same."""
 
     name: str
     weights: str
@@ -43,15 +41,14 @@ class Method:
     name: str
     slot: int
     is_baseline: bool
-    record: dict[str, Any]
+    record: reading.MethodRecord
     trajectory: Path | None
     header: TrajectoryHeader | None
 
     @cached_property
-    def config(self) -> Config | None:
-        """What made the sequences; None for a user's own frames."""
-        path = self.trajectory and self.trajectory / "config.yaml"
-        return load_config(path) if path and path.exists() else None
+    def config(self) -> Config | str | None:
+        """What made the sequences, or why it cannot be read; None for a user's own frames."""
+        return self.trajectory and config_of(self.trajectory)
 
     @cached_property
     def cost(self) -> Cost | None:
@@ -59,18 +56,17 @@ class Method:
 
     @property
     def video(self) -> Path | None:
-        path = self.trajectory and self.trajectory / VIDEO
-        return path if path and path.exists() else None
+        return self.trajectory and file_inside(self.trajectory, VIDEO)
 
     @cached_property
-    def cellularity(self) -> dict[str, Any] | None:
+    def cellularity(self) -> reading.CountedTrajectory | None:
         """Its entry in cellularity.json."""
         if self.trajectory is None or self.run.cellularity is None:
             return None
-        same = (e for e in self.run.cellularity["trajectories"] if _same(Path(e["trajectory"]), self.trajectory))
+        same = (of for of in self.run.cellularity.trajectories if _same(Path(of.trajectory), self.trajectory))
         return next(same, None)
 
-    def value(self, quantity: str, level: float | None = None, by: str = "") -> dict[str, Any] | None:
+    def value(self, quantity: str, level: float | None = None, by: str = "") -> reading.Figure | None:
         return self.run.lookup.get((self.key, quantity, level, by))
 
 
@@ -81,35 +77,37 @@ class Run:
     name: str
     folder: Path
     file: Path
-    metrics: dict[str, Any]
-    cellularity: dict[str, Any] | None
+    metrics: reading.Metrics
+    cellularity: reading.Cellularity | None
 
     @cached_property
-    def lookup(self) -> dict[tuple, dict[str, Any]]:
-        return {(v["method"], v["quantity"], v["level"], v["extractor"]): v for v in self.metrics["values"]}
+    def lookup(self) -> dict[tuple, reading.Figure]:
+        return {(v.method, v.quantity, v.level, v.extractor): v for v in self.metrics.values}
 
     @cached_property
-    def networks(self) -> dict[str, dict[str, Any]]:
-        return {network["name"]: network for network in self.metrics["networks"]}
+    def networks(self) -> dict[str, reading.NetworkRecord]:
+        return {network.name: network for network in self.metrics.networks}
 
     @property
     def judges(self) -> list[str]:
-        return [network["name"] for network in self.metrics["networks"] if network["use"] == "judge"]
+        return [network.name for network in self.metrics.networks if network.use == "judge"]
 
     @property
     def size(self) -> int:
         """The side of its frames, px: evaluate takes only judges of that size."""
-        return self.networks[self.judges[0]]["image_size"]
+        return self.networks[self.judges[0]].image_size
+
+    @property
+    def near_copies(self) -> tuple[reading.NearCopyRecord, ...]:
+        return self.metrics.memorisation.near_copies if self.metrics.memorisation else ()
+
+    @property
+    def real_nuclei(self) -> tuple[reading.Figure, ...]:
+        return self.cellularity.real if self.cellularity else ()
 
     def network(self, name: str) -> Network:
-        found = self.networks.get(name, {})
-        return Network(name, found.get("digest") or found.get("checkpoint", ""))
-
-    @cached_property
-    def nuclei(self) -> tuple[Parameters, float | None]:
-        """How its nuclei were counted: the segmentation's parameters and mpp; the defaults where they were not."""
-        counted = self.cellularity or {"parameters": {}}
-        return Parameters(**counted["parameters"]), counted.get("mpp")
+        found = self.networks.get(name)
+        return Network(name, (found.digest or found.checkpoint) if found else "")
 
     @cached_property
     def probabilities(self) -> dict[tuple[str, str, str], dict[float, float]]:
@@ -122,7 +120,7 @@ class Run:
                 for row in csv.DictReader(file):
                     of = found.setdefault((row["trajectory"], row["source_id"], row["judge"]), {})
                     of[float(row["level"])] = float(row["probability"])
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, csv.Error) as error:
                 raise UserError(
                     f"{path}: damaged ({type(error).__name__}: {error}); make it anew with: cellflux-bridge evaluate"
                 ) from error
@@ -131,12 +129,12 @@ class Run:
     def methods(self, *, prefix: bool, first_slot: int = 0) -> list[Method]:
         """Methods in the order of metrics.json, baselines after them."""
         methods, slot = [], first_slot
-        for record in self.metrics["methods"]:
-            is_baseline = record["trajectory"] is None
-            folder = None if is_baseline else self._find(Path(record["trajectory"]))
+        for record in self.metrics.methods:
+            is_baseline = record.trajectory is None
+            folder = None if is_baseline else self._find(Path(record.trajectory))
             header = None if folder is None else read_header(folder)
-            name = f"{self.name}: {record['name']}" if prefix else record["name"]
-            methods.append(Method(self, record["name"], name, slot, is_baseline, record, folder, header))
+            name = f"{self.name}: {record.name}" if prefix else record.name
+            methods.append(Method(self, record.name, name, slot, is_baseline, record, folder, header))
             slot += not is_baseline
         return methods
 
@@ -144,11 +142,11 @@ class Run:
         """A trajectory as metrics.json names it, or the one of its name where the run was moved."""
         moved = (self.folder / recorded.name, self.folder / "trajectories" / recorded.name, self.folder)
         places = [recorded, *(place for place in moved if place.name == recorded.name)]
-        return next((place for place in places if (place / HEADER).exists()), None)
+        return next((place for place in places if os.path.isfile(place / HEADER)), None)
 
-    def real(self, which: str, quantity: str, by: str = "", level: float | None = None) -> dict[str, Any] | None:
+    def real(self, which: str, quantity: str, by: str = "", level: float | None = None) -> reading.Figure | None:
         """A figure of real patches: `which` is source, target, pooled, scored, or own (of a level)."""
-        return self.lookup.get((f"{_REAL}{which}", quantity, level, by))
+        return self.lookup.get((f"real {which}", quantity, level, by))
 
 
 @dataclass(frozen=True)
@@ -176,8 +174,27 @@ class Chapter:
         return f"{network.name} of {', '.join(name for name, each in of.items() if each == network)}"
 
 
+def file_inside(folder: Path, name: str) -> Path | None:
+    """A file of a folder; None where it is missing or a link to somewhere else."""
+    path = folder / name
+    inside = os.path.isfile(path) and path.resolve().is_relative_to(folder.resolve())
+    return path if inside else None
+
+
+def config_of(folder: Path) -> Config | str | None:
+    """The configuration in a trajectory's or checkpoint's folder, or why it cannot be read; None where there is none.
+
+    Foreign modules that it names are not imported, unless the user trusts the run (`--trust`).
+    """
+    path = file_inside(folder, "config.yaml")
+    try:
+        return path and load_config(path)
+    except UserError as error:
+        return str(error)
+
+
 def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve() or (not one.exists() and one.name == other.name)
+    return os.path.realpath(one) == os.path.realpath(other) or (not os.path.exists(one) and one.name == other.name)
 
 
 def _newest(folder: Path, name: str) -> Path | None:
@@ -199,7 +216,9 @@ def load_run(folder: Path, *, name: str) -> Run:
             f"TRAJECTORY ... --judge RUN --features RUN --output {folder / METRICS}"
         )
     counted = _newest(folder, CELLULARITY)
-    return Run(name, folder, file, read_metrics(file), None if counted is None else read_cellularity(counted))
+    return Run(
+        name, folder, file, reading.read_metrics(file), None if counted is None else reading.read_cellularity(counted)
+    )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -214,7 +233,7 @@ def load_chapters(folders: Sequence[Path]) -> list[Chapter]:
     runs = [load_run(folder, name=name) for folder, name in zip(folders, _names(folders), strict=True)]
     together: dict[tuple[str, str, int], list[Run]] = {}
     for run in runs:
-        together.setdefault((run.metrics["source"], run.metrics["target"], run.size), []).append(run)
+        together.setdefault((run.metrics.source, run.metrics.target, run.size), []).append(run)
     chapters = []
     for (source, target, size), of in together.items():
         only = sum(key[:2] == (source, target) for key in together) == 1
@@ -230,9 +249,8 @@ def _chapter(source: str, target: str, size: int, title: str, runs: tuple[Run, .
             if not method.is_baseline:
                 methods.append(method)
                 continue
-            figures = [{**v, "trajectory": ""} for v in run.metrics["values"] if v["method"] == method.key]
-            told = (method.key, figures, run.metrics["networks"])
-            if told not in known:
-                known.append(told)
+            figures = (method.key, [v for v in run.metrics.values if v.method == method.key], run.metrics.networks)
+            if figures not in known:
+                known.append(figures)
                 baselines.append(method)
     return Chapter(source, target, size, title, runs, tuple(methods), tuple(baselines))

@@ -1,10 +1,11 @@
 """The figures of a chapter as tables and curves: methods and baselines across, floors and real patches beside them."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from cellflux_bridge.metrics.words import NUCLEI, QUANTITIES, SECTIONS, floor_of, interval, number, words
 from cellflux_bridge.report.charts import REAL, Band, Chart, Point, Series, baseline_style, style_of
+from cellflux_bridge.report.reading import Figure
 from cellflux_bridge.report.runs import Chapter, Method, Network
 
 
@@ -30,55 +31,64 @@ class Section(NamedTuple):
     rows: tuple[Row, ...]
 
 
-def cell(value: dict[str, Any] | None, remark: str = "") -> Cell | None:
-    if value is None:
+class LevelTable(NamedTuple):
+    title: str
+    levels: tuple[float, ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+
+
+def cell(figure: Figure | None, remark: str = "") -> Cell | None:
+    if figure is None:
         return None
-    basis = f"n = {value['n']}" + (f", against {value['n_real']} real" if value["n_real"] is not None else "")
-    return Cell(number(value["value"]), interval(value["low"], value["high"]), remark, basis)
+    basis = f"n = {figure.n}" + (f", against {figure.n_real} real" if figure.n_real is not None else "")
+    return Cell(number(figure.value), interval(figure.low, figure.high), remark, basis)
+
+
+def _unique(cells: Iterable[Cell | None]) -> tuple[Cell, ...]:
+    return tuple(dict.fromkeys(found for found in cells if found is not None))
 
 
 def _keys(chapter: Chapter) -> list[tuple[str, Network]]:
     """Quantities with their networks: known quantities in the order of their words, networks in that of the runs."""
-    values = ((run, value) for run in chapter.runs for value in run.metrics["values"])
-    rows = {(value["quantity"], run.network(value["extractor"])): None for run, value in values}
-    order = list(QUANTITIES)
-    return sorted(rows, key=lambda row: order.index(row[0]) if row[0] in order else len(order))
+    figures = ((run, figure) for run in chapter.runs for figure in run.metrics.values)
+    rows = dict.fromkeys((figure.quantity, run.network(figure.extractor)) for run, figure in figures)
+    order = {quantity: place for place, quantity in enumerate(QUANTITIES)}
+    return sorted(rows, key=lambda row: order.get(row[0], len(order)))
 
 
-def find(method: Method, quantity: str, by: Network, level: float | None) -> dict[str, Any] | None:
+def find(method: Method, quantity: str, by: Network, level: float | None) -> Figure | None:
     """A figure of a method by this very network."""
     return method.value(quantity, level, by.name) if method.run.network(by.name) == by else None
 
 
 def levels_of(chapter: Chapter) -> list[float]:
-    return sorted({v["level"] for run in chapter.runs for v in run.metrics["values"] if v["level"] is not None})
+    return sorted({v.level for run in chapter.runs for v in run.metrics.values if v.level is not None})
+
+
+def _title(quantity: str, called: str, joint: str) -> str:
+    return words(quantity).label.removesuffix(", worst") + (f"{joint}{called}" if called else "")
 
 
 def _main(method: Method, quantity: str, by: Network, where: str, levels: list[float]) -> Cell | None:
     if where == "whole":
-        device = method.record.get("device") if quantity == "seconds" else None
-        return cell(find(method, quantity, by, None), device or "")
+        return cell(find(method, quantity, by, None), (quantity == "seconds" and method.record.device) or "")
     if where == "end":
         return cell(find(method, quantity, by, 1.0))
-    found = [value for level in levels if level > 0 and (value := find(method, quantity, by, level)) is not None]
-    found = [value for value in found if value["value"] is not None]
-    pick = min if where == "smallest" else max
-    worst = pick(found, key=lambda value: value["value"], default=None)
-    return None if worst is None else cell(worst, f"at {worst['level']:g}")
+    found = (find(method, quantity, by, level) for level in levels if level > 0)
+    known = [figure for figure in found if figure is not None and figure.value is not None]
+    worst = (min if where == "smallest" else max)(known, key=lambda figure: figure.value, default=None)
+    return worst and cell(worst, f"at {worst.level:g}")
 
 
 def _real(chapter: Chapter, quantity: str, by: Network) -> tuple[Cell, ...]:
     """What real patches reach, once where runs agree: the floor of a distance, else both classes' own figure."""
-    cells = {}
-    for run in (run for run in chapter.runs if run.network(by.name) == by):
-        floor = floor_of(quantity)
-        if floor is not None:
-            at = 1.0 if floor[0] == "own" else None
-            cells[cell(run.real(*floor, by.name, at), "floor" if at is None else "floor at 1")] = None
-        else:
-            for which, label in (("target", chapter.target), ("source", chapter.source)):
-                cells[cell(run.real(which, quantity, by.name), label)] = None
-    return tuple(found for found in cells if found is not None)
+    floor = floor_of(quantity)
+    ends = {"target": chapter.target, "source": chapter.source}
+    asked = [(which, quantity, None, label) for which, label in ends.items()]
+    if floor is not None:
+        asked = [(*floor, 1.0, "floor at 1") if floor[0] == "own" else (*floor, None, "floor")]
+    runs = [run for run in chapter.runs if run.network(by.name) == by]
+    return _unique(cell(run.real(*of, by.name, at), label) for run in runs for *of, at, label in asked)
 
 
 def main_table(chapter: Chapter) -> list[Section]:
@@ -87,8 +97,7 @@ def main_table(chapter: Chapter) -> list[Section]:
     rows: dict[str, list[Row]] = {name: [] for name in SECTIONS}
     for quantity, by in _keys(chapter):
         meaning = words(quantity)
-        wheres = [meaning.where, *(w for w in ("whole", "end") if w != meaning.where)]
-        for where in wheres:
+        for where in dict.fromkeys((meaning.where, "whole", "end")):
             cells = tuple(_main(column, quantity, by, where, levels) for column in columns)
             if any(cells):
                 real = _real(chapter, quantity, by)
@@ -97,41 +106,34 @@ def main_table(chapter: Chapter) -> list[Section]:
     return [Section(SECTIONS[name], tuple(of)) for name, of in rows.items() if of]
 
 
-class LevelTable(NamedTuple):
-    title: str
-    levels: tuple[float, ...]
-    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
-
-
 def level_tables(chapter: Chapter) -> Iterator[LevelTable]:
     """Every quantity that has levels, method by method; the chapter's nuclei after them."""
-    levels = levels_of(chapter)
+    levels, columns = levels_of(chapter), (*chapter.methods, *chapter.baselines)
     for quantity, by in _keys(chapter):
-        rows = []
-        for column in (*chapter.methods, *chapter.baselines):
-            values = [find(column, quantity, by, level) for level in levels]
-            if any(values):
-                rows.append((column.name, tuple(map(cell, values))))
+        values = [(column.name, [find(column, quantity, by, level) for level in levels]) for column in columns]
+        rows = [(name, dict(zip(levels, map(cell, of), strict=True))) for name, of in values if any(of)]
         if rows:
-            used = [k for k in range(len(levels)) if any(cells[k] for _, cells in rows)]
-            kept = tuple((name, tuple(cells[k] for k in used)) for name, cells in rows)
-            title = words(quantity).label.removesuffix(", worst") + (f", {chapter.called(by)}" if by.name else "")
-            yield LevelTable(title, tuple(levels[k] for k in used), kept)
+            yield _level_table(_title(quantity, chapter.called(by), ", "), rows)
     for chart in nuclei_charts(chapter):
-        points = {series.name: {point.level: point for point in series.points} for series in chart.series}
-        used = sorted({level for of in points.values() for level in of})
-        rows = ((name, tuple(_cell_of(of.get(level)) for level in used)) for name, of in points.items())
-        yield LevelTable(chart.title, tuple(used), tuple(rows))
+        yield _level_table(chart.title, [(s.name, {p.level: _cell_of(p) for p in s.points}) for s in chart.series])
 
 
-def _cell_of(point: Point | None) -> Cell | None:
-    return point and Cell(number(point.value), interval(point.low, point.high), basis=f"n = {point.n}")
+def _level_table(title: str, rows: Sequence[tuple[str, dict[float, Cell | None]]]) -> LevelTable:
+    used = sorted({level for _, cells in rows for level, found in cells.items() if found is not None})
+    return LevelTable(title, tuple(used), tuple((name, tuple(map(cells.get, used))) for name, cells in rows))
 
 
-def _curve(name: str, style: str, values: list[dict[str, Any] | None]) -> Series | None:
-    found = [v for v in values if v is not None and v["value"] is not None]
-    points = tuple(Point(v["level"], v["value"], v["low"], v["high"], v["n"]) for v in found)
-    return Series(name, style, points) if points else None
+def _cell_of(point: Point) -> Cell:
+    return Cell(number(point.value), interval(point.low, point.high), basis=f"n = {point.n}")
+
+
+def _curves(figures: Iterable[tuple[str, str, Iterable[Figure | None]]]) -> tuple[Series, ...]:
+    """The series (name, style, figures) that have any value."""
+    series = (
+        Series(name, style, tuple(Point(v.level, v.value, v.low, v.high, v.n) for v in of if v and v.value is not None))
+        for name, style, of in figures
+    )
+    return tuple(one for one in series if one.points)
 
 
 def baseline_styles(chapter: Chapter) -> dict[str, str]:
@@ -140,108 +142,76 @@ def baseline_styles(chapter: Chapter) -> dict[str, str]:
     return {baseline.name: baseline_style(kinds.index(baseline.key)) for baseline in chapter.baselines}
 
 
-def _series(chapter: Chapter, quantity: str, by: Network) -> tuple[Series, ...]:
-    levels = levels_of(chapter)
-    curves = [
-        _curve(m.name, style_of(m.slot), [find(m, quantity, by, level) for level in levels]) for m in chapter.methods
-    ]
-    styles = baseline_styles(chapter)
-    curves += [
-        _curve(b.name, styles[b.name], [find(b, quantity, by, level) for level in levels]) for b in chapter.baselines
-    ]
-    floor = floor_of(quantity)
-    if floor is not None and floor[0] == "own":
-        run = next(run for run in chapter.runs if run.network(by.name) == by)
-        curves.append(_curve("real vs real", REAL, [run.real(*floor, by.name, level) for level in levels]))
-    return tuple(curve for curve in curves if curve is not None)
-
-
-def _bands(chapter: Chapter, quantity: str, by: Network) -> tuple[Band, ...]:
-    run = next((run for run in chapter.runs if run.network(by.name) == by), None)
-    floor = floor_of(quantity)
-    if run is None or (floor is not None and floor[0] == "own"):  # which has levels, hence a curve
-        return ()
-    if floor is not None:
-        name = "real vs real" if floor[1].endswith("_floor") else "of real patches"
-        found = [(name, run.real(*floor, by.name))]
-    else:
-        found = [(f"real {chapter.target}", run.real("target", quantity, by.name))]
-        found += [(f"real {chapter.source}", run.real("source", quantity, by.name))]
-    return tuple(
-        Band(name, value["value"], value["low"], value["high"])
-        for name, value in found
-        if value is not None and value["value"] is not None
-    )
-
-
 def curves(chapter: Chapter) -> list[tuple[str, Chart]]:
     """(section, chart) of every quantity that has levels."""
-    charts = []
+    charts, levels, styles = [], levels_of(chapter), baseline_styles(chapter)
+    columns = [(m, style_of(m.slot)) for m in chapter.methods] + [(b, styles[b.name]) for b in chapter.baselines]
     for quantity, by in _keys(chapter):
-        series = _series(chapter, quantity, by)
+        floor, called = floor_of(quantity), chapter.called(by)
+        run = next((run for run in chapter.runs if run.network(by.name) == by), None)
+        lines = [(of.name, style, [find(of, quantity, by, level) for level in levels]) for of, style in columns]
+        bands = []
+        if run and floor and floor[0] == "own":  # which has levels, hence a curve
+            lines.append(("real vs real", REAL, [run.real(*floor, by.name, level) for level in levels]))
+        elif run and floor:
+            name = "real vs real" if floor[1].endswith("_floor") else "of real patches"
+            bands = [(name, run.real(*floor, by.name))]
+        elif run:
+            ends = {"target": chapter.target, "source": chapter.source}
+            bands = [(f"real {label}", run.real(which, quantity, by.name)) for which, label in ends.items()]
+        series = _curves(lines)
         if any(len(s.points) > 1 and s.style.startswith("m") for s in series):
-            meaning = words(quantity)
-            called = chapter.called(by)
-            title = meaning.label.removesuffix(", worst") + (f" — {called}" if called else "")
-            key = f"p:{called}" if quantity == "probability" else f"{quantity}:{called}"
-            bands, diagonal = _bands(chapter, quantity, by), quantity == "probability"
-            charts.append((meaning.section, Chart(key, title, series, bands, diagonal)))
+            is_p = quantity == "probability"
+            key, title = f"{'p' if is_p else quantity}:{called}", _title(quantity, called, " — ")
+            charts.append((words(quantity).section, Chart(key, title, series, _bands(bands), is_p)))
     return charts
+
+
+def _bands(figures: Iterable[tuple[str, Figure | None]]) -> tuple[Band, ...]:
+    bands = (Band(name, v.value, v.low, v.high) for name, v in figures if v is not None and v.value is not None)
+    return tuple(dict.fromkeys(bands))
+
+
+def _nuclei(chapter: Chapter) -> dict[str, list[tuple[Method, list[Figure]]]]:
+    """The curves of cellularity.json by quantity, with the method of each."""
+    found: dict[str, list[tuple[Method, list[Figure]]]] = {}
+    for method in (method for method in chapter.methods if method.cellularity):
+        for quantity in dict.fromkeys(figure.quantity for figure in method.cellularity.curves):
+            curve = [f for f in method.cellularity.curves if f.quantity == quantity and f.level is not None]
+            found.setdefault(quantity, []).append((method, curve))
+    return found
+
+
+def _real_nuclei(chapter: Chapter, quantity: str) -> list[Figure]:
+    return [figure for run in chapter.runs for figure in run.real_nuclei if figure.quantity == quantity]
 
 
 def nuclei_charts(chapter: Chapter) -> list[Chart]:
     """The curves of cellularity.json: every quantity over the level, with what real patches of both classes have."""
-    entries = [(method, method.cellularity) for method in chapter.methods if method.cellularity is not None]
-    quantities = {curve["quantity"]: None for _, entry in entries for curve in entry["curves"]}
     charts = []
-    for quantity in quantities:
-        series = [
-            _curve(
-                m.name, style_of(m.slot), [{**c, "value": c["mean"]} for c in e["curves"] if c["quantity"] == quantity]
-            )
-            for m, e in entries
-        ]
-        scored = {
-            point["level"]: {**point, "value": point["mean"]}
-            for run in chapter.runs
-            for point in (run.cellularity or {}).get("real_by_level", ())
-            if point["quantity"] == quantity
-        }
-        series.append(_curve("real patches of the level's score", REAL, [scored[level] for level in sorted(scored)]))
-        bands = {
-            (f"real {real['class']}", real["mean"], real["low"], real["high"]): None
-            for run in chapter.runs
-            for real in (run.cellularity or {"real": []})["real"]
-            if real["quantity"] == quantity and real["mean"] is not None
-        }
-        found = tuple(s for s in series if s is not None)
-        if found:
-            charts.append(Chart(quantity, NUCLEI.get(quantity, quantity), found, tuple(Band(*b) for b in bands)))
+    for quantity, entries in _nuclei(chapter).items():
+        by_level = (figure for run in chapter.runs if run.cellularity for figure in run.cellularity.real_by_level)
+        scored = {f.level: f for f in by_level if f.quantity == quantity and f.level is not None}
+        lines = [(method.name, style_of(method.slot), curve) for method, curve in entries]
+        lines.append(("real patches of the level's score", REAL, [scored[level] for level in sorted(scored)]))
+        bands = _bands((f"real {real.label}", real) for real in _real_nuclei(chapter, quantity))
+        if series := _curves(lines):
+            charts.append(Chart(quantity, NUCLEI.get(quantity, quantity), series, bands))
     return charts
 
 
 def nuclei_table(chapter: Chapter) -> list[Row]:
     """Cellularity at level 1 and its rank correlation with the level, beside real patches."""
     rows = []
-    entries = [method.cellularity for method in chapter.methods]
-    quantities = {c["quantity"]: None for entry in entries if entry for c in entry["curves"]}
-    for quantity in quantities:
-        ends, ranks = [], []
-        for entry in entries:
-            of = [c for c in (entry or {"curves": []})["curves"] if c["quantity"] == quantity]
-            last = max(of, key=lambda c: c["level"], default=None)
-            rho = [s for s in (entry or {"spearman": []})["spearman"] if s["quantity"] == quantity]
-            ends.append(cell(last and {**last, "value": last["mean"], "n_real": None}))
-            ranks.append(cell({**rho[0], "n_real": None}) if rho else None)
-        real = {
-            cell({**r, "value": r["mean"], "n_real": None}, r["class"]): None
-            for run in chapter.runs
-            for r in (run.cellularity or {"real": []})["real"]
-            if r["quantity"] == quantity
-        }
-        label = NUCLEI.get(quantity, quantity)
-        rows.append(Row(label, "at level 1; real target patches are the aim", "", tuple(ends), tuple(real)))
-        rows.append(
-            Row(f"{label}: rank correlation", "Spearman with the level, mean over sequences", "", tuple(ranks), ())
-        )
+    for quantity, entries in _nuclei(chapter).items():
+        ends = {m.slot: cell(max(curve, key=lambda f: f.level, default=None)) for m, curve in entries}
+        ranks = {m.slot: cell(s) for m, _ in entries for s in m.cellularity.spearman if s.quantity == quantity}
+        real = _unique(cell(figure, figure.label) for figure in _real_nuclei(chapter, quantity))
+        label, reading = NUCLEI.get(quantity, quantity), "at level 1; real target patches are the aim"
+        rank_reading = "Spearman with the level, mean over sequences"
+        for name, text, found, beside in (
+            (label, reading, ends, real),
+            (f"{label}: rank correlation", rank_reading, ranks, ()),
+        ):
+            rows.append(Row(name, text, "", tuple(found.get(m.slot) for m in chapter.methods), beside))
     return [row for row in rows if any(row.cells)]

@@ -17,14 +17,14 @@ function html(name, properties, ...children) {
 /* One frame of a sprite (frames side by side), with the outlines of its nuclei above it. */
 function tile(data, sprite, k, num, label, outline) {
   const image = svg("image", {
-    href: sprite, x: -k * data.width, y: 0, width: num * data.width, height: data.height, preserveAspectRatio: "none",
+    href: sprite, x: -k * data.size, y: 0, width: num * data.size, height: data.size, preserveAspectRatio: "none",
   });
   const parts = [image];
   if (outline) {
     const paths = [svg("path", { class: "halo", d: outline }), svg("path", { class: "ring", d: outline })];
     parts.push(svg("g", { class: "nuclei", transform: "scale(.1)" }, ...paths));
   }
-  const viewBox = `0 0 ${data.width} ${data.height}`;
+  const viewBox = `0 0 ${data.size} ${data.size}`;
   return svg("svg", { viewBox, role: "img", "aria-label": label, "data-frame": k, class: data.pixelated ? "pixelated" : "" }, ...parts);
 }
 
