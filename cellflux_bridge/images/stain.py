@@ -1,7 +1,7 @@
-"""Optical density, stain vectors, and stain transfer by Macenko and Reinhard.
+"""Optical density, which pixels are tissue, stain vectors, and stain transfer by Macenko and Reinhard.
 
-Images are RGB. Optical density is OD = -ln(I / 255) per channel (Beer-Lambert), so a pixel that holds
-concentrations c of stains with unit vectors M (one a row) has OD = c @ M.
+Images are RGB (a UserError says so of others) and show haematoxylin and eosin. Optical density is OD = -ln(I / 255) per
+channel (Beer-Lambert), so a pixel that holds concentrations c of stains with unit vectors M (one a row) has OD = c @ M.
 """
 
 from collections.abc import Sequence
@@ -9,15 +9,26 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from skimage.color import lab2rgb, rgb2lab
+
+from cellflux_bridge.base.errors import UserError
 
 # Ruifrok & Johnston, "Quantification of histochemical staining by color deconvolution" (2001): rows are the
 # unit optical-density vectors of haematoxylin and eosin.
 RUIFROK_HE = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
 RUIFROK_HE /= np.linalg.norm(RUIFROK_HE, axis=1, keepdims=True)
 
-# An image whose 95th percentile of mean density lies below this shows glass.
-_BLANK_DENSITY = 0.1
+# A pixel whose mean density lies below this is glass.
+_GLASS = 0.1
+# Densities within this width about a rule's limit are tissue in part, so that no seam shows where tissue ends.
+_SOFT = 0.05
+# Specks of fewer pixels than this, and than 1 % of an image, are no artefacts: dark nuclei are grey here and there.
+_SPECK = 64
+# Pixels this near to an artefact hold some of its colour (blur, JPEG), and are left out of statistics.
+_FRINGE = 4
+# An image shows tissue if at least this share of its pixels does.
+_LEAST_TISSUE = 0.01
 # Two stains of one image differ by more degrees, and its density varies by a larger share of its mean.
 _LEAST_ANGLE, _LEAST_VARIATION = 10.0, 0.1
 # The factor by which normalising may strengthen a stain; between whole tiles of one data set they stay under it.
@@ -32,6 +43,65 @@ def optical_density(rgb: np.ndarray) -> np.ndarray:
 def from_optical_density(density: np.ndarray) -> np.ndarray:
     """RGB uint8 of an optical density (..., 3): the inverse of `optical_density`."""
     return np.clip(np.rint(255.0 * np.exp(-density)), 0, 255).astype(np.uint8)
+
+
+def tissue_mask(rgb: np.ndarray) -> np.ndarray:
+    """Which pixels of an RGB uint8 image (H, W, 3) are tissue stained with haematoxylin and eosin: (H, W) bool.
+
+    Both stains absorb green most, haematoxylin red nearly as much, and eosin little else; red cells absorb blue, too. So
+    in optical density green is at least 0.85 of red (blue and green pen: less), 0.8 of blue (brown and yellow: less) and
+    1.08 of their mean (black, grey, scan borders, dark glass: less). Blue is at least 0.15 of red but for 0.1 (dark blue
+    pen: less), and strong red absorbs no more than 0.75 as much blue as green (red pen: more). The mean density of glass
+    is below 0.1. Specks that differ from all around them belong to it. Of 310 patches of five public data sets at least
+    0.97 of the pixels above a density of 0.8 are kept in each. Purple and pink pen pass for tissue.
+    """
+    return _tissue_weight(rgb) >= 0.5
+
+
+def _tissue_weight(rgb: np.ndarray) -> np.ndarray:
+    """How far pixels (H, W) are tissue, from 0 to 1 (see `tissue_mask`)."""
+    density = optical_density(_require_rgb(rgb))
+    red, green, blue = np.moveaxis(density, -1, 0)
+    mean = density.mean(axis=-1)
+    hue = np.minimum.reduce(
+        [
+            green - 0.85 * red,
+            green - 0.8 * blue,
+            green - 1.08 * (red + blue) / 2,
+            blue - 0.15 * red + 0.1,
+            np.maximum.reduce([0.75 * green - blue, red - 0.35 * green, 1.2 - green]),
+        ]
+    )
+    hue, stained = (np.clip(margin / _SOFT + 0.5, 0, 1) for margin in (hue, mean - _GLASS))
+    speck = min(_SPECK, mean.size // 100)
+    artefact = _without_specks((hue < 0.5) & (stained >= 0.5), speck)
+    filled = ~_without_specks(~artefact, speck)
+    # Inside an artefact nothing is tissue, however noisy it is; a speck in tissue is what stands around it.
+    hue = np.where(filled & ~artefact, 0, np.where((hue < 0.5) & (stained >= 0.5) & ~artefact, 1, hue))
+    return np.minimum(hue, stained)
+
+
+def _without_specks(mask: np.ndarray, least: int) -> np.ndarray:
+    """A mask (H, W) without its connected parts of fewer than `least` pixels."""
+    parts, _ = ndimage.label(mask)
+    return mask & (np.bincount(parts.ravel())[parts] >= least)
+
+
+def _require_rgb(rgb: np.ndarray) -> np.ndarray:
+    if rgb.ndim != 3 or rgb.shape[-1] != 3:
+        raise UserError(f"stain: RGB images only (height, width, 3), found {rgb.shape}; set data.stain.mode=none")
+    return rgb
+
+
+def _tissue_pixels(rgb: np.ndarray) -> np.ndarray:
+    """The pixels (N, 1, 3) whose statistics are an image's stain: tissue, less what lies near to an artefact if that
+    leaves half of it; none of an image that hardly shows tissue."""
+    tissue = tissue_mask(rgb)
+    if tissue.mean() < _LEAST_TISSUE:
+        return rgb[:0, :1]
+    artefact = ~tissue & (optical_density(rgb).mean(axis=-1) > _GLASS)
+    inner = tissue & ~ndimage.binary_dilation(artefact, iterations=_FRINGE)
+    return rgb[inner if 2 * inner.sum() >= tissue.sum() else tissue][:, None]
 
 
 def concentrations(rgb: np.ndarray, stains: np.ndarray = RUIFROK_HE) -> np.ndarray:
@@ -51,20 +121,24 @@ class StainReference:
     values: tuple[float, ...]
 
 
-def _lab_statistics(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    lab = rgb2lab(rgb).reshape(-1, 3)
+def _lab_statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    lab = rgb2lab(pixels).reshape(-1, 3)
     return lab.mean(axis=0), lab.std(axis=0)
 
 
 def two_stains(rgb: np.ndarray, *, min_density: float = 0.15, percentile: float = 1.0) -> np.ndarray | None:
-    """Haematoxylin and eosin unit vectors (2, 3) of one RGB uint8 image, estimated from its own pixels.
+    """Haematoxylin and eosin unit vectors (2, 3) of one RGB uint8 image, estimated from its own tissue.
 
     Macenko et al., "A method for normalizing histology slides for quantitative analysis" (ISBI 2009): the plane of
     the two leading singular vectors of the optical density, and the extreme angles in it. None where the image does
     not show both stains: fewer than 32 pixels above `min_density` (the mean over channels), an even density, or two
     vectors that are one stain and its noise. Unmixing by those would share the one stain out between both.
     """
-    density = optical_density(rgb).reshape(-1, 3)
+    return _two_stains(_tissue_pixels(rgb), min_density=min_density, percentile=percentile)
+
+
+def _two_stains(pixels: np.ndarray, *, min_density: float = 0.15, percentile: float = 1.0) -> np.ndarray | None:
+    density = optical_density(pixels).reshape(-1, 3)
     # Not every channel: pale eosin hardly absorbs red, and its pixels show which way its vector points.
     density = density[density.mean(axis=1) > min_density]
     if len(density) < 32:
@@ -99,50 +173,60 @@ def _strengths(amounts: np.ndarray) -> np.ndarray:
 
 
 def fit_reference(method: str, images: Sequence[np.ndarray]) -> StainReference:
-    """The reference of a set of RGB uint8 images: the mean over images of what `method` measures on each.
+    """The reference of a set of RGB uint8 images: the mean over images of what `method` measures on the tissue of each.
 
-    Macenko's is of the images that show both stains, or, where none does, of all by Ruifrok's vectors.
+    Images count by the share of them that is tissue, those without tissue not at all. Macenko's is of the images that
+    show both stains, or, where none does, of all by Ruifrok's vectors. Raises UserError where no image shows tissue.
     """
-    if method == "reinhard":
-        measured = [np.concatenate(_lab_statistics(image)) for image in images]
-    elif method == "macenko":
-        found = [(image, two_stains(image)) for image in images]
-        found = [pair for pair in found if pair[1] is not None] or [(image, RUIFROK_HE) for image in images]
-        measured = [np.concatenate([s.ravel(), _strengths(concentrations(image, s))]) for image, s in found]
-    else:
+    if method not in ("reinhard", "macenko"):
         raise ValueError(f"stain method {method!r}: expected 'reinhard' or 'macenko'")
-    return StainReference(method, tuple(float(v) for v in np.mean(measured, axis=0)))
-
-
-def _is_blank(rgb: np.ndarray) -> bool:
-    """Whether hardly anything is stained: normalising glass would make tissue of its noise."""
-    return bool(np.percentile(optical_density(rgb).mean(axis=-1), 95) < _BLANK_DENSITY)
+    tissue = [(pixels, tissue_mask(image).mean()) for image in images if len(pixels := _tissue_pixels(image))]
+    if not tissue:
+        raise UserError("stain: no image shows tissue in haematoxylin and eosin; set data.stain.mode=none")
+    if method == "reinhard":
+        measured = [(np.concatenate(_lab_statistics(pixels)), share) for pixels, share in tissue]
+    else:
+        found = [(pixels, share, _two_stains(pixels)) for pixels, share in tissue]
+        both = [one for one in found if one[2] is not None] or [(*one[:2], RUIFROK_HE) for one in found]
+        measured = [
+            (np.concatenate([vectors.ravel(), _strengths(concentrations(pixels, vectors))]), share)
+            for pixels, share, vectors in both
+        ]
+    values, shares = zip(*measured, strict=True)
+    return StainReference(method, tuple(float(v) for v in np.average(values, axis=0, weights=shares)))
 
 
 def normalise(rgb: np.ndarray, reference: StainReference) -> np.ndarray:
-    """An RGB uint8 image (H, W, 3) with the stain of `reference`.
+    """An RGB uint8 image (H, W, 3) with the stain of `reference` in its tissue.
 
     Reinhard: CIELAB mean and spread matched channel by channel (Reinhard et al., "Color transfer between images",
     2001). Macenko: concentrations in the image's own stain vectors, rescaled to the reference's 99th percentile (by at
     most 4, lest noise become a stain) and mixed again with the reference's vectors. An image that does not show both
-    stains (see `two_stains`) is unmixed by the reference's vectors, too, and not rescaled: it stays what it is. So does
-    an image that shows glass and no tissue, to the pixel.
+    stains (see `two_stains`) is unmixed by the reference's vectors, too, and not rescaled: it stays what it is.
+
+    Statistics are of tissue alone (`tissue_mask`). Glass, pen, borders and an image without tissue stay as they are, to
+    the pixel; on the way from tissue to glass old and new are mixed.
     """
-    values = np.asarray(reference.values)
-    if _is_blank(rgb):
+    pixels = _tissue_pixels(rgb)
+    if not len(pixels):
         return rgb
+    values = np.asarray(reference.values)
     if reference.method == "reinhard":
-        mean, std = _lab_statistics(rgb)
+        mean, std = _lab_statistics(pixels)
         lab = (rgb2lab(rgb) - mean) / np.maximum(std, 1e-6) * values[3:] + values[:3]
-        return np.clip(np.rint(lab2rgb(lab) * 255.0), 0, 255).astype(np.uint8)
-    target = values[:6].reshape(2, 3)
-    target = target / np.linalg.norm(target, axis=1, keepdims=True)
-    stains = two_stains(rgb)
-    if stains is None:
-        return from_optical_density(np.maximum(concentrations(rgb, target), 0.0) @ target)
-    amounts = np.maximum(concentrations(rgb, stains), 0.0)
-    strength = np.maximum(_strengths(amounts), np.float32(values[6:] / _MOST_GAIN))
-    return from_optical_density(amounts / strength * values[6:] @ target)
+        new = lab2rgb(lab) * 255.0
+    else:
+        target = values[:6].reshape(2, 3)
+        target = target / np.linalg.norm(target, axis=1, keepdims=True)
+        stains = _two_stains(pixels)
+        factor = 1.0
+        if stains is not None:
+            strength = _strengths(np.maximum(concentrations(pixels, stains), 0.0))
+            factor = values[6:] / np.maximum(strength, np.float32(values[6:] / _MOST_GAIN))
+        amounts = np.maximum(concentrations(rgb, target if stains is None else stains), 0.0)
+        new = 255.0 * np.exp(-(amounts * factor) @ target)
+    weight = _tissue_weight(rgb)[..., None]
+    return np.clip(np.rint(weight * new + (1 - weight) * rgb), 0, 255).astype(np.uint8)
 
 
 def augment(images: torch.Tensor, *, strength: float, generator: torch.Generator) -> torch.Tensor:
