@@ -145,7 +145,7 @@ def test_split_folders_beside_other_folders_are_refused(tmp_path, make_patches, 
     for split in ("train", "test"):
         make_patches(root / split, num={"A": 4, "B": 4})
     make_patches(root, num={"extra": 2})
-    refusal(data_config(root), f"{root}: the split folders test, train stand beside 'extra'", "data.layout.ignore")
+    refusal(data_config(root), f"{root}: the split folders test, train stand beside extra", "data.layout.ignore")
     config = data_config(root, layout={"name": "folder", "ignore": ["extra"]})
     assert load_patches(config, seed=0).classes == ("A", "B")
 
@@ -239,8 +239,8 @@ def test_of_many_missing_files_and_leaking_groups_some_are_listed(manifest):
     ("text", "expected"),
     [
         ("path,split\nA/A000.png,train\n", "no column label"),
-        ("file,class\nA/A000.png,A\n", "no column label or path"),
-        ("", "no column label or path"),
+        ("file,class\nA/A000.png,A\n", "no column path"),
+        ("", "no column path"),
         ("path,label\n", "only one class (none)"),
         ("path,label\nA/é.png,A\n".encode("latin-1"), "cannot be read as CSV in UTF-8"),
         (GOOD.encode("utf-16"), "cannot be read as CSV in UTF-8"),

@@ -1,28 +1,32 @@
 """Which image files a folder holds: the one place that decides it, for training, counting and label maps alike."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.images import SUFFIXES
 
-# Image files that are not read. They are counted, so that nobody misses them unawares.
+# Image files that are not read, but counted, so that nobody misses them unawares.
 _OTHER_SUFFIXES = tuple(
     ".apng .avif .bif .bmp .czi .dcm .dib .dicom .gif .heic .heif .ico .j2c .j2k .jfif .jp2 .jpe .jpf .jpx .jxl .lif "
     ".mrxs .nd2 .ndpi .npy .pbm .pgm .pnm .ppm .qptiff .scn .svs .svslide .tga .vms .vsi .webp".split()
 )
 # What operating systems, storage devices and archives put beside the user's files. Dot files are hidden as well.
 _SYSTEM = {
-    *("__macosx", "__pycache__", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
-    *("$recycle.bin", "recycler", "system volume information", "lost+found", "network trash folder"),
+    *"__macosx __pycache__ @eadir @tmp @recycle @recently-snapshot #recycle #snapshot $recycle.bin recycler".split(),
+    *("lost+found", "system volume information", "network trash folder"),
 }
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file's or folder's own name is a hidden one, a backup's or a system's."""
     return name.startswith((".", "~")) or name.endswith("~") or name.casefold() in _SYSTEM
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file's suffix is one that is read."""
+    return file.name.lower().endswith(SUFFIXES)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -32,37 +36,30 @@ def subfolders(folder: Path) -> list[Path]:
 
 def image_files(folder: Path) -> list[Path]:
     """Every image file at any depth below a folder, sorted. Raises UserError as `walk` and `refuse_repeats` do."""
-    files = [file for file in walk(folder) if file.suffix.lower() in SUFFIXES]
+    files = sorted(filter(is_image, walk(folder)))
     refuse_repeats(files)
     return files
 
 
-def suffix_counts(files: Iterable[Path]) -> str:
-    """How many files have which suffix, as in "5 .bmp, 2 .svs"."""
-    counts = Counter(file.suffix.lower() for file in files)
-    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """The files at any depth below a folder whose suffix is an image's, read or not (see SUFFIXES), in sorted order.
+def walk(folder: str | Path) -> Iterator[Path]:
+    """The files at any depth below a folder whose suffix is an image's, read or not (see `is_image`).
 
     Hidden and system folders are not entered, and symbolic links are followed. Raises UserError for a link that leads
     back to a folder around it, for a folder that is reached twice, and for one that cannot be read.
     """
     seen: dict[tuple[int, int], str] = {}
-
-    def enter(path: str) -> Iterator[Path]:
+    waiting = [str(folder)]
+    while waiting:
+        path = waiting.pop()
         status = os.stat(path)
         first = seen.setdefault((status.st_dev, status.st_ino), path)
         if first != path:
             raise UserError(f"{path} and {first} are the same folder: remove the link to it")
         for entry in _entries(path):
             if entry.is_dir():
-                yield from enter(entry.path)
+                waiting.append(entry.path)
             elif entry.name.lower().endswith(SUFFIXES + _OTHER_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
                 yield Path(entry.path)  # a link that leads nowhere is yielded, too: whoever reads it says so
-
-    yield from enter(str(folder))
 
 
 def refuse_repeats(files: Iterable[Path]) -> None:

@@ -14,18 +14,14 @@ from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config import registry
 from cellflux_bridge.data.compression import Encoding, compare, encoding
-from cellflux_bridge.data.index import frame_mpp, list_records, taken_from_training
+from cellflux_bridge.data.index import Index, frame_mpp, patch_index, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.data.near_copies import near_copies, thumbnail
 from cellflux_bridge.data.pairs import Pairs
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
-from cellflux_bridge.data.split import shares
-
-# Shares of a split further from the asked ones than this are told.
-_FAR = 0.05
-_NUM_PICTURED = 12
+from cellflux_bridge.data.split import describe_shares
 
 
 class _Facts(NamedTuple):
@@ -46,10 +42,10 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     files whose decoded pixels are equal. Training cannot start with an unreadable file, nor where a class lacks
     training, validation or test patches (test patches may be done without by data.split.test=0).
     """
-    index, classes = list_records(config, seed=seed)
-    records = list(index)
+    index = patch_index(config, seed=seed)
+    records, classes, given = list(index), index.classes, {SPLITS[number] for number in set(index.named) - {-1}}
     layout = registry.build("layout", config.layout, config.root.expanduser())
-    given = {record.split for record in layout.records()}
+    layout.records()
     preprocessing = Preprocessing(config.image_size, config.crop)
     found = threaded(lambda r: _inspect(r, preprocessing), records, workers=config.workers, desc="checking")
     lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
@@ -64,16 +60,16 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
         lines.append(taken)
     groups = {record.group for record in records if record.group is not None}
     lines.append(f"groups: {len(groups) or 'none named; every patch counts as its own'}")
-    lines += _shares(records, config, given=given)
-    readable = [(record, facts) for record, facts in zip(records, found, strict=True) if isinstance(facts, _Facts)]
-    lines += _sizes([facts.size for _, facts in readable], config, preprocessing)
-    unreadable = [facts for facts in found if isinstance(facts, str)]
+    lines += describe_shares(records, given=given, val=config.split.val, test=config.split.test)
+    kept = [number for number, facts in enumerate(found) if isinstance(facts, _Facts)]
+    usable, facts = [records[number] for number in kept], [found[number] for number in kept]
+    lines += _sizes([one.size for one in facts], config, preprocessing)
+    unreadable = [fault for fault in found if isinstance(fault, str)]
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
     lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *unreadable[:20], *more]))
-    lines += compare([facts.encoding for _, facts in readable], [record.label for record, _ in readable])
-    lines += _duplicates(readable)
-    lines += _near_copies(readable, sheet.with_name("near_copies.png"))
-    usable = [record for record, _ in readable]
+    lines += compare([one.encoding for one in facts], [record.label for record in usable])
+    lines += _duplicates(usable, facts)
+    lines += _near_copies(index, kept, facts, sheet.with_name("near_copies.png"))
     if any(record.mpp is not None for record in records):
         mpp = frame_mpp(usable, preprocessing)
         unknown = "not known (missing for some patches, or more than 5 % apart); set --mpp where nuclei are counted"
@@ -102,24 +98,6 @@ def _inspect(record: PatchRecord, preprocessing: Preprocessing) -> _Facts | str:
     return _Facts(rgb.shape[:2], digest, thumbnail(rgb), encoding(record.file))
 
 
-def _shares(records: Sequence[PatchRecord], config: DataConfig, *, given: set[str | None]) -> list[str]:
-    """The shares that came out where the data does not name the splits, and a warning for each that is far off."""
-    found = shares(records, given=given, val=config.split.val, test=config.split.test)
-    lines = [
-        f"split {split}: asked {asked:.0%} of each class, got "
-        + ", ".join(f"{share.label} {share.got:.0%}" for share in found if share.split == split)
-        for split, asked in dict.fromkeys((share.split, share.asked) for share in found)
-    ]
-    for share in found:
-        if abs(share.got - share.asked) > _FAR:
-            lines.append(
-                f"WARNING: class {share.label!r} has {share.got:.0%} of its patches in {share.split}, asked were "
-                f"{share.asked:.0%}: groups go whole, and it has {share.num_parts}, of which the largest holds "
-                f"{share.largest:.0%}"
-            )
-    return lines
-
-
 def _lacking(counts: Counter, classes: Sequence[str], config: DataConfig, *, given: set[str | None]) -> list[str]:
     """Which classes lack patches of which split, so that they cannot be trained or judged."""
     lines = []
@@ -145,10 +123,10 @@ def _sizes(sizes: Sequence[tuple[int, int]], config: DataConfig, preprocessing: 
     return lines
 
 
-def _duplicates(readable: Sequence[tuple[PatchRecord, _Facts]]) -> list[str]:
+def _duplicates(records: Sequence[PatchRecord], facts: Sequence[_Facts]) -> list[str]:
     same = defaultdict(list)
-    for record, facts in readable:
-        same[facts.digest].append(record)
+    for record, one in zip(records, facts, strict=True):
+        same[one.digest].append(record)
     sets = [members for members in same.values() if len(members) > 1]
     lines = [f"exact duplicates: {sum(map(len, sets)) - len(sets)} patches repeat another one"]
     for title, attribute in (("across splits", "split"), ("across classes", "label")):
@@ -159,43 +137,36 @@ def _duplicates(readable: Sequence[tuple[PatchRecord, _Facts]]) -> list[str]:
     return lines
 
 
-def _near_copies(readable: Sequence[tuple[PatchRecord, _Facts]], sheet: Path) -> list[str]:
-    """Pairs of different groups that are nearly one picture, across splits and across classes, the most alike drawn."""
+def _near_copies(index: Index, kept: Sequence[int], facts: Sequence[_Facts], sheet: Path) -> list[str]:
+    """Pairs of different groups that are nearly one picture, across splits and across classes, the most alike drawn;
+    `kept` are the readable patches, which `facts` describe."""
     sheet.unlink(missing_ok=True)  # an older one would mislead
-    if not readable:
+    if not kept:
         return []
-    records, digest = [record for record, _ in readable], _numbered(facts.digest for _, facts in readable)
-    split, label = _numbered(r.split for r in records), _numbered(r.label for r in records)
-    group = _numbered(f"\0{r.id}" if r.group is None else r.group for r in records)
+    split, label, group = (column[kept] for column in (index.splits, index.labels, index.groups))
+    digest = np.array([one.digest for one in facts])
 
     def counts(i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        apart = (split[i] != split[j]) | (label[i] != label[j])
-        return apart & (group[i] != group[j]) & (digest[i] != digest[j])
+        return ((split[i] != split[j]) | (label[i] != label[j])) & (group[i] != group[j]) & (digest[i] != digest[j])
 
-    pairs, likeness = near_copies(np.stack([facts.thumbnail for _, facts in readable]), counts=counts)
+    pairs, likeness = near_copies(np.stack([one.thumbnail for one in facts]), counts=counts)
     lines = [f"near copies (saved again, resized, turned, mirrored) of different groups: {len(pairs)} pairs"]
-    for title, number, attribute in (("across splits", split, "split"), ("across classes", label, "label")):
-        crossing = [
-            (records[i], records[j], r) for (i, j), r in zip(pairs, likeness, strict=True) if number[i] != number[j]
+    for title, column, attribute in (("across splits", split, "split"), ("across classes", label, "label")):
+        crossing = column[pairs[:, 0]] != column[pairs[:, 1]]
+        examples = [
+            " ~ ".join(f"{r.id} ({getattr(r, attribute)})" for r in (index[kept[i]], index[kept[j]]))
+            + f", r = {alike:.2f}"
+            for (i, j), alike in zip(pairs[crossing][:3], likeness[crossing], strict=False)
         ]
-        if crossing:
-            examples = [
-                f"{a.id} ({getattr(a, attribute)}) ~ {b.id} ({getattr(b, attribute)}), correlation {r:.2f}"
-                for a, b, r in crossing[:3]
-            ]
-            rest = f" and {len(crossing) - 3} more" if len(crossing) > 3 else ""
-            lines.append(f"  {title}: {len(crossing)} pairs: {'; '.join(examples)}{rest}")
+        if examples:
+            lines.append(
+                f"  {title}: {crossing.sum()} pairs: {'; '.join(examples)}{' ...' if crossing.sum() > 3 else ''}"
+            )
     if len(pairs):
-        tiles = [
-            [images.resize(images.read_rgb(records[i].file), 96, 96) for i in pair] for pair in pairs[:_NUM_PICTURED]
-        ]
+        tiles = [[images.resize(images.read_rgb(index.file(kept[i])), 96, 96) for i in pair] for pair in pairs[:12]]
         images.write_png(sheet, images.sheet(tiles))
         lines.append(f"  give copies one group in a manifest.csv, or remove them; the most alike are drawn in {sheet}")
     return lines
-
-
-def _numbered(values) -> np.ndarray:
-    return np.unique(list(values), return_inverse=True)[1]
 
 
 def _contact_sheet(records: list[PatchRecord], classes: tuple[str, ...], preprocessing: Preprocessing, *, seed: int):

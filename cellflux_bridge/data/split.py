@@ -4,7 +4,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,23 +13,13 @@ from cellflux_bridge.data.layout.base import PatchRecord
 
 # Shares as near to the asked ones as this are left as they are, so that a new group moves few others.
 _NEAR = 0.005
+# Shares further from the asked ones than this are told.
+_FAR = 0.05
 # What moving a group must gain, as a sum of squared deviations over splits and classes.
 _LEAST_GAIN = 1e-5
 # Exchanges of two groups are tried among at most so many: their number grows with the square.
 _NUM_TO_EXCHANGE = 400
 _NUM_STARTS = 8
-
-
-class Share(NamedTuple):
-    """The asked and the got fraction of a class's patches for a split; into how many parts, groups or single patches,
-    the class can be divided, and the fraction that the largest one holds."""
-
-    label: str
-    split: str
-    asked: float
-    got: float
-    num_parts: int
-    largest: float
 
 
 def check_groups(records: Sequence[PatchRecord], *, origin: str) -> None:
@@ -90,18 +79,25 @@ def assign_splits(records: Sequence[PatchRecord], *, val: float, test: float, se
     ]
 
 
-def shares(records: Sequence[PatchRecord], *, given: set[str | None], val: float, test: float) -> list[Share]:
-    """How near assigned splits came to what was asked, for each class and each split that the data does not name;
-    `given` are those that it names."""
+def describe_shares(records: Sequence[PatchRecord], *, given: set[str | None], val: float, test: float) -> list[str]:
+    """How near assigned splits came to the asked ones, with a warning for each class further away than `_FAR`.
+
+    `given` are the splits that the data itself names; they are left as they are and not described.
+    """
     wanted = {name: part for name, part in (("val", val), ("test", test)) if name not in given and part > 0}
-    found = []
+    lines, warnings = {name: f"split {name}: asked {part:.0%}, got" for name, part in wanted.items()}, []
     for label in sorted({record.label for record in records}):
         pool = [r for r in records if r.label == label and r.split in ("train", *wanted)]
         parts = Counter(f"\0{r.id}" if r.group is None else r.group for r in pool)
-        for split, asked in wanted.items() if pool else ():
-            got = sum(record.split == split for record in pool) / len(pool)
-            found.append(Share(label, split, asked, got, len(parts), max(parts.values()) / len(pool)))
-    return found
+        for name, asked in wanted.items() if pool else ():
+            got = sum(record.split == name for record in pool) / len(pool)
+            lines[name] += f" {got:.0%} of {label},"
+            if abs(got - asked) > _FAR:
+                warnings.append(
+                    f"WARNING: class {label!r} has {got:.0%} of its patches in {name}, asked were {asked:.0%}: groups "
+                    f"go whole, it has {len(parts)}, and the largest holds {max(parts.values()) / len(pool):.0%}"
+                )
+    return [line.rstrip(",") for line in lines.values()] + warnings
 
 
 def _of_groups(
@@ -114,11 +110,10 @@ def _of_groups(
 ) -> dict[str, str]:
     """The split of every group, so that each class's shares come near to the wanted ones.
 
-    For each class (a group's own is its most frequent one) groups, in an order that the seed and their names decide,
-    are given to the wanted splits one after the other until each has its share. Then the groups are moved and
-    exchanged, each time the one that gains most, until the sum of squared deviations of all shares of all classes falls
-    no more; this is begun anew from other orders where the shares are still not near. A class that lacks a split
-    outweighs any deviation.
+    In an order that the seed and their names decide, groups fill the wanted splits one after the other, the rest
+    trains. Then groups are moved and exchanged, each time the one or two that gain most, until the sum of squared
+    deviations of all shares of all classes falls no more. Where shares are still not near, this is done from other
+    orders, too, and the best result is taken. A class that lacks a split outweighs any deviation.
     """
     names = sorted(groups, key=lambda name: (derive_seed(seed, "split", name), name))
     if not names:
@@ -135,29 +130,15 @@ def _of_groups(
     best, least = None, np.inf
     for start in range(_NUM_STARTS if len(names) <= _NUM_TO_EXCHANGE else 1):
         order = numpy_generator(seed, "split", start).permutation(len(names)) if start else np.arange(len(names))
-        place = _in_turn(counts, order, parts)
+        place = np.zeros(len(names), int)
+        reached = (counts.sum(1)[order].cumsum() - counts.sum(1)[order] / 2) / counts.sum()
+        place[order] = (np.searchsorted(parts[1:].cumsum(), reached) + 1) % len(parts)
         cost, far = _improve(place, counts, parts, lacking)
         if cost < least - _LEAST_GAIN:
             best, least = place, cost
         if far <= _NEAR:
             break
     return {name: splits[number] for name, number in zip(names, best.tolist(), strict=True)}
-
-
-def _in_turn(counts: np.ndarray, order: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Places (G,) of groups of `counts` (G, classes): in turn into splits 1, 2, ... up to `parts`, the rest into 0."""
-    place = np.zeros(len(counts), int)
-    own = counts.argmax(1)[order]
-    for label in np.unique(own):
-        members = order[own == label]
-        sizes = counts[members].sum(1)
-        position = 0
-        for split, part in enumerate(parts[1:], start=1):
-            reached = np.searchsorted(sizes[position:].cumsum(), part * sizes.sum()) + 1
-            end = min(position + reached, len(members) - 1)
-            place[members[position:end]] = split
-            position = end
-    return place
 
 
 def _improve(place: np.ndarray, counts: np.ndarray, parts: np.ndarray, lacking: np.ndarray) -> tuple[float, float]:

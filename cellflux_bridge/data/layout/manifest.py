@@ -76,28 +76,20 @@ class Manifest(Layout):
                         raise UserError(f"{where}: a cell has {longest} characters, at most {_MAX_CELL} are read")
                     yield reader.line_num, {name: cell.strip() for name, cell in zip(columns, cells, strict=False)}
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{self._file}: cannot be read as CSV in UTF-8 ({error})") from error
+            raise UserError(f"{self._file}: cannot be read as CSV in UTF-8 ({error}); save it so") from error
 
     def _check_columns(self, columns: list[str]) -> None:
-        missing = {"path", "label"}.difference(columns)
-        for name in columns:
-            for known in COLUMNS:
-                if name != known and _one_slip(name, known):
-                    raise UserError(
-                        f"{self._file}: unknown column {name!r}; did you mean {known!r}? Rename it, also where it is "
-                        "something else"
-                    )
-                if name == known and columns.count(name) > 1:
-                    raise UserError(f"{self._file}: {columns.count(name)} columns are called {name!r}; keep one")
-        if missing:
-            raise UserError(
-                f"{self._file}: no column {' or '.join(sorted(missing))}; found: "
-                f"{abbreviate([repr(name) for name in columns]) or 'nothing'}; known: {', '.join(COLUMNS)}"
-            )
-        ignored = [repr(name) for name in columns if name and name not in COLUMNS]
-        self._reading = [
-            f"read from {self._file.name}" + (f"; columns ignored: {abbreviate(ignored)}" if ignored else "")
-        ]
+        slips = [(name, known) for name in columns for known in COLUMNS if name != known and _one_slip(name, known)]
+        for name, known in slips:
+            raise UserError(f"{self._file}: column {name!r}: did you mean {known!r}? Rename it, whatever it holds")
+        for name in COLUMNS[:2]:
+            if name not in columns:
+                raise UserError(f"{self._file}: no column {name}; found: {abbreviate(columns, limit=10) or 'nothing'}")
+        for name in COLUMNS:
+            if columns.count(name) > 1:
+                raise UserError(f"{self._file}: {columns.count(name)} columns are called {name!r}; keep one")
+        ignored = [name for name in columns if name and name not in COLUMNS]
+        self._reading = ["read from manifest.csv" + (f"; columns ignored: {abbreviate(ignored)}" if ignored else "")]
         self._has_groups = "group" in columns
 
     def _record(self, row: dict[str, str], *, where: str) -> PatchRecord:
