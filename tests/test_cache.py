@@ -14,7 +14,11 @@ from PIL import Image
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.config import registry
 from cellflux_bridge.data import cache as cache_module
+from cellflux_bridge.data.index import taken_from_training
+from cellflux_bridge.data.layout.base import SPLITS, Layout, PatchRecord
+from cellflux_bridge.data.layout.folder import Folder
 from cellflux_bridge.data.patches import Patches, list_records, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.images import read_rgb, stain, write_png
@@ -115,6 +119,108 @@ def test_a_normalised_cache_follows_the_split_its_reference_came_from(patch_fold
     config = data_config(patch_folder, stain={"mode": "normalise"})
     references = [load_patches(config, seed=seed).preprocessing.reference for seed in (0, 1, 0)]
     assert references[0] == references[2] != references[1]
+
+
+# Index
+
+
+@pytest.fixture
+def listings(monkeypatch) -> list[Path]:
+    """The roots that were listed."""
+    roots, records = [], Folder.records
+
+    def counting(self):
+        roots.append(self.root)
+        return records(self)
+
+    monkeypatch.setattr(Folder, "records", counting)
+    return roots
+
+
+def test_a_process_lists_once_and_maps_once_whatever_asks(patch_folder, data_config, listings):
+    config = data_config(patch_folder)
+    first = load_patches(config, seed=0)
+    for other in (config, data_config(patch_folder, classes=["A", "B"], flips=False)):
+        again = load_patches(other, seed=0)
+        assert again.pixels is first.pixels
+        np.testing.assert_array_equal(again.splits, first.splits)
+    assert load_patches(config, seed=0).splits is first.splits
+    other_seed = load_patches(config, seed=1)
+    assert other_seed.pixels is first.pixels
+    assert (other_seed.splits != first.splits).any()
+    records, classes = list_records(config, seed=0)
+    assert (tuple(r.id for r in records), classes) == (first.ids, first.classes)
+    assert [SPLITS.index(r.split) for r in records] == first.splits.tolist()
+    assert taken_from_training(config, seed=0) is None
+    assert listings == [patch_folder]
+    reversed_ = load_patches(data_config(patch_folder, classes=["B", "A"]), seed=0)
+    np.testing.assert_array_equal(reversed_.labels, 1 - first.labels)
+    assert listings == [patch_folder]
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "linked", "manifest", "edit"])
+def test_what_changes_in_a_folder_or_a_manifest_is_listed_anew(patch_folder, data_config, tmp_path, change):
+    config, rows = data_config(patch_folder), ["path,label", "A/A000.png,A", "B/B000.png,B"]
+    linked = tmp_path / "linked"
+    if change == "linked":
+        (patch_folder / "B").rename(linked)
+        (patch_folder / "B").symlink_to(linked)
+    if change == "edit":
+        (patch_folder / "manifest.csv").write_text("\n".join(rows))
+    before = {r.id for r in list_records(config, seed=0)[0]}
+    file = patch_folder / "A" / "A000.png"
+    if change in ("add", "linked"):
+        shutil.copy(file, (patch_folder / "A" if change == "add" else linked) / "new.png")
+        expected = before | {"A/new.png" if change == "add" else "B/new.png"}
+    elif change == "remove":
+        file.unlink()
+        expected = before - {"A/A000.png"}
+    elif change == "rename":
+        status = file.parent.stat()
+        file.rename(file.with_name("A999.png"))
+        os.utime(file.parent, ns=(status.st_atime_ns, status.st_mtime_ns))
+        expected = before - {"A/A000.png"} | {"A/A999.png"}
+    elif change == "manifest":
+        (patch_folder / "manifest.csv").write_text("\n".join(rows))
+        expected = {"A/A000.png", "B/B000.png"}
+    else:
+        status = (patch_folder / "manifest.csv").stat()
+        (patch_folder / "manifest.csv").write_text("\n".join(rows).replace("A000", "A001"))
+        os.utime(patch_folder / "manifest.csv", ns=(status.st_atime_ns, status.st_mtime_ns))
+        expected = {"A/A001.png", "B/B000.png"}
+    assert {r.id for r in list_records(config, seed=0)[0]} == expected
+
+
+class Elsewhere(Layout):
+    """A layout of a user's own, whose files lie beside the root."""
+
+    def __init__(self, root: Path):
+        self._folder = root.parent / "elsewhere"
+
+    def records(self) -> list[PatchRecord]:
+        files = sorted(self._folder.glob("*.png"))
+        return [PatchRecord(f"p/{file.stem}", file, file.stem[0], group=f"g{file.stem[1:]}") for file in files]
+
+
+def test_a_layout_of_the_users_own_is_always_asked_anew(tmp_path, make_patches, data_config):
+    make_patches(tmp_path / "made")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for file in (tmp_path / "made").glob("*/*[0-4].png"):
+        shutil.copy(file, tmp_path / "elsewhere")
+    with registry.trusting():
+        config = data_config(tmp_path / "root", layout=f"{__name__}:Elsewhere")
+        patches = load_patches(config, seed=0)
+        (tmp_path / "elsewhere" / "A000.png").unlink()
+        records, classes = list_records(config, seed=0)
+    assert [r.id for r in records] == list(patches.ids)[1:]
+    assert classes == ("A", "B")
+    assert {(r.file, r.group) for r in records} == {
+        (tmp_path / "elsewhere" / f"{r.id[2:]}.png", f"g{r.id[3:]}") for r in records
+    }
+    np.testing.assert_array_equal(
+        patches.preprocessing(read_rgb(records[3].file), name=""), patches.centre([4])[0].permute(1, 2, 0)
+    )
 
 
 # Builds that are stopped

@@ -7,12 +7,15 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
+from numpy.lib.format import open_memmap
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
@@ -42,9 +45,9 @@ def cached_pixels(
     """
     stats = _file_stats(index)
     folder, building = _folders(config, index, stats, seed=seed, reference=reference)
+    if not build and not folder.exists():
+        raise UserError(f"{folder}: no cache here; fill it with: cellflux-bridge data check CONFIG")
     if not folder.exists():
-        if not build:
-            raise UserError(f"{folder}: no cache here; fill it with: cellflux-bridge data check CONFIG")
         with _only_process(building):
             try:
                 if not folder.exists():
@@ -52,30 +55,28 @@ def cached_pixels(
                     os.replace(building, folder)
                     (folder / _MADE_FROM).unlink()
             except OSError:
-                if not folder.exists():  # another process was faster
+                if not folder.exists():  # else another process was faster, on a disk that knows no locks
                     raise
             finally:
                 if not (building / _MADE_FROM).exists():
                     shutil.rmtree(building, ignore_errors=True)
-    file, size = folder / "pixels.npy", config.image_size
-    pixels = _mapped(file, np.uint8, lambda n, h, w, c: n == len(index) and min(h, w) >= size and c == 3)
-    status = file.stat()
-    pixels = remembered((file, status.st_ino, status.st_size, status.st_mtime_ns), lambda: pixels)
+    num, size = len(stats), config.image_size
+    pixels = _mapped(folder / "pixels.npy", np.uint8, lambda n, h, w, c: n == num and min(h, w) >= size and c == 3)
+    status = os.stat(folder / "pixels.npy")
+    pixels = remembered((str(folder), status.st_ino, status.st_size, status.st_mtime_ns), lambda: pixels)
     return pixels, Preprocessing.load(folder / "preprocessing.json")
 
 
 def _file_stats(index: Index) -> np.ndarray:
     """Size and time of change of every image file, (N, 2) int64."""
-
-    def stat(file: str) -> tuple[int, int]:
+    root, stats = str(index.root), np.empty((len(index.ids), 2), np.int64)
+    for i, file in enumerate(index.files):
         try:
             status = os.stat(os.path.join(root, file))
         except OSError as error:
-            raise UserError(f"{index.root / file}: cannot be read ({error.strerror}); mend or remove it") from error
-        return status.st_size, status.st_mtime_ns
-
-    root = str(index.root)
-    return np.array([stat(file) for file in index.files], np.int64).reshape(-1, 2)
+            raise UserError(f"{index.file(i)}: cannot be read ({error.strerror}); mend or remove it") from error
+        stats[i] = status.st_size, status.st_mtime_ns
+    return stats
 
 
 def _folders(
@@ -94,28 +95,27 @@ def _folders(
         "reference": reference.values if normalised and reference else None,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + repr(index.ids).encode())
-    if normalised and reference is None:  # the reference comes from the training split
+    if normalised and reference is None:  # it comes from the training split
         key.update(repr(seed).encode() + index.splits.tobytes())
-    cache_dir, building = config.cache_dir.expanduser(), f"{key.hexdigest()[:24]}.building"
+    building = f"{key.hexdigest()[:24]}.building"
     key.update(stats.tobytes())
-    return cache_dir / key.hexdigest()[:24], cache_dir / building
+    return tuple(config.cache_dir.expanduser() / name for name in (key.hexdigest()[:24], building))
 
 
 def _only_process(building: Path) -> AcquireReturnProxy:
-    """A lock, in a folder that is made for it, which ends with its process; waits for another process that holds it."""
+    """A lock inside a folder that is made for it. It ends with its process; who comes second waits for the first."""
     lock, patience = FileLock(building / "lock"), 1.0
     while True:
         try:
             building.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache_dir: {building.parent} cannot be written to ({error.strerror})") from error
-        try:
             return lock.acquire(timeout=patience)
         except Timeout:
             print(f"{building}: another process fills this cache; waiting for it", file=sys.stderr)
-            patience = -1  # for ever
-        except FileNotFoundError:  # the other process has renamed or removed the folder
-            continue
+            patience = -1.0  # for ever
+        except FileNotFoundError:
+            continue  # the other process has renamed or removed the folder
+        except OSError as error:
+            raise UserError(f"data.cache_dir: {building.parent} cannot be written to ({error.strerror})") from error
 
 
 def _build(
@@ -127,57 +127,57 @@ def _build(
     seed: int,
     reference: stain.StainReference | None,
 ) -> None:
-    def every(work: Callable[[int], object], numbers: Sequence[int], desc: str) -> list:
-        results = threaded(lambda i: _or_error(work, i), numbers, workers=config.workers, desc=desc)
+    num, preprocessing = len(stats), Preprocessing(config.image_size, config.crop)
+
+    def each(work: Callable[[int], Any], numbers: Sequence[int], desc: str) -> list:
+        """`work` of these patches; UserError that lists the files for which it raised one."""
+        results = threaded(partial(_or_error, work), numbers, workers=config.workers, desc=desc)
         errors = [str(result) for result in results if isinstance(result, UserError)]
         if errors:
             shown = "\n  ".join(errors[:10]) + (f"\n  and {len(errors) - 10} more" if len(errors) > 10 else "")
             raise UserError(
-                f"{config.root}: {len(errors)} of {len(index)} images cannot be used; mend or remove them:\n  {shown}"
+                f"{config.root}: {len(errors)} of {num} images cannot be used; mend or remove them:\n  {shown}"
             )
         return results
+
+    def size(i: int) -> tuple[int, int]:
+        return preprocessing.scaled_size(*images.read_size(index.file(i)), name=str(index.file(i)))
 
     def prepared(i: int) -> np.ndarray:
         return preprocessing.prepare(images.read_rgb(index.file(i)), name=str(index.file(i)))
 
-    preprocessing = Preprocessing(config.image_size, config.crop)
-    sizes = every(
-        lambda i: preprocessing.scaled_size(*images.read_size(index.file(i)), name=str(index.file(i))),
-        range(len(index)),
-        "reading image sizes",
-    )
     # One array needs one size: images are cut to the smallest height and width there is.
-    height, width = np.min(sizes, axis=0).tolist()
+    height, width = np.min(each(size, range(num), "reading image sizes"), axis=0).tolist()
     if config.stain.mode == "normalise":
         if reference is None:
             train = np.flatnonzero(index.splits == SPLITS.index("train"))
             chosen = np.sort(numpy_generator(seed, "stain").permutation(train)[:_NUM_REFERENCE_IMAGES])
             try:
-                reference = stain.fit_reference(config.stain.method, _Made(prepared, chosen.tolist()))
+                shown = each(prepared, chosen, "decoding patches for the reference stain")
             except UserError:
-                every(prepared, range(len(index)), "looking for unreadable files")
+                each(prepared, range(num), "looking for more unreadable files")
                 raise
+            reference = stain.fit_reference(config.stain.method, shown)
         preprocessing = replace(preprocessing, reference=reference)
 
-    shape = (len(index), height, width, 3)
+    shape, missing = (num, height, width, 3), np.arange(num)
     try:
-        if Preprocessing.load(folder / "preprocessing.json") != preprocessing:
-            raise UserError(f"{folder}: began with another stain reference")
-        pixels = _mapped(folder / "pixels.npy", np.uint8, lambda *found: found == shape, mode="r+")
-        made_from = _mapped(folder / _MADE_FROM, np.int64, lambda *found: found == stats.shape, mode="r+")
+        if is_begun := Preprocessing.load(folder / "preprocessing.json") == preprocessing:
+            pixels = _mapped(folder / "pixels.npy", np.uint8, lambda *found: found == shape, mode="r+")
+            made_from = _mapped(folder / _MADE_FROM, np.int64, lambda *found: found == stats.shape, mode="r+")
+            missing = np.flatnonzero((made_from != stats).any(axis=1))
     except UserError:
-        made_from = None
-    missing = np.arange(len(index)) if made_from is None else np.flatnonzero((made_from != stats).any(axis=1))
+        is_begun = False
     _require_space(folder, len(missing) * height * width * 3)
-    if made_from is None:
+    if not is_begun:
         preprocessing.save(folder / "preprocessing.json")
-        pixels = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
-        made_from = np.lib.format.open_memmap(folder / _MADE_FROM, mode="w+", dtype=np.int64, shape=stats.shape)
+        pixels = open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
+        made_from = open_memmap(folder / _MADE_FROM, mode="w+", dtype=np.int64, shape=stats.shape)
         made_from[:] = -1
     lock, at_risk = Lock(), []
 
     def save() -> None:
-        pixels.flush()  # before the files say so
+        pixels.flush()  # before `made_from` says so
         made_from[at_risk] = stats[at_risk]
         made_from.flush()
         at_risk.clear()
@@ -190,30 +190,17 @@ def _build(
                 save()
 
     try:
-        every(decode, missing, "decoding patches")
+        each(decode, missing, "decoding patches")
     finally:
         save()
 
 
-class _Made(Sequence[np.ndarray]):
-    """`make` of each number, made when it is asked for: one image is in memory at a time."""
-
-    def __init__(self, make: Callable[[int], np.ndarray], numbers: Sequence[int]):
-        self._make, self._numbers = make, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, at: int) -> np.ndarray:
-        return self._make(self._numbers[at])
-
-
 def _mapped(file: Path, dtype: type, fits: Callable[..., bool], *, mode: str = "r") -> np.ndarray:
-    """The array in a .npy file, memory-mapped, whose sizes `fits` must accept; a damaged one takes no memory."""
+    """The array in a .npy file, memory-mapped, so that no header makes it take memory; its sizes must be accepted."""
     try:
-        found = np.lib.format.open_memmap(file, mode=mode)
+        found = open_memmap(file, mode=mode)
         if found.dtype != dtype or not fits(*found.shape):
-            raise ValueError(f"holds {found.dtype} {found.shape}")
+            raise ValueError(f"it holds {found.dtype} {found.shape}")
         return found
     except (OSError, ValueError, TypeError, SyntaxError, OverflowError, TokenError) as error:
         raise UserError(f"{file.parent}: a damaged cache ({error}); remove this folder, it is made anew") from error
@@ -229,8 +216,8 @@ def _require_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _or_error(work: Callable, *arguments):
+def _or_error(work: Callable[[int], Any], number: int) -> Any:
     try:
-        return work(*arguments)
+        return work(number)
     except UserError as error:
         return error

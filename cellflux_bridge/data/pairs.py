@@ -112,7 +112,8 @@ class Pairs:
         if self._by_level:
             sources = [members[c] for c in dict.fromkeys(source for source, _ in self.transitions)]
             pool = np.concatenate(list(members.values()))
-            bins = self._bin(pool, level_bins)
+            # The bin of a patch: its level of each class rounded to 1 / level_bins; numbered as they occur.
+            bins = np.unique(np.rint(self._levels[pool] * level_bins), axis=0, return_inverse=True)[1].ravel()
             targets = [pool[bins == number] for number in range(bins.max() + 1)]
             self._bin_of = np.full(len(patches.labels), -1)
             self._bin_of[pool] = bins
@@ -128,8 +129,9 @@ class Pairs:
         """The patches of every class that a transition names; `rows` of one class are drawn at once."""
         members = {}
         for number in sorted({c for pair in self.transitions for c in pair}):
-            members[number] = self._patches.indices(self._split, self._patches.classes[number])
-            have, label = len(members[number]), self._patches.classes[number]
+            label = self._patches.classes[number]
+            members[number] = self._patches.indices(self._split, label)
+            have = len(members[number])
             if self._split == "train" and have < rows:
                 most = have * len(self.transitions)
                 raise UserError(
@@ -142,13 +144,11 @@ class Pairs:
                 )
         return members
 
-    def _bin(self, indices: np.ndarray, num: int) -> np.ndarray:
-        """The bin of each patch: its level rounded to 1 / num for each class, numbered as they occur."""
-        return np.unique(np.rint(self._levels[indices] * num), axis=0, return_inverse=True)[1].ravel()
-
     def _shared_groups(self) -> list[tuple[list[tuple[np.ndarray, np.ndarray]], torch.Tensor]]:
         """For each kind, the (sources, targets) of every group that holds both, and how often each is drawn."""
         groups, shared, kept = self._patches.groups, [], []
+        refusal = f"pairs.match_group: no group of the {self._split} split holds "
+        remedy = "; name groups (slide, plate, batch) in the manifest or set pairs.match_group=false"
         for kind in self._kinds:
             sources, targets = _by_group(kind.source, groups), _by_group(kind.target, groups)
             both = [(sources[g], targets[g]) for g in sources if g in targets]
@@ -157,16 +157,10 @@ class Pairs:
                 kept.append(kind)
             elif not self._by_level:
                 names = " and ".join(repr(self._patches.classes[self._patches.labels[m[0]]]) for m in kind[:2])
-                raise UserError(
-                    f"pairs.match_group: no group of the {self._split} split holds both {names}; name groups (slide, "
-                    "plate, batch) in the manifest or set pairs.match_group=false"
-                )
+                raise UserError(f"{refusal}both {names}{remedy}")
         # By level a source is a target, too: where it is alone in its group, it could only become itself.
         if not any(len(a) > 1 or len(b) > 1 or a[0] != b[0] for both, _ in shared for a, b in both):
-            raise UserError(
-                f"pairs.match_group: no group of the {self._split} split holds a source and another patch as target; "
-                "name groups (slide, plate, batch) in the manifest or set pairs.match_group=false"
-            )
+            raise UserError(f"{refusal}a source and another patch as target{remedy}")
         self._kinds = kept
         return shared
 
@@ -226,14 +220,11 @@ class Pairs:
     def _drawn(self, step: int, rank: int) -> _Rows:
         """The rows of a batch before they are coupled."""
         generator = torch_generator(self._seed, "pairs", self._split, step, rank)
-        indices = self._draw_indices(generator)
+        indices, num, flips = self._draw_indices(generator), self._batch_size, self._data.flips
         if self._split == "train":
-            places = [
-                self._patches.random_places(self._batch_size, flips=self._data.flips, generator=generator)
-                for _ in range(2)
-            ]
+            places = [self._patches.random_places(num, flips=flips, generator=generator) for _ in range(2)]
         else:
-            places = [self._patches.middle_places(self._batch_size)] * 2
+            places = [self._patches.middle_places(num)] * 2
         return _Rows(*indices, *places)
 
     def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, ...]:
