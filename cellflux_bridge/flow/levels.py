@@ -21,7 +21,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import csv_text, csv_rows, replace_text
+from cellflux_bridge.base.files import csv_rows, csv_text, replace_text
 from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.classifier import inference
 from cellflux_bridge.classifier.calibration import balanced_weights, figures, fit_temperature

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError, abbreviate
-from cellflux_bridge.base.files import csv_text, csv_rows, replace_text
+from cellflux_bridge.base.files import csv_rows, csv_text, replace_text
 from cellflux_bridge.config import PLACES_AND_PACE, Config, load_config
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches
