@@ -114,7 +114,7 @@ def guided(name: str, labels: torch.Tensor, *, weight: float = 1.0, start: float
         return exact.velocity(t, x, cond.source_image)
 
     return ClassifierGuided(
-        velocity, exact.log_probabilities, PATHS[name], labels, form=FORM[name], weight=weight, start=start
+        velocity, [exact.log_probabilities], PATHS[name], labels, form=FORM[name], weight=weight, start=start
     )
 
 
@@ -125,7 +125,7 @@ def guided(name: str, labels: torch.Tensor, *, weight: float = 1.0, start: float
 @pytest.mark.parametrize("name", FORM)
 def test_the_exact_forms_give_the_velocity_of_the_class(name, label):
     t, x, x0, cond = states()
-    found = guided(name, one_hot(label, len(t)))(t, x, cond)
+    found = guided(name, one_hot(label, len(t)))(t, x, cond).velocity
     expected = Mixtures(name).velocity(t, x, x0, label)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -154,7 +154,7 @@ def test_the_closed_form_is_the_mean_of_the_paths_own_velocities(name):
 def test_a_soft_label_weighs_the_gradients_of_the_classes(name, weight):
     t, x, x0, cond = states()
     q = normal(len(t), CLASSES, seed=5).softmax(1)
-    found = guided(name, q, weight=weight)(t, x, cond)
+    found = guided(name, q, weight=weight)(t, x, cond).velocity
     exact = Mixtures(name)
     plain = exact.velocity(t, x, x0)
     toward = sum(q[:, y].view(-1, 1, 1, 1) * (exact.velocity(t, x, x0, y) - plain) for y in range(CLASSES))
@@ -165,7 +165,7 @@ def test_a_soft_label_weighs_the_gradients_of_the_classes(name, weight):
 def test_before_the_start_the_factor_is_that_of_the_start(name):
     t, x, x0, cond = states(low=0.01, high=0.19)
     start = torch.full_like(t, 0.2)
-    found = guided(name, one_hot(1, len(t)), start=0.2)(t, x, cond)
+    found = guided(name, one_hot(1, len(t)), start=0.2)(t, x, cond).velocity
     exact = Mixtures(name)
     plain = exact.velocity(t, x, x0)
     gradient = (exact.velocity(t, x, x0, 1) - plain) / FACTOR[name](t).view(-1, 1, 1, 1)
@@ -215,7 +215,9 @@ def test_a_velocity_with_condition_reaches_its_class_by_the_exact_forms_and_over
 
     x0, labels = torch.zeros(num, 1, 1, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)[1].expand(num, -1)
     cond = Condition(target_class=torch.ones(num, dtype=torch.long), source_image=x0)
-    field = ClassifierGuided(velocity, exact.log_probabilities, PATHS[name], labels, form=form, weight=1.0, start=START)
+    field = ClassifierGuided(
+        velocity, [exact.log_probabilities], PATHS[name], labels, form=form, weight=1.0, start=START
+    )
     begin = PATHS[name].t_start
     x1 = image(exact.means[1] + 0.6 * normal(num, 2, seed=3))
     start = PATHS[name].sample(x0, x1, torch.full((num,), begin), generator=generator()).x_t
@@ -303,7 +305,7 @@ def simple_velocity(t, x, cond):
 
 def steered(guide, labels, *, path="noised_source", form="endpoint", velocity=simple_velocity, **options):
     settings = {"weight": 0.6, "start": 0.1, **options}
-    return ClassifierGuided(velocity, guide, PATHS[path], labels, form=form, **settings)
+    return ClassifierGuided(velocity, [guide], PATHS[path], labels, form=form, **settings)
 
 
 @pytest.mark.parametrize("path", ["straight", "noised_source", "brownian", "gaussian_source"])
@@ -311,7 +313,7 @@ def test_the_endpoint_form_steps_along_the_gradient_by_a_share_of_the_velocity(p
     (t, x, x0, cond), guide = states(low=0.1), Curved()
     q = normal(len(t), CLASSES, seed=5).softmax(1)
     plain = simple_velocity(t, x, cond)
-    step = steered(guide, q, path=path)(t, x, cond) - plain
+    step = steered(guide, q, path=path)(t, x, cond).velocity - plain
     end = PATHS[path].endpoint(x, plain, t, x0)
     gradient, missing = toward(guide, q, end), (q - guide(end).exp()).abs().sum(1).detach() / 2
     size = step.flatten(1).norm(dim=1)
@@ -323,7 +325,7 @@ def test_the_endpoint_form_steps_along_the_gradient_by_a_share_of_the_velocity(p
 def test_a_step_raises_what_it_follows():
     (t, x, x0, cond), guide = states(low=0.1), Curved()
     q = one_hot(2, len(t))
-    velocity = steered(guide, q, weight=0.05)(t, x, cond)
+    velocity = steered(guide, q, weight=0.05)(t, x, cond).velocity
     before, after = (
         guide(PATHS["straight"].endpoint(x, v, t, x0))[:, 2] for v in (simple_velocity(t, x, cond), velocity)
     )
@@ -333,7 +335,7 @@ def test_a_step_raises_what_it_follows():
 def test_samples_before_the_start_are_not_steered_those_after_are():
     t, x, _, cond = states(8)
     t = torch.tensor([0.0, 0.5, 0.09, 0.1, 0.7, 0.05, 1.0, 0.11], dtype=torch.float64)
-    step = (steered(Curved(), one_hot(0, 8))(t, x, cond) - simple_velocity(t, x, cond)).flatten(1).norm(dim=1)
+    step = (steered(Curved(), one_hot(0, 8))(t, x, cond).velocity - simple_velocity(t, x, cond)).flatten(1).norm(dim=1)
     assert ((step > 0) == (t >= 0.1)).all()
 
 
@@ -341,7 +343,7 @@ def test_a_sample_that_has_arrived_is_left_alone():
     (t, x, x0, cond), guide = states(low=0.1), Curved()
     plain = simple_velocity(t, x, cond)
     q = guide(PATHS["noised_source"].endpoint(x, plain, t, x0)).exp().detach()
-    torch.testing.assert_close(steered(guide, q)(t, x, cond), plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(steered(guide, q)(t, x, cond).velocity, plain, rtol=0, atol=1e-12)
 
 
 def test_several_guides_are_one_classifier_whose_logits_are_the_mean_of_theirs():
@@ -354,12 +356,10 @@ def test_several_guides_are_one_classifier_whose_logits_are_the_mean_of_theirs()
 
 def test_a_guide_without_slope_and_a_velocity_of_zero_are_numbers():
     t, x, _, cond = states(low=0.1)
-    flat = steered(
-        lambda x, t, x0: (0 * x.flatten(1).sum(1, keepdim=True)).expand(-1, 3).log_softmax(1), one_hot(0, 40)
-    )
-    assert torch.equal(flat(t, x, cond), simple_velocity(t, x, cond))
+    flat = steered(lambda x: (0 * x.flatten(1).sum(1, keepdim=True)).expand(-1, 3).log_softmax(1), one_hot(0, 40))
+    assert torch.equal(flat(t, x, cond).velocity, simple_velocity(t, x, cond))
     still = steered(Curved(), one_hot(0, 40), velocity=lambda t, x, cond: torch.zeros_like(x))
-    assert torch.equal(still(t, x, cond), torch.zeros_like(x))
+    assert torch.equal(still(t, x, cond).velocity, torch.zeros_like(x))
 
 
 # What all forms share
@@ -372,15 +372,15 @@ def test_gradients_are_those_of_finite_differences(form):
     q = normal(len(t), CLASSES, seed=5).softmax(1)
     asked = []
 
-    def asking(x, t, x0):
+    def asking(x, t=None, x0=None):
         asked.append((t, x0))
-        return guide(x) * (1 if x0 is None else 1 + x0.flatten(1).sum(1, keepdim=True) ** 2)
+        scale = 1 if x0 is None else 1 + x0.flatten(1).sum(1, keepdim=True) ** 2
+        return (guide(x) * scale).log_softmax(1)
 
     path = {"endpoint": "straight", "score": "gaussian_source"}.get(form, "brownian")
-    found = steered(asking, q, path=path, form=form, weight=1.0)(t, x, cond) - simple_velocity(t, x, cond)
+    found = steered(asking, q, path=path, form=form, weight=1.0)(t, x, cond).velocity - simple_velocity(t, x, cond)
     (told,) = asked
-    assert told[0] is t
-    assert (told[1] is x0) == (form != "endpoint")
+    assert (told[0] is t) == (told[1] is x0) == (form != "endpoint")
     at = PATHS[path].endpoint(x, simple_velocity(t, x, cond), t, x0) if form == "endpoint" else x
     gradient = toward(asking, q, at, t, told[1])
     scale = found.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
@@ -397,19 +397,19 @@ def test_weight_zero_is_the_velocity_itself_and_costs_nothing(form):
         raise AssertionError("the guide was asked")
 
     velocity = steered(never, one_hot(0, len(t)), form=form, weight=0.0)
-    assert torch.equal(velocity(t, x, cond), simple_velocity(t, x, cond))
-    assert velocity.gradients == 0
+    assert torch.equal(velocity(t, x, cond).velocity, simple_velocity(t, x, cond))
+    assert velocity(t, x, cond).gradients == 0
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_sample_does_not_depend_on_its_batch(form):
     (t, x, x0, cond), guide = states(low=0.01), Curved()
     q = normal(len(t), CLASSES, seed=5).softmax(1)
-    together = steered(guide, q, form=form)(t, x, cond)
+    together = steered(guide, q, form=form)(t, x, cond).velocity
     for i in (0, 3, 17, 39):  # of which the first is before the start
         rows = slice(i, i + 1)
         one = Condition(target_class=cond.target_class[rows], source_image=x0[rows])
-        alone = steered(guide, q[rows], form=form)(t[rows], x[rows], one)
+        alone = steered(guide, q[rows], form=form)(t[rows], x[rows], one).velocity
         torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-12)
 
 
@@ -423,13 +423,13 @@ def test_velocities_of_half_precision_become_float32(dtype, expected, weight):
     state, guide = (torch.float64, Curved()) if dtype == torch.float64 else (torch.float32, Curved().float())
     labels = one_hot(0, 40).to(state)
     velocity = steered(guide, labels, velocity=lambda t, x, cond: x.to(dtype), weight=weight)
-    assert velocity(t.to(state), x.to(state), cond).dtype == expected
+    assert velocity(t.to(state), x.to(state), cond).velocity.dtype == expected
 
 
 def test_guidance_leaves_no_gradient_in_the_classifier_and_no_graph():
     (t, x, _, cond), guide = states(), Curved()
     with torch.no_grad():
-        assert not steered(guide, one_hot(0, 40))(t, x, cond).requires_grad
+        assert not steered(guide, one_hot(0, 40))(t, x, cond).velocity.requires_grad
     assert all(parameter.grad is None for parameter in guide.parameters())
 
 
@@ -460,8 +460,16 @@ def test_classifier_free_guidance_goes_inside(form):
     inside = ClassifierFree(told, 3.0)
     velocity = steered(guide, q, form=form, velocity=inside)
     alone = steered(guide, q, form=form, velocity=lambda t, x, cond: x + 3.0)  # null 0, class 0 at 1, scale 3
-    torch.testing.assert_close(velocity(t, x, cond), alone(t, x, cond))
-    assert velocity.forwards_per_call == 2
+    torch.testing.assert_close(velocity(t, x, cond).velocity, alone(t, x, cond).velocity)
+    assert velocity(t, x, cond)[1:] == (2, 1)
+
+
+def test_each_guide_costs_a_gradient():
+    t, x, _, cond = states(low=0.2)
+    velocity = ClassifierGuided(
+        simple_velocity, [Curved(), Curved()], Straight(), one_hot(0, 40), form="endpoint", weight=1.0, start=0.1
+    )
+    assert velocity(t, x, cond)[1:] == (1, 2)
 
 
 @pytest.mark.parametrize(("solver", "calls"), [("euler", 1), ("midpoint", 2), ("heun2", 2), ("rk4", 4)])
@@ -544,14 +552,15 @@ def test_forms_that_do_not_fit_are_refused_by_name(form, name, sees_source):
     if (name, sees_source) in ALLOWED[form]:
         require()
         return
-    noisy = rf"noise on every sample.*source_image={sees_source}"
     message = {
-        "score": "needs a Gaussian source",
-        "bridge": noisy,
-        "sharpen": f"gaussian_source.*{noisy}",
-        "endpoint": "needs a network that sees the clean source" if name == "brownian" else "cannot be computed",
-    }[form]
-    with pytest.raises(UserError, match=rf"translate\.guidance\.form={form}: .*{message}") as refused:
+        "score": "gaussian_source",
+        "bridge": "noise on every",
+        "sharpen": "gaussian.*noise",
+        "endpoint": "from the",
+    }
+    with pytest.raises(
+        UserError, match=rf"form={form}: needs .*{message[form]}.*source_image={sees_source}"
+    ) as refused:
         require()
     assert type(PATHS[name]).__name__ in str(refused.value)
 

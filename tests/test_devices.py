@@ -71,7 +71,7 @@ def test_a_flow_stays_on_its_device(tmp_path, write_config, options, sections):
             config=config, path=path, network=network, preprocessing=Preprocessing(16), step=0, fabric=FABRIC
         )
         bridge._guides.load = lambda guidance, *, sees: [of_images if sees == "image" else of_states]
-        bridge._guides.names = lambda settings: []
+        bridge._guides.names = lambda guidance, *, measure: []
         length = {"frames": 3} if options["method"] == "path" else {"levels": 2}
         found = bridge.translate(PATCHES, source="A", target="B", steps=2, batch_size=4, **length, **options)
     assert found.frames.shape == (3, 3, 3, 16, 16)

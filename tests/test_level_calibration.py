@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.codec.pixels import Pixels
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.field.settings import GuidanceConfig
 from cellflux_bridge.training.loop import from_rank_zero
 from cellflux_bridge.translation.level_calibration import LevelCalibration
 from cellflux_bridge.translation.settings import TranslateConfig
-from cellflux_bridge.transport.stairs import Stair
+from cellflux_bridge.transport.base import Result
+from cellflux_bridge.transport.progression import Progression
 
 SETTINGS = TranslateConfig(source="A", target="B", method="progression", calibrate="probability", levels=4)
 LEVELS = torch.linspace(0, 1, 5)
@@ -81,28 +83,43 @@ def config(tmp_path, write_config) -> Config:
     return load_config(write_config(tmp_path), ["data.classes=[A, B]"])
 
 
+class Meter:
+    """Level calibrations of one flow, whose network makes images of darkness c^2; `made` lists its measurements."""
+
+    def __init__(self, config, fabric, weight, power, guide, patches):
+        self.made, self._memory, self.guides = [], {}, SimpleNamespace()
+        self.guides.named = lambda guidance, *, sees: [f"{guide}:{power}"]
+        self.guides.load = lambda guidance, *, sees: [Guide(power)]
+        self._how = {"config": config, "fabric": fabric, "weights": str(weight), "patches": patches}
+
+    def make(self, x0, *, noise, conditions):
+        self.made.append(len(x0))
+        frames = (1 - 2 * conditions**2).view(-1, 1, 1, 1, 1).expand(len(conditions), *x0.shape)
+        return Result(torch.cat([x0[None], frames]), 1, 0)
+
+    def of(self, settings: TranslateConfig) -> LevelCalibration:
+        how = {"guides": self.guides, "codec": Pixels(3), "memory": self._memory, **self._how}
+        return LevelCalibration(settings=settings, **how)
+
+    def conditions(self, settings: TranslateConfig) -> torch.Tensor:
+        """The conditions that a progression has for LEVELS."""
+        return self.method(**settings.of("progression"))._conditions(LEVELS, None, self.of(settings))
+
+    def adaptive(self, settings: TranslateConfig) -> tuple[float, ...]:
+        adaptive = {**settings.of("progression"), "spacing": "adaptive"}
+        return self.method(**adaptive).levels(None, self.of(settings))
+
+    def method(self, **keys) -> Progression:
+        method = Progression(**keys)
+        method._to_conditions = lambda flow, x0, **options: self.make(x0, **options)
+        return method
+
+
 @pytest.fixture
-def pilot(config):
-    """`pilot(...)`: a pilot whose network makes images of darkness c^2; `pilot.made` counts its progressions."""
-
-    def make(*, weight=1.0, power=2.0, guide="guide_rgb@9", fabric=None, seed=0, patches=Patches) -> LevelCalibration:
-        def carry(x0, ids, settings, grid):
-            made.progressions.append(settings)
-            frames = (1 - 2 * grid**2).view(-1, 1, 1, 1, 1).expand(len(grid), *x0.shape)
-            return Stair(torch.cat([x0[None], frames]), 1, 0)
-
-        made = LevelCalibration(
-            config=config.model_copy(update={"seed": seed}),
-            fabric=fabric or Processes(1)[0],
-            weights=str(weight),
-            guides=SimpleNamespace(
-                named=lambda guidance, *, sees: [f"{guide}:{power}"], load=lambda guidance, *, sees: [Guide(power)]
-            ),
-            patches=patches,
-            carry=carry,
-        )
-        made.progressions = []
-        return made
+def meter(config):
+    def make(*, weight=1.0, power=2.0, guide="guide_rgb@9", fabric=None, seed=0, patches=Patches) -> Meter:
+        seeded = config.model_copy(update={"seed": seed})
+        return Meter(seeded, fabric or Processes(1)[0], weight, power, guide, patches)
 
     return make
 
@@ -115,19 +132,19 @@ def no_patches():
     raise AssertionError("the data set was asked for")
 
 
-def test_what_was_measured_is_kept_and_needs_no_patches(pilot, config):
-    first, second = pilot(), pilot(patches=no_patches)
-    told = first.told(SETTINGS, LEVELS)
-    torch.testing.assert_close(told, LEVELS ** (1 / 4), rtol=0, atol=0.1)
+def test_what_was_measured_is_kept_and_needs_no_patches(meter, config):
+    first, second = meter(), meter(patches=no_patches)
+    conditions = first.conditions(SETTINGS)
+    torch.testing.assert_close(conditions, LEVELS ** (1 / 4), rtol=0, atol=0.1)
     (file,) = kept(config)
     assert json.loads(file.read_text())["made_with"]["guides"][0] == "guide_rgb@9:2.0"
-    assert torch.equal(second.told(SETTINGS, LEVELS), told)
+    assert torch.equal(second.conditions(SETTINGS), conditions)
     # One measurement serves every way of using it.
     for change in ({"calibrate": "distance"}, {"calibrate": "none", "spacing": "adaptive"}, {"batch_size": 1}):
         settings = SETTINGS.model_copy(update=change)
-        assert torch.equal(second.told(settings, LEVELS), first.told(settings, LEVELS))
-        assert second.adaptive_levels(settings) == first.adaptive_levels(settings)
-    assert (len(first.progressions), len(second.progressions)) == (1, 0)
+        assert torch.equal(second.conditions(settings), first.conditions(settings))
+        assert second.adaptive(settings) == first.adaptive(settings)
+    assert (len(first.made), len(second.made)) == (1, 0)
     assert kept(config) == [file]
 
 
@@ -144,45 +161,45 @@ def test_what_was_measured_is_kept_and_needs_no_patches(pilot, config):
         ({}, {"guidance_scale": 2.0}),
     ],
 )
-def test_another_network_guide_or_setting_is_measured_anew(pilot, config, other, change):
+def test_another_network_guide_or_setting_is_measured_anew(meter, config, other, change):
     """A network or guide of as many steps that was trained again is told by its weights."""
-    pilot().told(SETTINGS, LEVELS)
-    again = pilot(**other)
-    again.told(SETTINGS.model_copy(update=change), LEVELS)
-    assert len(again.progressions) == 1
+    meter().conditions(SETTINGS)
+    again = meter(**other)
+    again.conditions(SETTINGS.model_copy(update=change))
+    assert len(again.made) == 1
     assert len(kept(config)) == 2
 
 
-def test_guides_of_one_name_in_two_folders_are_two(pilot):
-    one, powers = pilot(), {Path("a/guide_rgb"): 2.0, Path("b/guide_rgb"): 4.0}
-    one._guides.load = lambda guidance, *, sees: [Guide(powers[guidance.guides[0]])]
-    one._guides.named = lambda guidance, *, sees: [f"guide_rgb@9:{powers[guidance.guides[0]]}"]
+def test_guides_of_one_name_in_two_folders_are_two(meter):
+    one, powers = meter(), {Path("a/guide_rgb"): 2.0, Path("b/guide_rgb"): 4.0}
+    one.guides.load = lambda guidance, *, sees: [Guide(powers[guidance.guides[0]])]
+    one.guides.named = lambda guidance, *, sees: [f"guide_rgb@9:{powers[guidance.guides[0]]}"]
     both = [SETTINGS.model_copy(update={"guidance": GuidanceConfig(guides=[path])}) for path in powers]
-    assert not torch.equal(*(one.told(settings, LEVELS) for settings in both))
+    assert not torch.equal(*(one.conditions(settings) for settings in both))
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
-def test_a_damaged_file_is_made_anew(pilot, config, damage):
-    told = pilot().told(SETTINGS, LEVELS)
+def test_a_damaged_file_is_made_anew(meter, config, damage):
+    before = meter().conditions(SETTINGS)
     (file,) = kept(config)
     whole = file.read_text()
     file.write_text(whole[:-20] if damage == "cut" else whole.replace('"steps": 25', '"steps": 24'))
-    again = pilot()
-    assert torch.equal(again.told(SETTINGS, LEVELS), told)
-    assert len(again.progressions) == 1
+    again = meter()
+    assert torch.equal(again.conditions(SETTINGS), before)
+    assert len(again.made) == 1
     assert file.read_text() == whole
 
 
 @pytest.mark.parametrize("folder", ["cannot be written", "is not there"])
-def test_without_a_folder_it_is_measured_once_in_memory(pilot, config, folder):
+def test_without_a_folder_it_is_measured_once_in_memory(meter, config, folder):
     if folder == "is not there":
         config.output.rmdir()
     else:
         (config.output / "calibration").write_text("a file where the folder should be")
     processes = Processes(1)
-    one = pilot(fabric=processes[0])
-    assert torch.equal(one.told(SETTINGS, LEVELS), one.told(SETTINGS, LEVELS))
-    assert len(one.progressions) == 1
+    one = meter(fabric=processes[0])
+    assert torch.equal(one.conditions(SETTINGS), one.conditions(SETTINGS))
+    assert len(one.made) == 1
     assert len(processes.printed) == (folder == "cannot be written")
     assert config.output.exists() == (folder == "cannot be written")
 
@@ -194,25 +211,25 @@ def in_two_processes(function) -> list:
         return [future.result() for future in [threads.submit(function, r, processes[r]) for r in range(2)]]
 
 
-def test_one_process_measures_for_all(pilot, config):
+def test_one_process_measures_for_all(meter, config):
     """Also where nothing can be kept: the others are told, they do not read."""
     config.output.rmdir()
 
     def work(rank, fabric):
-        one = pilot(fabric=fabric, patches=Patches if rank == 0 else no_patches)
-        one.share(SETTINGS)
-        return one.told(SETTINGS, LEVELS), len(one.progressions)
+        one = meter(fabric=fabric, patches=Patches if rank == 0 else no_patches)
+        one.method(**SETTINGS.of("progression")).prepare(None, one.of(SETTINGS))
+        return one.conditions(SETTINGS), len(one.made)
 
     (first, made), (second, made_by_other) = in_two_processes(work)
     assert torch.equal(first, second)
     assert (made, made_by_other) == (1, 0)
 
 
-def test_nothing_is_measured_where_nothing_needs_it(pilot):
-    one = pilot(patches=no_patches)
-    for change in ({"calibrate": "none"}, {"method": "path"}):
-        one.share(SETTINGS.model_copy(update=change))
-    assert torch.equal(one.told(SETTINGS.model_copy(update={"calibrate": "none"}), LEVELS), LEVELS)
+def test_nothing_is_measured_where_nothing_needs_it(meter):
+    off = SETTINGS.model_copy(update={"calibrate": "none"})
+    assert torch.equal(meter(patches=no_patches).conditions(off), LEVELS)
+    for change in ({"calibrate": "none"}, {"calibrate_each": True}):
+        Progression(**{**SETTINGS.of("progression"), **change}).prepare(None, None)
 
 
 @pytest.mark.parametrize("error", [UserError, OSError, KeyboardInterrupt])

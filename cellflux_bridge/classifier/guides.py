@@ -1,4 +1,4 @@
-"""The classifiers that steer a flow, or set its levels: which ones a translation heeds, and whether they fit."""
+"""The classifiers that steer a flow or measure its levels: which ones a translation uses, and whether they fit."""
 
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from cellflux_bridge.classifier.model import PatchClassifier
 from cellflux_bridge.config import Config
 from cellflux_bridge.config.registry import trusting, trusts_everything
 from cellflux_bridge.field.settings import GuidanceConfig
-from cellflux_bridge.translation.settings import TranslateConfig
 
 
 def seen_by(guidance: GuidanceConfig) -> str:
@@ -32,19 +31,19 @@ class Guides:
         or one does not fit."""
         return [self._load(run, sees=sees)[1] for run in self._runs(guidance, sees=sees)]
 
-    def names(self, settings: TranslateConfig) -> list[str]:
-        """Names, as `named` gives them, of the guides that a translation heeds, so that others do not complete it."""
-        seen = {seen_by(settings.guidance)} if settings.guidance.form != "none" else set()
-        if settings.needs_pilot or settings.calibrates_each:
-            seen.add("image")
-        return [name for sees in sorted(seen) for name in self.named(settings.guidance, sees=sees)]
+    def names(self, guidance: GuidanceConfig, *, measure: bool) -> list[str]:
+        """The names, as `named` gives them, of all guides that a translation uses: those that steer, and guides of
+        images where they `measure` levels. Another guide makes another translation."""
+        kinds = {seen_by(guidance)} if guidance.form != "none" else set()
+        kinds |= {"image"} if measure else set()
+        return [name for sees in sorted(kinds) for name in self.named(guidance, sees=sees)]
 
     def named(self, guidance: GuidanceConfig, *, sees: str) -> list[str]:
-        """Of the guides that `load` gives: name@step:weights, which tells one that was trained again from the first."""
+        """name@step:weights of the guides that `load` gives; a guide that was trained again has another name."""
         return [self._load(run, sees=sees)[0] for run in self._runs(guidance, sees=sees)]
 
     def _runs(self, guidance: GuidanceConfig, *, sees: str) -> list[Path]:
-        """Where guides are: those that the settings name, else all of the run."""
+        """The run folders of guides: those that the settings name, otherwise all of the flow's own run."""
         output = self._config.output
         own = [run for run in sorted(output.glob("guide_*")) if run.name.endswith("_state") == (sees == "state")]
         runs = (guidance.guides if sees == seen_by(guidance) else []) or own

@@ -31,8 +31,9 @@ KINDS = {
     "part": "cellflux_bridge.condition",
     "codec": "cellflux_bridge.codec",
     "velocity": "cellflux_bridge.velocity",
+    "transport": "cellflux_bridge.transport",
 }
-_NOT_COMPONENTS = {"base", "settings"}
+_NOT_COMPONENTS = {"base", "settings", "integrate"}
 
 # Whether every foreign class is trusted here, and the names of those that the user named.
 _trust: ContextVar[tuple[bool, set[str]]] = ContextVar("trust")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.classifier.settings import ClassifierConfig
@@ -71,7 +71,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     ddim: DDIMConfig = DDIMConfig()
-    translate: TranslateConfig = TranslateConfig()
+    translate: TranslateConfig = Field(default_factory=TranslateConfig)
     video: VideoConfig = VideoConfig()
 
     def to_yaml(self) -> str:

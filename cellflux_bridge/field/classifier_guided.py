@@ -29,6 +29,7 @@ import torch
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition
+from cellflux_bridge.field.base import Evaluation, evaluate
 from cellflux_bridge.path.base import Path
 
 FORMS = ("endpoint", "score", "bridge", "sharpen")
@@ -41,24 +42,23 @@ def require_form(form: str, path: Path, *, sees_source: bool, dropout: float, sc
     `sees_source`: the network sees the clean source image; `dropout`: share of the training samples without condition;
     `scale`: that of classifier-free guidance.
     """
-    name, key = type(path).__name__, f"translate.guidance.form={form}"
+    key = f"translate.guidance.form={form}"
+    noisy = "noise on every sample (noised_source with probability 1, or brownian) and condition.source_image=true"
     bridges = path.noise_on_every_sample and sees_source
-    if form == "score" and path.from_data:
+    needs, fits = {
+        "score": ("path.name=gaussian_source", not path.from_data),
+        "bridge": (noisy, bridges),
+        "sharpen": (f"path.name=gaussian_source, or {noisy}", bridges or not path.from_data),
+        "endpoint": (
+            "a path on which the endpoint follows from the velocity (straight, noised_source, gaussian_source, or "
+            "brownian with condition.source_image=true)",
+            path.has_endpoint() and (path.straight or sees_source),
+        ),
+    }[form]
+    if not fits:
         raise UserError(
-            f"{key}: needs a Gaussian source (path.name=gaussian_source), this flow's path is {name}; use "
-            "form=endpoint, or bridge where the network sees the clean source"
-        )
-    if form == "bridge" and not bridges:
-        raise UserError(
-            f"{key}: needs a path with noise on every sample (noised_source with probability "
-            f"1, brownian) and condition.source_image=true; this flow has {name} and source_image={sees_source}. Use "
-            "form=endpoint, or train such a flow"
-        )
-    if form == "sharpen" and path.from_data and not bridges:
-        raise UserError(
-            f"{key}: needs path.name=gaussian_source, or a path with noise on every sample (noised_source with "
-            f"probability 1, brownian) and condition.source_image=true; this flow has {name} and "
-            f"source_image={sees_source}. Use form=endpoint, or train such a flow"
+            f"{key}: needs {needs}; this flow has path {type(path).__name__} and source_image={sees_source}. Choose "
+            "another form, or train such a flow"
         )
     if form in EXACT and dropout == 0:
         raise UserError(
@@ -70,41 +70,32 @@ def require_form(form: str, path: Path, *, sees_source: bool, dropout: float, sc
             f"{key}: calls the network without a condition, so translate.guidance_scale={scale:g} has no part; leave "
             "it at 1, or use form=sharpen or endpoint"
         )
-    if form == "endpoint" and not path.has_endpoint():
-        raise UserError(
-            f"{key}: the endpoint cannot be computed from a velocity of path {name} (the "
-            "equation for it is singular on the way); use a noised_source, straight, brownian or gaussian_source path"
-        )
-    if form == "endpoint" and not path.straight and not sees_source:
-        raise UserError(
-            f"{key}: for path {name} it needs a network that sees the clean source; train "
-            "with condition.source_image=true, or on a straight path"
-        )
 
 
 def pooled(log_probabilities: Sequence[torch.Tensor]) -> torch.Tensor:
     """log p (B, num_classes) of several guides, each (B, num_classes), as of one: their logarithmic opinion pool
     (Genest & Zidek 1986).
 
-    It is the geometric mean of their probabilities, brought back to a sum of 1. Without that the mean of log p sums to
-    Z <= 1, less the more they disagree: its gradient is that of log p(y | .), which the exact forms need, and that of
-    log Z, a pull to where the guides agree; and |q - p| of the endpoint form would never become 0.
+    It is the geometric mean of their probabilities, scaled to a sum of 1. Without that scale, the mean of log p has
+    two gradients: that of log p(y | .), which the exact forms need, and a pull to where the guides agree; and |q - p|
+    of the endpoint form would never become 0.
     """
     return torch.stack(list(log_probabilities)).mean(0).log_softmax(1)
 
 
 class ClassifierGuided:
-    """A velocity steered toward soft labels by the gradient of a classifier (see the module's text for the forms).
+    """A velocity steered toward soft labels by the gradients of classifiers; the module's text explains the forms.
 
-    `log_probabilities(x, t, x0) -> (B, num_classes)` is the guide, differentiable in x; `labels` (B, num_classes) are
-    the soft labels of the batch that this wrapper is called with. `start`: b(t) is bounded at its value there, and
-    `endpoint` is off before. A call costs one classifier gradient. Fits what `require_form` lets pass.
+    `guides` are log p (B, num_classes), differentiable in their first argument: of images as guide(x1) for form
+    `endpoint`, of states as guide(x_t, t, x0) for the others. `labels` (B, num_classes) are the soft labels of the
+    batch. `start`: b(t) is bounded at its value there, and `endpoint` is off before. A call costs one gradient of each
+    guide. Use `require_form` first: it refuses what does not fit.
     """
 
     def __init__(
         self,
         velocity: Callable,
-        log_probabilities: Callable,
+        guides: Sequence[Callable],
         path: Path,
         labels: torch.Tensor,
         *,
@@ -112,26 +103,27 @@ class ClassifierGuided:
         weight: float,
         start: float,
     ):
-        self._velocity, self._log_probabilities, self._path = velocity, log_probabilities, path
-        self._labels, self._weight, self._start = labels, weight, start
-        self._guide = self._to_endpoint if form == "endpoint" else self._along_score
-        self._is_exact, self._steers_endpoint = form in EXACT, form == "endpoint"
-        self.forwards_per_call = getattr(velocity, "forwards_per_call", 1)
-        self.gradients = 0
+        self._velocity, self._guides, self._path = velocity, guides, path
+        self._labels, self._form, self._weight, self._start = labels, form, weight, start
 
-    def __call__(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
-        velocity = self._velocity(t, x, cond.null() if self._is_exact else cond)
-        velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))  # autocast may have halved it
-        if self._weight == 0 or (self._steers_endpoint and bool((t < self._start).all())):
-            return velocity
-        self.gradients += 1
-        return velocity + self._weight * self._guide(t, x, velocity, cond)
+    def __call__(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> Evaluation:
+        found = evaluate(self._velocity, t, x, cond.null() if self._form in EXACT else cond)
+        # Under autocast it may be of half precision.
+        velocity = found.velocity.to(torch.promote_types(found.velocity.dtype, torch.float32))
+        found = found._replace(velocity=velocity)
+        if self._weight == 0 or (self._form == "endpoint" and bool((t < self._start).all())):
+            return found
+        step = self._to_endpoint if self._form == "endpoint" else self._along_score
+        return found._replace(
+            velocity=velocity + self._weight * step(t, x, velocity, cond),
+            gradients=found.gradients + len(self._guides),
+        )
 
-    def _gradient(self, x: torch.Tensor, t: torch.Tensor, x0: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """grad_x sum_y q_y log p(y | x), like x, and log p (B, num_classes)."""
+    def _gradient(self, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """grad_x sum_y q_y log p(y | x, others), like x, and log p (B, num_classes)."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            log_p = self._log_probabilities(x, t, x0)
+            log_p = pooled([guide(x, *others) for guide in self._guides])
             (gradient,) = torch.autograd.grad((self._labels * log_p).sum(), x)
         return gradient, log_p.detach()
 
@@ -140,8 +132,7 @@ class ClassifierGuided:
         return self._path.score_factor(t.clamp_min(self._start)).view(-1, 1, 1, 1) * gradient
 
     def _to_endpoint(self, t, x, velocity, cond) -> torch.Tensor:
-        end = self._path.endpoint(x, velocity, t, cond.source_image)
-        gradient, log_p = self._gradient(end, t, None)
+        gradient, log_p = self._gradient(self._path.endpoint(x, velocity, t, cond.source_image))
         size = velocity.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
         distance = (self._labels - log_p.exp()).abs().sum(1) / 2
         step = size * distance * (t >= self._start)

@@ -18,7 +18,8 @@ from cellflux_bridge.coupling.base import Coupling
 from cellflux_bridge.data.pairs import PairBatch, Pairs
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.flow.network import build_flow
-from cellflux_bridge.transport.path import morph, source_noise
+from cellflux_bridge.transport.base import source_noise
+from cellflux_bridge.transport.path import Path as PathTransport
 
 _SHEET_ROWS, _SHEET_STEPS, _SHEET_FRAMES = 8, 12, 7
 
@@ -120,15 +121,13 @@ class FlowTask:
         chosen = PairBatch(*(value[rows] for value in pairs))
         chosen = chosen._replace(x0=self.codec.encode(chosen.x0), x1=self.codec.encode(chosen.x1))
         names = [str(i) for i in chosen.source_index.tolist()]
-        result = morph(
+        transport = PathTransport(steps=_SHEET_STEPS, frames=_SHEET_FRAMES, solver="euler")
+        result = transport.along(
             model,
             self.path,
             chosen.x0.to(device),
             self.model.spec.read(chosen._asdict()).to(device),
             noise=source_noise(chosen.x0.shape[1:], names, seed=self._config.seed).to(device),
-            steps=_SHEET_STEPS,
-            frames=_SHEET_FRAMES,
-            solver="euler",
         )
         states = torch.cat([result.frames.cpu(), chosen.x1[None]]).transpose(0, 1)
         table = self.codec.to_uint8(states).numpy().transpose(0, 1, 3, 4, 2)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from cellflux_bridge.base.errors import UserError
+
 
 class PathSample(NamedTuple):
     """States x_t and regression targets u_t = d x_t / dt, both (B, C, H, W)."""
@@ -13,11 +15,16 @@ class PathSample(NamedTuple):
     u_t: torch.Tensor
 
 
+def require_noise(scale: float) -> None:
+    if scale <= 0:
+        raise UserError(f"path.scale: {scale} is no noise; expected a number above 0, or path.name=straight")
+
+
 class Path(ABC):
-    """x_t = (1 - t) x0 + t x1 + noise_scale(t) * eps, with t = 0 the source and t = 1 the target.
+    """x_t = (1 - t) x0 + t x1 + noise_scale(t) eps, with t = 0 the source and t = 1 the target; u_t = d x_t / dt.
 
     A network is trained on `sample` at times drawn uniformly in [t_start, 1 - margin], and integrated from
-    `start(x0, noise)` at t_start to 1.
+    `start(x0, noise)` at t_start to 1, where it is evaluated at the nearest trained time (`trained`).
     """
 
     t_start: float = 0.0
@@ -36,9 +43,15 @@ class Path(ABC):
         uniform = (torch.randperm(num, generator=generator) + torch.rand(num, generator=generator)) / num
         return self.t_start + (1 - self.margin - self.t_start) * uniform
 
-    @abstractmethod
+    def trained(self, t: torch.Tensor) -> torch.Tensor:
+        """The times nearest to t, of any shape, for which networks were trained."""
+        return t.clamp(self.t_start, 1 - self.margin)
+
     def sample(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, *, generator: torch.Generator) -> PathSample:
         """A state and its target for each pair; x0, x1 (B, C, H, W) in [-1, 1], t (B,)."""
+        eps = torch.randn(x0.shape, generator=generator).to(x0)
+        x0, s = x0 if self.from_data else torch.zeros_like(x0), t.view(-1, 1, 1, 1)
+        return PathSample(s * x1 + (1 - s) * x0 + self.noise_scale(s) * eps, x1 - x0 + self.noise_rate(s) * eps)
 
     @abstractmethod
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,9 @@
 """The straight path from a noised source (CellFlux)."""
 
 import torch
-from torchcfm import ConditionalFlowMatcher
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.path.base import Path, PathSample
+from cellflux_bridge.path.base import Path, PathSample, require_noise
 
 
 class NoisedSource(Path):
@@ -18,13 +17,11 @@ class NoisedSource(Path):
     straight = True
 
     def __init__(self, *, scale: float = 0.5, probability: float = 1.0, noisy_start: bool = True):
-        if scale <= 0:
-            raise UserError(f"path.scale: {scale} is no noise; expected a number above 0, or path.name=straight")
+        require_noise(scale)
         if not 0 < probability <= 1:
             raise UserError(f"path.probability: {probability}; expected a number above 0 and at most 1")
         if probability == 1 and not noisy_start:
             raise UserError("path.noisy_start: with probability 1 the network never saw a clean source; set it true")
-        self._matcher = ConditionalFlowMatcher(sigma=0.0)
         self._scale, self._probability, self._noisy_start = scale, probability, noisy_start
         self.noise_on_every_sample = probability == 1
 
@@ -37,6 +34,5 @@ class NoisedSource(Path):
     def sample(self, x0, x1, t, *, generator) -> PathSample:
         eps = torch.randn(x0.shape, generator=generator)
         coin = (torch.rand(len(x0), generator=generator) < self._probability).float()
-        noised = x0 + self._scale * (coin.view(-1, 1, 1, 1) * eps).to(x0)
-        x_t = self._matcher.compute_mu_t(noised, x1, t)
-        return PathSample(x_t, self._matcher.compute_conditional_flow(noised, x1, t, x_t))
+        noised, s = x0 + self._scale * (coin.view(-1, 1, 1, 1) * eps).to(x0), t.view(-1, 1, 1, 1)
+        return PathSample(s * x1 + (1 - s) * noised, x1 - noised)

@@ -1,9 +1,8 @@
 """The straight, noise-free path."""
 
 import torch
-from torchcfm import ConditionalFlowMatcher
 
-from cellflux_bridge.path.base import Path, PathSample
+from cellflux_bridge.path.base import Path
 
 
 class Straight(Path):
@@ -16,15 +15,8 @@ class Straight(Path):
     reversible = True
     straight = True
 
-    def __init__(self):
-        self._matcher = ConditionalFlowMatcher(sigma=0.0)
-
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(t)
 
     def noise_rate(self, t: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(t)
-
-    def sample(self, x0, x1, t, *, generator) -> PathSample:
-        x_t = self._matcher.compute_mu_t(x0, x1, t)
-        return PathSample(x_t, self._matcher.compute_conditional_flow(x0, x1, t, x_t))

@@ -16,9 +16,10 @@ from pydantic import ValidationError
 
 from cellflux_bridge import images as image_io
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import replace_text
+from cellflux_bridge.base.files import replace_text, safe_name
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.config import Config, merged
+from cellflux_bridge.config.registry import trusting
 from cellflux_bridge.config.schema import explain, nearest
 from cellflux_bridge.data.index import frame_mpp, list_records
 from cellflux_bridge.data.pairs import named_transitions
@@ -101,8 +102,8 @@ class Translator(ABC):
         return  # nothing, unless a translator says otherwise
 
     def _name(self, settings: TranslateConfig) -> str:
-        """The folder, below `trajectories/`, of a translation."""
-        return f"{settings.source}_to_{settings.target}"
+        """The folder, below `trajectories/`, of a translation; the method's name of at most 40 bytes follows."""
+        return safe_name(f"{settings.source}_to_{settings.target}", room=41)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -110,8 +111,10 @@ class Translator(ABC):
 
     def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
         """The settings of a translation: the run's, and over them what is set for it."""
+        run = self.config.translate
         try:
-            settings = TranslateConfig(**merged(self.config.translate.model_dump(), dict(options)))
+            with trusting(False, names=[run.method, str(options.get("method"))]):  # the run's was trusted when loaded
+                settings = TranslateConfig(**merged(run.model_dump(), dict(options)))
         except ValidationError as error:
             raise UserError(explain(error, TranslateConfig, prefix="translate")) from error
         self._require_read(settings, options)

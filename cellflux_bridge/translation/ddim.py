@@ -123,17 +123,18 @@ class DDIMTranslator(Translator):
         if isinstance(wanted, list):
             require_depths(wanted, timesteps)
             return torch.tensor(wanted)
-        if isinstance(settings.levels, list):
+        levels = settings.of("depth")["levels"]
+        if isinstance(levels, list):
             raise UserError(
                 "translate.levels: the levels of DDIM stairs are nominal, k / K; give their number, and depths as "
                 "ddim.depths"
             )
-        uniform = torch.tensor(uniform_depths(timesteps, settings.levels))
-        return uniform if wanted == "uniform" else fourier_rule(settings.levels, mirrored=wanted == "fourier")
+        uniform = torch.tensor(uniform_depths(timesteps, levels))
+        return uniform if wanted == "uniform" else fourier_rule(levels, mirrored=wanted == "fourier")
 
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
         wanted = self.config.ddim.depths
-        num = len(wanted) if isinstance(wanted, list) else settings.levels
+        num = len(wanted) if isinstance(wanted, list) else settings.of("depth")["levels"]
         used = self.config.flat(without=(*PLACES_AND_PACE, *_NO_PART_IN_SEQUENCES))
         canonical = json.dumps([used, settings.split, self._weights], sort_keys=True)
         return TrajectoryHeader(

@@ -1,65 +1,70 @@
 """What is translated, and how."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, model_validator
 
-from cellflux_bridge.config.schema import Count, Fraction, NonNegative, Section
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.config import registry
+from cellflux_bridge.config.schema import Count, NonNegative, Section, nearest
 from cellflux_bridge.field.settings import GuidanceConfig
 
-Levels = Annotated[list[Fraction], Field(min_length=1)]
+
+def method_keys(method: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Every key of a transport method with its value in `given`, or its default; UserError for wrong values."""
+    spec = registry.validate("transport", {**(given or {}), "name": method}, key="translate")
+    return {key: value for key, value in spec.items() if key != "name"}
 
 
 class TranslateConfig(Section):
+    """Keys that all methods share. Those of the chosen method (steps, solver, levels, ...) stand beside them, complete;
+    keys of other methods may stand here, too, since a file serves many uses (see the classes in `transport`)."""
+
+    model_config = ConfigDict(extra="allow")
+
     source: str | None = None
     target: str | None = None
     split: Literal["train", "val", "test"] = "test"
     num: Count | None = 64
-    method: Literal["path", "progression", "depth"] = "path"
-    solver: Literal["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"] = "midpoint"
-    steps: Count = 25
-    frames: Annotated[int, Field(ge=2)] = 11  # of the path method
-    levels: Count | Levels = 10  # of the stairs: how many after the source, or which
-    spacing: Literal["uniform", "adaptive"] = "uniform"
-    # progression: what the network is told for a level: the level itself, or the condition at which, on validation
-    # patches, the guide's mean probability of the target is the level, or that share of the way in its features is made
-    calibrate: Literal["none", "probability", "distance"] = "none"
-    # on each source by itself, by a coarse stair of its own, instead of on validation patches
-    calibrate_each: bool = False
-    # progression: null starts every level from the same random noise; a number from that which gives back the source,
-    # and which level 1 has exchanged for random noise in this share (0: not at all, 1: wholly)
-    noise_resampling: Fraction | None = None
-    depths: Literal["rising", "full"] | Levels = "rising"  # depth stairs: how far back each level starts
-    conditions: Literal["target", "rising"] | Levels = "target"  # depth stairs: the level that each is told
+    method: str = "path"
     guidance_scale: NonNegative = 1.0
     guidance: GuidanceConfig = GuidanceConfig()
-    reverse: bool = False
     batch_size: Count = 64  # images that go through the network at once
 
-    @property
-    def needs_pilot(self) -> bool:
-        """Whether levels, or what the network is told for them, are measured before anything is translated."""
-        measured = self.calibrate != "none" and not self.calibrates_each
-        return self.method == "progression" and (measured or self.spacing == "adaptive")
-
-    @property
-    def calibrates_each(self) -> bool:
-        """Whether what the network is told is measured on each source by itself."""
-        return self.method == "progression" and self.calibrate != "none" and self.calibrate_each
-
-    @field_validator("levels")
+    @model_validator(mode="before")
     @classmethod
-    def _end_at_the_target(cls, levels):
-        if isinstance(levels, list) and levels[-1] != 1:
-            raise ValueError(f"the last level must be 1, the target, found {levels[-1]}")
-        return levels
+    def _complete(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        common = {key: value for key, value in data.items() if key in cls.model_fields}
+        method, known = common.get("method", "path"), registry.names("transport")
+        if not isinstance(method, str) or (":" not in method and method not in known):
+            raise UserError(
+                f"translate.method: no method called {method!r}{nearest(str(method), known)}; known: "
+                f"{', '.join(known)}, or package.module:Class of your own"
+            )
+        of_methods = {name: method_keys(name) for name in (*known, method)}
+        own = {key: value for key, value in data.items() if key not in cls.model_fields}
+        valid = dict.fromkeys([*cls.model_fields, *(key for keys in of_methods.values() for key in keys)])
+        if unknown := [key for key in own if key not in valid]:
+            hints = [nearest(key, valid).replace("mean '", "mean 'translate.") for key in unknown]
+            lines = [f"translate.{key}: unknown key{hint}" for key, hint in zip(unknown, hints, strict=True)]
+            raise UserError("\n".join(f"{line}; valid here: {', '.join(valid)}" for line in lines))
+        checked: dict[str, Any] = {}
+        for name, keys in of_methods.items():  # the chosen method is the last
+            found = method_keys(name, {key: own[key] for key in keys if key in own})
+            checked |= found if name == method else {key: found[key] for key in keys if key in own}
+        return {**common, **checked}
 
-    @field_validator("levels", "depths", "conditions")
-    @classmethod
-    def _rising(cls, values, info):
-        if isinstance(values, list):
-            may_repeat = info.field_name != "levels"  # one dial may stand still while the other one turns
-            if values != sorted(values if may_repeat else set(values)) or values[0] == 0:
-                how = "never fall" if may_repeat else "rise strictly"
-                raise ValueError(f"these must {how}, from above 0 to at most 1 (0 is the source itself)")
-        return values
+    def of(self, method: str) -> dict[str, Any]:
+        """The complete keys of any method: those that stand here, and its defaults."""
+        with registry.trusting(False, names=[self.method]):  # it was trusted when these settings were made
+            given = {key: self.model_extra[key] for key in method_keys(method) if key in self.model_extra}
+            return method_keys(method, given)
+
+    def own(self) -> "TranslateConfig":
+        """The same settings without the keys of other methods."""
+        common = {key: getattr(self, key) for key in type(self).model_fields}
+        with registry.trusting(False, names=[self.method]):
+            return type(self)(**common, **self.of(self.method))

@@ -8,9 +8,9 @@ import torch
 from torchdiffeq import odeint
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.field.base import evaluate
 
 ADAPTIVE = ("dopri5",)
-
 
 # From where to where: two numbers, or two tensors (B,) where samples differ.
 Interval = tuple[float | torch.Tensor, float | torch.Tensor]
@@ -66,8 +66,8 @@ def integrate(
 ) -> Integration:
     """Carry states along dx/dt = velocity(t, x, cond) from interval[0] to interval[1], which may be the smaller.
 
-    `x` (B, C, H, W) is the state at interval[0]; `velocity` is called with t (B,). The interval's ends are numbers, or
-    (B,), both, where each sample has its own. Fixed-step solvers (euler,
+    `x` (B, C, H, W) is the state at interval[0]; `velocity`, a network or a field, is called with t (B,). The ends of
+    the interval are two numbers, or two tensors (B,) where each sample has its own. Fixed-step solvers (euler,
     midpoint, heun2, heun3, rk4) take `steps` equal steps whatever the frames; frames are states at the grid points
     nearest to equal spacing, so the end is the same for any number of them. dopri5 chooses its steps from a norm over
     the whole batch, so a sample depends on its batch up to `tolerance` (absolute and relative); prefer a fixed-step
@@ -79,12 +79,13 @@ def integrate(
     x = x.to(torch.float32)
     # torchdiffeq runs on s in [0, 1]; the grid is built once in float64, so that its end is exact in both directions.
     grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64).to(x)
-    calls, gradients_before = 0, getattr(velocity, "gradients", 0)
+    nfe = gradients = 0
 
     def right_hand_side(s: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return length * velocity(begin + (end - begin) * s, state, cond).to(state.dtype)
+        nonlocal nfe, gradients
+        found = evaluate(velocity, begin + (end - begin) * s, state, cond)
+        nfe, gradients = nfe + found.forwards, gradients + found.gradients
+        return length * found.velocity.to(state.dtype)
 
     if solver in ADAPTIVE:
         points = torch.linspace(0, 1, frames).to(x)
@@ -93,5 +94,4 @@ def integrate(
         options = {"grid_constructor": lambda func, y0, t: grid}
         points = grid[_frame_steps(steps, frames)]
         states = odeint(right_hand_side, x, points, method=solver, options=options)
-    gradients = getattr(velocity, "gradients", 0) - gradients_before
-    return Integration(states, times, calls * getattr(velocity, "forwards_per_call", 1), gradients)
+    return Integration(states, times, nfe, gradients)

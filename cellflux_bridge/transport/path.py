@@ -4,74 +4,78 @@ States of a data-to-data path are blends of source and target in their middle, w
 t = 0.5 is the distribution of half-and-half superpositions); only the last frame is a finished image.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.seeds import torch_generator
 from cellflux_bridge.condition.base import Condition
-from cellflux_bridge.path.base import Path
+from cellflux_bridge.config.schema import Count
+from cellflux_bridge.path import base as paths
+from cellflux_bridge.transport.base import Result, Solver, Transport, at_trained_times, require_from_data
 from cellflux_bridge.transport.integrate import frame_times, integrate
 
 
-class Morph(NamedTuple):
-    """Frames (K+1, B, C, H, W) float32 in about [-1, 1], frame 0 the source itself, and forwards and classifier
-    gradients per sequence."""
+class Path(Transport):
+    """States of one integration, at `frames` times. `reverse` carries images of the target back to the source by the
+    reverse ODE, which only a noise-free straight path allows."""
 
-    frames: torch.Tensor
-    nfe: int
-    gradients: int
+    def __init__(
+        self,
+        *,
+        steps: Count = 25,
+        solver: Solver = "midpoint",
+        frames: Annotated[int, Field(ge=2)] = 11,
+        reverse: bool = False,
+    ):
+        self.steps, self.solver, self.frames, self.reverse = steps, solver, frames, reverse
 
+    @property
+    def suffix(self) -> str:
+        return "path_reverse" if self.reverse else "path"
 
-def source_noise(shape: Sequence[int], source_ids: Sequence[str], *, seed: int) -> torch.Tensor:
-    """Standard normal noise (B, *shape), one draw a source, the same in any batch and on any rank."""
-    draws = [torch.randn(*shape, generator=torch_generator(seed, "source noise", name)) for name in source_ids]
-    return torch.stack(draws)
+    def require(self, flow, *, given) -> None:
+        self._interval(flow.path)
+        if self.reverse and flow.is_guided:
+            raise UserError("translate.reverse: goes back unguided; set translate.guidance.form=none")
 
+    def _interval(self, path: paths.Path) -> tuple[float, float]:
+        require_from_data("path", path)
+        if self.reverse and not path.reversible:
+            raise UserError(
+                f"translate.reverse: path {type(path).__name__} is not noise-free, its reverse ODE would end at a "
+                "noised source; train the opposite transition instead, or use path.name=straight"
+            )
+        return (1.0, 0.0) if self.reverse else (path.t_start, 1.0)
 
-def _interval(path: Path, reverse: bool) -> tuple[float, float]:
-    name = type(path).__name__
-    if not path.from_data:
-        raise UserError(
-            f"path {name}: starts from noise, so no source image can be carried along; "
-            "train with a path from data (noised_source, straight, brownian, smooth)"
+    def levels(self, flow, meter) -> tuple[float, ...]:
+        """How far along each frame is."""
+        interval = self._interval(flow.path)
+        times = frame_times(steps=self.steps, frames=self.frames, solver=self.solver, interval=interval).tolist()
+        return (0.0, *(round(1 - t if self.reverse else t, 6) for t in times[1:-1]), 1.0)
+
+    def carry(self, flow, x0, *, noise, levels, meter) -> Result:
+        target = flow.labels(torch.tensor([0.0 if self.reverse else 1.0])).expand(len(x0), -1)
+        return self.along(flow.field(target), flow.path, x0, flow.condition(x0, target), noise=noise)
+
+    def along(
+        self, velocity: Callable, path: paths.Path, x0: torch.Tensor, cond: Condition, *, noise: torch.Tensor
+    ) -> Result:
+        """Carry states x0 (B, C, H, W) to the target of `cond`.
+
+        `noise` (B, C, H, W) is what a noised path starts with; frames are shown without the share of it that the state
+        still carries.
+        """
+        result = integrate(
+            at_trained_times(velocity, path),
+            x0 if self.reverse else path.start(x0, noise),
+            cond,
+            steps=self.steps,
+            frames=self.frames,
+            solver=self.solver,
+            interval=self._interval(path),
         )
-    if reverse and not path.reversible:
-        raise UserError(
-            f"translate.reverse: path {name} is not noise-free, its reverse ODE would end at a noised source; "
-            "train the opposite transition instead, or use path.name=straight"
-        )
-    return (1.0, 0.0) if reverse else (path.t_start, 1.0)
-
-
-def morph_levels(path: Path, *, steps: int, frames: int, solver: str, reverse: bool) -> tuple[float, ...]:
-    """The levels of `morph`'s frames: how far along each is, 0 the source and 1 the end; refuses what `morph` does."""
-    times = frame_times(steps=steps, frames=frames, solver=solver, interval=_interval(path, reverse)).tolist()
-    return (0.0, *(round(1 - t if reverse else t, 6) for t in times[1:-1]), 1.0)
-
-
-def morph(
-    velocity: Callable,
-    path: Path,
-    x0: torch.Tensor,
-    cond: Condition,
-    *,
-    noise: torch.Tensor,
-    steps: int = 25,
-    frames: int = 11,
-    solver: str = "midpoint",
-    reverse: bool = False,
-) -> Morph:
-    """Carry source images x0 (B, C, H, W) in [-1, 1] to the target of `cond`.
-
-    `noise` (B, C, H, W) is what a noised path starts with; frames are shown without the share of it that the state
-    still carries. With `reverse`, x0 are images of the condition's *target* and are carried back to its source by the
-    reverse ODE, which only a noise-free straight path allows. Raises UserError where the path cannot do what is asked.
-    """
-    interval = _interval(path, reverse)
-    start = x0 if reverse else path.start(x0, noise)
-    result = integrate(velocity, start, cond, steps=steps, frames=frames, solver=solver, interval=interval)
-    shown = [path.without_noise(x, t, noise) for x, t in zip(result.states, result.times, strict=True)]
-    return Morph(torch.stack([x0, *shown[1:]]), result.nfe, result.gradients)
+        shown = [path.without_noise(x, t, noise) for x, t in zip(result.states, result.times, strict=True)]
+        return Result(torch.stack([x0, *shown[1:]]), result.nfe, result.gradients)

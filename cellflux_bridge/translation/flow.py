@@ -1,0 +1,201 @@
+"""Translation by a trained flow: a field made from its network, carried by a transport method."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from cellflux_bridge import checkpoint
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.classifier.guides import Guides, seen_by
+from cellflux_bridge.codec.base import build_codec
+from cellflux_bridge.config import Config, registry
+from cellflux_bridge.data.pairs import named_transitions
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.field.classifier_free import ClassifierFree
+from cellflux_bridge.field.classifier_guided import EXACT, ClassifierGuided, require_form
+from cellflux_bridge.flow.network import make_condition
+from cellflux_bridge.path.base import Path
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
+from cellflux_bridge.translation.base import Translator
+from cellflux_bridge.translation.level_calibration import LevelCalibration
+from cellflux_bridge.translation.settings import TranslateConfig, method_keys
+from cellflux_bridge.transport.base import Flow, Measured, Transport, source_noise
+from cellflux_bridge.velocity.base import Velocity
+
+# Values of keys that ask for nothing, so that they are no mistake beside a method that does not read them.
+_OFF = (None, False, "none", "uniform")
+
+
+class FlowTranslator(Translator):
+    """Carries images along a trained flow by the transport method that `translate.method` names."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        path: Path,
+        network: Velocity,
+        preprocessing: Preprocessing,
+        step: int,
+        fabric: Fabric,
+        given: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
+        self.path, self.codec = path, build_codec(config).to(fabric.device)
+        self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
+        self._weights = checkpoint.weights_digest(self._network)[:16]
+        self._guides = Guides(config, fabric.device)
+        self._measured: dict[str, Measured] = {}
+
+    def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
+        settings = super()._settings(source, target, options)
+        trained = self._trained()
+        pair = (settings.source, settings.target)[:: -1 if _method(settings).reverse else 1]
+        if pair not in trained:
+            known = ", ".join(f"{a} -> {b}" for a, b in trained if a != b)
+            raise UserError(f"the network never saw {pair[0]} -> {pair[1]}; it was trained on {known}")
+        self._require_possible(settings, options)
+        return settings.own()
+
+    @property
+    def _by_level(self) -> bool:
+        return self.config.condition.target == "level"
+
+    def _trained(self) -> list[tuple[str, str]]:
+        """The transitions that the network learned; by level, from every source to every level."""
+        trained = named_transitions(self.classes, self.config.pairs)
+        if not self._by_level:
+            return trained
+        named = dict.fromkeys(label for pair in trained for label in pair)
+        return [(a, b) for a in dict.fromkeys(a for a, _ in trained) for b in named]
+
+    def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
+        own = settings.of(settings.method)
+        for key in sorted(set(given) - set(own) - set(TranslateConfig.model_fields)):
+            readers = [name for name in registry.names("transport") if key in method_keys(name)]
+            is_off = any(settings.model_extra[key] is off for off in _OFF if method_keys(readers[0])[key] == off)
+            if not is_off:
+                raise UserError(
+                    f"translate.{key}: has no part in translate.method={settings.method}, which reads "
+                    f"{', '.join(own)}; leave it out, or set method={' or '.join(readers)}"
+                )
+        steers, measures = settings.guidance.form != "none", _method(settings).is_calibrated
+        for key in given.get("guidance", {}):
+            is_read = key == "form" or steers or (key == "guides" and measures)  # guides that measure need not steer
+            if not is_read and getattr(settings.guidance, key) != []:
+                raise UserError(
+                    f"translate.guidance.{key}: has no part in translate.guidance.form=none; leave it out, or set "
+                    "form=endpoint, score, bridge or sharpen"
+                )
+
+    def _require_possible(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
+        """Refuse, before anything is computed, what this network or its path cannot do."""
+        method, form, condition = _method(settings), settings.guidance.form, self.config.condition
+        method.require(self._flow(settings), given=given)
+        if method.is_calibrated:
+            self._guides.load(settings.guidance, sees="image")
+        if form == "none":
+            return
+        sees_source, dropout = condition.source_image, condition.dropout
+        require_form(form, self.path, sees_source=sees_source, dropout=dropout, scale=settings.guidance_scale)
+        if form in EXACT and method.is_calibrated:
+            raise UserError(
+                f"translate.guidance.form={form}: calls the network without a condition, so there is none to "
+                "calibrate; set translate.calibrate=none and spacing=uniform, or form=sharpen"
+            )
+        self._guides.load(settings.guidance, sees=seen_by(settings.guidance))
+
+    def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
+        digest = self.config.model_copy(update={"translate": settings}).digest()
+        method = _method(settings)
+        guides = self._guides.names(settings.guidance, measure=method.is_calibrated)
+        return TrajectoryHeader(
+            method=settings.method,
+            source=settings.source,
+            target=settings.target,
+            classes=self.classes,
+            levels=method.levels(self._flow(settings), self._meter(settings)),
+            config_hash="+".join([f"{digest}@{self.step}:{self._weights}", *guides]),
+        )
+
+    def _name(self, settings: TranslateConfig) -> str:
+        return f"{super()._name(settings)}_{_method(settings).suffix}"
+
+    def _prepare(self, settings: TranslateConfig) -> None:
+        _method(settings).prepare(self._flow(settings), self._meter(settings))
+
+    def _meter(self, settings: TranslateConfig) -> LevelCalibration:
+        return LevelCalibration(
+            config=self.config,
+            fabric=self.fabric,
+            codec=self.codec,
+            weights=self._weights,
+            guides=self._guides,
+            patches=self.patches,
+            settings=settings,
+            memory=self._measured,
+        )
+
+    def _flow(self, settings: TranslateConfig) -> Flow:
+        source = settings.target if _method(settings).reverse else settings.source
+        number, spec = self.classes.index(source), self._network.spec
+        trained = self._trained()
+        knows_source = self.config.condition.source_class and not self._by_level
+        plain = ClassifierFree(self._network, settings.guidance_scale)
+        return Flow(
+            path=self.path,
+            by_level=self._by_level,
+            reaches_source=(source, source) in trained if knows_source else source in {b for _, b in trained},
+            is_guided=settings.guidance.form != "none",
+            batch_size=settings.batch_size,
+            labels=partial(self._labels, settings),
+            condition=lambda x0, labels: make_condition(spec, x0=x0, target_label=labels, source_class=number),
+            plain=plain,
+            field=partial(self._guided, settings, plain),
+        )
+
+    def _labels(self, settings: TranslateConfig, levels: torch.Tensor) -> torch.Tensor:
+        """Soft labels (..., num_classes) of levels (...) between a translation's source and target."""
+        source, target = self.classes.index(settings.source), self.classes.index(settings.target)
+        labels = between(source, target, levels.flatten().numpy(), len(self.classes))
+        return torch.from_numpy(labels).view(*levels.shape, -1).to(self.fabric.device)
+
+    def _guided(self, settings: TranslateConfig, plain: Callable, labels: torch.Tensor) -> Callable:
+        """The velocity steered toward soft labels (R, num_classes)."""
+        guidance = settings.guidance
+        if guidance.form == "none":
+            return plain
+        sees = seen_by(guidance)
+        guides = [guide.log_probabilities for guide in self._guides.load(guidance, sees=sees)]
+        if sees == "image":
+            guides = [partial(_of_images, guide, self.codec.decode) for guide in guides]
+        how = {"form": guidance.form, "weight": guidance.weight, "start": guidance.start}
+        return ClassifierGuided(plain, guides, self.path, labels, **how)
+
+    def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
+        x0 = self.codec.encode(batch.to(self.fabric.device))
+        header = self._header(settings)
+        with self.fabric.autocast():
+            result = _method(settings).carry(
+                self._flow(settings),
+                x0,
+                noise=source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0),
+                levels=torch.tensor(header.levels[1:]),
+                meter=self._meter(settings),
+            )
+        made = self.codec.to_uint8(result.frames[1:]).cpu()
+        frames = torch.cat([batch[None].cpu(), made]).numpy()  # the source itself, also where a codec loses something
+        cost = (result.nfe,) * len(ids), (result.gradients,) * len(ids)
+        return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), *cost)
+
+
+def _method(settings: TranslateConfig) -> Transport:
+    return registry.build("transport", {**settings.of(settings.method), "name": settings.method})
+
+
+def _of_images(guide: Callable, decode: Callable, x: torch.Tensor) -> torch.Tensor:
+    """log p (B, num_classes) of the images that states x (B, C, H, W) stand for."""
+    return guide(decode(x))

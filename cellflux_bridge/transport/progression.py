@@ -1,0 +1,230 @@
+"""The progression method: a data-to-data flow conditioned on the level takes one source image to K levels.
+
+Every frame is the END of an integration of its own from the same source, so that it is a finished image and no blend.
+"""
+
+from functools import partial
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+from sklearn.isotonic import IsotonicRegression
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.config.schema import Count, Fraction
+from cellflux_bridge.transport.base import (
+    Flow,
+    LevelMeter,
+    Levels,
+    Measured,
+    Result,
+    Solver,
+    Transport,
+    carry_rows,
+    require_from_data,
+    uniform_levels,
+)
+
+# Of the coarse progression that calibrates one source: conditions, and steps to each.
+_NUM_OWN, _OWN_STEPS = 8, 2
+
+
+class Progression(Transport):
+    """All levels of all sources as one batch.
+
+    spacing: adaptive chooses levels whose frames lie equally far apart for the guides.
+    calibrate: the network's condition for a level is the level itself (none); or the condition at which, on validation
+        patches, the guides' mean probability of the target is the level (probability); or that at which this share of
+        the way in the guides' features is made (distance).
+    calibrate_each: on each source by itself, by a coarse progression of its own, instead of on validation patches.
+    noise_resampling: null starts every level from the same random noise. A number starts from the noise from which
+        the flow gives the source back (DDIM inversion; Song et al. 2021, sec. 4.3) and replaces the share
+        noise_resampling * condition of it by random noise: a quarter turn at 1, so that Gaussian noise stays as strong
+        as it was. So the frames leave their source gradually; what level 1 looks like is still the flow's own choice.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: Count = 25,
+        solver: Solver = "midpoint",
+        levels: Levels = 10,
+        spacing: Literal["uniform", "adaptive"] = "uniform",
+        calibrate: Literal["none", "probability", "distance"] = "none",
+        calibrate_each: bool = False,
+        noise_resampling: Fraction | None = None,
+    ):
+        self.steps, self.solver = steps, solver
+        self._levels, self._spacing, self._calibrate = levels, spacing, calibrate
+        self._each = calibrate != "none" and calibrate_each
+        self._asks_each, self._resampling = calibrate_each, noise_resampling
+        self.is_calibrated = calibrate != "none" or spacing == "adaptive"
+
+    def require(self, flow, *, given) -> None:
+        require_from_data("progression", flow.path)
+        if not flow.by_level:
+            raise UserError(
+                "translate.method=progression: the network knows classes only, not the levels between; train with "
+                "condition.target=level, or use method=path"
+            )
+        if self._asks_each and "calibrate_each" in given and not self._each:
+            raise UserError("translate.calibrate_each=true: set translate.calibrate=probability or distance, too")
+        if self._spacing == "adaptive" and self._each:
+            raise UserError(
+                "translate.calibrate_each=true: adaptive levels are those of validation patches; set "
+                "translate.calibrate_each=false, or spacing=uniform"
+            )
+        if self._spacing == "adaptive" and isinstance(self._levels, list):
+            raise UserError("translate.spacing=adaptive: chooses the levels itself; give their number (levels=10)")
+        if self._resampling is not None and flow.path.noise_scale(torch.tensor(flow.path.t_start)) == 0:
+            raise UserError(
+                f"translate.noise_resampling: path {type(flow.path).__name__} starts without noise, so there is none "
+                "to replace; leave it null, or train with path.name=noised_source or brownian"
+            )
+
+    def levels(self, flow, meter) -> tuple[float, ...]:
+        if self._spacing == "uniform":
+            return uniform_levels(self._levels)
+        # How far the way goes is known by condition; that of a level is the way to the condition for it.
+        measured = self._measured(flow, meter)
+        travelled = np.concatenate([[0.0], np.cumsum(measured.steps)])
+        grid = torch.linspace(0, 1, 10 * len(measured.steps) + 1)
+        way = np.interp(self._conditions(grid, flow, meter).numpy(), np.linspace(0, 1, len(travelled)), travelled)
+        chosen = equidistant_levels(grid, torch.from_numpy(np.diff(way)), self._levels)
+        levels = [round(level, 4) for level in chosen.tolist()]
+        if levels[0] == 0 or any(a >= b for a, b in pairwise(levels)):
+            raise UserError(
+                f"translate.spacing=adaptive: the guide sees no {self._levels} levels apart in what this network "
+                "makes; set fewer levels, or spacing=uniform"
+            )
+        return (0.0, *levels)
+
+    def carry(self, flow, x0, *, noise, levels, meter) -> Result:
+        inverted, forwards = self.inverted(flow, x0)
+        if self._each:
+            conditions, coarse = self._conditions_of_each(flow, x0, noise, inverted, levels, meter)
+            forwards += coarse
+        else:
+            conditions = self._conditions(levels, flow, meter)
+        found = self.run(flow, x0, noise, conditions, targets=levels, inverted=inverted, steps=self.steps)
+        return found._replace(nfe=found.nfe + forwards)
+
+    def prepare(self, flow, meter) -> None:
+        if self.is_calibrated and not self._each:
+            meter.share(partial(self._to_conditions, flow))
+
+    def _measured(self, flow: Flow, meter: LevelMeter) -> Measured:
+        return meter.measured(partial(self._to_conditions, flow))
+
+    def _to_conditions(self, flow, x0, *, noise, conditions) -> Result:
+        """Carry validation patches x0 to conditions (G,), unguided, to learn which levels these give."""
+        inverted, _ = self.inverted(flow, x0)
+        return self.run(flow, x0, noise, conditions, targets=None, inverted=inverted, steps=self.steps)
+
+    def inverted(self, flow: Flow, x0: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+        """The start states (B, C, H, W) from which the unguided flow, conditioned on the source's label, gives sources
+        x0 back, and forwards per source; only where noise is resampled."""
+        if self._resampling is None:
+            return None, 0
+        label = flow.labels(torch.zeros(())).expand(len(x0), -1)
+        interval = (1.0, flow.path.t_start)
+        how = {"steps": self.steps, "solver": self.solver}
+        states, forwards, _ = carry_rows(flow, x0, x0, label, None, interval=interval, **how)
+        return states, round(forwards / len(x0))
+
+    def run(
+        self,
+        flow: Flow,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        conditions: torch.Tensor,
+        *,
+        targets: torch.Tensor | None,
+        inverted: torch.Tensor | None,
+        steps: int,
+    ) -> Result:
+        """Carry x0 (B, C, H, W) under conditions (K,), or (K, B) where each source has its own.
+
+        A classifier steers toward the soft labels of levels `targets` (K,), or not at all. All levels of a source
+        start from the same noise, or from `inverted` states with a share of new noise.
+        """
+        levels, sources = len(conditions), len(x0)
+        random = flow.path.start(x0, noise)
+        start = random.repeat(levels, 1, 1, 1)
+        if inverted is not None:
+            turn = torch.pi / 2 * (self._resampling * conditions).to(x0).view(levels, -1, 1, 1, 1)
+            start = (x0 + torch.cos(turn) * (inverted - x0) + torch.sin(turn) * (random - x0)).flatten(0, 1)
+        labels = flow.labels(conditions)
+        each = labels if labels.ndim == 3 else labels[:, None].expand(-1, sources, -1)
+        frames, forwards, gradients = carry_rows(
+            flow,
+            start,
+            x0.repeat(levels, 1, 1, 1),
+            each.flatten(0, 1),
+            None if targets is None else flow.labels(targets).repeat_interleave(sources, 0),
+            interval=(flow.path.t_start, 1.0),
+            steps=steps,
+            solver=self.solver,
+        )
+        frames = torch.cat([x0[None], frames.view(levels, *x0.shape)])
+        return Result(frames, round(forwards / sources), round(gradients / sources))
+
+    def _conditions(self, levels: torch.Tensor, flow: Flow, meter: LevelMeter) -> torch.Tensor:
+        """The conditions (K,) in [0, 1] that reach levels (K,), as measured on validation patches."""
+        if self._calibrate == "none":
+            return levels
+        measured = self._measured(flow, meter)
+        reached = torch.tensor(measured.probability)
+        if self._calibrate == "distance":
+            reached = _share(torch.tensor(measured.distance))
+        return condition_for(levels, torch.linspace(0, 1, len(reached)), reached)
+
+    def _conditions_of_each(self, flow, x0, noise, inverted, levels, meter) -> tuple[torch.Tensor, int]:
+        """The conditions (K, B) that reach levels (K,) of each source, by what guides see in a coarse, unguided
+        progression of it; and the forwards that it took."""
+        grid = torch.linspace(0, 1, _NUM_OWN)
+        coarse = self.run(flow, x0, noise, grid[1:], targets=None, inverted=inverted, steps=_OWN_STEPS)
+        probability, features = meter.see(coarse.frames)
+        reached = torch.from_numpy(probability)
+        if self._calibrate == "distance":
+            reached = _share(torch.from_numpy(np.linalg.norm(features - features[0], axis=2)))
+        each = [condition_for(levels, grid, of) for of in reached.unbind(1)]
+        return torch.stack(each, dim=1), coarse.nfe
+
+
+def _share(distance: torch.Tensor) -> torch.Tensor:
+    return distance / distance[-1].clamp_min(1e-12)
+
+
+def condition_for(levels: torch.Tensor, grid: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
+    """Conditions c(s) (K,) for levels s (K,), such that s is reached.
+
+    `reached` (G,) is the level (a guide's mean probability, say) that images have under the conditions `grid` (G,),
+    which rise from 0 to 1; it is made monotone by isotonic regression and inverted. Conditions 0 and 1 give level 0
+    and level 1 by definition, however unsure a guide is of them, so that no two levels have the same condition.
+    """
+    rising = torch.from_numpy(IsotonicRegression().fit_transform(grid.double().numpy(), reached.double().numpy()))
+    rising = rising.clamp(0, 1)
+    rising[0], rising[-1] = 0, 1
+    rising = rising + 1e-6 * torch.linspace(0, 1, len(grid), dtype=torch.float64)  # flat stretches keep an inverse
+    found = _interpolated(levels.double(), rising, grid, smallest=0)
+    return torch.where(levels == 1, torch.ones_like(found), found).float()
+
+
+def equidistant_levels(grid: torch.Tensor, distances: torch.Tensor, num: int) -> torch.Tensor:
+    """`num` levels, the last one 1, between which a distance is equal; `distances` (G,) is how far level grid[i + 1]
+    lies from grid[i] (G + 1,), which rises from 0 to 1."""
+    travelled = torch.cat([torch.zeros(1), distances.cumsum(0)]).double()
+    goals = travelled[-1] * torch.arange(1, num + 1, dtype=torch.float64) / num
+    levels = _interpolated(goals, travelled, grid, smallest=1e-12).float()
+    levels[-1] = 1
+    return levels
+
+
+def _interpolated(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor, *, smallest: float) -> torch.Tensor:
+    """The piecewise linear function through (xs, ys) at x, where xs rises, in float64; no step of xs counts as less
+    than `smallest`."""
+    at = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
+    share = (x - xs[at - 1]) / (xs[at] - xs[at - 1]).clamp_min(smallest)
+    return torch.lerp(ys.double()[at - 1], ys.double()[at], share.clamp(0, 1))
