@@ -35,7 +35,7 @@ class FlowBatch(NamedTuple):
 class FlowTask:
     """Regression of v(t, x_t, cond) on u_t (conditional flow matching).
 
-    `levels` (N, num_classes) are the patches' soft labels where the condition is a level (see `training.levels`), by
+    `levels` (N, num_classes) are the patches' soft labels where the condition is a level (see `flow.levels`), by
     default their classes.
     """
 
