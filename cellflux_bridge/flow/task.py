@@ -131,7 +131,7 @@ class FlowTask:
             solver="euler",
         )
         states = torch.cat([result.frames.cpu(), chosen.x1[None]]).transpose(0, 1)
-        table = self.codec.to_uint8(states).numpy().transpose(0, 1, 3, 4, 2)
+        table = images.to_rgb(self.codec.to_uint8(states).numpy().transpose(0, 1, 3, 4, 2))
         return images.sheet(table, scale=max(1, 96 // table.shape[2]))
 
 
