@@ -76,17 +76,24 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(demanding, tmp_path):
-    whole = train(demanding, tmp_path / "whole", "train.steps=9")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, make_patches, write_config) -> Path:
+    """A run of nine updates that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_patches(folder / "patches")
+    train(write_config(folder, **DEMANDING), folder / "run", "train.steps=9")
+    return folder / "run"
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(demanding, tmp_path, whole):
     train(demanding, tmp_path / "parts", "train.steps=4")
     resumed = train(demanding, tmp_path / "parts", "train.steps=9")
-    assert_same_checkpoint(resumed, whole)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same_checkpoint(resumed, checkpoint.latest(whole))
+    assert losses(tmp_path / "parts") == losses(whole)
     assert [path.name for path in resumed.parent.iterdir()] == ["step-00000009"]
 
 
-def test_a_crash_between_checkpoints_goes_on_from_the_last_one(demanding, tmp_path, monkeypatch):
-    whole = train(demanding, tmp_path / "whole", "train.steps=9")
+def test_a_crash_between_checkpoints_goes_on_from_the_last_one(demanding, tmp_path, monkeypatch, whole):
     batch = FlowTask.batch
 
     def crashing(self, index, *, rank):
@@ -100,12 +107,11 @@ def test_a_crash_between_checkpoints_goes_on_from_the_last_one(demanding, tmp_pa
     monkeypatch.undo()
     assert checkpoint.latest(tmp_path / "parts").name == "step-00000004"
     assert max(losses(tmp_path / "parts")) == 7
-    assert_same_checkpoint(train(demanding, tmp_path / "parts", "train.steps=9"), whole)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same_checkpoint(train(demanding, tmp_path / "parts", "train.steps=9"), checkpoint.latest(whole))
+    assert losses(tmp_path / "parts") == losses(whole)
 
 
-def test_a_kill_in_the_middle_of_writing_leaves_a_resumable_run(demanding, tmp_path):
-    whole = train(demanding, tmp_path / "whole", "train.steps=7")
+def test_a_kill_in_the_middle_of_writing_leaves_a_resumable_run(demanding, tmp_path, whole):
     run = tmp_path / "parts"
     newest = train(demanding, run, "train.steps=4")
     # What a kill can leave: a half-written checkpoint, an older one half removed, a log line cut short.
@@ -116,9 +122,9 @@ def test_a_kill_in_the_middle_of_writing_leaves_a_resumable_run(demanding, tmp_p
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
     assert checkpoint.latest(run) == newest
-    assert_same_checkpoint(train(demanding, run, "train.steps=7"), whole)
-    assert losses(run) == losses(tmp_path / "whole")
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
+    assert_same_checkpoint(train(demanding, run, "train.steps=9"), checkpoint.latest(whole))
+    assert losses(run) == losses(whole)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000009"]
 
 
 def test_a_stop_between_cross_fitting_and_the_flow_changes_nothing(patch_folder, tmp_path, write_config, monkeypatch):
@@ -323,15 +329,15 @@ def test_small_rates_are_logged_and_images_are_counted_since_the_last_line(confi
 
     class SlowToValidate(Line):
         def validate(self, model, device):
-            time.sleep(0.5)
+            time.sleep(1.0)
             return super().validate(model, device)
 
     settings = {"steps": 6, "log_every": 3, "lr": 1.23456789e-7, "batch_size": 8, "validate_every": 3}
     fit_line(SlowToValidate(slow_once), config, tmp_path / "run", **settings)
     rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
     assert [row["lr"] for row in rows] == [1.23457e-7] * 2
-    assert 8 * 3 / 0.8 < rows[0]["images_per_second"] < 8 * 3 / 0.4
-    assert rows[1]["images_per_second"] > 8 * 3 / 0.4  # without the time of the validation
+    assert rows[0]["images_per_second"] < 8 * 3 / 0.4
+    assert rows[1]["images_per_second"] > 8 * 3 / 0.9  # without the time of the validation
 
 
 @pytest.mark.parametrize("limit", ["max_minutes", "max_cpu_minutes"])
@@ -629,6 +635,17 @@ def test_levels_of_three_classes_are_soft_labels(tmp_path, make_patches, write_c
     given = FlowTask(config, patches, levels=mixed).batch(0, rank=0).cond
     torch.testing.assert_close(given.level, torch.full((8, 3), 1 / 3))
     assert given.target_class is None
+
+
+def test_a_part_of_the_users_own_is_one_class_and_one_line_of_the_configuration(patch_folder, tmp_path, write_config):
+    file = write_config(tmp_path, condition={"parts": [{"name": "test_velocity:Darkness"}], "dropout": 0.5})
+    task = FlowTask(*resolved(file))
+    batch = task.batch(0, rank=0)
+    assert batch.cond.darkness.shape == (8, 1)
+    assert torch.equal(batch.cond.present["darkness"], batch.cond.darkness[:, 0] < 0)
+    task.loss(task.model, batch).backward()
+    assert task.model.condition.darkness.weight.grad is not None
+    assert train(file, tmp_path / "run", "train.steps=1").name == "step-00000001"
 
 
 # Devices and precision

@@ -1,4 +1,4 @@
-"""Whether a classifier's probabilities mean what they say: temperature scaling and its measures.
+"""Calibration of classifiers: temperature scaling, and measures of it.
 
 Targets are soft labels (N, num_classes), one-hot where the truth is a class; weights (N,) say how much each row counts.
 """
@@ -13,7 +13,7 @@ _BINS = 15
 
 
 def balanced_weights(labels: np.ndarray) -> np.ndarray:
-    """Weights (N,) of mean 1 under which every class that is there counts alike, as it does in training batches."""
+    """Weights (N,) of mean 1 that give every present class the same sum, as in training batches."""
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     return len(labels) / (len(counts) * counts[inverse])
 
@@ -29,9 +29,9 @@ def negative_log_likelihood(
 def fit_temperature(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, prior: float = 1.0) -> float:
     """The temperature that minimises the negative log-likelihood (Guo et al. 2017, section 4.2), in [0.05, 20].
 
-    Logits that tell the classes apart without a fault would ask for temperature 0, that is, for certainty about every
-    image to come. So each class is credited with `prior` patches of every class on top of its own, as Platt (1999,
-    section 2.2) does: of n patches a class, certainty stops at (n + 1) / (n + num_classes).
+    Logits without a single error would lead to temperature 0, that is, to certainty about every future image. So each
+    class gets `prior` extra patches of every class, as in Platt (1999, section 2.2): with n patches a class, the
+    probability ends at (n + 1) / (n + num_classes).
     """
     num_classes = targets.shape[1]
     of_a_class = len(targets) / num_classes
@@ -46,8 +46,8 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray
 def expected_calibration_error(probabilities: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
     """Expected calibration error of the most probable class, over 15 bins of equal width (Guo et al. 2017, eq. 3).
 
-    The mean, over rows, of the distance in the row's bin between the mean confidence and the mean share that the
-    target gives to the predicted class (its accuracy, where targets are classes).
+    In each bin the mean confidence is compared with the mean share of the predicted class in the targets (with the
+    accuracy, where targets are classes); the distances are averaged over rows.
     """
     predicted = probabilities.argmax(1)
     rows = np.arange(len(predicted))

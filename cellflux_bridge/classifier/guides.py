@@ -63,7 +63,7 @@ class Guides:
                 raise UserError(f"{run}: is a judge; a guide must be another network (classifier.role=guide)")
             compared = ["data.classes", "data.image_size", "data.crop", "data.stain", "classifier.sees"]
             if sees == "state":
-                compared += ["path", "condition.source_image"]
+                compared += ["path", "codec", "condition.source_image"]
             fitting = self._config.classifier.model_copy(update={"sees": sees})
             ours = self._config.model_copy(update={"classifier": fitting})
             problems = [

@@ -1,4 +1,4 @@
-"""What a trained classifier says of patches and of states."""
+"""Predictions of trained classifiers for patches and for states."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def predict(model: PatchClassifier, batch: torch.Tensor, *, device: torch.device
 
 
 def features(model: PatchClassifier, batch: torch.Tensor, *, device: torch.device, chunk: int = _CHUNK) -> np.ndarray:
-    """What the last layer sees, (N, D) float32, of uint8 patches (N, 3, H, W)."""
+    """Inputs of the last layer, (N, D) float32, for uint8 patches (N, 3, H, W)."""
     return _in_chunks(model.eval().features, batch, device, chunk)
 
 
@@ -80,7 +80,7 @@ def patch_logits(
 def state_logits(
     model: PatchClassifier, batches: Sequence[LabelledBatch], *, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits and soft labels (N, num_classes) of batches of states, and the number (N,) of each state's time bin."""
+    """Logits and soft labels (N, num_classes) of batches of states, and the time bin (N,) of each state."""
     model.eval()
     logits, targets, bins = [], [], []
     for x, y, t, x0 in batches:

@@ -76,8 +76,8 @@ class _Residual(nn.Module):
 def grey_view(x: torch.Tensor) -> torch.Tensor:
     """Luminance (B, 1, H, W) with each image's own mean and contrast taken out.
 
-    This is the lightness of a Reinhard-normalised patch up to constants: a change of brightness or contrast cannot be
-    seen in it, nor a tint that moves luminance alike everywhere.
+    Up to constants this is the lightness of a Reinhard-normalised patch: it hides changes of brightness and contrast,
+    and a tint that changes luminance equally everywhere.
     """
     grey = (x * torch.tensor(_GREY, device=x.device, dtype=x.dtype)[:, None, None]).sum(1, keepdim=True)
     mean, std = grey.mean((2, 3), keepdim=True), grey.std((2, 3), keepdim=True)
@@ -97,19 +97,19 @@ def time_bin(t: torch.Tensor) -> torch.Tensor:
 
 
 class PatchClassifier(nn.Module):
-    """Class logits (B, num_classes) of RGB patches (B, 3, H, W) in [-1, 1].
+    """Class logits (B, num_classes) of patches (B, channels, H, W) in [-1, 1].
 
-    What it sees is an "image", called as `model(x)`, or a "state" x_t of a path at times t (B,) in [0, 1], called as
-    `model(x_t, t)`, or `model(x_t, t, x0)` where `source_image` says that the clean source is given, too. Time enters
-    as constant channels, so that any backbone can be told it.
+    It sees an "image", `model(x)`, or a "state" x_t of a path at times t (B,) in [0, 1], `model(x_t, t)`, or with the
+    clean source, `model(x_t, t, x0)`, where `source_image` is set. Time enters as constant channels, which any backbone
+    can read. `channels` are those of an image or a state.
 
-    Of images, `view` is "rgb" or "grey" (see `grey_view`); in training mode contrast and brightness are jittered by up
-    to `jitter` (relative), and images are blurred by a Gaussian of up to `blur` pixels. States are seen in RGB and as
-    they are. A timm model whose weights were `pretrained` gets colours with the mean and standard deviation that it
-    knows; `download` says whether these weights are fetched, which a checkpoint makes needless.
+    `view` of images is "rgb" (all channels) or "grey" (see `grey_view`). In training mode contrast and brightness are
+    jittered by up to `jitter` (relative), and images are blurred by a Gaussian of up to `blur` pixels. States are seen
+    as they are. A `pretrained` timm model gets colours with the mean and standard deviation of its own training;
+    `download` fetches its weights, which a checkpoint does not need.
 
-    Logits are for the loss; `log_probabilities` are calibrated: logits are divided by `temperature` first (Guo et al.
-    2017, temperature scaling), which is one number, or for states one an interval of time.
+    Logits are for the loss. `log_probabilities` are calibrated: logits are divided by `temperature` (temperature
+    scaling, Guo et al. 2017), one number, or for states one for each interval of time.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class PatchClassifier(nn.Module):
         return self.net(self._input(x, t, x0))
 
     def features(self, x: torch.Tensor, t: torch.Tensor | None = None, x0: torch.Tensor | None = None) -> torch.Tensor:
-        """What the last layer sees, pooled over space: (B, D)."""
+        """Inputs of the last layer, pooled over space: (B, D)."""
         return self.net.forward_head(self.net.forward_features(self._input(x, t, x0)), pre_logits=True)
 
     def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:

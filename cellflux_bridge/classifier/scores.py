@@ -1,4 +1,4 @@
-"""How well a trained classifier does on held-out patches, beside what colour alone would do."""
+"""Scores of a trained classifier on held-out patches, beside those of colour alone."""
 
 import numpy as np
 import torch
@@ -50,9 +50,9 @@ def image_scores(
 def state_scores(
     model: PatchClassifier, config: Config, patches: Patches, *, device: torch.device, levels: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Figures of a classifier of states on pairs of the test split: at a few times, the fraction of states whose most
-    probable class is the target's, and calibration errors over all of them (as `image_scores` has them). `levels` as
-    `States` has them; none but "test/n" = 0 where a test patch lacks its level, by which the flow would draw pairs."""
+    """Figures of a classifier of states on pairs of the test split: the accuracy at a few times, and calibration errors
+    over all of them. `levels` are those of `States`; where a test patch lacks its level, no pairs can be drawn and the
+    only figure is "test/n" = 0."""
     test = patches.indices("test")
     if levels is not None and np.isnan(levels[test]).any():
         return {"test/n": 0}

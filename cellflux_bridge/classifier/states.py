@@ -1,4 +1,4 @@
-"""States of the flow's path with the soft label of where they go: what a time-aware guide is trained on."""
+"""States of the flow's path with the soft labels of their targets: the training data of a time-aware guide."""
 
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ from cellflux_bridge.path.base import Path
 
 
 class LabelledBatch(NamedTuple):
-    """Images, or states, x (B, 3, S, S) in [-1, 1] and soft labels y (B, num_classes); of states also the times t (B,)
-    and, where the flow's network is given them, the clean sources x0 (B, 3, S, S)."""
+    """Images in [-1, 1] or states x (B, C, H, W) and soft labels y (B, num_classes). States also have times t (B,) and,
+    where the flow's network sees them, the clean sources x0 (B, C, H, W)."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -25,10 +25,10 @@ class LabelledBatch(NamedTuple):
 
 
 class States:
-    """Draws pairs, times and states as the flow of the same configuration does, in a random stream of its own; the
-    label of a state is that of its target. `levels` (N, num_classes) are those by which the flow draws its pairs.
+    """Draws pairs, times and states as the flow of the same configuration does, in its own random stream. A state has
+    the label of its target. `levels` (N, num_classes) are the flow's own, where it draws pairs by level.
 
-    Raises UserError where the pairs leave nothing to tell: of every source class all targets are of one class.
+    Raises UserError where the source class determines the target class, so that there is nothing to learn.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class States:
 
 
 def _require_choice(transitions: list[tuple[int, int]], classes: tuple[str, ...], *, from_data: bool) -> None:
-    """From data the source is seen in the state (and beside it), so that with one target a source it tells the answer
-    and a guide learns nothing of what targets look like."""
+    """A state on a path from data shows its source. If each source class has only one target class, the source tells
+    the label and a guide learns nothing about targets."""
     targets_of = {a: {d for c, d in transitions if c == a} for a, _ in transitions} if from_data else {}
     alone = all(len(targets) == 1 for targets in targets_of.values())
     if len({d for _, d in transitions}) == 1 or (from_data and alone):
         named = ", ".join(f"{classes[a]} -> {classes[b]}" for a, b in transitions)
         raise UserError(
             f"classifier.sees=state: with pairs.transitions {named} the source alone tells the target's class, so a "
-            "guide would learn nothing of the target; set pairs.identity=true or add transitions"
+            "guide would learn nothing about targets; set pairs.identity=true or add transitions"
         )

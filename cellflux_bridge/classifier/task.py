@@ -1,4 +1,4 @@
-"""Classification of patches, or of a flow's states, as a training task; and what a trained classifier says."""
+"""Classification of patches, or of a flow's states, as a training task."""
 
 import numpy as np
 import torch
@@ -19,19 +19,19 @@ from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.soft_labels import soft_labels
 
 _CHUNK = 256
-# Validation patches that tell a temperature to within some 3 % (standard error): of more, so many are looked at.
+# So many validation patches give a temperature to within some 3 % (standard error); no more are used.
 _ENOUGH_TO_VALIDATE = 4096
 
 
 class ClassifierTask:
     """Cross-entropy on class-balanced batches of random crops, or on the states that the flow's sampler visits.
 
-    Judges and guides draw their initial weights and batches from different random streams, so that they are separate
-    trainings. `train` are numbers of patches that replace the training split (cross-fitting; images only), `stream`
-    tells such trainings apart; `levels` are the flow's own where its states are seen and its condition is a level.
-    Labels are classes or, with classifier.labels=score, soft. Images may be mixed (mixup, Zhang et al. 2018): a
-    classifier that has only seen two classes is steep between them, and mixup makes it nearly linear there
-    (Thulasidasan et al. 2019 find it better calibrated), which is what a guide of the levels between needs.
+    Judges and guides draw their initial weights and batches from different random streams, so that they are
+    independent. In cross-fitting `train` are the numbers of the training patches and `stream` names the fold. `levels`
+    are the flow's own, where states are seen and its condition is a level. Labels are classes or, with
+    classifier.labels=score, soft. Images may be mixed (mixup, Zhang et al. 2018): a classifier trained on two classes
+    is steep between them; mixup makes it nearly linear there, as a guide of intermediate levels should be
+    (Thulasidasan et al. 2019 find it better calibrated).
 
     Raises UserError for a class without training patches, an empty split, a missing score and an unfit backbone.
     """
@@ -57,7 +57,7 @@ class ClassifierTask:
         self._labels = soft_labels(patches, c.labels, needed=needed, key="classifier.labels")
         self._val = _validation_patches(patches, most=max(c.train.validate_pairs, _ENOUGH_TO_VALIDATE), seed=self._seed)
         self._train = BalancedPatches(patches, train, data=config.data)
-        # Hard labels of images are smoothed, lest certainty take the gradient away; the temperature undoes the bias.
+        # Hard labels are smoothed, because certainty has no gradient; the temperature removes the bias.
         self._smoothing = 0.05 if c.labels == "class" and c.sees == "image" else 0.0
         self._states, self._val_states = None, None
         if c.sees == "state":
@@ -89,11 +89,11 @@ class ClassifierTask:
         return F.cross_entropy(model(batch.x, batch.t, batch.x0), batch.y, label_smoothing=self._smoothing)
 
     def validate(self, model: PatchClassifier, device: torch.device) -> dict[str, float]:
-        """Accuracy on the validation split and the temperature fitted there, which `model` has from now on: training
-        validates before it saves, so that the last checkpoint is calibrated. Of a split of more patches than 4,096 (or
-        `validate_pairs`, where that is more) so many are looked at, the same each time, of every class alike. Of
-        states, `validate_pairs` stand behind each of the temperatures. With mixup both are of mixtures of two patches,
-        as training is: a temperature of the unmixed would sharpen what mixup has made linear."""
+        """Accuracy on the validation split, and the temperature fitted there, which is written into `model`. Training
+        validates before it saves, so the last checkpoint is calibrated. At most 4,096 patches (or `validate_pairs`, if
+        larger) are used, the same each time, equally many of every class. For states each temperature is fitted on
+        `validate_pairs`. With mixup both figures are of mixtures, as in training: a temperature of unmixed patches
+        would sharpen what mixup made linear."""
         if self._config.mixup:
             logits, targets = self._mixed_val_logits(model, device)
             bins, weights = np.zeros(len(logits), int), np.ones(len(logits))
@@ -108,7 +108,7 @@ class ClassifierTask:
         for number in np.unique(bins):
             rows = bins == number
             model.temperature[number] = fit_temperature(logits[rows], targets[rows], weights[rows])
-        # The weights in training know it, too, so that averaging between two validations does not move it.
+        # The weights in training get it too, so that averaging does not move it until the next validation.
         self.model.temperature.copy_(model.temperature)
         return {
             "val/accuracy": float((logits.argmax(1) == targets.argmax(1)).mean()),

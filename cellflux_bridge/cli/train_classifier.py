@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     of_states = config.classifier.sees == "state"
     folder = config.output / f"{config.classifier.role}_{config.classifier.view}{'_state' if of_states else ''}"
     fabric, config, patches = start(config, train, section="classifier.train")
-    unused = ("train", "velocity", "ddim") + (() if of_states else ("coupling", "path", "condition", "pairs"))
+    unused = ("train", "velocity", "ddim") + (() if of_states else ("coupling", "path", "codec", "condition", "pairs"))
 
     def prepare() -> None:
         require_free(folder, config, ignore=unused, resume=train.resume)

@@ -189,7 +189,7 @@ class Stage(NamedTuple):
     unused: tuple[str, ...]
 
 
-_NO_PART_IN_TRAINING = ("train", "coupling", "path", "velocity", "condition", "pairs", "classifier")
+_NO_PART_IN_TRAINING = ("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "classifier")
 _OF_TRANSLATION = tuple(f"ddim.{key}" for key in ("timesteps", "depths", "scale", "weight", "source_denoiser"))
 # The folder of a run that a training writes to -> the training, in their order.
 STAGES = {

@@ -1,11 +1,11 @@
-"""The levels of training images: which soft label each one stands for where a flow's condition is a level.
+"""The levels of training images: the soft label of each image, where a flow's condition is a level.
 
-`condition.level` says where they come from: the patch's class, its score in the data, or cross-fitting: classifiers
-that were not trained on the patch's group (patient, slide, tile) say how probable each class is. The last writes
+`condition.level` says where they come from: the patch's class, its score in the data, or cross-fitting, that is, the
+probabilities of classifiers that were not trained on the patch's group (patient, slide, tile). Cross-fitting writes
 
 <run>/crossfit/fold-<k>/      each a classifier's run, resumed like any other
 <run>/levels.csv              path, label, fold (empty for patches that none trains on), p_<class> of every class
-<run>/levels.json             how the out-of-fold probabilities do, their histograms, and what they cost
+<run>/levels.json             figures and histograms of the out-of-fold probabilities, and their cost
 """
 
 import json
@@ -35,16 +35,15 @@ from cellflux_bridge.training.run import claim, record_splits, require_free
 _HISTOGRAM_BINS = 10
 _CHUNK = 128
 # What a classifier of clean images does not depend on.
-_UNUSED = ("train", "coupling", "path", "velocity", "condition", "pairs", "ddim")
+_UNUSED = ("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "ddim")
 
 
 def target_levels(config: Config, patches: Patches, *, folder: Path, fabric: Fabric) -> np.ndarray:
-    """The soft label (N, num_classes) float32 of every training and validation patch; test patches may have NaN (no
-    score, or a `levels.csv` of before they had levels).
+    """The soft label (N, num_classes) float32 of every training and validation patch; test patches without one are NaN.
 
-    Levels from cross-fitting are those of `<folder>/levels.csv` where it is there, so that a resumed run has the levels
-    that it began with. Raises UserError for a missing score, for too few groups, for a folder that holds the levels of
-    another configuration or other patches, and Stopped after Ctrl-C; folds that are finished are kept.
+    Cross-fitted levels are read from `<folder>/levels.csv` if it exists, so that a resumed run keeps its levels. Raises
+    UserError for a missing score, for too few groups, for a folder that holds the levels of another configuration or of
+    other patches, and Stopped after Ctrl-C; finished folds are kept.
     """
     if config.condition.level != "crossfit":
         needed = np.concatenate([patches.indices("train"), patches.indices("val")])

@@ -36,7 +36,7 @@ class FlowBatch(NamedTuple):
 class FlowTask:
     """Regression of v(t, x_t, cond) on u_t (conditional flow matching).
 
-    `levels` (N, num_classes) are the patches' soft labels where the condition is a level (see `training.levels`), by
+    `levels` (N, num_classes) are the patches' soft labels where the condition is a level (see `flow.levels`), by
     default their classes.
     """
 
@@ -130,7 +130,7 @@ class FlowTask:
             noise=source_noise(chosen.x0.shape[1:], names, seed=self._config.seed).to(device),
         )
         states = torch.cat([result.frames.cpu(), chosen.x1[None]]).transpose(0, 1)
-        table = self.codec.to_uint8(states).numpy().transpose(0, 1, 3, 4, 2)
+        table = images.to_rgb(self.codec.to_uint8(states).numpy().transpose(0, 1, 3, 4, 2))
         return images.sheet(table, scale=max(1, 96 // table.shape[2]))
 
 

@@ -34,7 +34,8 @@ _HEEDED = ("source", "target", "split", "num", "levels", "batch_size")
 _NETWORKS = ("denoiser", "source_denoiser", "classifier")
 # What sequences do not depend on. Weights count by their digest, not by their place.
 _NO_PART_IN_SEQUENCES = (
-    *("video", "classifier", "translate", "train", "coupling", "path", "velocity", "condition", "pairs"),
+    *("video", "classifier", "translate", "train"),
+    *("coupling", "path", "codec", "velocity", "condition", "pairs"),
     *(f"ddim.{name}.weights" for name in _NETWORKS),
 )
 
