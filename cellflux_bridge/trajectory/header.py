@@ -141,11 +141,12 @@ def read_limited(path: Path, *, most: int) -> bytes:
 def read_header(folder: Path) -> TrajectoryHeader:
     """What `trajectory.json` of a folder says; UserError names the file and what is wrong with it."""
     path = inside(folder, HEADER)
+    text = read_limited(path, most=_MAX_BYTES)
     try:
-        data = json.loads(read_limited(path, most=_MAX_BYTES))
+        data = json.loads(text)
         found = data.pop("format", None) if isinstance(data, dict) else None
         if found != FORMAT:
-            raise UserError(f"{path}: expected a mapping of format {FORMAT}, found {found!r:.80}")
+            raise ValueError(f"expected a mapping of format {FORMAT}, found {found!r:.80}")
         header = TypeAdapter(TrajectoryHeader).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]

@@ -57,24 +57,22 @@ def read_manifest(path: Path, header: TrajectoryHeader) -> dict[str, list[Frame]
     """
     # Without its line's end a row may have lost digits of its last number, too.
     data = read_limited(path, most=_MAX_BYTES).rpartition(b"\n")[0]
-    grouped: dict[str, list[Frame]] = {}
     try:
-        rows = csv.reader(io.StringIO(data.decode(), newline=""))
-        columns = next(rows, None)
-        if columns is None:
-            return {}
-        plain, with_depth = (_columns(header, has_depth=has_depth) for has_depth in (False, True))
-        if columns not in (plain, with_depth):
-            raise UserError(f"{path}: expected the columns {', '.join(plain)}, and perhaps depth")
-        for cells in rows:
-            line = rows.line_num
-            if len(cells) == len(columns):
-                frame = _frame(cells, has_depth=columns == with_depth, line=line)
-                grouped.setdefault(frame.source_id, []).append(frame)
-            elif cells and next(rows, None) is not None:  # else it is blank, or cut within an id of several lines
-                raise UserError(f"{path}, line {line}: {len(cells)} cells, expected {len(columns)}")
+        lines = io.StringIO(data.decode(), newline="").readlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    rows = csv.reader(lines)
+    grouped: dict[str, list[Frame]] = {}
+    try:
+        columns = next(rows, plain := _columns(header, has_depth=False))
+        if columns not in (plain, _columns(header, has_depth=True)):
+            raise ValueError(f"expected the columns {', '.join(plain)}, and perhaps depth")
+        for cells in rows:
+            if len(cells) == len(columns):
+                frame = _frame(cells, has_depth=columns != plain, line=rows.line_num)
+                grouped.setdefault(frame.source_id, []).append(frame)
+            elif cells and rows.line_num < len(lines):  # else it is blank, or cut within an id of several lines
+                raise ValueError(f"{len(cells)} cells, expected {len(columns)}")
     except (csv.Error, ValueError) as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}") from error
     for source_id, frames in grouped.items():
