@@ -471,7 +471,7 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
         ({"levels": [0, 10**400]}, ""),
         ({"levels": 3}, "levels: "),
         ({"classes": ["A", "C", "A"]}, "classes: .*different labels"),
-        ({"classes": ["A", "B"]}, "'C' is none of its classes"),
+        ({"classes": ["A", "B"]}, "source and target: expected labels of its classes"),
         ({"classes": ["A", 3, "C"]}, r"classes\.1: .*string"),
         ({"source": None}, "source: .*string"),
         ({"mpp": float("inf")}, "mpp: "),

@@ -3,20 +3,17 @@
 import csv
 import io
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import csv_text
+from cellflux_bridge.base.files import csv_text, unguarded
 from cellflux_bridge.trajectory.header import TrajectoryHeader, read_limited
 
 MANIFEST = "manifest.csv"
 # A folder may come from somebody else: a larger manifest is refused before it is read.
 _MAX_BYTES = 2**28
-# A spreadsheet takes a cell for a formula that begins so; such an id has one more ' before it in the file.
-_FORMULA, _GUARDED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"'+[=+\-@\t\r]")
 
 
 class Frame(NamedTuple):
@@ -38,10 +35,9 @@ def manifest_text(
     """Rows as CSV text, with a column of depths if `has_depth`, below the names of the columns if `has_heading`."""
     rows: list[list] = [_columns(header, has_depth=has_depth)] if has_heading else []
     for frame in frames:
-        source_id = f"'{frame.source_id}" if _FORMULA.match(frame.source_id) else frame.source_id
         depth = [None if frame.depth is None else f"{frame.depth:g}"] * has_depth
         labels = [f"{p:.6g}" for p in frame.soft_label]
-        rows.append([frame.file, source_id, repr(frame.level), frame.nfe, frame.gradients, *depth, *labels])
+        rows.append([frame.file, frame.source_id, repr(frame.level), frame.nfe, frame.gradients, *depth, *labels])
     return csv_text(rows)
 
 
@@ -96,6 +92,5 @@ def _frame(cells: list[str], *, has_depth: bool, line: int) -> Frame:
         raise ValueError("a number that is not finite")
     if min(labels) < 0 or abs(sum(labels) - 1) > 1e-3:
         raise ValueError(f"probabilities {', '.join(rest)}: expected numbers from 0 to 1 that sum to 1")
-    source_id = source_id[1:] if _GUARDED.match(source_id) else source_id
     counts = int(nfe), int(gradients)
-    return Frame(file, source_id, numbers[0], *counts, numbers[1] if depth else None, labels, line)
+    return Frame(file, unguarded(source_id), numbers[0], *counts, numbers[1] if depth else None, labels, line)
