@@ -13,7 +13,7 @@ from cellflux_bridge.ddim.depths import fourier_depths, low_frequency_magnitudes
 from cellflux_bridge.ddim.networks import Denoiser, NoisyClassifier
 from cellflux_bridge.ddim.schedule import add_noise, alphas_bar, respaced
 from cellflux_bridge.ddim.stairs import ddim_stairs, fourier_rule
-from cellflux_bridge.ddim.steps import ClassifierFree, Conditional, classifier_gradient
+from cellflux_bridge.ddim.steps import NoisePredictor, classifier_gradient
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
@@ -86,8 +86,8 @@ def test_stairs_of_adm_networks_are_the_equations_written_out():
         torch.zeros(2, dtype=torch.long),
         torch.ones(2, dtype=torch.long),
         schedule=respaced(10),
-        encoder=Conditional(denoiser.eps),
-        decoder=Conditional(denoiser.eps),
+        encoder=NoisePredictor(denoiser.eps),
+        decoder=NoisePredictor(denoiser.eps),
         depths=torch.tensor([3, 9]),
         classifier=classifier,
         scale=2.0,
@@ -132,7 +132,7 @@ def gaussian_eps(means, spreads):
         mean, variance = means[y][:, None, None, None], spreads[y][:, None, None, None] ** 2
         return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * variance + 1 - abar)
 
-    return Conditional(eps)
+    return NoisePredictor(eps)
 
 
 def test_normal_classes_are_carried_onto_each_other():
@@ -212,10 +212,10 @@ def test_scale_0_is_no_guidance_and_asks_no_classifier():
 
 def test_classifier_free_guidance_is_ho_and_salimans():
     x, tau, y = random(2, 3, SIDE, SIDE), torch.tensor([30, 400]), torch.tensor([0, 1])
-    guided = ClassifierFree(toy_eps, null_class=2, weight=1.8)
+    guided = NoisePredictor(toy_eps, null_class=2, weight=1.8)
     null = toy_eps(x, tau, torch.tensor([2, 2]))
     torch.testing.assert_close(guided(x, tau, y), 2.8 * toy_eps(x, tau, y) - 1.8 * null)
-    torch.testing.assert_close(ClassifierFree(toy_eps, null_class=2, weight=0.0)(x, tau, y), toy_eps(x, tau, y))
+    torch.testing.assert_close(NoisePredictor(toy_eps, null_class=2, weight=0.0)(x, tau, y), toy_eps(x, tau, y))
     assert guided.forwards == 2
 
 
@@ -247,7 +247,7 @@ def counting():
 )
 def test_costs_are_counted(kind, depths, forwards, gradients):
     rows, eps, classifier = counting()
-    network = Conditional(eps) if kind == "conditional" else ClassifierFree(eps, null_class=2, weight=1.0)
+    network = NoisePredictor(eps) if kind == "conditional" else NoisePredictor(eps, null_class=2, weight=1.0)
     side = 20 if callable(depths) else 2
     seen = []
     result = ddim_stairs(
@@ -368,7 +368,7 @@ def test_every_image_has_its_own_fourier_depths():
         return random(*x.shape[1:], seed=8).expand(len(x), -1, -1, -1) * (0.5 + y[:, None, None, None])
 
     def run(x, y, rule):
-        network = Conditional(fading)
+        network = NoisePredictor(fading)
         return ddim_stairs(
             x, y, torch.zeros_like(y), schedule=respaced(100), encoder=network, decoder=network, depths=rule
         )
@@ -398,7 +398,7 @@ def test_memory_of_the_rules_is_bounded_and_changes_nothing(monkeypatch, room):
         return fourier_rule(3, mirrored=True)(states)
 
     def run():
-        network, y = Conditional(eps), torch.tensor([0, 1, 0, 1, 1])
+        network, y = NoisePredictor(eps), torch.tensor([0, 1, 0, 1, 1])
         return ddim_stairs(x0, y, 1 - y, schedule=schedule, encoder=network, decoder=network, depths=rule)
 
     whole = run()

@@ -19,7 +19,7 @@ from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.ddim.depths import uniform_depths
 from cellflux_bridge.ddim.schedule import add_noise, respaced
 from cellflux_bridge.ddim.stairs import ddim_stairs
-from cellflux_bridge.ddim.steps import Conditional
+from cellflux_bridge.ddim.steps import NoisePredictor
 from cellflux_bridge.ddim.task import STAGES, DenoiserTask, NoisyClassifierTask, build_denoiser, build_noisy_classifier
 from cellflux_bridge.trajectory import load_trajectory
 from cellflux_bridge.translation.ddim import DDIMTranslator
@@ -242,8 +242,8 @@ def test_foreign_weights_take_the_place_of_training(tiny, tmp_path):
         torch.tensor([0, 0]),
         torch.tensor([1, 1]),
         schedule=respaced(10),
-        encoder=Conditional(other.eps),
-        decoder=Conditional(denoiser.eps),
+        encoder=NoisePredictor(other.eps),
+        decoder=NoisePredictor(denoiser.eps),
         depths=torch.tensor([5, 9]),
         classifier=classifier,
         scale=2.0,

@@ -7,7 +7,7 @@ from torch import nn
 from cellflux_bridge.ddim.schedule import respaced
 from cellflux_bridge.ddim.settings import ADMConfig
 from cellflux_bridge.ddim.stairs import ddim_stairs
-from cellflux_bridge.ddim.steps import Conditional
+from cellflux_bridge.ddim.steps import NoisePredictor
 
 SIDE = 8
 TINY = ADMConfig(channels=32, multipliers=(1, 1), attention=(8,), head_channels=16)
@@ -82,8 +82,8 @@ def toy_stairs(x0, depths, *, timesteps=20, scale=2.0, source=None, target=None,
         torch.zeros(num, dtype=torch.long) if source is None else source,
         torch.ones(num, dtype=torch.long) if target is None else target,
         schedule=respaced(timesteps),
-        encoder=Conditional(toy_eps),
-        decoder=Conditional(toy_eps),
+        encoder=NoisePredictor(toy_eps),
+        decoder=NoisePredictor(toy_eps),
         depths=depths,
         classifier=classifier,
         scale=scale,

@@ -62,6 +62,11 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return text.getvalue()
 
 
+def unguarded(cell: str) -> str:
+    """A cell of `csv_text` without the ' before a formula."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
 def csv_rows(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a CSV that `csv_text` wrote, by the columns' names, without the ' before a formula.
 
@@ -75,9 +80,6 @@ def csv_rows(path: Path) -> Iterator[dict[str, str]]:
             for row in reader:
                 if len(row) != len(header):
                     raise ValueError(f"{len(row)} cells, but the header has {len(header)}")
-                yield {
-                    name: cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
-                    for name, cell in zip(header, row, strict=True)
-                }
+                yield {name: unguarded(cell) for name, cell in zip(header, row, strict=True)}
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}") from error

@@ -76,7 +76,7 @@ class DDIMConfig(Section):
     depths: Literal["uniform", "fourier", "fourier_unmirrored"] | list[Annotated[int, Field(ge=1)]] = "uniform"
     guidance: Literal["classifier", "classifier_free", "none"] = "classifier"
     scale: NonNegative = 2.0  # of the classifier's gradient
-    weight: NonNegative = 1.8  # of classifier-free guidance, on both ways; see `ddim.steps.ClassifierFree`
+    weight: NonNegative = 1.8  # of classifier-free guidance, on both ways; see `ddim.steps.NoisePredictor`
     class_dropout: Fraction = 0.1  # of the denoiser's training for classifier-free guidance
 
     @model_validator(mode="before")

@@ -7,7 +7,6 @@ sqrt((1 - abar) / abar) (DDIM eq. 13 and 14). Where Cellflow's release departs f
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
@@ -17,42 +16,22 @@ Eps = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Classifier = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class NoisePredictor(Protocol):
-    """eps(x, tau, y) with states x (B, C, H, W), steps tau (B,) int64 of 1000 and classes y (B,); (B, C, H, W).
+class NoisePredictor:
+    """The noise (B, C, H, W) in states x (B, C, H, W) at steps tau (B,) int64 of 1000, given classes y (B,).
 
-    `forwards` counts the network forwards that one call takes for each image.
+    With a `null_class` it is guided without a classifier: (1 + w) eps(x, y) - w eps(x, null) (Ho & Salimans 2022, arXiv
+    2207.12598, eq. 6); w = 0 is no guidance. Cellflow's classifier-free variant takes w = 1.8 on both ways: in the
+    convention of flows, null + w' (class - null), that is w' = 2.8. Departs: the release calls the network a third time
+    in each step and discards the result. `forwards` counts the network forwards of one call for each image.
     """
 
-    forwards: int
-
-    def __call__(self, x: torch.Tensor, tau: torch.Tensor, y: torch.Tensor) -> torch.Tensor: ...
-
-
-class Conditional:
-    """eps of the class as the network gives it."""
-
-    forwards = 1
-
-    def __init__(self, eps: Eps):
-        self._eps = eps
-
-    def __call__(self, x: torch.Tensor, tau: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self._eps(x, tau, y)
-
-
-class ClassifierFree:
-    """eps = (1 + w) eps(x, y) - w eps(x, null) (Ho & Salimans 2022, arXiv 2207.12598, eq. 6); w = 0 is no guidance.
-
-    Cellflow's classifier-free variant takes w = 1.8 on both ways: in the convention of flows, null + w' (class - null),
-    that is w' = 2.8. Departs: the release calls the network a third time in each step and discards the result.
-    """
-
-    forwards = 2
-
-    def __init__(self, eps: Eps, *, null_class: int, weight: float):
+    def __init__(self, eps: Eps, *, null_class: int | None = None, weight: float = 0.0):
         self._eps, self._null_class, self._weight = eps, null_class, weight
+        self.forwards = 1 if null_class is None else 2
 
     def __call__(self, x: torch.Tensor, tau: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self._null_class is None:
+            return self._eps(x, tau, y)
         null = self._eps(x, tau, torch.full_like(y, self._null_class))
         return (1 + self._weight) * self._eps(x, tau, y) - self._weight * null
 

@@ -17,6 +17,7 @@ from cellflux_bridge.ddim.networks import Denoiser, NoisyClassifier
 from cellflux_bridge.ddim.schedule import NUM_STEPS, add_noise
 from cellflux_bridge.ddim.settings import ADMConfig
 from cellflux_bridge.ddim.variational import VLB_WEIGHT, step_bound
+from cellflux_bridge.training.settings import TrainConfig
 
 _VALIDATION_CHUNK = 64
 # Steps of the noise schedule at which the classifier's accuracy is reported.
@@ -43,38 +44,6 @@ class NoisyBatch(NamedTuple):
         return NoisyBatch(*(value.to(device) for value in self))
 
 
-class _NoisyPatches:
-    """Noised patches: class-balanced and random to train on, the middles of held-out ones to validate on."""
-
-    def __init__(self, config: Config, patches: Patches, *, purpose: str, batch_size: int):
-        self._patches, self._seed, self._purpose, self._batch_size = patches, config.seed, purpose, batch_size
-        self._train = BalancedPatches(patches, patches.indices("train"), data=config.data)
-        if len(patches.indices("val")) == 0:
-            raise UserError("the val split is empty; raise data.split.val or name splits in the data")
-
-    def batch(self, index: int, *, rank: int, dropout: float = 0.0, null_class: int = 0) -> NoisyBatch:
-        generator = torch_generator(self._seed, self._purpose, index, rank)
-        num = self._batch_size
-        jitter = torch_generator(self._seed, self._purpose, "stain", index, rank)
-        x0, y, _ = self._train.draw(num, generator=generator, jitter=jitter)
-        tau = torch.randint(NUM_STEPS, (num,), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        dropped = torch.rand(num, generator=generator) < dropout
-        return NoisyBatch(x0, noise, tau, y, torch.where(dropped, null_class, y))
-
-    def held_out(self, *, num: int, tau: int | None = None) -> Iterator[NoisyBatch]:
-        """At most `num` patches of the val split, the same on every call; all at one step, or at evenly spread ones."""
-        chosen = self._patches.sample("val", num=num, seed=self._seed)
-        spread = torch.linspace(0, NUM_STEPS - 1, len(chosen)).long()
-        for start in range(0, len(chosen), _VALIDATION_CHUNK):
-            part = chosen[start : start + _VALIDATION_CHUNK]
-            x0 = images.encode(self._patches.centre(part))
-            generator = torch_generator(self._seed, self._purpose, "val", start)
-            steps = spread[start : start + len(part)] if tau is None else torch.full((len(part),), tau)
-            y = torch.from_numpy(self._patches.labels[part])
-            yield NoisyBatch(x0, torch.randn(x0.shape, generator=generator), steps, y, y)
-
-
 def build_denoiser(config: Config) -> Denoiser:
     """The (untrained) denoiser of a resolved configuration."""
     ddim = config.ddim
@@ -95,7 +64,44 @@ def build_noisy_classifier(config: Config) -> NoisyClassifier:
     return NoisyClassifier(config.ddim.classifier, image_size=size, num_classes=num_classes, channels=data.channels)
 
 
-class DenoiserTask:
+class _NoisyTask:
+    """Noised patches: class-balanced and random to train on, the middles of held-out ones to validate on."""
+
+    def __init__(self, config: Config, patches: Patches, model: nn.Module, *, train: TrainConfig, purpose: str):
+        self.model, self.preprocessing = model, patches.preprocessing
+        self._ddim, self._train, self._patches = config.ddim, train, patches
+        self._seed, self._purpose = config.seed, purpose
+        self._balanced = BalancedPatches(patches, patches.indices("train"), data=config.data)
+        if len(patches.indices("val")) == 0:
+            raise UserError("the val split is empty; raise data.split.val or name splits in the data")
+
+    def batch(self, index: int, *, rank: int) -> NoisyBatch:
+        generator = torch_generator(self._seed, self._purpose, index, rank)
+        num, null_class = self._train.batch_size, getattr(self.model, "null_class", None)
+        jitter = torch_generator(self._seed, self._purpose, "stain", index, rank)
+        x0, y, _ = self._balanced.draw(num, generator=generator, jitter=jitter)
+        tau = torch.randint(NUM_STEPS, (num,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        dropped = torch.rand(num, generator=generator) < self._ddim.class_dropout
+        return NoisyBatch(x0, noise, tau, y, y if null_class is None else torch.where(dropped, null_class, y))
+
+    def _held_out(self, device: torch.device, *, tau: int | None = None) -> Iterator[NoisyBatch]:
+        """Patches of the val split, the same on every call; all at one step, or at evenly spread ones."""
+        chosen = self._patches.sample("val", num=self._train.validate_pairs, seed=self._seed)
+        spread = torch.linspace(0, NUM_STEPS - 1, len(chosen)).long()
+        for start in range(0, len(chosen), _VALIDATION_CHUNK):
+            part = chosen[start : start + _VALIDATION_CHUNK]
+            x0 = images.encode(self._patches.centre(part))
+            generator = torch_generator(self._seed, self._purpose, "val", start)
+            steps = spread[start : start + len(part)] if tau is None else torch.full((len(part),), tau)
+            y = torch.from_numpy(self._patches.labels[part])
+            yield NoisyBatch(x0, torch.randn(x0.shape, generator=generator), steps, y, y).to(device)
+
+    def sheet(self, model: nn.Module, device: torch.device) -> None:
+        return None  # a stair takes hundreds of evaluations an image
+
+
+class DenoiserTask(_NoisyTask):
     """Regression of eps on the noise in x_tau, tau uniform over the 1000 steps (L_simple of DDPM, Ho et al. 2020).
 
     With `ddim.learn_sigma` the bound that trains the variance is added (L_hybrid, Nichol & Dhariwal 2021, eq. 16).
@@ -103,17 +109,7 @@ class DenoiserTask:
     """
 
     def __init__(self, config: Config, patches: Patches):
-        self._ddim = config.ddim
-        self._train = config.ddim.denoiser.train
-        self.preprocessing = patches.preprocessing
-        self.model = build_denoiser(config)
-        self._num_classes = len(patches.classes)
-        self._data = _NoisyPatches(config, patches, purpose="denoiser", batch_size=self._train.batch_size)
-
-    def batch(self, index: int, *, rank: int) -> NoisyBatch:
-        if self.model.null_class is None:
-            return self._data.batch(index, rank=rank)
-        return self._data.batch(index, rank=rank, dropout=self._ddim.class_dropout, null_class=self.model.null_class)
+        super().__init__(config, patches, build_denoiser(config), train=config.ddim.denoiser.train, purpose="denoiser")
 
     def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
         x_t = batch.x_t
@@ -128,11 +124,10 @@ class DenoiserTask:
         eps moves, relative to its norm, when the class is another ("class swap"; near 0: the class is ignored)."""
         errors, steps = [], []
         moved = size = 0.0
-        for batch in self._data.held_out(num=self._train.validate_pairs):
-            batch = batch.to(device)
+        for batch in self._held_out(device):
             x_t = batch.x_t
             eps = model.eps(x_t, batch.tau, batch.y).float()
-            other = model.eps(x_t, batch.tau, (batch.y + 1) % self._num_classes).float()
+            other = model.eps(x_t, batch.tau, (batch.y + 1) % len(self._patches.classes)).float()
             errors.append((eps - batch.noise).square().mean((1, 2, 3)).cpu())
             steps.append(batch.tau.cpu())
             moved += (other - eps).square().sum().item()
@@ -146,39 +141,25 @@ class DenoiserTask:
         swap = (moved / max(size, 1e-12)) ** 0.5
         return {"val/noise_mse": error.mean().item(), **thirds, "val/class_swap": swap}
 
-    def sheet(self, model: nn.Module, device: torch.device) -> None:
-        return None  # a stair takes hundreds of evaluations an image
 
-
-class NoisyClassifierTask:
+class NoisyClassifierTask(_NoisyTask):
     """Cross-entropy of the class of x_tau, tau uniform over the 1000 steps (ADM, Dhariwal & Nichol 2021, sec. 4)."""
 
     def __init__(self, config: Config, patches: Patches):
-        self._train = config.ddim.classifier.train
-        self.preprocessing = patches.preprocessing
-        self.model = build_noisy_classifier(config)
-        self._data = _NoisyPatches(config, patches, purpose="noisy classifier", batch_size=self._train.batch_size)
-
-    def batch(self, index: int, *, rank: int) -> NoisyBatch:
-        return self._data.batch(index, rank=rank)
+        model, train = build_noisy_classifier(config), config.ddim.classifier.train
+        super().__init__(config, patches, model, train=train, purpose="noisy classifier")
 
     def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
         return F.cross_entropy(model(batch.x_t, batch.tau).float(), batch.y)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Accuracy on held-out patches at a few steps of the schedule."""
-        figures = {}
-        for tau in _REPORTED_STEPS:
-            right = total = 0
-            for batch in self._data.held_out(num=self._train.validate_pairs, tau=tau):
-                batch = batch.to(device)
-                right += (model(batch.x_t, batch.tau).argmax(1) == batch.y).sum().item()
-                total += len(batch.y)
-            figures[f"val/accuracy_tau{tau}"] = right / total
-        return figures
 
-    def sheet(self, model: nn.Module, device: torch.device) -> None:
-        return None
+        def is_right(tau: int) -> torch.Tensor:
+            batches = self._held_out(device, tau=tau)
+            return torch.cat([model(batch.x_t, batch.tau).argmax(1) == batch.y for batch in batches])
+
+        return {f"val/accuracy_tau{tau}": is_right(tau).float().mean().item() for tau in _REPORTED_STEPS}
 
 
 class Stage(NamedTuple):

@@ -7,25 +7,13 @@ from pathlib import Path, PurePath
 from typing import Annotated
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from cellflux_bridge.base.errors import UserError
 
 HEADER, FORMAT = "trajectory.json", 2
 # A folder may come from somebody else: a larger header is refused before it is read.
 _MAX_BYTES = 2**20
-
-
-def _rise(values: tuple) -> tuple:
-    if list(values) != sorted(set(values)):
-        raise ValueError("expected numbers that rise")
-    return values
-
-
-def _differ(labels: tuple) -> tuple:
-    if len(set(labels)) < len(labels):
-        raise ValueError("expected different labels")
-    return labels
 
 
 @dataclass(frozen=True)
@@ -41,8 +29,8 @@ class TrajectoryHeader:
     method: str
     source: str
     target: str
-    classes: Annotated[tuple[str, ...], AfterValidator(_differ)]
-    levels: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=2), AfterValidator(_rise)]
+    classes: tuple[str, ...]
+    levels: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=2)]
     config_hash: str
     mpp: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
@@ -141,11 +129,12 @@ def read_limited(path: Path, *, most: int) -> bytes:
 def read_header(folder: Path) -> TrajectoryHeader:
     """What `trajectory.json` of a folder says; UserError names the file and what is wrong with it."""
     path = inside(folder, HEADER)
+    text = read_limited(path, most=_MAX_BYTES)
     try:
-        data = json.loads(read_limited(path, most=_MAX_BYTES))
+        data = json.loads(text)
         found = data.pop("format", None) if isinstance(data, dict) else None
         if found != FORMAT:
-            raise UserError(f"{path}: expected a mapping of format {FORMAT}, found {found!r:.80}")
+            raise ValueError(f"expected a mapping of format {FORMAT}, found {found!r:.80}")
         header = TypeAdapter(TrajectoryHeader).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
@@ -153,7 +142,11 @@ def read_header(folder: Path) -> TrajectoryHeader:
         raise UserError(f"{path}: {key}: {first['msg']}, found {first['input']!r:.80}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    for label in (header.source, header.target):
-        if label not in header.classes:
-            raise UserError(f"{path}: {label!r} is none of its classes, {', '.join(header.classes)}")
+    for key, is_right, expected in (
+        ("levels", list(header.levels) == sorted(set(header.levels)), "numbers that rise"),
+        ("classes", len(set(header.classes)) == len(header.classes), "different labels"),
+        ("source and target", {header.source, header.target} <= set(header.classes), "labels of its classes"),
+    ):
+        if not is_right:
+            raise UserError(f"{path}: {key}: expected {expected}")
     return header

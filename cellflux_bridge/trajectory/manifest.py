@@ -3,20 +3,17 @@
 import csv
 import io
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import csv_text
+from cellflux_bridge.base.files import csv_text, unguarded
 from cellflux_bridge.trajectory.header import TrajectoryHeader, read_limited
 
 MANIFEST = "manifest.csv"
 # A folder may come from somebody else: a larger manifest is refused before it is read.
 _MAX_BYTES = 2**28
-# A spreadsheet takes a cell for a formula that begins so; such an id has one more ' before it in the file.
-_FORMULA, _GUARDED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"'+[=+\-@\t\r]")
 
 
 class Frame(NamedTuple):
@@ -38,10 +35,9 @@ def manifest_text(
     """Rows as CSV text, with a column of depths if `has_depth`, below the names of the columns if `has_heading`."""
     rows: list[list] = [_columns(header, has_depth=has_depth)] if has_heading else []
     for frame in frames:
-        source_id = f"'{frame.source_id}" if _FORMULA.match(frame.source_id) else frame.source_id
         depth = [None if frame.depth is None else f"{frame.depth:g}"] * has_depth
         labels = [f"{p:.6g}" for p in frame.soft_label]
-        rows.append([frame.file, source_id, repr(frame.level), frame.nfe, frame.gradients, *depth, *labels])
+        rows.append([frame.file, frame.source_id, repr(frame.level), frame.nfe, frame.gradients, *depth, *labels])
     return csv_text(rows)
 
 
@@ -57,24 +53,22 @@ def read_manifest(path: Path, header: TrajectoryHeader) -> dict[str, list[Frame]
     """
     # Without its line's end a row may have lost digits of its last number, too.
     data = read_limited(path, most=_MAX_BYTES).rpartition(b"\n")[0]
-    grouped: dict[str, list[Frame]] = {}
     try:
-        rows = csv.reader(io.StringIO(data.decode(), newline=""))
-        columns = next(rows, None)
-        if columns is None:
-            return {}
-        plain, with_depth = (_columns(header, has_depth=has_depth) for has_depth in (False, True))
-        if columns not in (plain, with_depth):
-            raise UserError(f"{path}: expected the columns {', '.join(plain)}, and perhaps depth")
-        for cells in rows:
-            line = rows.line_num
-            if len(cells) == len(columns):
-                frame = _frame(cells, has_depth=columns == with_depth, line=line)
-                grouped.setdefault(frame.source_id, []).append(frame)
-            elif cells and next(rows, None) is not None:  # else it is blank, or cut within an id of several lines
-                raise UserError(f"{path}, line {line}: {len(cells)} cells, expected {len(columns)}")
+        lines = io.StringIO(data.decode(), newline="").readlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    rows = csv.reader(lines)
+    grouped: dict[str, list[Frame]] = {}
+    try:
+        columns = next(rows, plain := _columns(header, has_depth=False))
+        if columns not in (plain, _columns(header, has_depth=True)):
+            raise ValueError(f"expected the columns {', '.join(plain)}, and perhaps depth")
+        for cells in rows:
+            if len(cells) == len(columns):
+                frame = _frame(cells, has_depth=columns != plain, line=rows.line_num)
+                grouped.setdefault(frame.source_id, []).append(frame)
+            elif cells and rows.line_num < len(lines):  # else it is blank, or cut within an id of several lines
+                raise ValueError(f"{len(cells)} cells, expected {len(columns)}")
     except (csv.Error, ValueError) as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}") from error
     for source_id, frames in grouped.items():
@@ -98,6 +92,5 @@ def _frame(cells: list[str], *, has_depth: bool, line: int) -> Frame:
         raise ValueError("a number that is not finite")
     if min(labels) < 0 or abs(sum(labels) - 1) > 1e-3:
         raise ValueError(f"probabilities {', '.join(rest)}: expected numbers from 0 to 1 that sum to 1")
-    source_id = source_id[1:] if _GUARDED.match(source_id) else source_id
     counts = int(nfe), int(gradients)
-    return Frame(file, source_id, numbers[0], *counts, numbers[1] if depth else None, labels, line)
+    return Frame(file, unguarded(source_id), numbers[0], *counts, numbers[1] if depth else None, labels, line)

@@ -22,7 +22,7 @@ from cellflux_bridge.ddim.depths import require_depths, uniform_depths
 from cellflux_bridge.ddim.networks import Denoiser, NoisyClassifier, load_foreign
 from cellflux_bridge.ddim.schedule import respaced
 from cellflux_bridge.ddim.stairs import DepthRule, ddim_stairs, fourier_rule
-from cellflux_bridge.ddim.steps import ClassifierFree, Conditional, NoisePredictor
+from cellflux_bridge.ddim.steps import NoisePredictor
 from cellflux_bridge.ddim.task import STAGES, build_denoiser, build_noisy_classifier
 from cellflux_bridge.training.run import differences
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
@@ -70,9 +70,8 @@ class DDIMTranslator(Translator):
 
     def _predictor(self, denoiser: Denoiser) -> NoisePredictor:
         ddim = self.config.ddim
-        if ddim.guidance != "classifier_free":
-            return Conditional(denoiser.eps)
-        return ClassifierFree(denoiser.eps, null_class=denoiser.null_class, weight=ddim.weight)
+        null_class = denoiser.null_class if ddim.guidance == "classifier_free" else None
+        return NoisePredictor(denoiser.eps, null_class=null_class, weight=ddim.weight)
 
     @classmethod
     def load(
