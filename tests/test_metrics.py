@@ -21,7 +21,7 @@ from cellflux_bridge.metrics.fidelity import (
     require_finite,
 )
 from cellflux_bridge.metrics.sequences import choose_frames
-from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
+from cellflux_bridge.metrics.structure import TISSUE, tissue_figures
 
 
 def draw(seed: int = 0) -> np.random.Generator:
@@ -277,7 +277,7 @@ def test_tissue_figures_of_patches_that_are_known():
     stripes = np.zeros((1, 3, 8, 8), np.uint8)
     stripes[:, 1, :, ::2] = 60  # one channel of three
     figures = tissue_figures(np.concatenate([stained, stripes]))
-    assert figures.shape == (2, len(FIGURES))
+    assert figures.shape == (2, len(TISSUE))
     area, contrast, detail = figures.T
     assert area[0] == 0.25
     assert contrast[1] == pytest.approx(30 / 255 / 3)
