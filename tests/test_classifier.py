@@ -22,8 +22,9 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.metrics.classify import flip_rate
+from cellflux_bridge.metrics.networks import load_networks
 from cellflux_bridge.training.loop import fit, make_fabric
-from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
 CPU = torch.device("cpu")
 
@@ -143,24 +144,24 @@ def test_colours_that_differ_are_learned_and_the_colour_baseline_says_so(judged)
     assert scores["test/temperature"] == pytest.approx(model.temperature.item()) != 1
     assert checkpoint.step_of(newest) == 25
 
-    real = patches.centre(patches.indices("train", "B")).permute(0, 2, 3, 1).numpy()
+
+def test_a_judge_of_colour_calls_a_colour_transfer_the_target(judged, tmp_path):
+    _, patches, _, newest = judged
     header = TrajectoryHeader("path", "A", "B", ("A", "B"), (0.0, 0.5, 1.0), "x")
     a, b = (patches.centre(patches.indices("test", label)[:3]).numpy() for label in "AB")
-    frames = np.stack([a, a, b])
-    batch = Trajectory(header, frames, linear_soft_labels(header, 3), ("0", "1", "2"), (4, 4, 4), (0, 0, 0))
-    rate = flip_rate(
-        [batch, batch],
-        lambda part: predict(model, part, device=CPU),
-        classes=("A", "B"),
-        real_targets=real,
-    )
+    writer = TrajectoryWriter(tmp_path / "t", header)
+    (network,) = load_networks([("judge", newest)], source="A", target="B", device=CPU)
+    with pytest.raises(UserError, match=r"t: no whole sequence"):
+        flip_rate(tmp_path / "t", network, seed=0)
+    frames, ids = np.stack([a, a, b]), ("0", "1", "2")
+    writer.append(Trajectory(header, frames, linear_soft_labels(header, 3), ids, (4,) * 3, (0,) * 3), numbers=range(3))
+    writer.finish()
+    rate = flip_rate(tmp_path / "t", network, seed=0)
     assert rate.levels == (0.0, 0.5, 1.0)
     assert rate.fraction == (0.0, 0.0, 1.0)
     assert rate.probability[0] < 0.5 < rate.probability[2]
-    assert rate.reinhard == 1.0  # what differs is colour, so a colour transfer fools this judge
-    assert rate.num_sequences == 6
-    with pytest.raises(UserError, match="no whole sequence"):
-        flip_rate([], lambda part: predict(model, part, device=CPU), classes=("A", "B"), real_targets=real)
+    assert rate.reinhard == 1.0  # what differs is colour
+    assert rate.num_sequences == 3
 
 
 def test_a_trained_classifier_does_not_depend_on_the_batch(judged):

@@ -35,9 +35,8 @@ from cellflux_bridge.metrics.manifold import neighbourhoods
 from cellflux_bridge.metrics.networks import load_networks
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.results import as_json, write_results
-from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour
+from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour, tissue_figures
 from cellflux_bridge.metrics.table import markdown
-from cellflux_bridge.metrics.tissue import tissue_figures
 from cellflux_bridge.trajectory import (
     Trajectory,
     TrajectoryHeader,

@@ -21,7 +21,7 @@ from cellflux_bridge.metrics.fidelity import (
     require_finite,
 )
 from cellflux_bridge.metrics.sequences import choose_frames
-from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
+from cellflux_bridge.metrics.structure import TISSUE, tissue_figures
 
 
 def draw(seed: int = 0) -> np.random.Generator:
@@ -78,12 +78,12 @@ def test_the_interval_of_kid_covers_the_truth():
     rng = draw()
     a, b = rng.normal(size=(4000, 6)), rng.normal(0.5, 1, (4000, 6))
     truth, covered = kid(a, b).value, 0
-    for repeat in range(100):
+    for repeat in range(50):
         x, y = rng.normal(size=(60, 6)), rng.normal(0.5, 1, (60, 6))
         found = kid(x, y, num_subsamples=60, generator=draw(repeat))
         assert found.low < found.value < found.high
         covered += found.low <= truth <= found.high
-    assert 85 <= covered <= 100
+    assert 42 <= covered <= 50
 
 
 def test_the_interval_of_kid_is_the_basic_one_of_halves_by_group():
@@ -192,7 +192,7 @@ def test_the_bootstrap_by_group_covers_where_single_patches_would_not():
         groups = np.repeat(np.arange(25), 8)
         values = np.repeat(rng.normal(size=25), 8) + 0.1 * rng.normal(size=200)
         for by, count in ((groups, "grouped"), (np.arange(200), "naive")):
-            found = estimate(lambda i, v=values: v[i].mean(), bootstrap(by, num=200, generator=draw(repeat)))
+            found = estimate(lambda i, v=values: v[i].mean(), bootstrap(by, num=80, generator=draw(repeat)))
             assert found.value == pytest.approx(values.mean())
             inside = found.low <= 0 <= found.high
             covered += inside and count == "grouped"
@@ -277,7 +277,7 @@ def test_tissue_figures_of_patches_that_are_known():
     stripes = np.zeros((1, 3, 8, 8), np.uint8)
     stripes[:, 1, :, ::2] = 60  # one channel of three
     figures = tissue_figures(np.concatenate([stained, stripes]))
-    assert figures.shape == (2, len(FIGURES))
+    assert figures.shape == (2, len(TISSUE))
     area, contrast, detail = figures.T
     assert area[0] == 0.25
     assert contrast[1] == pytest.approx(30 / 255 / 3)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata, wilcoxon
 
+Groups = Sequence[str] | np.ndarray  # the group of each item
 COVERAGE = (2.5, 97.5)  # percentiles of every interval
 NUM_RESAMPLES = 1000  # draws of every bootstrap
 
@@ -31,7 +32,7 @@ class Paired(NamedTuple):
     num_groups: int
 
 
-def _members(groups: Sequence[str] | np.ndarray) -> list[np.ndarray]:
+def _members(groups: Groups) -> list[np.ndarray]:
     """The indices of each group's items, groups in the order of their names."""
     _, numbers = np.unique(np.asarray(groups), return_inverse=True)
     return np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
@@ -44,7 +45,7 @@ class Resamples(NamedTuple):
     draws: list[np.ndarray]
 
 
-def bootstrap(groups: Sequence[str] | np.ndarray, *, num: int, generator: np.random.Generator) -> Resamples:
+def bootstrap(groups: Groups, *, num: int, generator: np.random.Generator) -> Resamples:
     """`num` resamples of items by whole groups, drawn with replacement (the cluster bootstrap)."""
     members = _members(groups)
     drawn = generator.integers(len(members), size=(num, len(members)))
@@ -59,9 +60,7 @@ def estimate(statistic: Callable[[np.ndarray], np.ndarray | float], resamples: R
     return Estimate(value, low, high)
 
 
-def estimate_mean(
-    values: np.ndarray, groups: Sequence[str] | np.ndarray, *, num: int, generator: np.random.Generator
-) -> Estimate:
+def estimate_mean(values: np.ndarray, groups: Groups, *, num: int, generator: np.random.Generator) -> Estimate:
     """The mean of values (N,) as `estimate` gives it on `bootstrap`, with one draw at a time in memory; NaN where there
     is no value."""
     if len(values) == 0:
@@ -73,9 +72,7 @@ def estimate_mean(
     return Estimate(float(np.mean(values)), float(low), float(high))
 
 
-def half_splits(
-    groups: Sequence[str] | np.ndarray, *, num: int, generator: np.random.Generator
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def half_splits(groups: Groups, *, num: int, generator: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
     """`num` random divisions of the items into two halves, every group whole in one of them; one group gives none."""
     members = _members(groups)
     if len(members) < 2:
@@ -85,9 +82,7 @@ def half_splits(
     return [tuple(np.concatenate([members[g] for g in half]) for half in pair) for pair in halves]
 
 
-def paired_difference(
-    first: np.ndarray, second: np.ndarray, groups: Sequence[str] | np.ndarray, *, resamples: Resamples
-) -> Paired:
+def paired_difference(first: np.ndarray, second: np.ndarray, groups: Groups, *, resamples: Resamples) -> Paired:
     """The mean of first - second, both (N,) and of the same N sources, with its interval on `bootstrap(groups)`.
 
     p is that of Wilcoxon's signed-rank test on the means of the groups; 1 where no group differs.

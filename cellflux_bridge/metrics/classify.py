@@ -1,7 +1,6 @@
 """How many frames of one trajectory judges give to the target class, beside their accuracy on real patches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +9,13 @@ import torch
 
 from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.classifier import inference
 from cellflux_bridge.classifier.scores import MOST_FOR_STATISTICS, image_scores
 from cellflux_bridge.config import load_config
 from cellflux_bridge.images.stain import fit_reference
 from cellflux_bridge.metrics.networks import Network, load_networks
 from cellflux_bridge.metrics.provenance import require_same_data
 from cellflux_bridge.metrics.structure import recolour
-from cellflux_bridge.trajectory import Trajectory, iter_trajectory, read_header
+from cellflux_bridge.trajectory import iter_trajectory, read_header
 
 
 class FlipRate(NamedTuple):
@@ -56,53 +54,26 @@ def classify(
     require_same_data([folder], runs, overrides)
     uses = [("judge", run) for run in runs]
     for judge in load_networks(uses, source=header.source, target=header.target, overrides=overrides, device=device):
-        config, patches = load_config(judge.checkpoint / checkpoint.CONFIG, overrides), judge.patches
-        targets = patches.sample("train", header.target, num=MOST_FOR_STATISTICS, seed=config.seed)
-        rate = flip_rate(
-            _fair(folder, judge),
-            partial(inference.predict, judge.model, device=device),
-            classes=patches.classes,
-            real_targets=patches.centre(targets).permute(0, 2, 3, 1).numpy(),
-        )
-        scores = image_scores(judge.model, patches, device=device, labels=config.classifier.labels)
+        config = load_config(judge.checkpoint / checkpoint.CONFIG, overrides)
+        rate = flip_rate(folder, judge, seed=config.seed)
+        scores = image_scores(judge.model, judge.patches, device=device, labels=config.classifier.labels)
         yield Classified(judge, scores, rate)
 
 
-def _fair(folder: Path, judge: Network) -> Iterator[Trajectory]:
-    """The batches of a trajectory folder whose sources a judge may judge."""
+def flip_rate(folder: Path, judge: Network, *, seed: int) -> FlipRate:
+    """The flip rate of a trajectory folder. For comparison each source gets the mean colours of real target patches of
+    the training split (Reinhard et al. 2001), drawn by the seed."""
+    targets = judge.patches.sample("train", judge.target, num=MOST_FOR_STATISTICS, seed=seed)
+    reference = fit_reference("reinhard", list(judge.patches.centre(targets).permute(0, 2, 3, 1).numpy()))
+    found, recoloured = [], []
     for batch in iter_trajectory(folder):
         judge.require_fair(batch.source_ids, batch.frames[0], where=str(folder))
-        yield batch
-
-
-def flip_rate(
-    batches: Iterable[Trajectory],
-    predict: Callable[[torch.Tensor], np.ndarray],
-    *,
-    classes: tuple[str, ...],
-    real_targets: np.ndarray,
-) -> FlipRate:
-    """The flip rate of a trajectory by `predict`: uint8 patches (N, 3, H, W) to probabilities (N, num_classes).
-
-    `classes` is the classifier's own order. `real_targets` (N, H, W, 3) uint8 are real patches of the target class,
-    to whose mean colour statistics each source is transferred (Reinhard et al. 2001) for comparison.
-    """
-    reference = fit_reference("reinhard", list(real_targets))
-    hits, probabilities, recoloured = [], [], []
-    for batch in batches:
-        target = classes.index(batch.header.target)
-        k, b = batch.frames.shape[:2]
-        p = predict(torch.from_numpy(batch.frames.reshape(k * b, *batch.frames.shape[2:]))).reshape(k, b, -1)
-        hits.append(p.argmax(2) == target)
-        probabilities.append(p[:, :, target])
+        outputs = judge.outputs(batch.frames.reshape(-1, *batch.frames.shape[2:]), where=str(folder))
+        found.append(np.stack([outputs.is_target, outputs.value]).reshape(2, len(batch.levels), -1))
         sources = np.ascontiguousarray(recolour(batch.frames[0], reference))
-        recoloured.append(predict(torch.from_numpy(sources)).argmax(1) == target)
-    if not hits:
-        raise UserError("no whole sequence to judge; let `cellflux-bridge translate` finish first")
-    return FlipRate(
-        levels=batch.levels,
-        fraction=tuple(np.concatenate(hits, axis=1).mean(1).tolist()),
-        probability=tuple(np.concatenate(probabilities, axis=1).mean(1).tolist()),
-        reinhard=float(np.concatenate(recoloured).mean()),
-        num_sequences=sum(map(len, recoloured)),
-    )
+        recoloured.append(judge.outputs(sources, where="recoloured sources").is_target)
+    if not found:
+        raise UserError(f"{folder}: no whole sequence to judge; let `cellflux-bridge translate` finish first")
+    fraction, probability = np.concatenate(found, axis=2).mean(2).tolist()
+    reinhard = np.concatenate(recoloured)
+    return FlipRate(batch.levels, tuple(fraction), tuple(probability), float(reinhard.mean()), len(reinhard))

@@ -81,7 +81,8 @@ def add_guidance(guided: Sequences, unguided: Sequences, reference: ReferenceSet
         real = reference.own(level)
         for column, of in enumerate(pair):
             frames = of.outputs[reference.extractor.name].features[:, number + 1]
-            found[0, column, number] = kid_to(of, number + 1, real, reference).value
+            groups = reference.extractor.groups_of_sources(of.source_ids)
+            found[0, column, number] = kid_to(frames, groups, real, reference).value
             found[1, column, number] = frechet_distance(frames, real.features)
     record = reference.recorder(pair[0])
     for kind, (above, below) in zip(("kid", "frechet"), found, strict=True):

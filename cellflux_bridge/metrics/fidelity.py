@@ -10,7 +10,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.statistics import COVERAGE, Estimate, half_splits
+from cellflux_bridge.base.statistics import COVERAGE, Estimate, Groups, half_splits
 
 _BLOCK = 1024
 
@@ -82,8 +82,8 @@ def kid_by_level(
     frames: np.ndarray,
     real: np.ndarray,
     *,
-    groups: Sequence[str] | np.ndarray | None = None,
-    real_groups: Sequence[str] | np.ndarray | None = None,
+    groups: Groups | None = None,
+    real_groups: Groups | None = None,
     num_subsamples: int = 0,
     generator: np.random.Generator | None = None,
     block: int = _BLOCK,
@@ -136,12 +136,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
 
 def kid_floor(
-    features: np.ndarray,
-    groups: Sequence[str] | np.ndarray,
-    *,
-    generator: np.random.Generator,
-    num_splits: int = 100,
-    block: int = _BLOCK,
+    features: np.ndarray, groups: Groups, *, generator: np.random.Generator, num_splits: int = 100, block: int = _BLOCK
 ) -> Floor:
     """`kid` between random halves, by group, of the real patches.
 
@@ -158,7 +153,7 @@ def kid_floor(
 
 
 def frechet_floor(
-    features: np.ndarray, groups: Sequence[str] | np.ndarray, *, generator: np.random.Generator, num_splits: int = 20
+    features: np.ndarray, groups: Groups, *, generator: np.random.Generator, num_splits: int = 20
 ) -> Floor:
     """`frechet_distance` between random halves, by group: of half as many images, so larger than of all."""
     splits = half_splits(groups, num=num_splits, generator=generator)

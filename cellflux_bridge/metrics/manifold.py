@@ -5,12 +5,12 @@ group (patches of a tile, a frame and the patch that it was made from) are not i
 else a copy of the source would be perfectly precise.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from cellflux_bridge.base.statistics import half_splits
+from cellflux_bridge.base.statistics import Groups, half_splits
 from cellflux_bridge.metrics.fidelity import Floor, floor_of, group_codes
 
 # k of precision and recall (Kynkaanniemi et al. 2019), and of density and coverage (Naeem et al. 2020).
@@ -54,12 +54,7 @@ def _radii(x: np.ndarray, codes: np.ndarray, block: int) -> np.ndarray:
 
 
 def neighbourhoods(
-    frames: np.ndarray,
-    real: np.ndarray,
-    *,
-    groups: Sequence[str] | np.ndarray | None = None,
-    real_groups: Sequence[str] | np.ndarray | None = None,
-    block: int = _BLOCK,
+    frames: np.ndarray, real: np.ndarray, *, groups: Groups | None = None, real_groups=None, block: int = _BLOCK
 ) -> Neighbourhoods:
     """Where frames (N, D) lie among real patches (M, D) and these among them; without groups as published.
 
@@ -85,7 +80,7 @@ def neighbourhoods(
 
 
 def manifold_floors(
-    features: np.ndarray, groups: Sequence[str] | np.ndarray, *, generator: np.random.Generator, num_splits: int = 10
+    features: np.ndarray, groups: Groups, *, generator: np.random.Generator, num_splits: int = 10
 ) -> dict[str, Floor]:
     """The four figures between random halves, by group, of real patches: those of images without fault."""
     groups, values = np.asarray(groups), []

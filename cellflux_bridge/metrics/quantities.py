@@ -10,8 +10,7 @@ from cellflux_bridge.metrics.memorisation import NearCopy, NearestTraining
 from cellflux_bridge.metrics.networks import Network, RealPatches
 from cellflux_bridge.metrics.reference_set import NUM_SUBSAMPLES, ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences
-from cellflux_bridge.metrics.structure import stain_share, with_networks
-from cellflux_bridge.metrics.tissue import FIGURES
+from cellflux_bridge.metrics.structure import TISSUE, stain_share, with_networks
 from cellflux_bridge.metrics.values import Recorder
 
 _NUM_OTHERS = 256
@@ -21,23 +20,26 @@ def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences
     """Record all quantities of `metrics.words` that a method has by itself; returns its near copies of training
     patches, the worst first. `recoloured` is the stain transfer of its own sources."""
     record, extractor = reference.recorder(of), reference.extractor
-    nearest_training = reference.training.nearest_to(of.outputs[extractor.name].features[:, 1:])
+    features, groups = of.outputs[extractor.name].features, extractor.groups_of_sources(of.source_ids)
+    nearest_training = reference.training.nearest_to(features[:, 1:])
     for judge in reference.judges:
         _add_judged(record, of, judge)
     for network in (*reference.judges, extractor):
         _add_way(record, of, network, reference)
         _add_pooled(record, of, network, reference)
         _add_stain_share(record, of, network, recoloured)
-    for number, level in enumerate(of.frame_levels, start=1):
-        _add_level(record, of, "own", number, reference.own(level), reference)
-    _add_level(record, of, "target", len(of.levels), reference.target, reference)
-    _add_all_frames(record, of, reference)
+    for number, (level, frame_level) in enumerate(zip(of.levels, of.frame_levels, strict=True), start=1):
+        _add_set(record, "own", features[:, number], groups, reference.own(frame_level), reference, level=level)
+    _add_set(record, "target", features[:, -1], groups, reference.target, reference, level=of.levels[-1])
+    frames = features[:, 1:].reshape(-1, features.shape[-1])  # as one set
+    of_all = record._replace(of=record.of._replace(n=len(frames)))
+    _add_set(of_all, "pooled", frames, np.repeat(groups, len(of.levels)), reference.pooled, reference)
     if reference.estimator is not None:
         error = np.abs(of.outputs[reference.estimator.name].value[:, 1:] - np.array(of.frame_levels))
         record("severity_error", error, by=reference.estimator)
         record("severity_error", lambda i: error[i].mean(), by=reference.estimator)
     _add_nearest_training(record, nearest_training, extractor)
-    for figure, each in zip(FIGURES, np.moveaxis(of.arrays["tissue"], 2, 0), strict=True):
+    for figure, each in zip(TISSUE, np.moveaxis(of.arrays["tissue"], 2, 0), strict=True):
         record(figure, each)
     for figure, each, by in with_networks(of.arrays["structure"][:, 1:], extractor):
         record(figure, each, by=by)
@@ -117,46 +119,25 @@ def _add_pooled(record: Recorder, of: Sequences, network: Network, reference: Re
 
 
 def kid_to(
-    of: Sequences, number: int, real: RealPatches, reference: ReferenceSet, *, num_subsamples: int = 0
+    frames: np.ndarray, groups: np.ndarray, real: RealPatches, reference: ReferenceSet, *, num_subsamples: int = 0
 ) -> Estimate:
-    """KID of the frames of a number to real patches, in the extractor's features."""
-    return kid(
-        of.outputs[reference.extractor.name].features[:, number],
-        real.features,
-        groups=reference.extractor.groups_of_sources(of.source_ids),
-        real_groups=real.groups,
-        num_subsamples=num_subsamples,
-        generator=reference.generator("kid", "own"),
-    )
-
-
-def _add_level(record: Recorder, of: Sequences, to: str, number: int, real: RealPatches, reference) -> None:
-    """The frames of a number against real patches."""
-    extractor, level = reference.extractor, of.levels[number - 1]
-    found = kid_to(of, number, real, reference, num_subsamples=NUM_SUBSAMPLES)
-    record.add(f"kid_{to}", found, level=level, by=extractor, n_real=len(real.features))
-    frames, groups = of.outputs[extractor.name].features[:, number], extractor.groups_of_sources(of.source_ids)
-    _add_set(record, to, frames, groups, real, reference, level=level)
-
-
-def _add_all_frames(record: Recorder, of: Sequences, reference: ReferenceSet) -> None:
-    """All frames after the sources, as one set, against the real patches of both classes."""
-    features = of.outputs[reference.extractor.name].features[:, 1:]
-    groups = np.repeat(reference.extractor.groups_of_sources(of.source_ids), features.shape[1])
-    frames = features.reshape(-1, features.shape[-1])
-    record = record._replace(of=record.of._replace(n=len(frames)))
-    _add_set(record, "pooled", frames, groups, reference.pooled, reference)
+    """KID of frames (N, D), in the extractor's features, to real patches; the same draws for all sets of one size."""
+    draw = reference.generator("kid", "own")
+    options = {"groups": groups, "real_groups": real.groups, "num_subsamples": num_subsamples, "generator": draw}
+    return kid(frames, real.features, **options)
 
 
 def _add_set(
     record: Recorder, to: str, frames: np.ndarray, groups: np.ndarray, real: RealPatches, reference, *, level=None
 ) -> None:
-    """Frechet distance and the figures of `metrics.manifold` of frames (N, D) to real patches."""
+    """KID (of a level), Frechet distance and the figures of `metrics.manifold` of frames (N, D) to real patches."""
+    found = {} if level is None else {"kid": kid_to(frames, groups, real, reference, num_subsamples=NUM_SUBSAMPLES)}
+    found["frechet"] = frechet_distance(frames, real.features)
     near = neighbourhoods(frames, real.features, groups=groups, real_groups=real.groups)
-    means = [reference.mean(each, own) for each, own in zip(near, (groups, real.groups) * 2, strict=True)]
-    figures = ("frechet", *near._fields), (frechet_distance(frames, real.features), *means)
-    for figure, found in zip(*figures, strict=True):
-        record.add(f"{figure}_{to}", found, level=level, by=reference.extractor, n_real=len(real.features))
+    for (figure, each), own in zip(near._asdict().items(), (groups, real.groups) * 2, strict=True):
+        found[figure] = reference.mean(each, own)
+    for figure, each in found.items():
+        record.add(f"{figure}_{to}", each, level=level, by=reference.extractor, n_real=len(real.features))
 
 
 def _near_copies(of: Sequences, reference: ReferenceSet, nearest_training: NearestTraining) -> list[NearCopy]:

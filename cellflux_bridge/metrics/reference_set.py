@@ -15,8 +15,7 @@ from cellflux_bridge.metrics.manifold import manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
 from cellflux_bridge.metrics.networks import Network, RealPatches, extractor_of
 from cellflux_bridge.metrics.sequences import Sequences
-from cellflux_bridge.metrics.structure import with_networks
-from cellflux_bridge.metrics.tissue import FIGURES, tissue_figures
+from cellflux_bridge.metrics.structure import TISSUE, tissue_figures, with_networks
 from cellflux_bridge.metrics.values import Recorder, Subject, Value
 
 NUM_SUBSAMPLES = 100
@@ -137,7 +136,7 @@ class ReferenceSet:
     def _add_tissue(self, real: RealPatches) -> None:
         parts = [real.numbers[i : i + _CHUNK] for i in range(0, len(real.numbers), _CHUNK)]
         figures = np.concatenate([tissue_figures(self.extractor.patches.centre(part).numpy()) for part in parts])
-        self._add_by_class(real, dict(zip(FIGURES, figures.T, strict=True)))
+        self._add_by_class(real, dict(zip(TISSUE, figures.T, strict=True)))
 
     def _add_structure(self, real: RealPatches) -> None:
         """How far real source patches of different groups are apart: the figures of a frame that keeps nothing."""

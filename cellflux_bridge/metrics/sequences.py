@@ -13,8 +13,7 @@ from cellflux_bridge.images.stain import StainReference
 from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.memorisation import nearest
 from cellflux_bridge.metrics.networks import Network, NetworkOutputs, extractor_of
-from cellflux_bridge.metrics.structure import recolour
-from cellflux_bridge.metrics.tissue import tissue_figures
+from cellflux_bridge.metrics.structure import recolour, tissue_figures
 from cellflux_bridge.metrics.values import Subject
 from cellflux_bridge.metrics.warnings import NEAREST_TARGET
 from cellflux_bridge.trajectory import TrajectoryHeader, iter_trajectory, read_header
@@ -27,10 +26,10 @@ class Sequences:
     """N sequences of frames 0..K, frame 0 the source, with what was computed of each frame.
 
     `levels` (K,) are the names k/K of the levels after the source, `frame_levels` (K,) the soft labels of the frames
-    that stand for them. `outputs[network]` holds (N, K+1) values and (N, K+1, D) features. `arrays` holds "tissue"
-    (N, K+1, 3), the figures of `metrics.tissue`; "structure" (N, K+1, 2), those of `metrics.structure`, to the source;
-    "sources" and "last" (N, 3, S, S) uint8, the frames 0 and K; and, of sequences that were translated, "nfe" and
-    "gradients" (N,). `split` is that of the sources (`metrics.values`); `cost` is None where it is not known.
+    that stand for them. `outputs[network]` holds (N, K+1) values and (N, K+1, D) features. `arrays` holds, of
+    `metrics.structure`, "tissue" (N, K+1, 3) and "structure" (N, K+1, 2, to the source); "sources" and "last"
+    (N, 3, S, S) uint8, the frames 0 and K; and, of sequences that were translated, "nfe" and "gradients" (N,). `split`
+    is that of the sources (`metrics.values`); `cost` is None where it is not known.
     """
 
     name: str

@@ -1,6 +1,7 @@
-"""What of a source's structure a frame keeps: MS-SSIM of its haematoxylin, and a distance over a network's layers.
+"""Figures of pixels and layers: stain and texture of patches, and how much of a source's structure a frame keeps.
 
-Images are uint8 RGB; sequences (N, L, 3, H, W) are compared to their first frame.
+Images are uint8 RGB; sequences (N, L, 3, H, W) are compared to their first frame by MS-SSIM of haematoxylin and by a
+distance over a network's layers.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,29 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 from cellflux_bridge.images.stain import StainReference, concentrations, normalise
 
+TISSUE = ("haematoxylin_area", "contrast", "fine_detail")
+# Concentration, in natural units of optical density, from which a pixel counts as haematoxylin's.
+_STAINED = 1.0
 # Weights of the scales, finest first (Wang, Simoncelli & Bovik 2003), and the side of the window.
 _SCALE_WEIGHTS, _WINDOW = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 11
 # Concentration, in natural units of optical density, that counts as black.
 _DARKEST = 2.0
 _CHUNK = 64
+
+
+def tissue_figures(patches: np.ndarray) -> np.ndarray:
+    """(N, 3), as named in `TISSUE`, of RGB uint8 patches (N, 3, H, W).
+
+    haematoxylin_area  share of pixels with a haematoxylin concentration above 1.0 (fixed vectors of Ruifrok & Johnston)
+    contrast           standard deviation over the pixels of values in [0, 1], mean over the channels
+    fine_detail        absolute difference of horizontal neighbours in grey levels (0..255), mean over the channels
+    """
+    values = patches.astype(np.float32)
+    haematoxylin = concentrations(patches.transpose(0, 2, 3, 1))[..., 0]
+    area = (haematoxylin > _STAINED).mean((1, 2))
+    contrast = values.std((2, 3)).mean(1) / 255
+    detail = np.abs(np.diff(values, axis=3)).mean((1, 2, 3))
+    return np.stack([area, contrast, detail], axis=1)
 
 
 def num_scales(size: int) -> int:

@@ -11,7 +11,7 @@ means over random halves by group, `n` against `n_real` patches (`low` and `high
 standard deviations. There are floors of both classes together ("real pooled"), of target patches ("real target"), and,
 a level, of the patches that *_own compares to ("real own"). A Frechet distance of half as many patches is larger: its
 floor lies above that of all. Real patches also have probability, flip_rate, severity_error, the structure of pairs of
-different groups, and the figures of `metrics.tissue`.
+different groups, and the figures of `metrics.structure`.
 """
 
 import math
