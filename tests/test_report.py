@@ -415,7 +415,7 @@ def test_two_runs_share_rows_only_where_the_networks_are_the_same(run, tmp_path)
     assert [method.name for method in chapter.methods] == ["first: one", "first: two", "second: one"]
     assert len(chapter.baselines) == len(BASELINES)  # the same figures are told once
     assert "first: Frechet distances rest" in "".join(warnings_of(chapter, None))  # whose warning it is
-    rows = [row for section in main_table(chapter) for row in section.rows]
+    rows = [row for section in main_table(chapter) if section.title != "Nuclei, counted" for row in section.rows]
     assert all(all(row.cells) for row in rows)
     page = report(run, second, output=tmp_path / "both.html")
     shown = viewer_data(page)["sources"]
@@ -424,7 +424,7 @@ def test_two_runs_share_rows_only_where_the_networks_are_the_same(run, tmp_path)
 
     strange = write_run(tmp_path / "strange", checkpoint="runs/others")
     (chapter,) = load_chapters([run, strange])
-    for section in main_table(chapter):
+    for section in main_table(chapter)[:-1]:  # the last are nuclei, which baselines do not have
         for row in section.rows:
             filled = [c is not None for c in row.cells]
             assert filled in (
