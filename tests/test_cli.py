@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cellflux_bridge import cli
-from cellflux_bridge.cli.parse import COMMANDS
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.cli.parse import COMMANDS
 from cellflux_bridge.config import load_config
 
 ROOT = Path(__file__).parents[1]
