@@ -7,6 +7,8 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
 from importlib import resources
 
 import numpy as np
@@ -18,6 +20,7 @@ from cellflux_bridge.cellularity.along import FORMAT
 from cellflux_bridge.cli import main
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.images import to_rgb
 from cellflux_bridge.metrics.words import NUCLEI, interval, number
 from cellflux_bridge.report import gallery as sequences
 from cellflux_bridge.report.charts import Band, Chart, Point, Series, plot
@@ -235,15 +238,83 @@ def test_the_time_of_a_sequence_stands_with_its_device(tmp_path):
 
 
 def test_text_of_the_user_is_escaped_everywhere(tmp_path):
-    bad = "</script><img src=x onerror=alert(1)>"
+    bad = "</script><img src=x onerror=alert(1)>\"' onload=alert(2) x='\n, --><svg onload=alert(3)>"
     ids = [f"{bad}{i}.png" for i in range(6)]
-    run = write_run(tmp_path / "<b>run", names=(bad,), source="A&<i>", trajectory={"source": "A&<i>", "ids": ids})
+    source = {"source": f"A&<i>{bad}", "target": f"B{bad}"}
+    run = write_run(tmp_path / "<b>run", names=(bad,), **source, trajectory={**source, "ids": ids})
     page = report(run, output=tmp_path / "report.html")
-    assert "<img" not in page
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(page)
+    assert {tag for tag, _ in found}.isdisjoint({"img", "i"})
+    assert not [attribute for _, attributes in found for attribute in attributes if attribute.startswith("on")]
+    assert [tag for tag, _ in found].count("script") == 2
     assert "<b>run" not in page
-    assert "<i>" not in page
     assert viewer_data(page)["sources"][0]["label"] == ids[0]
-    assert page.count("</script>") == 2
+    assert viewer_data(page)["target"] == source["target"]
+    (series,) = {attributes["data-series"] for _, attributes in found if attributes.get("data-style") == "m0"}
+    assert series == bad
+
+
+def test_a_run_from_somebody_else_runs_no_code_and_shows_no_other_file(tmp_path, monkeypatch):
+    run, outside = write_run(tmp_path / "run"), tmp_path / "outside"
+    outside.write_text("velocity: secret")
+    folder = run / "trajectories" / "one"
+    for name in ("interpolation.mp4", "config.yaml"):
+        (folder / name).symlink_to(outside)
+    (run / "splits.csv").symlink_to(outside)
+    (tmp_path / "config.yaml").write_text("data: {root: x}\nvelocity: {name: 'no_such_module:Class'}\n")
+    metrics, cellularity = (json.loads((run / name).read_text()) for name in ("metrics.json", "cellularity.json"))
+    metrics["networks"].append({**metrics["networks"][0], "use": "scores", "checkpoint": str(tmp_path)})
+    metrics["methods"].append({**metrics["methods"][0], "name": "etc", "trajectory": "../../../etc"})
+    cellularity["parameters"] = {"instanseg": str(outside)}
+    for name, content in (("metrics.json", metrics), ("cellularity.json", cellularity)):
+        (run / name).write_text(json.dumps(content))
+    loaded = []
+    monkeypatch.setattr("cellflux_bridge.cellularity.instanseg._load", loaded.append)
+    page = report(run, output=tmp_path / "report.html", segment=None)
+    assert loaded == []
+    assert "secret" not in page
+    assert base64.b64encode(outside.read_bytes()).decode() not in page
+    assert "etc: its sequences (../../../etc) are not here" in page
+    assert "so it was not run" in page  # the module that the checkpoint's configuration names
+    assert "nuclei are not outlined, because a network counted them" in page
+
+    (folder / "config.yaml").unlink()
+    (folder / "config.yaml").write_text((tmp_path / "config.yaml").read_text())
+    assert "one: its configuration is not shown. " in report(run, output=tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["networks"][0].update(image_size=10**9), "less than or equal to 8192"),
+        (lambda c: c["methods"][0].update(trajectory="a\0b"), "match pattern"),
+        (lambda c: c["values"][0].update(level=7), "less than or equal to 1"),
+        (lambda c: c["values"][0].update(value="much"), "valid number"),
+    ],
+)
+def test_numbers_and_paths_out_of_range_are_refused(run, tmp_path, change, message):
+    metrics = json.loads((run / "metrics.json").read_text())
+    change(metrics)
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match=rf"metrics\.json: .*{message}"):
+        load_chapters([tmp_path])
+
+
+def test_frames_of_any_channels_are_shown_in_colour(tmp_path, monkeypatch):
+    run, whole = write_run(tmp_path / "run"), sequences.load_trajectory
+
+    def of_two_channels(folder, **options):
+        made = whole(folder, **options)
+        return replace(made, frames=made.frames[:, :, :2])
+
+    monkeypatch.setattr(sequences, "load_trajectory", of_two_channels)
+    sprite = viewer_data(report(run, output=tmp_path / "report.html"))["sources"][1]["shown"]["0"]["sprite"]
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(sprite.split(",")[1]))))
+    made = write_trajectory(tmp_path / "same").sequence(1)
+    np.testing.assert_array_equal(pixels, np.concatenate(list(to_rgb(made[..., :2])), axis=1))
 
 
 def test_warnings_are_given_where_they_are_due_and_only_there(run, tmp_path):
@@ -415,7 +486,7 @@ def test_two_runs_share_rows_only_where_the_networks_are_the_same(run, tmp_path)
     assert [method.name for method in chapter.methods] == ["first: one", "first: two", "second: one"]
     assert len(chapter.baselines) == len(BASELINES)  # the same figures are told once
     assert "first: Frechet distances rest" in "".join(warnings_of(chapter, None))  # whose warning it is
-    rows = [row for section in main_table(chapter) for row in section.rows]
+    rows = [row for section in main_table(chapter) if section.title != "Nuclei, counted" for row in section.rows]
     assert all(all(row.cells) for row in rows)
     page = report(run, second, output=tmp_path / "both.html")
     shown = viewer_data(page)["sources"]
@@ -424,7 +495,7 @@ def test_two_runs_share_rows_only_where_the_networks_are_the_same(run, tmp_path)
 
     strange = write_run(tmp_path / "strange", checkpoint="runs/others")
     (chapter,) = load_chapters([run, strange])
-    for section in main_table(chapter):
+    for section in main_table(chapter)[:-1]:  # the last are nuclei, which baselines do not have
         for row in section.rows:
             filled = [c is not None for c in row.cells]
             assert filled in (

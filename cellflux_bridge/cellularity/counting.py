@@ -5,7 +5,6 @@ import glob
 import hashlib
 import io
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -15,15 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import csv_text
+from cellflux_bridge.base.files import csv_rows, csv_text
 from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
+from cellflux_bridge.base.walk import image_files
 from cellflux_bridge.cellularity.measurement import QUANTITIES, measure_all, trusted
 from cellflux_bridge.cellularity.nuclei import NotBrightField, Parameters, segment
 from cellflux_bridge.images import SUFFIXES, UnreadableImage, read_rgb
 
 _SLAB = 64
-_HIDDEN = re.compile(r"\.|@|__MACOSX")
 _COLUMNS = ("path", "width", "height", "median_area", *QUANTITIES, "reason")
 
 
@@ -31,8 +30,7 @@ def list_images(folder: Path) -> list[Path]:
     """The image files under a folder, by name, without hidden and system files; UserError where there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one that holds images ({', '.join(SUFFIXES)})")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    files = [path for path in files if not any(_HIDDEN.match(part) for part in path.relative_to(folder).parts)]
+    files = image_files(folder)
     if not files:
         raise UserError(f"{folder}: holds no images; expected files that end in {', '.join(SUFFIXES)}")
     return files
@@ -108,8 +106,7 @@ def write_counts(folder: Path, output: Path, *, mpp: float | None, parameters: P
     os.replace(kept, output)
     for outdated in output.parent.glob(f"{glob.escape(output.name)}.*.tmp"):  # of other files or settings
         outdated.unlink()
-    with open(output, newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if not row["count"]]
+    rows = [row for row in csv_rows(output) if not row["count"]]
     refused = [row for row in rows if row["reason"]]
     if len(refused) == len(files):
         path, reason = refused[0]["path"], refused[0]["reason"]

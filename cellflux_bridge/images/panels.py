@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.images import resize
+from cellflux_bridge.images import resize, to_rgb
 from cellflux_bridge.trajectory import Trajectory
 
 STRIP_COLUMNS = 11
@@ -125,10 +125,8 @@ def _tile_size(trajectory: Trajectory, tile: int) -> tuple[int, int]:
 
 
 def _shown(trajectory: Trajectory, k: int, b: int, height: int, width: int) -> np.ndarray:
-    """One frame as an RGB tile: of fewer than three channels the first in grey, of more the first three."""
-    frame = trajectory.frames[k, b].transpose(1, 2, 0)
-    rgb = frame[..., :3] if frame.shape[2] >= 3 else frame[..., :1].repeat(3, 2)
-    return resize(np.ascontiguousarray(rgb), height, width)
+    """One frame as an RGB tile, whatever its channels."""
+    return resize(np.ascontiguousarray(to_rgb(trajectory.frames[k, b].transpose(1, 2, 0))), height, width)
 
 
 def _check_size(shape: tuple[int, int]) -> None:

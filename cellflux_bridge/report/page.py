@@ -1,6 +1,5 @@
 """The report: runs' figures, sequences and warnings as one HTML file that needs no network and no server."""
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from markupsafe import Markup
 
 from cellflux_bridge import __version__
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import replace_text
+from cellflux_bridge.base.files import csv_rows, replace_text
 from cellflux_bridge.cellularity.nuclei import segment as segment_nuclei
 from cellflux_bridge.config import Config
 from cellflux_bridge.config.registry import trusts_everything
@@ -102,17 +101,18 @@ def _view(
     place: int, chapter: Chapter, gallery: Gallery | None, beside: Stills, videos: list[tuple[str, str]]
 ) -> dict[str, Any]:
     """What the template shows of a chapter."""
-    plots, nuclei = tables.curves(chapter), tables.nuclei_charts(chapter)
+    plots = tables.curves(chapter)
+    nuclei = [chart for section, chart in plots if section == "nuclei"]
     return {
         "id": f"c{place}",
         "place": place,
         "chapter": chapter,
         "warnings": warnings_of(chapter, gallery) + beside.warnings,
-        "viewer": None if gallery is None else _viewer(chapter, gallery, beside, plots, nuclei),
+        "viewer": None if gallery is None else _viewer(chapter, gallery, beside, plots),
         "has_scored": any(series.style == charts.REAL for chart in nuclei for series in chart.series),
         "nuclei_charts": nuclei,
         "charts": [chart for section, chart in plots if section in _OPEN],
-        "more_charts": [chart for section, chart in plots if section not in _OPEN],
+        "more_charts": [chart for section, chart in plots if section not in (*_OPEN, "nuclei")],
         "facts": [(method, _facts(method)) for method in chapter.methods],
         "networks": {
             (chapter.called(run.network(n.name)), n.use): n for run in chapter.runs for n in run.metrics.networks
@@ -123,14 +123,14 @@ def _view(
     }
 
 
-def _viewer(chapter: Chapter, gallery: Gallery, beside: Stills, plots, nuclei) -> dict[str, Any]:
+def _viewer(chapter: Chapter, gallery: Gallery, beside: Stills, plots) -> dict[str, Any]:
     """The charts beside a sequence, and what the page's script needs to move through it."""
     known: dict[str, list[float]] = {}
     for shown in gallery.all:
         for key, values in shown.curves.items():
             known.setdefault(key, []).extend(v for v in values if v is not None)
     by_key = {key: charts.Chart(key, NUCLEI[key], ()) for key in ("area_fraction", "count") if known.get(key)}
-    by_key |= {chart.key: chart for chart in nuclei if chart.key in ("area_fraction", "count")}
+    by_key |= {chart.key: chart for _, chart in plots if chart.key in ("area_fraction", "count")}
     by_key |= {chart.key: chart for _, chart in plots if chart.key.startswith("p:")}
     moving = [
         chart._replace(
@@ -199,6 +199,5 @@ def _splits(method: Method) -> str:
     table = file_inside(method.trajectory.parent.parent, "splits.csv")
     if table is None:
         return ""
-    with open(table, newline="", encoding="utf-8", errors="replace") as file:
-        counts = Counter(row["split"] for row in csv.DictReader(file) if row.get("split") in SPLITS)
+    counts = Counter(row["split"] for row in csv_rows(table) if row.get("split") in SPLITS)
     return " (patches: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()) + ")" if counts else ""

@@ -4,7 +4,6 @@ Runs of one transition and image size make a chapter: their methods stand in the
 networks stand in different rows, because they do not compare.
 """
 
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import csv_rows
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.results import FRAMES_SUFFIX
@@ -20,6 +20,8 @@ from cellflux_bridge.report import reading
 from cellflux_bridge.trajectory import HEADER, TrajectoryHeader, read_header
 
 METRICS, CELLULARITY, VIDEO = "metrics.json", "cellularity.json", "interpolation.mp4"
+# Of cellularity.json: nuclei_<quantity>, and its rank correlation with the level, nuclei_<quantity>_rank.
+NUCLEI, RANK = "nuclei_", "_rank"
 
 
 class Network(NamedTuple):
@@ -66,8 +68,15 @@ class Method:
         same = (of for of in self.run.cellularity.trajectories if _same(Path(of.trajectory), self.trajectory))
         return next(same, None)
 
+    @cached_property
+    def nuclei(self) -> dict[tuple[str, float | None], reading.Figure]:
+        """Its figures of cellularity.json by (quantity, level); a rank correlation has no level."""
+        counted = self.cellularity
+        figures = {(f"{NUCLEI}{f.quantity}", f.level): f for f in counted.curves} if counted else {}
+        return figures | {(f"{NUCLEI}{f.quantity}{RANK}", None): f for f in (counted.spearman if counted else ())}
+
     def value(self, quantity: str, level: float | None = None, by: str = "") -> reading.Figure | None:
-        return self.run.lookup.get((self.key, quantity, level, by))
+        return self.run.lookup.get((self.key, quantity, level, by)) or self.nuclei.get((quantity, level))
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,11 @@ class Run:
 
     @cached_property
     def lookup(self) -> dict[tuple, reading.Figure]:
-        return {(v.method, v.quantity, v.level, v.extractor): v for v in self.metrics.values}
+        found = {(f.method, f.quantity, f.level, f.extractor): f for f in self.metrics.values}
+        for f in (*self.cellularity.real, *self.cellularity.real_by_level) if self.cellularity else ():
+            which = {self.metrics.source: "source", self.metrics.target: "target", "": "scored"}.get(f.label)
+            found[f"real {which}", f"{NUCLEI}{f.quantity}", f.level, ""] = f
+        return found
 
     @cached_property
     def networks(self) -> dict[str, reading.NetworkRecord]:
@@ -101,10 +114,6 @@ class Run:
     def near_copies(self) -> tuple[reading.NearCopyRecord, ...]:
         return self.metrics.memorisation.near_copies if self.metrics.memorisation else ()
 
-    @property
-    def real_nuclei(self) -> tuple[reading.Figure, ...]:
-        return self.cellularity.real if self.cellularity else ()
-
     def network(self, name: str) -> Network:
         found = self.networks.get(name)
         return Network(name, (found.digest or found.checkpoint) if found else "")
@@ -113,17 +122,12 @@ class Run:
     def probabilities(self) -> dict[tuple[str, str, str], dict[float, float]]:
         """p(target) by level, of every frame that was judged; empty where evaluate left no such table."""
         path, found = self.file.with_suffix(FRAMES_SUFFIX), {}
-        if not path.exists():
-            return found
-        with open(path, newline="", encoding="utf-8") as file:
-            try:
-                for row in csv.DictReader(file):
-                    of = found.setdefault((row["trajectory"], row["source_id"], row["judge"]), {})
-                    of[float(row["level"])] = float(row["probability"])
-            except (KeyError, TypeError, ValueError, csv.Error) as error:
-                raise UserError(
-                    f"{path}: damaged ({type(error).__name__}: {error}); make it anew with: cellflux-bridge evaluate"
-                ) from error
+        try:
+            for row in csv_rows(path) if path.exists() else ():
+                of = found.setdefault((row["trajectory"], row["source_id"], row["judge"]), {})
+                of[float(row["level"])] = float(row["probability"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({error}); make it anew with: cellflux-bridge evaluate") from error
         return found
 
     def methods(self, *, prefix: bool, first_slot: int = 0) -> list[Method]:

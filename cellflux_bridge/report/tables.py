@@ -1,12 +1,13 @@
 """The figures of a chapter as tables and curves: methods and baselines across, floors and real patches beside them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from cellflux_bridge.metrics.words import NUCLEI, QUANTITIES, SECTIONS, floor_of, interval, number, words
+from cellflux_bridge.metrics.words import NUCLEI, QUANTITIES, SECTIONS, Words, floor_of, interval, number, words
 from cellflux_bridge.report.charts import REAL, Band, Chart, Point, Series, baseline_style, style_of
 from cellflux_bridge.report.reading import Figure
-from cellflux_bridge.report.runs import Chapter, Method, Network
+from cellflux_bridge.report.runs import NUCLEI as OF_NUCLEI
+from cellflux_bridge.report.runs import RANK, Chapter, Method, Network
 
 
 class Cell(NamedTuple):
@@ -44,16 +45,24 @@ def cell(figure: Figure | None, remark: str = "") -> Cell | None:
     return Cell(number(figure.value), interval(figure.low, figure.high), remark, basis)
 
 
-def _unique(cells: Iterable[Cell | None]) -> tuple[Cell, ...]:
-    return tuple(dict.fromkeys(found for found in cells if found is not None))
-
-
 def _keys(chapter: Chapter) -> list[tuple[str, Network]]:
     """Quantities with their networks: known quantities in the order of their words, networks in that of the runs."""
-    figures = ((run, figure) for run in chapter.runs for figure in run.metrics.values)
-    rows = dict.fromkeys((figure.quantity, run.network(figure.extractor)) for run, figure in figures)
+    rows = {(f.quantity, run.network(f.extractor)): None for run in chapter.runs for f in run.metrics.values}
+    of_nuclei = (quantity for method in chapter.methods for quantity, _ in method.nuclei)
+    rows |= {(quantity, Network("", "")): None for quantity in of_nuclei}
     order = {quantity: place for place, quantity in enumerate(QUANTITIES)}
     return sorted(rows, key=lambda row: order.get(row[0], len(order)))
+
+
+def words_of(quantity: str) -> Words:
+    """The words of a quantity of metrics.json or, with the prefix `nuclei_`, of cellularity.json."""
+    if not quantity.startswith(OF_NUCLEI):
+        return words(quantity)
+    kind = quantity.removeprefix(OF_NUCLEI).removesuffix(RANK)
+    label, ranked = NUCLEI.get(kind, kind), "Spearman with the level, mean over sequences"
+    if quantity.endswith(RANK):
+        return Words("nuclei", f"{label}: rank correlation", ranked, "whole")
+    return Words("nuclei", label, "at level 1; real target patches are the aim")
 
 
 def find(method: Method, quantity: str, by: Network, level: float | None) -> Figure | None:
@@ -62,11 +71,12 @@ def find(method: Method, quantity: str, by: Network, level: float | None) -> Fig
 
 
 def levels_of(chapter: Chapter) -> list[float]:
-    return sorted({v.level for run in chapter.runs for v in run.metrics.values if v.level is not None})
+    levels = {level for run in chapter.runs for _, _, level, _ in run.lookup}
+    return sorted((levels | {level for method in chapter.methods for _, level in method.nuclei}) - {None})
 
 
 def _title(quantity: str, called: str, joint: str) -> str:
-    return words(quantity).label.removesuffix(", worst") + (f"{joint}{called}" if called else "")
+    return words_of(quantity).label.removesuffix(", worst") + (f"{joint}{called}" if called else "")
 
 
 def _main(method: Method, quantity: str, by: Network, where: str, levels: list[float]) -> Cell | None:
@@ -83,57 +93,28 @@ def _main(method: Method, quantity: str, by: Network, where: str, levels: list[f
 def _real(chapter: Chapter, quantity: str, by: Network) -> tuple[Cell, ...]:
     """What real patches reach, once where runs agree: the floor of a distance, else both classes' own figure."""
     floor = floor_of(quantity)
-    ends = {"target": chapter.target, "source": chapter.source}
-    asked = [(which, quantity, None, label) for which, label in ends.items()]
+    asked = [("target", quantity, None, chapter.target), ("source", quantity, None, chapter.source)]
     if floor is not None:
         asked = [(*floor, 1.0, "floor at 1") if floor[0] == "own" else (*floor, None, "floor")]
     runs = [run for run in chapter.runs if run.network(by.name) == by]
-    return _unique(cell(run.real(*of, by.name, at), label) for run in runs for *of, at, label in asked)
+    cells = (cell(run.real(which, of, by.name, at), label) for run in runs for which, of, at, label in asked)
+    return tuple(dict.fromkeys(found for found in cells if found is not None))
 
 
 def main_table(chapter: Chapter) -> list[Section]:
     """The figures of whole sequences and of level 1, by question; a row a quantity and network."""
     columns, levels = (*chapter.methods, *chapter.baselines), levels_of(chapter)
-    rows: dict[str, list[Row]] = {name: [] for name in SECTIONS}
+    titles = {**SECTIONS, "nuclei": "Nuclei, counted"}
+    rows: dict[str, list[Row]] = {name: [] for name in titles}
     for quantity, by in _keys(chapter):
-        meaning = words(quantity)
+        meaning = words_of(quantity)
         for where in dict.fromkeys((meaning.where, "whole", "end")):
             cells = tuple(_main(column, quantity, by, where, levels) for column in columns)
             if any(cells):
                 real = _real(chapter, quantity, by)
                 rows[meaning.section].append(Row(meaning.label, meaning.reading, chapter.called(by), cells, real))
                 break
-    return [Section(SECTIONS[name], tuple(of)) for name, of in rows.items() if of]
-
-
-def level_tables(chapter: Chapter) -> Iterator[LevelTable]:
-    """Every quantity that has levels, method by method; the chapter's nuclei after them."""
-    levels, columns = levels_of(chapter), (*chapter.methods, *chapter.baselines)
-    for quantity, by in _keys(chapter):
-        values = [(column.name, [find(column, quantity, by, level) for level in levels]) for column in columns]
-        rows = [(name, dict(zip(levels, map(cell, of), strict=True))) for name, of in values if any(of)]
-        if rows:
-            yield _level_table(_title(quantity, chapter.called(by), ", "), rows)
-    for chart in nuclei_charts(chapter):
-        yield _level_table(chart.title, [(s.name, {p.level: _cell_of(p) for p in s.points}) for s in chart.series])
-
-
-def _level_table(title: str, rows: Sequence[tuple[str, dict[float, Cell | None]]]) -> LevelTable:
-    used = sorted({level for _, cells in rows for level, found in cells.items() if found is not None})
-    return LevelTable(title, tuple(used), tuple((name, tuple(map(cells.get, used))) for name, cells in rows))
-
-
-def _cell_of(point: Point) -> Cell:
-    return Cell(number(point.value), interval(point.low, point.high), basis=f"n = {point.n}")
-
-
-def _curves(figures: Iterable[tuple[str, str, Iterable[Figure | None]]]) -> tuple[Series, ...]:
-    """The series (name, style, figures) that have any value."""
-    series = (
-        Series(name, style, tuple(Point(v.level, v.value, v.low, v.high, v.n) for v in of if v and v.value is not None))
-        for name, style, of in figures
-    )
-    return tuple(one for one in series if one.points)
+    return [Section(titles[name], tuple(of)) for name, of in rows.items() if of]
 
 
 def baseline_styles(chapter: Chapter) -> dict[str, str]:
@@ -142,76 +123,73 @@ def baseline_styles(chapter: Chapter) -> dict[str, str]:
     return {baseline.name: baseline_style(kinds.index(baseline.key)) for baseline in chapter.baselines}
 
 
+class _Line(NamedTuple):
+    """The figures of a method, a baseline or real patches over the levels."""
+
+    name: str
+    style: str
+    figures: list[Figure]
+
+
+def _lines(chapter: Chapter, quantity: str, by: Network) -> list[_Line]:
+    """All lines of a quantity that have figures; last that of real patches, where they have levels."""
+    levels, styles = levels_of(chapter), baseline_styles(chapter)
+    columns = [(m, style_of(m.slot)) for m in chapter.methods] + [(b, styles[b.name]) for b in chapter.baselines]
+    found = [(of.name, style, [find(of, quantity, by, level) for level in levels]) for of, style in columns]
+    floor = floor_of(quantity)
+    which, of_real, name = "scored", quantity, "real patches of the level's score"
+    if floor and floor[0] == "own":
+        which, of_real, name = *floor, "real vs real"
+    if which == "own" or quantity.startswith(OF_NUCLEI):
+        found.append((name, REAL, [_first_real(chapter, which, of_real, by, level) for level in levels]))
+    lines = (_Line(name, style, [figure for figure in of if figure is not None]) for name, style, of in found)
+    return [line for line in lines if line.figures]
+
+
+def _first_real(chapter: Chapter, which: str, quantity: str, by: Network, level: float | None = None) -> Figure | None:
+    """A figure of real patches by this very network, from the first run that has it."""
+    found = (run.real(which, quantity, by.name, level) for run in chapter.runs if run.network(by.name) == by)
+    return next((figure for figure in found if figure is not None), None)
+
+
+def level_tables(chapter: Chapter) -> Iterator[LevelTable]:
+    """Every quantity that has levels, method by method."""
+    for quantity, by in _keys(chapter):
+        if lines := _lines(chapter, quantity, by):
+            used = sorted({figure.level for line in lines for figure in line.figures})
+            rows = ((line.name, {figure.level: cell(figure) for figure in line.figures}) for line in lines)
+            filled = tuple((name, tuple(map(cells.get, used))) for name, cells in rows)
+            yield LevelTable(_title(quantity, chapter.called(by), ", "), tuple(used), filled)
+
+
 def curves(chapter: Chapter) -> list[tuple[str, Chart]]:
     """(section, chart) of every quantity that has levels."""
-    charts, levels, styles = [], levels_of(chapter), baseline_styles(chapter)
-    columns = [(m, style_of(m.slot)) for m in chapter.methods] + [(b, styles[b.name]) for b in chapter.baselines]
+    charts = []
     for quantity, by in _keys(chapter):
-        floor, called = floor_of(quantity), chapter.called(by)
-        run = next((run for run in chapter.runs if run.network(by.name) == by), None)
-        lines = [(of.name, style, [find(of, quantity, by, level) for level in levels]) for of, style in columns]
-        bands = []
-        if run and floor and floor[0] == "own":  # which has levels, hence a curve
-            lines.append(("real vs real", REAL, [run.real(*floor, by.name, level) for level in levels]))
-        elif run and floor:
-            name = "real vs real" if floor[1].endswith("_floor") else "of real patches"
-            bands = [(name, run.real(*floor, by.name))]
-        elif run:
-            ends = {"target": chapter.target, "source": chapter.source}
-            bands = [(f"real {label}", run.real(which, quantity, by.name)) for which, label in ends.items()]
-        series = _curves(lines)
-        if any(len(s.points) > 1 and s.style.startswith("m") for s in series):
+        section, called, of_nuclei = words_of(quantity).section, chapter.called(by), quantity.startswith(OF_NUCLEI)
+        series = []
+        for name, style, figures in _lines(chapter, quantity, by):
+            points = (Point(f.level, f.value, f.low, f.high, f.n) for f in figures if f.value is not None)
+            series.append(Series(name, style, tuple(points)))
+        series = tuple(one for one in series if one.points)
+        if any((len(s.points) > 1 or of_nuclei) and s.style.startswith("m") for s in series):
             is_p = quantity == "probability"
-            key, title = f"{'p' if is_p else quantity}:{called}", _title(quantity, called, " — ")
-            charts.append((words(quantity).section, Chart(key, title, series, _bands(bands), is_p)))
+            key = quantity.removeprefix(OF_NUCLEI) if of_nuclei else f"{'p' if is_p else quantity}:{called}"
+            chart = Chart(key, _title(quantity, called, " — "), series, _bands(chapter, quantity, by), is_p)
+            charts.append((section, chart))
     return charts
 
 
-def _bands(figures: Iterable[tuple[str, Figure | None]]) -> tuple[Band, ...]:
-    bands = (Band(name, v.value, v.low, v.high) for name, v in figures if v is not None and v.value is not None)
-    return tuple(dict.fromkeys(bands))
-
-
-def _nuclei(chapter: Chapter) -> dict[str, list[tuple[Method, list[Figure]]]]:
-    """The curves of cellularity.json by quantity, with the method of each."""
-    found: dict[str, list[tuple[Method, list[Figure]]]] = {}
-    for method in (method for method in chapter.methods if method.cellularity):
-        for quantity in dict.fromkeys(figure.quantity for figure in method.cellularity.curves):
-            curve = [f for f in method.cellularity.curves if f.quantity == quantity and f.level is not None]
-            found.setdefault(quantity, []).append((method, curve))
-    return found
-
-
-def _real_nuclei(chapter: Chapter, quantity: str) -> list[Figure]:
-    return [figure for run in chapter.runs for figure in run.real_nuclei if figure.quantity == quantity]
+def _bands(chapter: Chapter, quantity: str, by: Network) -> tuple[Band, ...]:
+    """What real patches reach, where that has no levels."""
+    floor = floor_of(quantity)
+    asked = [("target", quantity, f"real {chapter.target}"), ("source", quantity, f"real {chapter.source}")]
+    if floor is not None:
+        asked = [(*floor, "real vs real" if floor[1].endswith("_floor") else "of real patches")]
+    found = ((name, _first_real(chapter, which, of, by)) for which, of, name in asked)
+    return tuple(Band(name, f.value, f.low, f.high) for name, f in found if f is not None and f.value is not None)
 
 
 def nuclei_charts(chapter: Chapter) -> list[Chart]:
-    """The curves of cellularity.json: every quantity over the level, with what real patches of both classes have."""
-    charts = []
-    for quantity, entries in _nuclei(chapter).items():
-        by_level = (figure for run in chapter.runs if run.cellularity for figure in run.cellularity.real_by_level)
-        scored = {f.level: f for f in by_level if f.quantity == quantity and f.level is not None}
-        lines = [(method.name, style_of(method.slot), curve) for method, curve in entries]
-        lines.append(("real patches of the level's score", REAL, [scored[level] for level in sorted(scored)]))
-        bands = _bands((f"real {real.label}", real) for real in _real_nuclei(chapter, quantity))
-        if series := _curves(lines):
-            charts.append(Chart(quantity, NUCLEI.get(quantity, quantity), series, bands))
-    return charts
-
-
-def nuclei_table(chapter: Chapter) -> list[Row]:
-    """Cellularity at level 1 and its rank correlation with the level, beside real patches."""
-    rows = []
-    for quantity, entries in _nuclei(chapter).items():
-        ends = {m.slot: cell(max(curve, key=lambda f: f.level, default=None)) for m, curve in entries}
-        ranks = {m.slot: cell(s) for m, _ in entries for s in m.cellularity.spearman if s.quantity == quantity}
-        real = _unique(cell(figure, figure.label) for figure in _real_nuclei(chapter, quantity))
-        label, reading = NUCLEI.get(quantity, quantity), "at level 1; real target patches are the aim"
-        rank_reading = "Spearman with the level, mean over sequences"
-        for name, text, found, beside in (
-            (label, reading, ends, real),
-            (f"{label}: rank correlation", rank_reading, ranks, ()),
-        ):
-            rows.append(Row(name, text, "", tuple(found.get(m.slot) for m in chapter.methods), beside))
-    return [row for row in rows if any(row.cells)]
+    """The curves of cellularity.json, with what real patches of both classes have."""
+    return [chart for section, chart in curves(chapter) if section == "nuclei"]

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from cellflux_bridge.config import Config
 from cellflux_bridge.config.registry import trusts_everything
-from cellflux_bridge.metrics.words import NUCLEI, floor_of, interval, number, words
+from cellflux_bridge.metrics.words import floor_of, interval, number
 from cellflux_bridge.report.gallery import Gallery
-from cellflux_bridge.report.reading import Figure
 from cellflux_bridge.report.runs import CELLULARITY, Chapter, Method
-from cellflux_bridge.report.tables import find, levels_of
+from cellflux_bridge.report.runs import NUCLEI as OF_NUCLEI
+from cellflux_bridge.report.tables import find, levels_of, words_of
 
 # A level counts as missed where the judges' mean p lies this far off, and its interval does not reach nearer.
 _MISSED, _FAR_FRAME = 0.15, 0.05
@@ -94,7 +94,7 @@ def _floors(chapter: Chapter) -> Iterator[str]:
             beside = floor and run.real(*floor, figure.extractor, at)
             if floor and (beside is None or beside.value is None):
                 called = chapter.called(run.network(figure.extractor))
-                missing[words(figure.quantity).label.removesuffix(", worst"), called] = None
+                missing[words_of(figure.quantity).label.removesuffix(", worst"), called] = None
     for label, by in missing:
         yield f"{label} ({by}) has no real-versus-real floor: how near real patches come to each other is not known."
     if not chapter.baselines:
@@ -149,29 +149,21 @@ def _uncounted(chapter: Chapter) -> Iterator[str]:
 
 def _nuclei(chapter: Chapter) -> Iterator[str]:
     for run in chapter.runs:
-        for quantity in ("area_fraction", "count"):
-            of_class = (f for f in run.real_nuclei if (f.label, f.quantity) == (chapter.target, quantity))
-            goal = next(of_class, None)
-            if goal is None or goal.low is None:
+        for quantity in (f"{OF_NUCLEI}area_fraction", f"{OF_NUCLEI}count"):
+            goal = run.real("target", quantity)
+            if goal is None or goal.low is None or goal.high is None:
                 continue
-            ends = {m.name: _end(m, quantity) for m in chapter.methods if m.run is run}
+            ends = ((method.name, method.value(quantity, 1.0)) for method in chapter.methods if method.run is run)
             apart = [
                 f"{name} {number(end.value)} ({interval(end.low, end.high)})"
-                for name, end in ends.items()
-                if end is not None and (end.high < goal.low or end.low > goal.high)
+                for name, end in ends
+                if end and None not in (end.low, end.high) and (end.high < goal.low or end.low > goal.high)
             ]
             if apart:
                 yield (
-                    f"{NUCLEI[quantity].capitalize()} at level 1 is not that of real {chapter.target}, "
+                    f"{words_of(quantity).label.capitalize()} at level 1 is not that of real {chapter.target}, "
                     f"{number(goal.value)} ({interval(goal.low, goal.high)}): {', '.join(apart)}."
                 )
-
-
-def _end(method: Method, quantity: str) -> Figure | None:
-    """The last point of a curve of cellularity.json, where it has an interval."""
-    curve = method.cellularity.curves if method.cellularity else ()
-    known = (f for f in curve if f.quantity == quantity and None not in (f.low, f.high))
-    return max(known, key=lambda figure: figure.level or 0, default=None)
 
 
 def _networks(chapter: Chapter) -> Iterator[str]:
