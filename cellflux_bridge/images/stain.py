@@ -48,12 +48,13 @@ def from_optical_density(density: np.ndarray) -> np.ndarray:
 def tissue_mask(rgb: np.ndarray) -> np.ndarray:
     """Which pixels of an RGB uint8 image (H, W, 3) are tissue stained with haematoxylin and eosin: (H, W) bool.
 
-    Both stains absorb green most, haematoxylin red nearly as much, and eosin little else; red cells absorb blue, too. So
-    in optical density green is at least 0.85 of red (blue and green pen: less), 0.8 of blue (brown and yellow: less) and
-    1.08 of their mean (black, grey, scan borders, dark glass: less). Blue is at least 0.15 of red but for 0.1 (dark blue
-    pen: less), and strong red absorbs no more than 0.75 as much blue as green (red pen: more). The mean density of glass
-    is below 0.1. Specks that differ from all around them belong to it. Of 310 patches of five public data sets at least
-    0.97 of the pixels above a density of 0.8 are kept in each. Purple and pink pen pass for tissue.
+    Both stains absorb green most, haematoxylin red nearly as much, and eosin little else; red cells absorb blue, too.
+    So in optical density green is at least 0.85 of red (blue and green pen: less), 0.8 of blue (brown and yellow:
+    less) and 1.08 of their mean (black, grey, scan borders, dark glass: less). Blue is at least 0.15 of red but for
+    0.1 (dark blue pen: less), and strong red absorbs no more than 0.75 as much blue as green (red pen: more). The
+    mean density of glass is below 0.1. Specks that differ from all around them belong to it. Of 310 patches of five
+    public data sets at least 0.97 of the pixels above a density of 0.8 are kept in each. Purple and pink pen pass for
+    tissue.
     """
     return _tissue_weight(rgb) >= 0.5
 
