@@ -3,6 +3,7 @@
 import csv
 import shutil
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,73 @@ def test_a_patch_without_split_follows_its_group():
     open_ = [PatchRecord(f"more/{n}", Path("x"), "A", group="p1") for n in range(5)]
     assigned = splits_of(assign_splits(named + open_ + records_of(GROUPS), val=0.2, test=0.2, seed=0))
     assert {assigned[record.id] for record in open_} == {"test"}
+
+
+def shares_of(assigned, label: str) -> dict[str, float]:
+    count = Counter(record.split for record in assigned if record.label == label)
+    return {split: count[split] / sum(count.values()) for split in SPLITS}
+
+
+def test_few_unequal_groups_come_as_near_to_the_asked_shares_as_any_assignment():
+    sizes = {"a": (9, 0), "b": (1, 8), "c": (5, 5), "d": (2, 2), "e": (3, 1), "f": (0, 4), "g": (6, 2), "h": (2, 7)}
+    records = [
+        PatchRecord(f"{group}/{label}{n}", Path("x"), label, group=group)
+        for group, counts in sizes.items()
+        for label, count in zip("AB", counts, strict=True)
+        for n in range(count)
+    ]
+    counts = np.array(list(sizes.values()))
+    asked = np.array([0.7, 0.1, 0.2])
+
+    def deviation(sums) -> float:
+        return float(((sums / counts.sum(0) - asked[:, None]) ** 2).sum())
+
+    places = np.array(list(product(range(3), repeat=len(sizes))))
+    every = [np.stack([counts[place == split].sum(0) for split in range(3)]) for place in places]
+    best = min(deviation(sums) for sums in every if sums.all())
+    for seed in range(3):
+        assigned = assign_splits(records, val=0.1, test=0.2, seed=seed)
+        found = np.array([[shares_of(assigned, label)[split] for label in "AB"] for split in SPLITS])
+        assert (found > 0).all()
+        assert ((found - asked[:, None]) ** 2).sum() <= best + 0.003
+
+
+def test_sixteen_unequal_groups_come_within_two_points():
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        sizes = rng.lognormal(3, 1, 16).astype(int) + 1
+        groups = {f"{c}{n}": (c, size) for c in "AB" for n, size in enumerate(sizes)}
+        assigned = assign_splits(records_of(groups), val=0.1, test=0.2, seed=seed)
+        for label in "AB":
+            found = shares_of(assigned, label)
+            assert abs(found["val"] - 0.1) < 0.02
+            assert abs(found["test"] - 0.2) < 0.02
+
+
+def test_three_groups_or_patches_of_a_class_serve_all_splits_and_fewer_train_first():
+    groups = {"A1": ("A", 50), "A2": ("A", 40), "A3": ("A", 30), "B1": ("B", 5)}
+    alone = [PatchRecord(f"{n}", Path("x"), "CDD"[n % 3]) for n in range(3)]
+    alone += [PatchRecord(f"E{n}", Path("x"), "E") for n in range(3)]
+    found = {r.id: r for r in assign_splits(records_of(groups) + alone, val=0.1, test=0.2, seed=0)}.values()
+    splits = {label: {r.split for r in found if r.label == label} for label in "ABCDE"}
+    assert splits == {"A": set(SPLITS), "B": {"train"}, "C": {"train"}, "D": {"train", "val"}, "E": set(SPLITS)}
+
+
+def test_patches_without_a_group_make_up_for_what_groups_miss():
+    groups = {f"A{n}": ("A", 30) for n in range(3)}
+    alone = [PatchRecord(f"{n}", Path("x"), "A") for n in range(110)]
+    for seed in range(3):
+        assigned = assign_splits(records_of(groups) + alone, val=0.1, test=0.2, seed=seed)
+        assert shares_of(assigned, "A") == pytest.approx({"train": 0.65, "val": 0.15, "test": 0.2}, abs=0.051)
+        assert Counter(r.split for r in assigned)["test"] == 40
+
+
+def test_a_new_group_moves_few_others_where_shares_are_near_already():
+    groups = {f"{c}{n}": (c, 1 + n % 3) for c in "AB" for n in range(300)}
+    before = splits_of(assign_splits(records_of(groups), val=0.1, test=0.2, seed=0))
+    after = splits_of(assign_splits(records_of({**groups, "new": ("A", 2)}), val=0.1, test=0.2, seed=0))
+    moved = {name.split("/")[0] for name, split in before.items() if after[name] != split}
+    assert len(moved) <= 30
 
 
 def test_the_only_group_of_a_class_trains():

@@ -16,8 +16,8 @@ from cellflux_bridge.base.errors import abbreviate
 _CHROMA = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
 # Classes differ where a judge that knows one trait alone is right for 60 % of two classes of equal size.
 _LEAST_DISTANCE = 0.2
-# Samples of n and m differ by more than _CHANCE * sqrt(1/n + 1/m) in one case of 20 (Kolmogorov and Smirnov).
-_CHANCE = 1.36
+# Samples of n and m differ by more than _CHANCE * sqrt(1/n + 1/m) in one case of 45 (Kolmogorov and Smirnov).
+_CHANCE = 1.5
 
 
 class Encoding(NamedTuple):

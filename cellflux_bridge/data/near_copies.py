@@ -40,6 +40,8 @@ def near_copies(
     alike first. `counts(i, j)` tells of pairs, two arrays of indices, which ones matter, as bool."""
     pixels = thumbnails.reshape(len(thumbnails), -1)
     chosen = np.flatnonzero(pixels.std(1) >= _MIN_SPREAD)
+    if len(chosen) < 2:
+        return np.empty((0, 2), np.int64), np.empty(0)
     hashes = np.concatenate([_hashes(thumbnails[part]) for part in _blocks(chosen, 4096)], axis=1)
     found = [np.empty((0, 3), np.int64)]
     for first, second in combinations(range(8), 2):

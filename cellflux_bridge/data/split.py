@@ -92,7 +92,7 @@ def describe_shares(records: Sequence[PatchRecord], *, given: set[str | None], v
         for name, asked in wanted.items() if pool else ():
             got = sum(record.split == name for record in pool) / len(pool)
             lines[name] += f" {got:.0%} of {label},"
-            if abs(got - asked) > _FAR:
+            if abs(got - asked) > _FAR + 1e-9:
                 warnings.append(
                     f"WARNING: class {label!r} has {got:.0%} of its patches in {name}, asked were {asked:.0%}: groups "
                     f"go whole, it has {len(parts)}, and the largest holds {max(parts.values()) / len(pool):.0%}"

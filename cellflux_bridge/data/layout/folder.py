@@ -54,14 +54,14 @@ class Folder(Manifest):
                 f"this folder is one class of several, set data.root={self.root.parent}"
             )
         splits = _splits(tops, where=self.root)
+        if not splits and len(tops) == 1 and inside[tops[0]] and not _images_in(tops[0]):
+            raise UserError(
+                f"{self.root}: read as root/<class>/..., but it holds one folder only, {tops[0].name}, so only one "
+                f"class; if {abbreviate([sub.name for sub in inside[tops[0]]])} are the classes or splits, set "
+                f"data.root={tops[0]}"
+            )
         below = {} if splits else _splits([sub for subs in inside.values() for sub in subs], where=self.root)
         if not splits and not below:
-            if len(tops) == 1 and inside[tops[0]] and not _images_in(tops[0]):
-                raise UserError(
-                    f"{self.root}: read as root/<class>/..., but it holds one folder only, {tops[0].name}, so only one "
-                    f"class; if {abbreviate([sub.name for sub in inside[tops[0]]])} are the "
-                    f"classes or splits, set data.root={tops[0]}"
-                )
             return "root/<class>", [(top, top.name, None) for top in tops]
         form = "root/<split>/<class>" if splits else "root/<class>/<split>"
         for top, subs in inside.items():

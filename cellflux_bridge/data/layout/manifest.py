@@ -157,7 +157,7 @@ def _number(text: str, *, where: str, low: float, high: float) -> float | None:
     if text.casefold() in _ABSENT - {"nan"}:  # nan is a calculation that failed
         return None
     try:
-        value = float(text)
+        value = float(text.replace("_", "?"))  # Python would skip the _
     except ValueError as error:
         hint = "; write it with a decimal point" if "," in text else ""
         raise UserError(f"{where}: {text!r} is no number{hint}") from error
