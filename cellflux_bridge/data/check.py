@@ -14,7 +14,7 @@ from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config import registry
 from cellflux_bridge.data.compression import Encoding, compare, encoding
-from cellflux_bridge.data.index import Index, frame_mpp, patch_index, taken_from_training
+from cellflux_bridge.data.index import frame_mpp, patch_index, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.data.near_copies import near_copies, thumbnail
 from cellflux_bridge.data.pairs import Pairs
@@ -43,9 +43,9 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     training, validation or test patches (test patches may be done without by data.split.test=0).
     """
     index = patch_index(config, seed=seed)
-    records, classes, given = list(index), index.classes, {SPLITS[number] for number in set(index.named) - {-1}}
+    records, classes = index.records(), index.classes
     layout = registry.build("layout", config.layout, config.root.expanduser())
-    layout.records()
+    given = {record.split for record in layout.records()}
     preprocessing = Preprocessing(config.image_size, config.crop)
     found = threaded(lambda r: _inspect(r, preprocessing), records, workers=config.workers, desc="checking")
     lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
@@ -69,7 +69,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *unreadable[:20], *more]))
     lines += compare([one.encoding for one in facts], [record.label for record in usable])
     lines += _duplicates(usable, facts)
-    lines += _near_copies(index, kept, facts, sheet.with_name("near_copies.png"))
+    columns = [column[kept] for column in (index.splits, index.labels, index.groups)]
+    lines += _near_copies(usable, facts, *columns, sheet=sheet.with_name("near_copies.png"))
     if any(record.mpp is not None for record in records):
         mpp = frame_mpp(usable, preprocessing)
         unknown = "not known (missing for some patches, or more than 5 % apart); set --mpp where nuclei are counted"
@@ -137,13 +138,19 @@ def _duplicates(records: Sequence[PatchRecord], facts: Sequence[_Facts]) -> list
     return lines
 
 
-def _near_copies(index: Index, kept: Sequence[int], facts: Sequence[_Facts], sheet: Path) -> list[str]:
-    """Pairs of different groups that are nearly one picture, across splits and across classes, the most alike drawn;
-    `kept` are the readable patches, which `facts` describe."""
+def _near_copies(
+    records: Sequence[PatchRecord],
+    facts: Sequence[_Facts],
+    split: np.ndarray,
+    label: np.ndarray,
+    group: np.ndarray,
+    *,
+    sheet: Path,
+) -> list[str]:
+    """Pairs of different groups that are nearly one picture, across splits and across classes, the most alike drawn."""
     sheet.unlink(missing_ok=True)  # an older one would mislead
-    if not kept:
+    if not records:
         return []
-    split, label, group = (column[kept] for column in (index.splits, index.labels, index.groups))
     digest = np.array([one.digest for one in facts])
 
     def counts(i: np.ndarray, j: np.ndarray) -> np.ndarray:
@@ -154,8 +161,7 @@ def _near_copies(index: Index, kept: Sequence[int], facts: Sequence[_Facts], she
     for title, column, attribute in (("across splits", split, "split"), ("across classes", label, "label")):
         crossing = column[pairs[:, 0]] != column[pairs[:, 1]]
         examples = [
-            " ~ ".join(f"{r.id} ({getattr(r, attribute)})" for r in (index[kept[i]], index[kept[j]]))
-            + f", r = {alike:.2f}"
+            " ~ ".join(f"{r.id} ({getattr(r, attribute)})" for r in (records[i], records[j])) + f", r = {alike:.2f}"
             for (i, j), alike in zip(pairs[crossing][:3], likeness[crossing], strict=False)
         ]
         if examples:
@@ -163,7 +169,7 @@ def _near_copies(index: Index, kept: Sequence[int], facts: Sequence[_Facts], she
                 f"  {title}: {crossing.sum()} pairs: {'; '.join(examples)}{' ...' if crossing.sum() > 3 else ''}"
             )
     if len(pairs):
-        tiles = [[images.resize(images.read_rgb(index.file(kept[i])), 96, 96) for i in pair] for pair in pairs[:12]]
+        tiles = [[images.resize(images.read_rgb(records[i].file), 96, 96) for i in pair] for pair in pairs[:12]]
         images.write_png(sheet, images.sheet(tiles))
         lines.append(f"  give copies one group in a manifest.csv, or remove them; the most alike are drawn in {sheet}")
     return lines
