@@ -132,7 +132,7 @@ def test_the_mean_of_many_has_the_interval_of_the_cluster_bootstrap():
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_too_few_images_are_told():
+def test_too_few_images_are_warned_of():
     def value(quantity, number, n, n_real, level=None):
         return Value("", "path", quantity, level, "x", n, n_real, "test", number, np.nan, np.nan)
 
@@ -155,7 +155,7 @@ def test_too_few_images_are_told():
     assert floor == "kid_floor of path is undefined: 2 images against 2; it needs 4 groups."
 
 
-def test_the_benchmark_tells_every_part(capsys):
+def test_the_benchmark_times_every_part(capsys):
     benchmark.main(["--images", "40", "--size", "16", "--threads", "1"])
     lines = capsys.readouterr().out.splitlines()
     parts = [line.partition(" s  ")[2] for line in lines]

@@ -31,7 +31,7 @@ def configured(tmp_path, write_config):
 
 
 @pytest.mark.parametrize(("key", "override"), [("root", "data.root=/elsewhere"), ("layout", PHANTOM)])
-def test_another_origin_is_refused_unless_the_user_decides(configured, tmp_path, key, override):
+def test_another_data_set_is_refused_unless_the_user_decides(configured, tmp_path, key, override):
     made, judge = configured("made", override), configured("judge")
     with pytest.raises(UserError, match=rf"made: was made from data\.{key}=.*judge would compare it") as refusal:
         require_same_data([made], [judge], [])

@@ -19,7 +19,7 @@ def test_the_nearest_is_found():
     rng = np.random.default_rng(0)
     x, others = rng.normal(size=(23, 4)), rng.normal(size=(31, 4))
     x[3] = others[7]
-    others[20] = others[7]  # of two as near the first is told
+    others[20] = others[7]  # of two as near the first is found
     for dtype in (np.float64, np.float32):
         distances, numbers = nearest(x.astype(dtype), others.astype(dtype))
         np.testing.assert_allclose(distances, cdist(x, others).min(1), atol=1e-6)
@@ -128,7 +128,7 @@ def test_the_stain_share_is_what_lies_along_the_transfer():
     assert stain_share(features, source[None])[1].sum() == 0  # a transfer that moves nothing explains nothing
 
 
-def test_near_copies_and_mere_recolouring_are_told():
+def test_near_copies_and_mere_recolouring_are_warned_of():
     def value(quantity, number, level, n_real, trajectory="t"):
         return Value(trajectory, "path", quantity, level, "x", 20, n_real, "test", number, np.nan, np.nan)
 

@@ -1,4 +1,4 @@
-"""How long features of many images and their distances to real patches take, and the memory that they need at most.
+"""Time and peak memory of features of many images, and of their distances to real patches.
 
 Features take time linear in the number of images. All but the Frechet distance compares pairs: time grows with the
 square, which `evaluate` bounds by the number of real patches (`--max-real`); these halves are not cut to it.

@@ -1,4 +1,4 @@
-"""How many frames of one trajectory judges give to the target class, beside their accuracy on real patches."""
+"""Flip rates of one trajectory by judges, beside the accuracy of the judges on real patches."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What sequences cost to make, as `translate` left it in their folder's cost.json."""
+"""The cost of making sequences, which `translate` writes into cost.json of their folder."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ COST = "cost.json"
 
 
 class Cost(NamedTuple):
-    """Wall `seconds` a sequence on a `device` ("cpu", "cuda: NAME"), and CPU seconds, None where that is another: they
-    would tell how long the GPU was waited for."""
+    """Wall `seconds` a sequence on a `device` ("cpu", "cuda: NAME"), and CPU seconds, which are None for other
+    devices: they would be the time of waiting for them."""
 
     device: str
     seconds: float

@@ -46,7 +46,7 @@ class NamedExtractor(nn.Module):
         self.register_buffer("std", torch.tensor(data["std"]).view(-1, 1, 1))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """What a last layer would see, pooled over space, (B, D), of patches (B, 3, H, W) in [-1, 1]."""
+        """Features (B, D), pooled over space, of patches (B, 3, H, W) in [-1, 1]."""
         return self.net(self._input(x))
 
     def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:

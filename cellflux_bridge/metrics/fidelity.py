@@ -1,4 +1,4 @@
-"""How far a set of images is from another in a network's features: kernel and Frechet distance.
+"""Kernel and Frechet distance between two sets of images in the features of a network.
 
 Features (N, D) of any float type. Values of different feature extractors are never comparable.
 """
@@ -16,7 +16,7 @@ _BLOCK = 1024
 
 
 class Floor(NamedTuple):
-    """What a distance gives on real against real patches: mean, standard deviation and 95 % range over the splits."""
+    """A distance of real to real patches: mean, standard deviation and 95 % range over random splits."""
 
     mean: float
     spread: float
@@ -119,9 +119,9 @@ def kid_by_level(
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the distance of FID (Heusel et al. 2017) in any features.
 
-    The root's trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), whose eigenvalues are real and >= 0 for any n, also
-    where there are fewer images than features and both covariances are singular. It is biased upward at small n: state
-    n, and compare only values of the same n. NaN where a set has fewer than two images.
+    The trace of the root equals the trace of (C_a^(1/2) C_b C_a^(1/2))^(1/2), whose eigenvalues are real and >= 0 for
+    any n, also with fewer images than features. The distance is biased upward at small n: state n, and compare only
+    values of the same n. NaN where a set has fewer than two images.
     """
     a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
     if min(len(a), len(b)) < 2:

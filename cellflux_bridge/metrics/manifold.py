@@ -56,7 +56,7 @@ def _radii(x: np.ndarray, codes: np.ndarray, block: int) -> np.ndarray:
 def neighbourhoods(
     frames: np.ndarray, real: np.ndarray, *, groups: Groups | None = None, real_groups=None, block: int = _BLOCK
 ) -> Neighbourhoods:
-    """Where frames (N, D) lie among real patches (M, D) and these among them; without groups as published.
+    """Neighbourhoods of frames (N, D) and real patches (M, D) among each other; without groups as published.
 
     Distances are made in blocks of rows: memory is linear in the number of images.
     """
@@ -82,7 +82,7 @@ def neighbourhoods(
 def manifold_floors(
     features: np.ndarray, groups: Groups, *, generator: np.random.Generator, num_splits: int = 10
 ) -> dict[str, Floor]:
-    """The four figures between random halves, by group, of real patches: those of images without fault."""
+    """The four figures between random halves, by group, of real patches: perfect images would reach them."""
     groups, values = np.asarray(groups), []
     for first, second in half_splits(groups, num=num_splits, generator=generator):
         found = neighbourhoods(features[first], features[second], groups=groups[first], real_groups=groups[second])

@@ -12,14 +12,13 @@ from sklearn.metrics import pairwise_distances_argmin
 
 from cellflux_bridge.metrics.networks import Network
 
-# Distance, as a share of a training patch's typical length in features, up to which two images are the same one: what
-# the rounding of float32 features comes to.
+# Up to this distance, as a share of the typical length of features, two images are one: float32 rounds by as much.
 _ROUNDING = 1e-5
 
 
 class NearCopy(NamedTuple):
-    """A frame that repeats a training patch, or lies nearer to it than any held-out real patch does to its own nearest
-    of that class: `distance` < `held_out`, the least of theirs, both Euclidean in the extractor's features."""
+    """A frame that repeats a training patch, or lies nearer to it than any held-out real patch lies to its nearest
+    training patch of that class: `distance` < `held_out`, their least distance, in the extractor's features."""
 
     method: str
     trajectory: str
@@ -82,11 +81,11 @@ def nearest(x: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Training(NamedTuple):
-    """The training patches of both classes in the extractor's features, whether each `is_target`, and of the real test
-    patches the sorted distances to their nearest ones, of the source class and of the target class.
+    """The training patches of both classes in the extractor's features, and whether each `is_target`. `held_out` are
+    the sorted distances of real test patches to their nearest ones, of the source class and of the target class.
 
-    The `num_repeated` test patches that repeat a training patch (no farther than `same`) are not among them: with one
-    of them nothing could lie nearer than held-out patches.
+    They leave out the `num_repeated` test patches that repeat a training patch (no farther than `same`): beside one of
+    them nothing could lie nearer than held-out patches.
     """
 
     ids: tuple[str, ...]

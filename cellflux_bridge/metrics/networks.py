@@ -25,14 +25,14 @@ from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distan
 
 USES = ("judge", "features", "scores")
 _CHUNK = 256
-# Images a network is given at once: on a CPU more are slower, for the memory that their maps take.
+# Images of one forward; on a CPU more of them are slower, because of the memory that their feature maps take.
 FORWARD = 64
-# Mean absolute difference, in grey levels, above which a source is not the patch that the network's data has.
+# Above this mean absolute difference, in grey levels, a source is not the patch in the network's data.
 _SAME_PATCH = 8.0
 
 
 class NetworkOutputs(NamedTuple):
-    """What a network gives for images.
+    """The outputs of a network for images.
 
     `value` (...) is p(target class), or of a severity estimator the severity in the direction of the target;
     `is_target` (...) whether the target is the most probable class; `features` (..., D) the input of its last layer. Of
@@ -75,9 +75,9 @@ class RealPatches(NamedTuple):
 class Network:
     """A trained classifier in one of the `USES`, and the patches of its own configuration.
 
-    `name` tells it apart from the others; `weights` (C,) turn class probabilities into `NetworkOutputs.value`, and are
-    None for an extractor that is no classifier, whose patches are those of the first judge. `checkpoint` is the folder
-    of its weights, or the extractor's name; `digest` that of the weights.
+    `name` is unique; `weights` (C,) turn class probabilities into `NetworkOutputs.value`. An extractor that
+    is no classifier has none, and the patches of the first judge. `checkpoint` is the folder of its weights, or the
+    extractor's name; `digest` is a hash of the weights.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Network:
         return {source_id: number for number, source_id in enumerate(self.patches.ids)}
 
     def outputs(self, batch: np.ndarray | torch.Tensor, *, where: str) -> NetworkOutputs:
-        """Of uint8 patches (N, 3, S, S); UserError where they are not finite, naming `where` the patches are from."""
+        """Of uint8 patches (N, 3, S, S); a UserError that names `where` the patches are from, if one is not finite."""
         batch = torch.as_tensor(batch)
 
         def answer() -> dict[str, np.ndarray]:
@@ -171,7 +171,7 @@ class Network:
         return RealPatches(numbers, np.array(self.patches.group_names)[self.patches.groups[numbers]], is_target)
 
     def require_fair(self, source_ids: Sequence[str], sources: np.ndarray, *, where: str) -> None:
-        """UserError where it trained on one of the sources (B, 3, S, S), or knows them at another crop or stain.
+        """UserError if it was trained on one of the sources (B, 3, S, S), or has them at another crop or stain.
 
         A severity estimator's data set is another one, whose files may bear the same names by chance.
         """

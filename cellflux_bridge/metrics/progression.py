@@ -1,4 +1,4 @@
-"""How sequences move from A to B: pure functions of arrays, every one with the sequences along the first axis.
+"""The way of sequences from A to B: pure functions of arrays, with the sequences along the first axis.
 
 `probability` (N, K+1) is what a judge gives the target class, `features` (N, K+1, D) what a network sees, frame 0 the
 source itself; `levels` (K,) are s_1..s_K in (0, 1], the soft labels that the frames after the source should have.

@@ -1,4 +1,4 @@
-"""Whether sequences and the classifiers that look at them come from the same patches."""
+"""The check that sequences and the classifiers that judge them come from the same patches."""
 
 import json
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from cellflux_bridge.config import Config, load_config, parse_overrides
 
 
 def require_same_data(folders: Sequence[Path], runs: Sequence[Path], overrides: Sequence[str]) -> None:
-    """UserError where a trajectory folder's own config.yaml names another data.root or data.layout than a classifier's
-    run, whose real patches the frames would be compared with. A key that `overrides` give is decided by them; frames
-    that no configuration made are not judged."""
+    """UserError if the config.yaml of a trajectory folder names another data.root or data.layout than a classifier's
+    run, whose real patches the frames would be compared with. A key in `overrides` is not checked, nor are frames
+    without a configuration."""
     given = parse_overrides(overrides).get("data", {})
     for folder in folders:
         if not (folder / checkpoint.CONFIG).exists():

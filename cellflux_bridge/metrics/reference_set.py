@@ -1,4 +1,4 @@
-"""What frames are compared to: networks, real patches, training patches, and the floors between real patches."""
+"""The reference set of an evaluation: networks, real patches, training patches, and floors between real patches."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from cellflux_bridge.metrics.values import Recorder, Subject, Value
 
 NUM_SUBSAMPLES = 100
 REAL_SOURCE, REAL_TARGET, REAL_POOLED, REAL_SCORED = "real source", "real target", "real pooled", "real scored"
-REAL_OWN = "real own"  # what frames of a level are compared to
+REAL_OWN = "real own"  # real patches of a level
 _CHUNK = 256
 _NUM_PAIRS, _NUM_FOR_STAIN = 256, 2000
 
@@ -29,10 +29,9 @@ class ReferenceSet:
     """Networks with their outputs for real patches; figures of these, and of all that is compared, go to `rows`.
 
     `judges` give probabilities, `extractor` is the network that neither guided nor judges, `estimator` (or None) gives
-    severities. `real[network]` are its real test patches of both classes, and `kid_floors[network]` the floor of all of
-    them; `pooled` and `target` are those of the extractor, all and of the target. `levels` are those whose own real
-    patches get a floor; at most `max_real` real patches of a class, or with a score, are used. Every draw is seeded by
-    `seed` and a purpose.
+    severities. `real[network]` are its real test patches of both classes, `kid_floors[network]` their floor; `pooled`
+    are the extractor's, `target` only the target class of these. The own real patches of each of the `levels` get a
+    floor. At most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
     """
 
     def __init__(self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, max_real: int | None):
@@ -139,7 +138,7 @@ class ReferenceSet:
         self._add_by_class(real, dict(zip(TISSUE, figures.T, strict=True)))
 
     def _add_structure(self, real: RealPatches) -> None:
-        """How far real source patches of different groups are apart: the figures of a frame that keeps nothing."""
+        """Between real source patches of different groups: the figures of a frame that keeps nothing of its source."""
         of_source = self.generator("structure").permutation(np.flatnonzero(~real.is_target))
         pairs = np.stack([of_source, np.roll(of_source, 1)])
         first, second = pairs[:, real.groups[pairs[0]] != real.groups[pairs[1]]][:, :_NUM_PAIRS]
@@ -151,7 +150,7 @@ class ReferenceSet:
             record.add(figure, self.mean(each[:, 1], real.groups[first]), by=by)
 
     def _scored_patches(self, estimator: Network) -> tuple[np.ndarray, RealPatches]:
-        """Real test patches that have a score, before the extractor: scores in the direction of the target, patches."""
+        """Real test patches with a score: their scores in the direction of the target, and the extractor's outputs."""
         real, patches = estimator.real_patches(num=self.max_real, seed=self.seed), estimator.patches
         scores = patches.scores_towards(estimator.target, real.numbers)
         error = np.abs(estimator.outputs_of_patches(patches, real.numbers).value - scores)

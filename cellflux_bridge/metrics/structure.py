@@ -39,7 +39,7 @@ def tissue_figures(patches: np.ndarray) -> np.ndarray:
 
 
 def num_scales(size: int) -> int:
-    """How many of the five scales images of a side have room for; 0 below the window's 11 pixels."""
+    """The number of the five scales for which images of a side have room; 0 below the window's 11 pixels."""
     # The second bound is torchmetrics' own.
     fits = [min(size // 2**scale, size // max(1, scale) ** 2) >= _WINDOW for scale in range(len(_SCALE_WEIGHTS))]
     return sum(fits)
@@ -92,15 +92,15 @@ def with_networks(structure: np.ndarray, network) -> list[tuple[str, np.ndarray,
 
 
 def recolour(patches: np.ndarray, reference: StainReference) -> np.ndarray:
-    """Patches (N, 3, H, W) with the stain of `reference`: what a change of colour alone can do."""
+    """Patches (N, 3, H, W) with the stain of `reference`: a change of colour alone."""
     return np.stack([normalise(patch, reference) for patch in patches.transpose(0, 2, 3, 1)]).transpose(0, 3, 1, 2)
 
 
 def stain_share(features: np.ndarray, recoloured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Squared feature change from the first frame on (N, K), and the part of it (N, K) that a stain transfer explains.
 
-    `features` (N, K+1, D) of sequences, `recoloured` (N, D) of their first frames after the transfer. A transfer may be
-    done in part: what is explained is what the best part, 0 to 1, of its change in features leaves no rest of.
+    `features` (N, K+1, D) are of sequences, `recoloured` (N, D) of their first frames after the transfer. A transfer
+    may be done in part: the part of it (0 to 1) that explains most is taken.
     """
     change = (features[:, 1:] - features[:, :1]).astype(np.float64)
     stain = recoloured.astype(np.float64) - features[:, 0]

@@ -30,7 +30,7 @@ class Value(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What values are of: the sequences of a method or baseline, or a set of real patches; `levels` (K,)."""
+    """The subject of values: the sequences of a method or baseline, or a set of real patches; `levels` (K,)."""
 
     name: str
     n: int

@@ -3,14 +3,14 @@
 A quantity has a value a level, a value of the whole sequences, or both. Networks are judges, the extractor (which
 neither guided nor judges) and the severity estimator. A value that does not exist is NaN: a ratio to a distance that is
 not above 0, an interval of a Frechet distance. *_own compares the frames of a level to real patches of the level's
-score, or else of the nearer class; *_target compares those of level 1 to real target patches; *_pooled compares to
+score, or else of the nearer class; *_target compares frames of level 1 to real target patches; *_pooled compares to
 both classes (Frechet distance and figures of `metrics.manifold`: all frames after the sources as one set).
 
 Real patches have floors: kid_floor, frechet_floor, precision_floor, recall_floor, density_floor and coverage_floor are
 means over random halves by group, `n` against `n_real` patches (`low` and `high`: their 95 % range), *_floor_spread the
 standard deviations. There are floors of both classes together ("real pooled"), of target patches ("real target"), and,
-a level, of the patches that *_own compares to ("real own"). A Frechet distance of half as many patches is larger: its
-floor lies above that of all. Real patches also have probability, flip_rate, severity_error, the structure of pairs of
+a level, of the patches that *_own compares to ("real own"). A Frechet distance is larger with half as many patches, so
+its floor is too high. Real patches also have probability, flip_rate, severity_error, the structure of pairs of
 different groups, and the figures of `metrics.structure`.
 """
 
