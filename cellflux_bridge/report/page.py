@@ -36,7 +36,7 @@ _SHOWN = 256
 _OPEN = ("arrival", "levels", "likeness")
 _USES = {
     "judge": "judges",
-    "features": "features for distances; neither guided nor judges",
+    "features": "features for distances; it neither guides nor judges",
     "scores": "estimates severity",
 }
 

@@ -85,7 +85,7 @@ function viewer(root) {
       }));
     const rows = shownMethods().map((one) => row(one.name, one === method(), (at) => picture(one, nearest(one.levels, at))));
     if (Object.keys(data.real).length) {
-      rows.push(row("real, of that level", false, (at) => {
+      rows.push(row("real, same level", false, (at) => {
         const real = realAt(at);
         return real && tile(data, real.sprite, 0, real.num, `a real patch of level ${at}`, null);
       }));
@@ -139,7 +139,7 @@ function viewer(root) {
 
   function readout() {
     const [at, share] = [`level ${level().toFixed(2)}`, (value) => `${Math.round(100 * value)} %`];
-    const parts = [`asked: ${share(1 - level())} ${data.source}, ${share(level())} ${data.target}`];
+    const parts = [`requested: ${share(1 - level())} ${data.source}, ${share(level())} ${data.target}`];
     for (const [key, title] of Object.entries(data.curves)) {
       const value = (shown(method()).curves[key] || [])[state.level];
       if (value === null || value === undefined) continue;
