@@ -24,6 +24,7 @@ def require_json(output: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write `text` under a temporary name, then rename it to `path`."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # a link here, in a folder from somebody else, would lead the text out of it
     temporary.write_text(text, encoding="utf-8", newline="")
     os.replace(temporary, path)
 

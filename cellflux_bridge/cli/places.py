@@ -15,8 +15,8 @@ def holds_ddim(folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is the run of a flow, a classifier or the reference bridge."""
-    return (folder / "checkpoints").is_dir() or holds_ddim(folder)
+    """Whether a folder is the run of a flow, a classifier or the reference bridge (which may hold sequences alone)."""
+    return any((folder / part).is_dir() for part in ("checkpoints", "trajectories")) or holds_ddim(folder)
 
 
 def configuration(where: Path | str, overrides: Sequence[str]):
