@@ -234,10 +234,10 @@ def test_a_column_that_is_nearly_a_known_one_is_never_ignored(manifest, heading,
 
 
 def test_other_columns_are_ignored_and_named(manifest):
-    root = manifest("path,label,stain,magnification\nA/1.png,A,he,40\nB/1.png,B,he,40\n")
+    root = manifest(f"path,label,stain,caption\nA/1.png,A,he,{'x' * 5000}\nB/1.png,B,he,40\n")
     layout = Folder(root)
     assert len(layout.records()) == 2
-    assert layout.reading() == ["read from manifest.csv; columns ignored: stain, magnification"]
+    assert layout.reading() == ["read from manifest.csv; columns ignored: stain, caption"]
 
 
 @pytest.mark.parametrize(
