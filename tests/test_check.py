@@ -81,6 +81,7 @@ def test_what_training_would_refuse_is_refused_or_said(patch_folder, tmp_path, w
 
     assert printed() == "the cache is filled: training can start"
     assert "before training mend this: train.batch_size=64 draws" in printed(train={"batch_size": 64})
+    assert "before training mend this: data.image_size=15: not divisible" in printed(data={"image_size": 15})
     score = {"target": "level", "level": "score"}
     for sections, expected in (
         ({"pairs": {"transitions": [["A", "C"]]}}, "no class 'C' here"),

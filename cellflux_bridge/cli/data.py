@@ -10,6 +10,7 @@ def run(args: argparse.Namespace) -> None:
     """data check CONFIG: count, measure and look through the patches, and decode them into the cache."""
     from cellflux_bridge.data.check import check_data, require_pairs
     from cellflux_bridge.data.patches import load_patches
+    from cellflux_bridge.flow.task import build_flow
 
     config = configuration(args.config, args.overrides)
     sheet = args.output or config.output / "contact_sheet.png"
@@ -23,6 +24,8 @@ def run(args: argparse.Namespace) -> None:
     require_pairs(patches, config, batch_size=1)
     try:
         require_pairs(patches, config, batch_size=config.train.batch_size)
+        data = config.data.model_copy(update={"classes": list(patches.classes)})
+        build_flow(config.model_copy(update={"data": data}))
     except UserError as error:  # the data are well
         print(f"the cache is filled; before training mend this: {error}")
     else:
