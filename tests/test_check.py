@@ -9,12 +9,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from cellflux_bridge import cli
-from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.data.check import check_data, require_pairs
+from cellflux_bridge.data.check import check_data
 from cellflux_bridge.data.compression import compare, encoding
 from cellflux_bridge.data.near_copies import near_copies, thumbnail
-from cellflux_bridge.data.patches import load_patches
-from cellflux_bridge.data.settings import PairsConfig
 from cellflux_bridge.images import read_rgb
 
 
@@ -77,16 +74,26 @@ def test_shares_far_from_the_asked_ones_are_told_with_the_reason(tmp_path, data_
     ) in report
 
 
-def test_pairs_that_training_would_refuse_are_refused(patch_folder, data_config):
-    config = data_config(patch_folder)
-    patches = load_patches(config, seed=0)
-    require_pairs(patches, pairs=PairsConfig(), data=config, by_level=False, seed=0)
-    for pairs, by_level, expected in (
-        (PairsConfig(transitions=[("A", "C")]), False, "no class 'C' here"),
-        (PairsConfig(match_group=True), True, "pairs.match_group: no group"),
+def test_what_training_would_refuse_is_refused_or_said(patch_folder, tmp_path, write_config, capsys):
+    def printed(**sections) -> str:
+        cli.main(["data", "check", str(write_config(tmp_path, **sections))])
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert printed() == "the cache is filled: training can start"
+    assert "before training mend this: train.batch_size=64 draws" in printed(train={"batch_size": 64})
+    assert "before training mend this: data.image_size=15: not divisible" in printed(data={"image_size": 15})
+    score = {"target": "level", "level": "score"}
+    for sections, expected in (
+        ({"pairs": {"transitions": [["A", "C"]]}}, "no class 'C' here"),
+        ({"pairs": {"match_group": True}}, "pairs.match_group: no group"),
+        ({"condition": score}, "condition.level=score: 38 patches have no score"),
+        (
+            {"condition": score | {"level": "crossfit"}, "classifier": {"folds": 39}},
+            "classifier.folds=39: the training",
+        ),
     ):
-        with pytest.raises(UserError, match=re.escape(expected)):
-            require_pairs(patches, pairs=pairs, data=config, by_level=by_level, seed=0)
+        with pytest.raises(SystemExit, match=re.escape(expected)):
+            printed(**sections)
 
 
 # Compression

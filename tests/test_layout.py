@@ -50,9 +50,9 @@ def refused(root: Path, *expected: str, **settings) -> None:
             (word, "train")
             for word in ("Train", "TRAIN", "training", "train_set", "Training-Data", "trainset", "train1")
         ],
-        *[(word, "val") for word in ("Val", "valid", "VALIDATION", "validation set", "dev", "val_images")],
-        *[(word, "test") for word in ("Test", "TESTING", "testset", "test-split", "test 2")],
-        *[(word, None) for word in ("eval", "testis", "trained", "valve", "A", "control", "strain", "1", "")],
+        *[(word, "val") for word in ("Val", "valid", "VALIDATION", "validation set", "dev", "val_images", "eval")],
+        *[(word, "test") for word in ("Test", "TESTING", "testset", "test-split", "test 2", "tests", "hold-out")],
+        *[(word, None) for word in ("evalu", "testis", "trained", "valve", "A", "control", "strain", "1", "")],
     ],
 )
 def test_a_word_names_a_split_or_none(word, split):
@@ -102,6 +102,7 @@ def test_the_first_folder_below_a_class_is_the_group_however_deep_files_lie(tree
         (["train/A/val/1.png", "train/B/val/1.png"], "A/val: names a split, but is read as a group below"),
         (["set/A/1.png", "set/B/1.png"], "holds one folder only, set, so only one class; if A, B are the classes"),
         (["set/train/A/1.png", "set/train/B/1.png"], "set data.root="),
+        (["fold0/A/1.png", "fold_1/A/1.png"], "fold0, fold_1 would be classes, but are called like folds"),
         (["1.png", "2.png"], "holds 2 images and no folder for each class"),
         (["Benign/1.png", "benign/2.png"], "'Benign' and 'benign' differ by letter case only"),
     ],
@@ -174,6 +175,14 @@ def test_image_files_of_other_kinds_are_named_by_class(tree):
     refused(root, "A: holds no image", "but 1 .bmp")
 
 
+def test_a_manifest_by_another_name_is_not_passed_over(tree):
+    for name in ("Manifest.csv", "manifest.CSV", "manifest.xlsx", "manifest.tsv"):
+        root = tree("A/1.png", "B/1.png")
+        (root / name).touch()
+        refused(root, f"{name}: is not read; save it as manifest.csv")
+        (root / name).unlink()
+
+
 # Manifests
 
 
@@ -225,10 +234,10 @@ def test_a_column_that_is_nearly_a_known_one_is_never_ignored(manifest, heading,
 
 
 def test_other_columns_are_ignored_and_named(manifest):
-    root = manifest("path,label,stain,magnification\nA/1.png,A,he,40\nB/1.png,B,he,40\n")
+    root = manifest(f"path,label,stain,caption\nA/1.png,A,he,{'x' * 5000}\nB/1.png,B,he,40\n")
     layout = Folder(root)
     assert len(layout.records()) == 2
-    assert layout.reading() == ["read from manifest.csv; columns ignored: stain, magnification"]
+    assert layout.reading() == ["read from manifest.csv; columns ignored: stain, caption"]
 
 
 @pytest.mark.parametrize(

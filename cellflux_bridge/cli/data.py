@@ -3,15 +3,14 @@
 import argparse
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cli.places import (
-    configuration,
-)
+from cellflux_bridge.cli.places import configuration
 
 
 def run(args: argparse.Namespace) -> None:
     """data check CONFIG: count, measure and look through the patches, and decode them into the cache."""
     from cellflux_bridge.data.check import check_data, require_pairs
     from cellflux_bridge.data.patches import load_patches
+    from cellflux_bridge.flow.task import build_flow
 
     config = configuration(args.config, args.overrides)
     sheet = args.output or config.output / "contact_sheet.png"
@@ -20,6 +19,27 @@ def run(args: argparse.Namespace) -> None:
     print(report)
     if not usable:
         raise UserError("some files cannot be used, or a class lacks patches (listed above): mend that first")
-    patches, by_level = load_patches(config.data, seed=config.seed), config.condition.target == "level"
-    require_pairs(patches, pairs=config.pairs, data=config.data, by_level=by_level, seed=config.seed)
-    print("the cache is filled: training can start")
+    patches = load_patches(config.data, seed=config.seed)
+    _require_levels(config, patches)
+    require_pairs(patches, config, batch_size=1)
+    try:
+        require_pairs(patches, config, batch_size=config.train.batch_size)
+        data = config.data.model_copy(update={"classes": list(patches.classes)})
+        build_flow(config.model_copy(update={"data": data}))
+    except UserError as error:  # the data are well
+        print(f"the cache is filled; before training mend this: {error}")
+    else:
+        print("the cache is filled: training can start")
+
+
+def _require_levels(config, patches) -> None:
+    """UserError where patches lack the level that the network is told, or the groups to find it out."""
+    from cellflux_bridge.data.soft_labels import soft_labels
+    from cellflux_bridge.flow.levels import assign_folds
+
+    kind = config.condition.level
+    if config.condition.target == "level" and kind == "crossfit":
+        assign_folds(patches, num_folds=config.classifier.folds, seed=config.seed)
+    elif config.condition.target == "level":
+        needed = [*patches.indices("train"), *patches.indices("val")]
+        soft_labels(patches, kind, needed=needed, key="condition.level")

@@ -12,7 +12,7 @@ from cellflux_bridge import images
 from cellflux_bridge.base.errors import abbreviate
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
-from cellflux_bridge.config import registry
+from cellflux_bridge.config import Config, registry
 from cellflux_bridge.data.compression import Encoding, compare, encoding
 from cellflux_bridge.data.index import frame_mpp, patch_index, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
@@ -20,7 +20,7 @@ from cellflux_bridge.data.near_copies import near_copies, thumbnail
 from cellflux_bridge.data.pairs import Pairs
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.data.settings import DataConfig, PairsConfig
+from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.data.split import describe_shares
 
 
@@ -82,11 +82,13 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     return "\n".join(lines + lacking), not unreadable and not lacking
 
 
-def require_pairs(patches: Patches, *, pairs: PairsConfig, data: DataConfig, by_level: bool, seed: int) -> None:
-    """UserError where training would find no pair to draw: an unknown transition, a class or group without patches."""
+def require_pairs(patches: Patches, config: Config, *, batch_size: int) -> None:
+    """UserError where training finds no pairs: an unknown transition, a class or a group without enough patches."""
+    by_level = config.condition.target == "level"
     levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels] if by_level else None
+    settings = {"seed": config.seed, "pairs": config.pairs, "data": config.data, "levels": levels}
     for split in ("train", "val"):
-        Pairs(patches, None, split=split, batch_size=1, seed=seed, pairs=pairs, data=data, levels=levels)
+        Pairs(patches, None, split=split, batch_size=batch_size, **settings)
 
 
 def _inspect(record: PatchRecord, preprocessing: Preprocessing) -> _Facts | str:

@@ -10,10 +10,11 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.walk import refuse_repeats
 
 SPLITS = ("train", "val", "test")
+_KIND = r"(set|data|dataset|split|images?|imgs?|patches|tiles)?s?\d*"
 _SPLIT_WORDS = {
-    "train": re.compile(r"(train(ing)?|trn)(set|data|split|images)?\d*"),
-    "val": re.compile(r"(val(id(ation)?)?|dev(elopment)?)(set|data|split|images)?\d*"),
-    "test": re.compile(r"(test(ing)?|tst)(set|data|split|images)?\d*"),
+    "train": re.compile(r"(train(ing)?|trn)" + _KIND),
+    "val": re.compile(r"(val(id(at(ion|e))?)?|dev(elopment)?|eval(uation)?)" + _KIND),
+    "test": re.compile(r"(test(ing)?|tst|holdout|heldout)" + _KIND),
 }
 
 

@@ -1,6 +1,7 @@
 """A folder of patches: `manifest.csv`, or folders that are named like splits and classes, whichever is there."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from cellflux_bridge.data.layout.base import PatchRecord, in_order, split_of
 from cellflux_bridge.data.layout.manifest import Manifest
 from cellflux_bridge.images import SUFFIXES
 
+_MANIFESTS = r"manifest\.(csv|tsv|txt|xlsx?|ods)"
 _WAY_OUT = "list folders that hold no patches in data.layout.ignore, or name path, label and split in a manifest.csv"
 
 
@@ -28,6 +30,8 @@ class Folder(Manifest):
             raise UserError(f"{self.root}: no such folder; set data.root to the folder that holds the patches")
         if (self.root / "manifest.csv").exists():
             return super().records()
+        if near := [path.name for path in self.root.iterdir() if re.fullmatch(_MANIFESTS, path.name.casefold())]:
+            raise UserError(f"{self.root / near[0]}: is not read; save it as manifest.csv, in CSV, or rename it")
         form, homes = self._read_tree()
         others: Counter[str] = Counter()
         records = in_order((r for home in homes for r in self._patches(*home, others)), ignore=())
@@ -53,6 +57,8 @@ class Folder(Manifest):
                 f"{self.root}: holds {len(loose)} images and no folder for each class: expected root/<class>/*; if "
                 f"this folder is one class of several, set data.root={self.root.parent}"
             )
+        if folds := [top.name for top in tops if re.fullmatch(r"(fold|cv)[\W_]*\d+", top.name.casefold())]:
+            raise UserError(f"{self.root}: {abbreviate(folds)} would be classes, but are called like folds; {_WAY_OUT}")
         splits = _splits(tops, where=self.root)
         if not splits and len(tops) == 1 and inside[tops[0]] and not _images_in(tops[0]):
             raise UserError(

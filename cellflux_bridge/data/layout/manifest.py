@@ -72,9 +72,10 @@ class Manifest(Layout):
                             f"{where}: has {len(cells)} cells, the heading {len(columns)}; put a cell that holds the "
                             'delimiter in "quotes", and write numbers with a decimal point'
                         )
-                    if (longest := max(map(len, cells))) > _MAX_CELL:
+                    row = {name: cell.strip() for name, cell in zip(columns, cells, strict=False) if name in COLUMNS}
+                    if (longest := max(map(len, row.values()), default=0)) > _MAX_CELL:
                         raise UserError(f"{where}: a cell has {longest} characters, at most {_MAX_CELL} are read")
-                    yield reader.line_num, {name: cell.strip() for name, cell in zip(columns, cells, strict=False)}
+                    yield reader.line_num, row
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{self._file}: cannot be read as CSV in UTF-8 ({error}); save it so") from error
 
