@@ -75,19 +75,17 @@ class Index:
 
     def records(self) -> list[PatchRecord]:
         """The patches as records, made anew."""
+        groups = [None if name.startswith("\0") else name for name in self.group_names]
         columns = (self.labels, self.splits, self.groups, self.scores, self.mpp)
         rows = zip(self.ids, self.files, *(column.tolist() for column in columns), strict=True)
         return [
-            PatchRecord(
-                name,
-                self.root / file,
-                self.classes[label],
-                _SPLITS[split],
-                None if self.group_names[group].startswith("\0") else self.group_names[group],
-                *(None if number != number else number for number in numbers),
-            )
-            for name, file, label, split, group, *numbers in rows
+            PatchRecord(name, self.root / file, self.classes[c], _SPLITS[s], groups[g], *map(_or_none, numbers))
+            for name, file, c, s, g, *numbers in rows
         ]
+
+
+def _or_none(number: float) -> float | None:
+    return None if np.isnan(number) else number
 
 
 def _numbered(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -132,7 +130,7 @@ def patch_index(config: DataConfig, *, seed: int) -> Index:
     if is_foreign := ":" in config.layout["name"]:
         return with_splits()
     key = (str(root.absolute()), repr(config.layout), _stamp(root))
-    settings = (tuple(config.classes or ()), config.split.val, config.split.test, seed)
+    settings = (repr(config.classes), config.split.val, config.split.test, seed)
     return remembered((*key, *settings), with_splits)
 
 
