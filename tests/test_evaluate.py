@@ -672,7 +672,7 @@ def test_damaged_frames_are_an_error(tiny, judged):
     manifest = path / "manifest.csv"
     text = manifest.read_text()
     manifest.write_text(text.replace("source_id", "source", 1))
-    with pytest.raises(UserError, match=r"manifest\.csv: "):
+    with pytest.raises(UserError, match=r"manifest\.csv, line 1: expected the columns"):
         evaluate([path], **judged)
 
 
