@@ -672,7 +672,7 @@ def test_damaged_frames_are_an_error(tiny, judged):
     manifest = path / "manifest.csv"
     text = manifest.read_text()
     manifest.write_text(text.replace("source_id", "source", 1))
-    with pytest.raises(UserError, match=r"manifest\.csv: "):
+    with pytest.raises(UserError, match=r"manifest\.csv, line 1: expected the columns"):
         evaluate([path], **judged)
 
 
@@ -706,7 +706,8 @@ def test_sequences_that_a_network_cannot_judge_are_refused(tiny, judged, make_pa
     TrajectoryWriter(tiny.root / "unknown", header)
     with pytest.raises(UserError, match=r"does not know the class 'C' .*trained on A, B"):
         evaluate([tiny.root / "unknown"], **judged)
-    TrajectoryWriter(tiny.root / "empty", replace(header, target="B", levels=(0.0, 0.2, 0.4, 0.8, 1.0)))
+    of_b = replace(header, target="B", classes=("A", "B"), levels=(0.0, 0.2, 0.4, 0.8, 1.0))
+    TrajectoryWriter(tiny.root / "empty", of_b)
     with pytest.raises(UserError, match=r"empty: no whole sequence"):
         evaluate([tiny.root / "empty"], **judged)
     with pytest.raises(UserError, match=r"A -> B, but .*unknown is A -> C"):
