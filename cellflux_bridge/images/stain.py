@@ -51,7 +51,7 @@ def tissue_mask(rgb: np.ndarray) -> np.ndarray:
     Both stains absorb green most, haematoxylin red nearly as much, and eosin little else; red cells absorb blue, too.
     So in optical density green is at least 0.85 of red (blue and green pen: less), 0.8 of blue (brown and yellow:
     less) and 1.08 of their mean (black, grey, scan borders, dark glass: less). Blue is at least 0.15 of red but for
-    0.1 (dark blue pen: less), and strong red absorbs no more than 0.75 as much blue as green (red pen: more). The
+    0.1, or green 1.12 of red (dark blue pen: less; nuclei in bluish scans hardly absorb blue). Strong red absorbs no more than 0.75 as much blue as green (red pen: more). The
     mean density of glass is below 0.1. Specks that differ from all around them belong to it. Of 310 patches of five
     public data sets at least 0.97 of the pixels above a density of 0.8 are kept in each. Purple and pink pen pass for
     tissue.
@@ -69,7 +69,7 @@ def _tissue_weight(rgb: np.ndarray) -> np.ndarray:
             green - 0.85 * red,
             green - 0.8 * blue,
             green - 1.08 * (red + blue) / 2,
-            blue - 0.15 * red + 0.1,
+            np.maximum(blue - 0.15 * red + 0.1, green - 1.12 * red),
             np.maximum.reduce([0.75 * green - blue, red - 0.35 * green, 1.2 - green]),
         ]
     )
