@@ -1,12 +1,12 @@
 """Components by name: one file in a folder is one component, and its constructor's signature is its YAML schema.
 
-`coupling: {name: minibatch_ot, cost: pixels}` finds the class `MinibatchOT` in `coupling/minibatch_ot.py` (the class
-whose name is the file's, without underscores, whatever its case). `name: my_pkg.my_mod:MyCoupling` finds a
-class of the user's own. Keyword-only parameters of the constructor may stand in the YAML; positional ones are
-provided by the program (the number of classes, for instance).
+`coupling: {name: minibatch_ot, cost: pixels}` finds the class `MinibatchOT` in `coupling/minibatch_ot.py` (it is named
+like the file, without underscores, whatever the case). `name: my_pkg.my_mod:MyCoupling` finds a class of the user's
+own. Keyword-only parameters of the constructor may stand in the YAML; the program provides positional ones (the number
+of classes, for instance).
 
-A component of a kind is a subclass of the kind's base, the class in `<folder>/base.py` that is named like the kind.
-The name of a foreign module is followed only where the configuration is trusted (see `trusting`): importing it runs it.
+A component is a subclass of its kind's base, the class in `<folder>/base.py` that is named like the kind. A foreign
+module is imported, which runs it, only where the configuration is trusted (see `trusting`).
 """
 
 import importlib
@@ -67,10 +67,8 @@ def names(kind: str) -> list[str]:
 
 
 def _named_like(module: str, name: str) -> type:
-    classes = {
-        key.lower(): value for key, value in vars(importlib.import_module(module)).items() if inspect.isclass(value)
-    }
-    return classes[name.replace("_", "")]
+    classes = inspect.getmembers(importlib.import_module(module), inspect.isclass)
+    return {key.lower(): value for key, value in classes}[name.replace("_", "")]
 
 
 def _class(kind: str, name: str, *, key: str) -> type:
@@ -150,7 +148,7 @@ def component(kind: str, key: str, *, default: str) -> Any:
     return Annotated[dict[str, Any], BeforeValidator(complete), Field(default_factory=dict)]
 
 
-def build(kind: str, spec: Mapping[str, Any], *provided: Any, key: str | None = None) -> Any:
+def build(kind: str, spec: Mapping[str, Any], *provided: Any) -> Any:
     """An instance of the component that a `spec` from `validate` describes; `provided` are positional arguments."""
     arguments = dict(spec)
-    return _class(kind, arguments.pop("name"), key=key or kind)(*provided, **arguments)
+    return _class(kind, arguments.pop("name"), key=kind)(*provided, **arguments)

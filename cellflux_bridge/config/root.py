@@ -8,7 +8,7 @@ complete: every default is filled in, so that the copy saved beside a result say
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ Coupling = component("coupling", "coupling", default="minibatch_ot")
 Path_ = component("path", "path", default="noised_source")
 Codec = component("codec", "codec", default="pixels")
 Velocity = component("velocity", "velocity", default="unet")
-
 
 # What may differ between the parts of one run: where things are, how long and how often, on which devices.
 _PACE = (
@@ -83,17 +82,14 @@ class Config(Section):
 
     def flat(self, *, without: Sequence[str]) -> dict[str, Any]:
         """Every value by its dotted key, less the keys and sections named in `without`."""
-
-        def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-            if key in without:
-                return
+        flat, waiting = {}, [("", self.model_dump(mode="json"))]
+        while waiting:
+            key, value = waiting.pop()
             if isinstance(value, dict):
-                for name, item in value.items():
-                    yield from walk(item, f"{key}.{name}" if key else name)
-            else:
-                yield key, value
-
-        return dict(walk(self.model_dump(mode="json"), ""))
+                waiting += [(f"{key}.{name}".lstrip("."), item) for name, item in reversed(value.items())]
+            elif not any(f"{key}.".startswith(f"{left_out}.") for left_out in without):
+                flat[key] = value
+        return flat
 
 
 def merged(base: Any, over: Any, *, nested: bool = False) -> Any:
@@ -136,9 +132,9 @@ def load_config(
 
     `name` defaults to the file's own name and `output` to `runs/<name>`; the argument `output`, where a run was found,
     replaces what its file says. `trust` says whether `name: package.module:Class` in the file may import that module.
-    By default it may, except in a file called config.yaml: so runs, checkpoints and trajectories call theirs, and they
-    may come from somebody else. Overrides are the user's own and always trusted. Raises UserError that lists every
-    unknown key (with the nearest valid one) and every wrong value.
+    By default it may, except in a config.yaml: that of a run, a checkpoint or a trajectory, which may come from
+    somebody else. Overrides are the user's own and always trusted. Raises UserError that lists every unknown key (with
+    the nearest valid one) and every wrong value.
     """
     path = Path(path)
     data = read_yaml(path) | ({} if output is None else {"output": output})

@@ -95,10 +95,9 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     """The value of a YAML text; `origin` names where it stands, for the error."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except RecursionError as error:
-        raise UserError(f"{origin}: not valid YAML: nested too deeply") from error
     except Exception as error:  # besides YAMLError, constructors stumble over foreign tags and values in many ways
-        raise UserError(f"{origin}: not valid YAML: {error}") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{origin}: not valid YAML: {reason}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -111,11 +110,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if len(text) > _MOST_BYTES:
         raise UserError(f"{path}: longer than {_MOST_BYTES:,} characters; expected a configuration in YAML")
     data = parse_yaml(text, origin=str(path))
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
+    if not isinstance(data, dict | None):
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(data).__name__}")
-    return data
+    return data or {}
 
 
 def dump_yaml(data: Any) -> str:
@@ -136,8 +133,8 @@ def _locate(model: type[BaseModel], loc: tuple) -> tuple[list[str], type[BaseMod
     for part in loc:
         if inside is not None or isinstance(part, int):
             keys.append(str(part))
-        at = inside if inside is not None else at
-        field = inside.model_fields.get(part) if inside is not None and isinstance(part, str) else None
+        at = inside or at
+        field = inside.model_fields.get(part) if inside else None
         annotation = field.annotation if field else None
         inside = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     return keys, at
@@ -148,16 +145,14 @@ def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "",
     lines = []
     for problem in error.errors():
         keys, at = _locate(model, problem["loc"])
-        key = ".".join([prefix, *keys] if prefix else keys)
+        *parents, last = keys = [prefix, *keys] if prefix else keys or [""]
+        key = ".".join(keys)
         cause = problem.get("ctx", {}).get("error")
         if isinstance(cause, UserError):
             lines.append(str(cause))
         elif problem["type"] == "extra_forbidden":
-            valid = list(at.model_fields)
-            parent = ".".join([prefix, *keys[:-1]] if prefix else keys[:-1])
-            hint = nearest(keys[-1], valid)
-            hint = hint.replace("mean '", f"mean '{parent}.") if parent else hint
-            lines.append(f"{key}: unknown key{hint}; valid here: {', '.join(valid) or 'none'}")
+            hint = nearest(last, at.model_fields).replace("mean '", "mean '" + "".join(f"{key}." for key in parents))
+            lines.append(f"{key}: unknown key{hint}; valid here: {', '.join(at.model_fields) or 'none'}")
         else:
             found = "" if problem["type"] == "missing" else f", found {problem['input']!r:.200}"
             message = problem["msg"].removeprefix("Value error, ")

@@ -25,10 +25,10 @@ RUIFROK_HE /= np.linalg.norm(RUIFROK_HE, axis=1, keepdims=True)
 
 # A pixel whose mean density lies below this is glass.
 _GLASS = 0.1
-# Densities within this width about a rule's limit are tissue in part, so that no seam shows where tissue ends.
+# Densities within this width about a rule's limit are tissue in part: no seam shows where tissue ends.
 _SOFT = 0.05
-# Specks of fewer pixels than this, and than 1 % of an image, are no artefacts: dark nuclei are grey here and there.
-_SPECK = 64
+# Specks of at most this many pixels, and 1 % of an image, are no artefacts: dark nuclei are grey here and there.
+_SPECK = 63
 # A pixel whose channels all absorb more than this is black, whatever its noise looks like.
 _BLACK = 2.3
 # Pixels this near to an artefact hold some of its colour (blur, JPEG), and are left out of statistics.
@@ -91,10 +91,10 @@ def _tissue_weight(rgb: np.ndarray) -> np.ndarray:
     return np.minimum(hue, stained)
 
 
-def _without_specks(mask: np.ndarray, least: int) -> np.ndarray:
-    """A mask (H, W) without its connected parts of fewer than `least` pixels."""
+def _without_specks(mask: np.ndarray, most: int) -> np.ndarray:
+    """A mask (H, W) without its connected parts of at most `most` pixels."""
     parts, _ = ndimage.label(mask)
-    return mask & (np.bincount(parts.ravel())[parts] >= least)
+    return mask & (np.bincount(parts.ravel())[parts] > most)
 
 
 def _tissue_pixels(rgb: np.ndarray) -> np.ndarray:
@@ -171,9 +171,9 @@ def macenko_stains(rgb: np.ndarray) -> np.ndarray:
     return RUIFROK_HE.copy() if found is None else found
 
 
-def _strengths(amounts: np.ndarray) -> np.ndarray:
+def _strengths(pixels: np.ndarray, stains: np.ndarray) -> np.ndarray:
     """The robust maximum of either stain's concentration, (2,)."""
-    return np.percentile(amounts.reshape(-1, 2), 99, axis=0)
+    return np.percentile(concentrations(pixels, stains).reshape(-1, 2), 99, axis=0)
 
 
 def fit_reference(method: str, images: Sequence[np.ndarray]) -> StainReference:
@@ -193,8 +193,7 @@ def fit_reference(method: str, images: Sequence[np.ndarray]) -> StainReference:
         found = [(pixels, share, _two_stains(pixels)) for pixels, share in tissue]
         both = [one for one in found if one[2] is not None] or [(*one[:2], RUIFROK_HE) for one in found]
         measured = [
-            (np.concatenate([vectors.ravel(), _strengths(concentrations(pixels, vectors))]), share)
-            for pixels, share, vectors in both
+            (np.concatenate([vectors.ravel(), _strengths(pixels, vectors)]), share) for pixels, share, vectors in both
         ]
     values, shares = zip(*measured, strict=True)
     return StainReference(method, tuple(np.average(values, axis=0, weights=shares).tolist()))
@@ -225,8 +224,7 @@ def normalise(rgb: np.ndarray, reference: StainReference) -> np.ndarray:
         stains = _two_stains(pixels)
         factor = 1.0
         if stains is not None:
-            strength = _strengths(np.maximum(concentrations(pixels, stains), 0.0))
-            factor = values[6:] / np.maximum(strength, np.float32(values[6:] / _MOST_GAIN))
+            factor = values[6:] / np.maximum(_strengths(pixels, stains), values[6:] / _MOST_GAIN)
         amounts = np.maximum(concentrations(rgb, target if stains is None else stains), 0.0)
         new = 255.0 * np.exp(-(amounts * factor) @ target)
     weight = _tissue_weight(rgb)[..., None]
