@@ -142,7 +142,7 @@ def test_both_directions_and_their_conditions(flow, asked):
             torch.testing.assert_close(found, expected.repeat_interleave(3, 0))
     np.testing.assert_allclose(back.soft_labels[1:, 0], labels[1], atol=1e-6)
     assert (back.header.source, back.header.target) == ("B", "A")
-    assert not nearly_equal(there.frames[1:], back.frames[1:])
+    assert (there.frames[1:] != back.frames[1:]).any()
 
 
 def test_three_classes_are_mixed_two_at_a_time(three, asked):
