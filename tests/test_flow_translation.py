@@ -59,7 +59,7 @@ def flow(runs) -> Path:
 
 @pytest.fixture
 def from_noise(runs) -> Path:
-    """A flow from Gaussian noise, told levels, with a guide of its states."""
+    """A flow from Gaussian noise, conditioned on levels, with a guide of its states."""
     condition = {"target": "level", "source_class": False}
     return runs("from_noise", path={"name": "gaussian_source"}, condition=condition, guides=("state",))
 
@@ -142,7 +142,7 @@ def test_both_directions_and_their_conditions(flow, asked):
             torch.testing.assert_close(found, expected.repeat_interleave(3, 0))
     np.testing.assert_allclose(back.soft_labels[1:, 0], labels[1], atol=1e-6)
     assert (back.header.source, back.header.target) == ("B", "A")
-    assert (there.frames[1:] != back.frames[1:]).any()
+    assert (there.frames[1:] != back.frames[1:]).any()  # one grey level tells conditions apart: all else is equal
 
 
 def test_three_classes_are_mixed_two_at_a_time(three, asked):
@@ -183,7 +183,7 @@ def test_guidance_moves_frames_and_its_gradients_are_counted(flow, form, name, w
     assert twice.gradients == (2 * 3 * each,) * 4
 
 
-def test_a_guide_makes_frames_more_like_what_is_wanted(flow):
+def test_a_guide_makes_frames_more_like_its_target(flow):
     bridge = load(flow, "translate.method=progression", "translate.levels=[1.0]", "translate.steps=8")
     x, ids = patches_of(bridge)
     guide = bridge._guides.load(bridge.config.translate.guidance, sees="image")[0]
@@ -233,7 +233,7 @@ def test_a_translation_stopped_between_batches_is_completed_to_the_same(flow, tm
     assert digest(part) == digest(whole)
 
 
-def test_a_stair_stands_in_a_folder_of_its_method(flow):
+def test_a_translation_stands_in_a_folder_of_its_method(flow):
     for method, num in (("path", "frames=3"), ("progression", "levels=2")):
         folder, _ = load(flow, f"translate.method={method}", "translate.num=1", f"translate.{num}").translate_split()
         assert folder == flow / "trajectories" / f"A_to_B_{method}"
@@ -368,7 +368,7 @@ def test_calibrated_levels_are_what_the_guide_sees(painter):
     np.testing.assert_allclose(found**2, levels, atol=0.015)
     levels, found = reached(painter, levels=10, calibrate="distance")
     np.testing.assert_allclose(found[1:], levels[1:], atol=0.015)
-    assert found[0] == pytest.approx(0.1, abs=0.03)  # between the pilot's levels the map is a straight line
+    assert found[0] == pytest.approx(0.1, abs=0.03)  # between the measured levels the map is a straight line
 
 
 def test_what_calibration_needs_is_measured_once(painter, monkeypatch):
@@ -391,7 +391,7 @@ def test_the_target_label_stays_the_level_when_calibrated(painter, asked):
     ("calibrate", "expected"), [("none", np.sqrt(EVEN)), ("probability", EVEN**2), ("distance", EVEN)]
 )
 def test_adaptive_levels_are_equally_far_apart_for_the_guide(painter, calibrate, expected):
-    """Whatever the network is told for a level, the frames are; the levels are those that get them told so."""
+    """The frames are those of the conditions, so the levels are those to which calibration gives these conditions."""
     levels, found = reached(painter, levels=5, spacing="adaptive", calibrate=calibrate)
     np.testing.assert_allclose(found, EVEN, atol=0.03)
     np.testing.assert_allclose(levels, expected, atol=0.03)
@@ -431,7 +431,7 @@ def test_the_condition_decides_how_much_of_the_start_noise_is_new(painter, asked
 
 
 class FromSource(Fake):
-    """A flow whose end is an even image of darkness c^p, p being told by how dark the source is."""
+    """A flow whose end is an even image of darkness c^p, where p rises with the darkness of the source."""
 
     def forward(self, t, x, cond):
         power = 1 + 2 * darkness(cond.source_image)
@@ -462,7 +462,7 @@ def test_each_source_is_calibrated_by_a_progression_of_its_own(painter, asked, c
 
 
 def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, monkeypatch):
-    """One leans to A as much as the other to B: where what is wanted lies between, nothing is steered."""
+    """One leans to A as much as the other to B: where the target label lies between, nothing is steered."""
 
     class Leaning(nn.Module):
         def __init__(self, *p):

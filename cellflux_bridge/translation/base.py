@@ -50,11 +50,6 @@ def translation_fabric(train: TrainConfig, *, section: str) -> Fabric:
     return fabric
 
 
-def _device_name(device: torch.device) -> str:
-    """As cost.json has it: "cpu", "cuda: NAME"."""
-    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
-
-
 def _begins_with(folder: Path, patches: Patches, chosen: np.ndarray) -> bool:
     """Whether the first sequences of a folder begin with the chosen patches that their names mean."""
     index_of = {patches.ids[i]: i for i in chosen}
@@ -257,7 +252,9 @@ class Translator(ABC):
             used = self.config.model_copy(update={"translate": settings})
             replace_text(folder / "config.yaml", used.to_yaml())
             if todo:  # of this process, and of its last call where it was stopped and went on
-                told = {"sequences": len(todo), "device": _device_name(fabric.device), **cost}
-                replace_text(folder / "cost.json", json.dumps(told) + "\n")
+                gpu = fabric.device.type == "cuda"
+                device = f"cuda: {torch.cuda.get_device_name(fabric.device)}" if gpu else fabric.device.type
+                text = json.dumps({"sequences": len(todo), "device": device, **cost})
+                replace_text(folder / "cost.json", text + "\n")
         figures = {"sequences": len(chosen), "made_now": len(missing), **cost}
         return folder, figures

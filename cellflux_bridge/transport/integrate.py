@@ -38,18 +38,15 @@ def frame_times(*, steps: int, frames: int, solver: str, interval: Interval = (0
     """
     if frames < 2:
         raise UserError(f"frames={frames}: expected at least 2, the source and the end")
-    if solver in ADAPTIVE:
-        fractions = np.linspace(0, 1, frames)
-    elif frames > steps + 1:
+    is_adaptive = solver in ADAPTIVE
+    if not is_adaptive and frames > steps + 1:
         raise UserError(
             f"frames={frames}: {steps} steps have {steps + 1} states; raise steps to at least {frames - 1} "
             "(states between steps would be interpolated, not integrated)"
         )
-    else:
-        fractions = _frame_steps(steps, frames) / steps
+    fractions = np.linspace(0, 1, frames) if is_adaptive else _frame_steps(steps, frames) / steps
     begin, end = (torch.as_tensor(e).cpu().double() for e in interval)
-    fractions = torch.from_numpy(fractions).view(-1, *(1,) * begin.ndim)
-    return begin + (end - begin) * fractions
+    return begin + (end - begin) * torch.from_numpy(fractions).view(-1, *(1,) * begin.ndim)
 
 
 @torch.no_grad()
@@ -88,10 +85,9 @@ def integrate(
         return length * found.velocity.to(state.dtype)
 
     if solver in ADAPTIVE:
-        points = torch.linspace(0, 1, frames).to(x)
-        states = odeint(right_hand_side, x, points, method=solver, rtol=tolerance, atol=tolerance)
+        points, how = torch.linspace(0, 1, frames).to(x), {"rtol": tolerance, "atol": tolerance}
     else:
-        options = {"grid_constructor": lambda func, y0, t: grid}
         points = grid[_frame_steps(steps, frames)]
-        states = odeint(right_hand_side, x, points, method=solver, options=options)
+        how = {"options": {"grid_constructor": lambda func, y0, t: grid}}
+    states = odeint(right_hand_side, x, points, method=solver, **how)
     return Integration(states, times, nfe, gradients)
