@@ -85,7 +85,9 @@ def test_a_flow_in_another_space_is_trained_and_translates(folded, tmp_path):
     run = tmp_path / "runs/tiny"
     assert len(list((run / "samples").iterdir())) == 1
     quick = [f"classifier.train.{key}" for key in ("steps=2", "batch_size=4", "accelerator=cpu")]
-    cli.main(["train-classifier", str(run), "--trust", "classifier.role=guide", *quick])  # sees images, whatever the codec
+    cli.main(
+        ["train-classifier", str(run), "--trust", "classifier.role=guide", *quick]
+    )  # sees images, whatever the codec
     short = [f"translate.{key}" for key in ("num=2", "frames=3", "steps=2", "method=path", "guidance.form=endpoint")]
     cli.main(["translate", str(run), "--trust", "--source", "A", "--target", "B", *short])
     (folder,) = (run / "trajectories").iterdir()
