@@ -1,5 +1,6 @@
 """Codecs: there and back, differentiable, and a flow that lives in the space of another one than pixels."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.flow.task import FlowTask
 from cellflux_bridge.images import decode, encode
+from cellflux_bridge.trajectory import load_trajectory
 
 
 class Folded(Codec):
@@ -74,13 +76,27 @@ def folded(patch_folder, tmp_path, write_config):
     return make
 
 
-def test_a_flow_in_another_space_is_trained(folded, tmp_path):
+def test_a_flow_in_another_space_is_trained_and_translates(folded, tmp_path):
     config = load_config(folded(), ["data.classes=[A, B]"])
     task = FlowTask(config, load_patches(config.data, seed=0))
     batch = task.batch(0, rank=0)
     assert batch.x_t.shape == batch.cond.source_image.shape == (4, 12, 8, 8)
     cli.main(["train", str(folded())])
-    assert len(list((tmp_path / "runs/tiny/samples").iterdir())) == 1
+    run = tmp_path / "runs/tiny"
+    assert len(list((run / "samples").iterdir())) == 1
+    quick = [f"classifier.train.{key}" for key in ("steps=2", "batch_size=4", "accelerator=cpu")]
+    cli.main(
+        ["train-classifier", str(run), "--trust", "classifier.role=guide", *quick]
+    )  # sees images, whatever the codec
+    short = [f"translate.{key}" for key in ("num=2", "frames=3", "steps=2", "method=path", "guidance.form=endpoint")]
+    cli.main(["translate", str(run), "--trust", "--source", "A", "--target", "B", *short])
+    (folder,) = (run / "trajectories").iterdir()
+    made = load_trajectory(folder)
+    assert made.frames.shape == (3, 2, 3, 16, 16)
+    data = load_patches(config.data, seed=0)
+    sources = data.centre([data.ids.index(name) for name in made.source_ids])
+    np.testing.assert_array_equal(made.frames[0], sources)
+    assert (made.frames[-1] != made.frames[0]).mean() > 0.5
     guide = ["classifier.role=guide", "classifier.sees=state", "pairs.identity=true"]
     seeing = load_config(folded(), ["data.classes=[A, B]", *guide])
     states = ClassifierTask(seeing, load_patches(config.data, seed=0)).batch(0, rank=0)

@@ -60,22 +60,15 @@ def state_scores(
     train = config.classifier.train
     states = States(config, patches, labels, split="test", levels=levels)
     numbers = range(-(-train.validate_pairs // train.batch_size))
-    temperatures = model.temperature.cpu().numpy()
-    scores, raw, scaled, all_targets = {}, [], [], []
-    for time in _TIMES:
-        batches = (states.batch(number, time=time) for number in numbers)
-        logits, targets, bins = state_logits(model, batches, device=device)
-        scores[f"test/accuracy_at_t{time}"] = float((logits.argmax(1) == targets.argmax(1)).mean())
-        raw.append(softmax(logits, axis=1))
-        scaled.append(softmax(logits / temperatures[bins, None], axis=1))
-        all_targets.append(targets)
-    raw, scaled, targets = (np.concatenate(parts) for parts in (raw, scaled, all_targets))
-    weights = np.ones(len(targets))
+    found = [state_logits(model, (states.batch(n, time=time) for n in numbers), device=device) for time in _TIMES]
+    accuracies = [float((logits.argmax(1) == targets.argmax(1)).mean()) for logits, targets, _ in found]
+    logits, targets, bins = map(np.concatenate, zip(*found, strict=True))
+    temperatures, weights = model.temperature.cpu().numpy()[bins, None], np.ones(len(targets))
     return {
         "test/n": len(test),
-        **scores,
-        "test/ece_uncalibrated": expected_calibration_error(raw, targets, weights),
-        "test/ece": expected_calibration_error(scaled, targets, weights),
+        **{f"test/accuracy_at_t{time}": accuracy for time, accuracy in zip(_TIMES, accuracies, strict=True)},
+        "test/ece_uncalibrated": expected_calibration_error(softmax(logits, axis=1), targets, weights),
+        "test/ece": expected_calibration_error(softmax(logits / temperatures, axis=1), targets, weights),
     }
 
 

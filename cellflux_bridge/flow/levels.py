@@ -144,13 +144,11 @@ def _write(
 
 
 def _histograms(levels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict[str, list[int]]]:
-    """Patches of each class by the probability of each class, in ten equal bins: are there levels between?"""
-
-    def counts(values: np.ndarray) -> list[int]:
-        return np.histogram(values, bins=_HISTOGRAM_BINS, range=(0, 1))[0].tolist()
-
+    """Numbers of patches of each class by the probability of each class, in ten equal bins."""
+    counts = partial(np.histogram, bins=_HISTOGRAM_BINS, range=(0, 1))
+    columns = {f"p_{other}": levels[:, d] for d, other in enumerate(classes)}
     return {
-        label: {f"p_{other}": counts(levels[labels == c, d]) for d, other in enumerate(classes)}
+        label: {name: counts(values[labels == c])[0].tolist() for name, values in columns.items()}
         for c, label in enumerate(classes)
     }
 
