@@ -55,8 +55,8 @@ def stills(chapter: Chapter, *, budget: int) -> Stills:
     missing = sum(min(len(run.near_copies), _PICTURED) for run in chapter.runs) - len(pairs)
     if missing:
         warnings.append(
-            f"{missing} of the worst near copies that evaluate listed are not pictured: their sequences were made anew "
-            "or are gone, their training patches are not in the cache, or they do not fit into the page."
+            f"{missing} of the worst near copies that evaluate listed are not pictured: their sequences were made "
+            "again or are gone, their training patches are not in the cache, or they do not fit into the page."
         )
     pictured = list(zip(copies, pairs, strict=False))
     header = next((method.header for method in chapter.methods if method.header is not None), None)
@@ -85,7 +85,7 @@ def films(chapters: Sequence[Chapter], *, budget: int) -> list[list[tuple[str, s
 
 
 def _near_copies(chapter: Chapter) -> list[NearCopy]:
-    """The worst near copies that evaluate listed. Left out are those whose sequence was made anew of other sources, and
+    """The worst near copies that evaluate listed, without those whose sequences were made again from other sources and
     those whose training patch is not in a cache here."""
     found = []
     for run in (run for run in chapter.runs if run.near_copies):

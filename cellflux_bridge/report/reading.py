@@ -136,7 +136,7 @@ _MADE = {Metrics: (METRICS_FORMAT, "evaluate"), Cellularity: (CELLULARITY_FORMAT
 
 
 def read(file: Path, model: type[_Model]) -> _Model:
-    """metrics.json or cellularity.json. UserError names what is wrong and the command that makes the file anew."""
+    """metrics.json or cellularity.json. UserError names what is wrong and the command that makes the file again."""
     known, command = _MADE[model]
     try:
         if file.stat().st_size > _MOST_BYTES:
@@ -150,4 +150,4 @@ def read(file: Path, model: type[_Model]) -> _Model:
         wrong = ".".join(map(str, problem["loc"])) + f": {problem['msg']}" + f" (and {len(others)} more)" * bool(others)
     except (OSError, ValueError, RecursionError) as error:
         wrong = f"cannot be read ({error})"
-    raise UserError(f"{file}: {wrong}; make it anew with: cellflux-bridge {command} TRAJECTORY ... --output {file}")
+    raise UserError(f"{file}: {wrong}; make it again with: cellflux-bridge {command} TRAJECTORY ... --output {file}")

@@ -135,7 +135,7 @@ class Run:
                 of = found.setdefault((row["trajectory"], row["source_id"], row["judge"]), {})
                 of[float(row["level"])] = float(row["probability"])
         except (KeyError, ValueError) as error:
-            raise UserError(f"{path}: damaged ({error}); make it anew with: cellflux-bridge evaluate") from error
+            raise UserError(f"{path}: damaged ({error}); make it again with: cellflux-bridge evaluate") from error
         return found
 
     def methods(self, *, prefix: bool, first_slot: int = 0) -> list[Method]:
