@@ -139,7 +139,7 @@ def _strip(chapter: Chapter, gallery: Gallery, real: dict[int, list[np.ndarray]]
         own = [
             "" if abs(levels[k] - s) < 0.005 else f"{levels[k]:.2g}" for k, s in zip(numbers, head_levels, strict=True)
         ]
-        images = shown.sequence.frames[numbers]
+        images = shown.frames[numbers]
         pictures.append((method.name, dict(enumerate(zip(images, own, strict=True)))))
     if real:
         pictures.append(("real", {column: (patches[0], "") for column, patches in real.items()}))
@@ -169,8 +169,7 @@ def _strip_rows(chapter: Chapter, gallery: Gallery) -> list[Sequence]:
     known = list(dict.fromkeys(name for of in sequences for name in of.shown.curves))
     rows = [["row", "method", "source_id", "level", "nfe", "gradients", *known]]
     for row, (method, shown, levels, numbers) in enumerate(sequences):
-        of = shown.sequence
         for k in numbers:
             values = [shown.curves[name][k] if name in shown.curves else None for name in known]
-            rows.append([row, method.name, of.source_id, levels[k], of.nfe, of.gradients, *values])
+            rows.append([row, method.name, shown.source_id, levels[k], shown.nfe, shown.gradients, *values])
     return rows
