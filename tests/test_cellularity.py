@@ -137,7 +137,7 @@ def test_one_stain_only_is_unmixed_by_fixed_vectors():
 
 def test_vectors_that_do_not_tell_nuclei_from_the_rest_are_not_used():
     # Thick, purple tissue: its extreme hues are of pale blue and of pink, and nuclei a violet between them.
-    pale_blue, violet, pink = np.array([[0.7, 0.66, 0.28], [0.6, 0.78, 0.2], [0.36, 0.91, 0.2]])
+    pale_blue, violet, pink = np.array([[0.75, 0.66, 0.3], [0.6, 0.78, 0.2], [0.36, 0.91, 0.2]])
     density = np.full((64, 64, 3), 0.35 * pale_blue) + 0.01 * np.random.default_rng(0).standard_normal((64, 64, 3))
     density[:, 48:] += 0.25 * pink
     density[16:32, 8:40] = 1.4 * violet
