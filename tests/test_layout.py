@@ -151,6 +151,19 @@ def test_a_hard_link_under_another_label_is_refused(tree):
     refused(root, str(root / "A/1.png"), str(root / "B/other.png"), "are the same file")
 
 
+@pytest.mark.parametrize("name", [b"A/\xe9.png", b"A/p\xe9/1.png", b"\xe9/1.png"])
+def test_a_name_that_is_not_utf8_is_refused_when_it_is_listed(tree, name):
+    root = tree("A/1.png", "B/1.png")
+    file = os.path.join(os.fsencode(root), name)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    shutil.copy(root / "A/1.png", file)
+    (root / "B" / os.fsdecode(b"notes \xe9.txt")).touch()  # no image, no matter
+    refused(root, "\\udce9", "is not UTF-8; rename")
+    if name.startswith(b"A"):
+        with pytest.raises(UserError, match="is not UTF-8"):
+            image_files(root)
+
+
 def test_links_to_folders_elsewhere_are_followed(tree, tmp_path):
     store = tree("1.png", "2.png", root="store")
     root = tree("B/3.png")

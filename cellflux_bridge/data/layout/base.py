@@ -4,6 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
@@ -44,6 +45,7 @@ class Layout(ABC):
         return []
 
 
+@lru_cache
 def split_of(word: str) -> str | None:
     """The split that a word names ("Training", "TEST", "val_set"), None where it names none."""
     compact = re.sub(r"[\W_]+", "", word.casefold())
