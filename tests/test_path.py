@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchcfm import SchrodingerBridgeConditionalFlowMatcher
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.config import registry
@@ -206,3 +207,15 @@ def test_a_clean_start_may_be_asked_of_the_coin():
 def test_impossible_arguments_are_refused_by_name(make, key):
     with pytest.raises(UserError, match=key):
         make()
+
+
+def test_the_brownian_path_is_that_of_torchcfm():
+    matcher, path = SchrodingerBridgeConditionalFlowMatcher(sigma=0.7), Brownian(scale=0.7, margin=0.02)
+    generator = torch.Generator().manual_seed(0)
+    x0, x1 = (torch.randn(6, 3, 4, 4, generator=generator) for _ in range(2))
+    t = path.times(6, generator=generator)
+    state = generator.get_state()
+    x_t, u_t = path.sample(x0, x1, t, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator.set_state(state))
+    torch.testing.assert_close(x_t, matcher.sample_xt(x0, x1, t, eps))
+    torch.testing.assert_close(u_t, matcher.compute_conditional_flow(x0, x1, t, x_t), rtol=1e-4, atol=1e-4)

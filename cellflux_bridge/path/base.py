@@ -4,8 +4,12 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+from torchcfm import ConditionalFlowMatcher
 
 from cellflux_bridge.base.errors import UserError
+
+# Pairs come coupled: only the matcher's mean and flow are used, not its sampler.
+MATCHER = ConditionalFlowMatcher(sigma=0.0)
 
 
 class PathSample(NamedTuple):
@@ -51,7 +55,9 @@ class Path(ABC):
         """A state and its target for each pair; x0, x1 (B, C, H, W) in [-1, 1], t (B,)."""
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         x0, s = x0 if self.from_data else torch.zeros_like(x0), t.view(-1, 1, 1, 1)
-        return PathSample(s * x1 + (1 - s) * x0 + self.noise_scale(s) * eps, x1 - x0 + self.noise_rate(s) * eps)
+        mean = MATCHER.compute_mu_t(x0, x1, t)
+        flow = MATCHER.compute_conditional_flow(x0, x1, t, mean)
+        return PathSample(mean + self.noise_scale(s) * eps, flow + self.noise_rate(s) * eps)
 
     @abstractmethod
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.path.base import Path, PathSample, require_noise
+from cellflux_bridge.path.base import MATCHER, Path, PathSample, require_noise
 
 
 class NoisedSource(Path):
@@ -34,5 +34,6 @@ class NoisedSource(Path):
     def sample(self, x0, x1, t, *, generator) -> PathSample:
         eps = torch.randn(x0.shape, generator=generator)
         coin = (torch.rand(len(x0), generator=generator) < self._probability).float()
-        noised, s = x0 + self._scale * (coin.view(-1, 1, 1, 1) * eps).to(x0), t.view(-1, 1, 1, 1)
-        return PathSample(s * x1 + (1 - s) * noised, x1 - noised)
+        noised = x0 + self._scale * (coin.view(-1, 1, 1, 1) * eps).to(x0)
+        x_t = MATCHER.compute_mu_t(noised, x1, t)
+        return PathSample(x_t, MATCHER.compute_conditional_flow(noised, x1, t, x_t))
