@@ -15,7 +15,6 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
@@ -67,20 +66,14 @@ def names(kind: str) -> list[str]:
     return sorted(name for name in found if name not in _NOT_COMPONENTS and not name.startswith("_"))
 
 
-def _named_like(module: ModuleType, name: str) -> type:
-    wanted = name.replace("_", "")
-    for attribute, value in vars(module).items():
-        if inspect.isclass(value) and attribute.lower() == wanted:
-            return value
-    raise AssertionError(f"{module.__file__}: expected a class named {wanted}, whatever its case")
+def _named_like(module: str, name: str) -> type:
+    classes = {
+        key.lower(): value for key, value in vars(importlib.import_module(module)).items() if inspect.isclass(value)
+    }
+    return classes[name.replace("_", "")]
 
 
-def base_class(kind: str) -> type:
-    """The class that every component of a kind derives from."""
-    return _named_like(importlib.import_module(f"{KINDS[kind]}.base"), kind)
-
-
-def component_class(kind: str, name: str, *, key: str) -> type:
+def _class(kind: str, name: str, *, key: str) -> type:
     """The class that `name` means; `key` is where it stands in the configuration, for the error.
 
     Raises UserError for an unknown name, and for a class that is not derived from the kind's base.
@@ -93,7 +86,7 @@ def component_class(kind: str, name: str, *, key: str) -> type:
             f"{key}.name: no {kind} called {name!r}{nearest(name, known)}; known: {', '.join(known)}, "
             "or package.module:Class of your own"
         )
-    return _named_like(importlib.import_module(f"{KINDS[kind]}.{name}"), name)
+    return _named_like(f"{KINDS[kind]}.{name}", name)
 
 
 def _foreign_class(kind: str, name: str, *, key: str) -> type:
@@ -102,24 +95,13 @@ def _foreign_class(kind: str, name: str, *, key: str) -> type:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise UserError(f"{key}.name: cannot import {name!r} ({error}); expected package.module:Class") from error
-    base = base_class(kind)
+    base = _named_like(f"{KINDS[kind]}.base", kind)
     if not inspect.isclass(found) or not issubclass(found, base):
         expected = f"{base.__module__}:{base.__name__}"
         raise UserError(f"{key}.name: {name!r} is no {kind}; expected a class derived from {expected}")
     if found is base or inspect.isabstract(found):
         raise UserError(f"{key}.name: {name!r} is abstract; expected a class that has all methods of a {kind}")
     return found
-
-
-def _require_trusted(name: str, *, key: str) -> None:
-    everything, known = _trust.get((False, set()))
-    if everything:
-        known.add(name)
-    elif name not in known:
-        raise UserError(
-            f"{key}.name: {name!r} is code outside this package, named by a configuration that may come from somebody "
-            "else, so it was not run. If you trust it, pass --trust (in Python trust=True)"
-        )
 
 
 def _schema(cls: type) -> type[BaseModel]:
@@ -137,18 +119,22 @@ def validate(kind: str, spec: Mapping[str, Any] | str, *, key: str) -> dict[str,
 
     A foreign class is imported only inside a block of `trusting`; UserError otherwise, and for wrong arguments.
     """
-    if isinstance(spec, str):
-        spec = {"name": spec}
-    if not isinstance(spec, Mapping):
+    arguments = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(arguments, Mapping):
         raise UserError(f"{key}: expected a name or a mapping with a name, found {spec!r}")
-    arguments = dict(spec)
+    arguments = dict(arguments)
     name = arguments.pop("name", None)
     if not isinstance(name, str):
-        found = "missing" if name is None else f"{name!r} is no text"
-        raise UserError(f"{key}.name: {found}; expected one of {', '.join(names(kind))}")
+        raise UserError(f"{key}.name: expected one of {', '.join(names(kind))}, found {name!r}")
     if ":" in name:
-        _require_trusted(name, key=key)
-    schema = _schema(component_class(kind, name, key=key))
+        everything, known = _trust.get((False, set()))
+        if not everything and name not in known:
+            raise UserError(
+                f"{key}.name: {name!r} is code outside this package, named by a configuration that may come from "
+                "somebody else, so it was not run. If you trust it, pass --trust (in Python trust=True)"
+            )
+        known.add(name)
+    schema = _schema(_class(kind, name, key=key))
     try:
         return {"name": name, **schema.model_validate(arguments).model_dump(mode="python")}
     except ValidationError as error:
@@ -159,8 +145,7 @@ def component(kind: str, key: str, *, default: str) -> Any:
     """The type of a configuration's key that chooses a component."""
 
     def complete(spec: Any) -> dict[str, Any]:
-        spec = {"name": default, **spec} if isinstance(spec, dict) else spec
-        return validate(kind, spec, key=key)
+        return validate(kind, {"name": default, **spec} if isinstance(spec, dict) else spec, key=key)
 
     return Annotated[dict[str, Any], BeforeValidator(complete), Field(default_factory=dict)]
 
@@ -168,5 +153,4 @@ def component(kind: str, key: str, *, default: str) -> Any:
 def build(kind: str, spec: Mapping[str, Any], *provided: Any, key: str | None = None) -> Any:
     """An instance of the component that a `spec` from `validate` describes; `provided` are positional arguments."""
     arguments = dict(spec)
-    cls = component_class(kind, arguments.pop("name"), key=key or kind)
-    return cls(*provided, **arguments)
+    return _class(kind, arguments.pop("name"), key=key or kind)(*provided, **arguments)

@@ -33,20 +33,8 @@ Velocity = component("velocity", "velocity", default="unet")
 
 # What may differ between the parts of one run: where things are, how long and how often, on which devices.
 _PACE = (
-    "steps",
-    "max_minutes",
-    "max_cpu_minutes",
-    "resume",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "validate_every",
-    "sample_every",
-    "tensorboard",
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "strategy",
+    *("steps", "max_minutes", "max_cpu_minutes", "resume", "checkpoint_every", "keep_checkpoints", "log_every"),
+    *("validate_every", "sample_every", "tensorboard", "accelerator", "devices", "num_nodes", "strategy"),
 )
 _TRAININGS = ("train", "classifier.train", "ddim.denoiser.train", "ddim.classifier.train")
 PLACES_AND_PACE = (
@@ -141,15 +129,6 @@ def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return [text for text in texts if text not in overrides], overrides
 
 
-def _words(value: Any) -> Iterator[str]:
-    """Every text in a value, at any depth."""
-    if isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _words(item)
-    elif isinstance(value, str):
-        yield value
-
-
 def load_config(
     path: Path | str, overrides: Sequence[str] = (), *, output: Path | None = None, trust: bool | None = None
 ) -> Config:
@@ -163,12 +142,12 @@ def load_config(
     """
     path = Path(path)
     data = read_yaml(path) | ({} if output is None else {"output": output})
-    given = parse_overrides(overrides)
-    data = merged(data, given)
+    data = merged(data, parse_overrides(overrides))
     data.setdefault("name", path.stem)
     data.setdefault("output", f"runs/{data['name']}")
+    named = re.findall(r"[\w.]+:\w+", " ".join(overrides))
     try:
-        with trusting(path.name != "config.yaml" if trust is None else trust, names=_words(given)):
+        with trusting(path.name != "config.yaml" if trust is None else trust, names=named):
             return Config.model_validate(data)
     except ValidationError as error:
         shown = f" with {' '.join(overrides)}" if overrides else ""

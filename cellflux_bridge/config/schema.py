@@ -4,17 +4,12 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from cellflux_bridge.base.errors import UserError
-
-
-def _members(annotation: Any) -> list[Any]:
-    arguments = get_args(annotation)
-    return [member for argument in arguments for member in _members(argument)] if arguments else [annotation]
 
 
 class Keys(BaseModel):
@@ -26,18 +21,14 @@ class Keys(BaseModel):
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool):
-            members = _members(cls.model_fields[info.field_name].annotation)
-            if bool not in members and (int in members or float in members):
+            types = re.findall(r"\w+", str(cls.model_fields[info.field_name].annotation))
+            if "bool" not in types and ("int" in types or "float" in types):
                 raise ValueError("expected a number")
         return value
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
 Count = Annotated[int, Field(ge=1)]
-
-
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -45,16 +36,28 @@ class Section(Keys):
     model_config = ConfigDict(validate_default=True, frozen=True)
 
 
-# A complete configuration has 10 kB and 300 nodes. More than this is no configuration, and is not worked through.
-_MOST_BYTES, _MOST_NODES = 1_000_000, 100_000
+# A complete configuration has 10 kB. Longer texts are none, and a few dozen aliases of aliases can stand for billions
+# of values: neither is worked through.
+_MOST_BYTES, _MOST_ALIASES = 1_000_000, 30
 
 
 class _Loader(yaml.SafeLoader):
     """YAML as its users mean it: 1e-4 is a number, `no` is a word, and a key stands once in a mapping."""
 
-    def compose_document(self):
-        node = super().compose_document()
-        _count_nodes(node, {})
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._complete, self._num_aliases = set(), 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            self._num_aliases += 1
+            if self._num_aliases > _MOST_ALIASES:
+                raise yaml.composer.ComposerError(None, None, f"more than {_MOST_ALIASES} aliases", event.start_mark)
+            if event.anchor in self.anchors and event.anchor not in self._complete:
+                raise yaml.composer.ComposerError(None, None, "an alias stands inside what it names", event.start_mark)
+        node = super().compose_node(parent, index)
+        self._complete.add(event.anchor)
         return node
 
     def compose_mapping_node(self, anchor):
@@ -67,23 +70,6 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.composer.ComposerError(None, None, f"key {key.value!r} stands twice", key.start_mark)
                 seen.add((key.tag, key.value))
         return node
-
-
-def _count_nodes(node: yaml.Node, counts: dict[int, int]) -> int:
-    """How many nodes `node` holds when every alias is written out. A few lines of aliases of aliases can stand for
-    billions, and an alias may stand inside what it names: both are refused."""
-    if id(node) in counts:
-        if not counts[id(node)]:
-            raise yaml.composer.ComposerError(None, None, "an alias stands inside what it names", node.start_mark)
-        return counts[id(node)]
-    counts[id(node)] = 0
-    members = [] if isinstance(node, yaml.ScalarNode) else node.value
-    parts = (part for member in members for part in (member if isinstance(member, tuple) else (member,)))
-    total = 1 + sum(_count_nodes(part, counts) for part in parts)
-    if total > _MOST_NODES:
-        raise yaml.composer.ComposerError(None, None, f"more than {_MOST_NODES:,} values", node.start_mark)
-    counts[id(node)] = total
-    return total
 
 
 class _Dumper(yaml.SafeDumper):
@@ -157,11 +143,6 @@ def _locate(model: type[BaseModel], loc: tuple) -> tuple[list[str], type[BaseMod
     return keys, at
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "", note: str = "") -> str:
     """What a pydantic error means, a line a problem: key, what was found, what was expected, the nearest valid key."""
     lines = []
@@ -178,7 +159,7 @@ def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "",
             hint = hint.replace("mean '", f"mean '{parent}.") if parent else hint
             lines.append(f"{key}: unknown key{hint}; valid here: {', '.join(valid) or 'none'}")
         else:
-            found = "" if problem["type"] == "missing" else f", found {_shown(problem['input'])}"
+            found = "" if problem["type"] == "missing" else f", found {problem['input']!r:.200}"
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{key}: {message[:1].lower()}{message[1:]}{found}")
     return "\n".join(lines) + (f"\n({note})" if note else "")

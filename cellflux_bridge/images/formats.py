@@ -3,12 +3,13 @@
 Whatever a file's suffix, its first bytes say what it is. Outside this room images are RGB uint8 (H, W, 3).
 """
 
+import mmap
 import os
-import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -22,19 +23,14 @@ MAX_PIXELS = 8192 * 8192
 _ORIENTATION = 274
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY_MAGIC = b"\x93NUMPY"
-
-
-class _ImageInFile(Protocol):
-    height: int
-    width: int
-
-    def read(self) -> np.ndarray:
-        """RGB uint8 (height, width, 3)."""
+# What stands before the EXIF or XMP data of a PNG file.
+_EXIF = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of what `read_rgb` gives, from an image file's header, without decoding it."""
-    return _open(path, lambda image: (image.height, image.width))
+    """(height, width) of what `read_rgb` gives, without decoding it."""
+    with _opened(path) as image:
+        return image.height, image.width
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -46,19 +42,18 @@ def read_rgb(path: Path) -> np.ndarray:
 
     Raises UnreadableImage, which names the file, for anything that is not a whole image of one of these formats, for
     z-stacks, time series and channels other than grey and RGB, for samples whose range nobody states, and for more than
-    `MAX_PIXELS` pixels (a decompression bomb).
+    8192 x 8192 pixels (a decompression bomb).
     """
-    return _open(path, _read)
+    with _opened(path) as image:
+        rgb = image.read()
+        if rgb.shape != (image.height, image.width, 3):
+            raise UnreadableImage(f"{rgb.shape} samples in an image of {image.width} x {image.height} pixels")
+        return rgb
 
 
-def _read(image: _ImageInFile) -> np.ndarray:
-    rgb = image.read()
-    if rgb.shape != (image.height, image.width, 3):
-        raise UnreadableImage(f"{rgb.shape} samples in an image of {image.width} x {image.height} pixels")
-    return rgb
-
-
-def _open(path: Path, use: Callable[[_ImageInFile], Any]) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The image in a file: `height`, `width`, and `read()` for its pixels."""
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
             # Decoders warn of what they doubt, Pillow also of its own limit of size; ours is below.
@@ -72,22 +67,15 @@ def _open(path: Path, use: Callable[[_ImageInFile], Any]) -> Any:
             else:
                 image = _NPYImage(path) if head == _NPY_MAGIC else _PillowImage(file)
             if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(
-                    f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are read; "
-                    "cut it into patches first"
-                )
-            return use(image)
+                found = f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are read"
+                raise UnreadableImage(f"{found}; cut it into patches first")
+            yield image
     except FileNotFoundError as error:
         raise UnreadableImage(f"{path}: no such file") from error
     except UnreadableImage as error:
         raise UnreadableImage(f"{path}: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"{path}: refused as a decompression bomb ({error})") from error
-    except Image.UnidentifiedImageError as error:
-        found = "no PNG, JPEG, TIFF or NPY file, whatever its name says"
-        raise UnreadableImage(f"{path}: truncated or not an image ({found})") from error
     except Exception as error:  # decoders stumble over damaged files in many ways
-        raise UnreadableImage(f"{path}: truncated or not an image ({error})") from error
+        raise UnreadableImage(f"{path}: truncated or not a PNG, JPEG, TIFF or NPY image ({error})") from error
 
 
 class _NPYImage:
@@ -112,9 +100,11 @@ class _PillowImage:
         self._image = image = Image.open(file, formats=("PNG", "JPEG"))
         if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
             raise UnreadableImage(f"an animated PNG of {image.n_frames} images; save the one that is meant")
-        self._orientation = 1 if _has_no_exif(image, file) else image.getexif().get(_ORIENTATION, 1)
-        transposed = samples.is_transposed(self._orientation)
-        self.height, self.width = (image.width, image.height) if transposed else (image.height, image.width)
+        # EXIF data may stand after the pixels of a PNG, which Pillow would decode to look for it.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            may_be_turned = image.format != "PNG" or any(data.find(mark) >= 0 for mark in _EXIF)
+        self._orientation = image.getexif().get(_ORIENTATION, 1) if may_be_turned else 1
+        self.height, self.width = samples.turned_size(image.height, image.width, self._orientation)
 
     def read(self) -> np.ndarray:
         image = self._image
@@ -125,22 +115,6 @@ class _PillowImage:
         else:
             rgb = samples.pillow_to_rgb(image, of_high_bytes=upper)
         return samples.turned(rgb, self._orientation)
-
-
-def _has_no_exif(image: Image.Image, file: BinaryIO) -> bool:
-    """Whether a PNG file has no EXIF or XMP data, which may also stand after the pixels: Pillow would decode these to
-    see it. False for a JPEG file, whose header tells."""
-    if image.format != "PNG":
-        return False
-    place, kinds = file.tell(), []
-    file.seek(8)
-    while len(chunk := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", chunk)
-        keyword = file.read(min(length, 24)) if kind in (b"iTXt", b"zTXt", b"tEXt") else b""
-        kinds.append(kind == b"eXIf" or keyword.startswith((b"XML:com.adobe.xmp", b"Raw profile type exif")))
-        file.seek(length + 4 - len(keyword), os.SEEK_CUR)
-    file.seek(place)
-    return not any(kinds)
 
 
 def write_png(path: Path, rgb: np.ndarray) -> None:

@@ -7,6 +7,7 @@ from cellflux_bridge.base.errors import UserError
 
 # Rounding and resampling move values out of their range by a hair, a share of the range.
 _HAIR = 1e-3
+_TRANSPOSED = (5, 6, 7, 8)
 
 
 class UnreadableImage(UserError):
@@ -16,12 +17,11 @@ class UnreadableImage(UserError):
 def to_uint8(values: np.ndarray, *, white: int | None = None) -> np.ndarray:
     """Samples (H, W, C) of any real type as uint8, scaled linearly so that white is 255.
 
-    uint8 stays as it is, and true is 255. `white` is the value of white that the file itself states. Where it states
-    none, white is the smallest of 1 (floats), 255 (floats and integers of 32 bits or more) and 65535 (these and uint16)
-    that no value exceeds. 8, 10, 12 or 14 bits that were stored in 16 would then be nearly black, and a dark image may
-    look just like them. So the brightest value must lie above a quarter of the range, except where all values are 0.
-    Values may leave the range by a thousandth of it (rounding). Raises UnreadableImage otherwise, and for NaN and
-    infinity.
+    uint8 stays as it is, and true is 255. `white` is the value of white that the file states. Where it states none,
+    white is the smallest of 1 (floats), 255 (floats and integers of 32 bits or more) and 65535 (these and uint16) that
+    no value exceeds. 8 to 14 bits that were stored in 16 would then look like a dark image, so the brightest value must
+    lie above a quarter of the range, unless all are 0. Values may leave the range by a thousandth of it (rounding).
+    Raises UnreadableImage otherwise, and for NaN and infinity.
     """
     kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
     if values.dtype == np.uint8:
@@ -41,9 +41,8 @@ def to_uint8(values: np.ndarray, *, white: int | None = None) -> np.ndarray:
         white = next((r for r in ranges if high <= r * (1 + _HAIR)), None)
         if white and 0 < high <= white / 4:
             raise UnreadableImage(
-                f"{found}, and the file does not say which value is white: {white}, or less, as where the 8 to 14 bits "
-                "of a camera are stored in 16? Write it as 8-bit RGB, or state the largest value (tag SMaxSampleValue "
-                "of a TIFF file, SignificantBits of OME-TIFF)"
+                f"{found}, and the file does not say which value is white: {white}, or less (8 to 14 bits of a camera)?"
+                " Write it as 8-bit RGB, or state the largest value (TIFF: SMaxSampleValue; OME: SignificantBits)"
             )
     if white is None or low < -white * _HAIR or high > white * (1 + _HAIR):
         expected = " or ".join(f"0 to {r}" for r in ranges) or "unsigned integers"
@@ -83,11 +82,11 @@ def pillow_to_rgb(image: Image.Image, *, of_high_bytes: bool = False) -> np.ndar
 
 def turned(rgb: np.ndarray, orientation: int) -> np.ndarray:
     """A stored image (H, W, ...) as it is shown, by the number 1..8 of the EXIF and TIFF tag 274; others leave it."""
-    rgb = rgb.swapaxes(0, 1) if is_transposed(orientation) else rgb
+    rgb = rgb.swapaxes(0, 1) if orientation in _TRANSPOSED else rgb
     rgb = rgb[:, ::-1] if orientation in (2, 3, 6, 7) else rgb
     return np.ascontiguousarray(rgb[::-1] if orientation in (3, 4, 7, 8) else rgb)
 
 
-def is_transposed(orientation: int) -> bool:
-    """Whether height and width of a stored image change places when it is shown."""
-    return orientation in (5, 6, 7, 8)
+def turned_size(height: int, width: int, orientation: int) -> tuple[int, int]:
+    """(height, width) of a stored image as it is shown."""
+    return (width, height) if orientation in _TRANSPOSED else (height, width)

@@ -33,8 +33,7 @@ _SPECK = 64
 _BLACK = 2.3
 # Pixels this near to an artefact hold some of its colour (blur, JPEG), and are left out of statistics.
 _FRINGE = 6
-# An image shows tissue if at least this share of its pixels does.
-_LEAST_TISSUE = 0.01
+_LEAST_TISSUE = 0.01  # share of an image
 # Two stains of one image differ by more degrees, and its density varies by a larger share of its mean.
 _LEAST_ANGLE, _LEAST_VARIATION = 10.0, 0.1
 # The factor by which normalising may strengthen a stain; between whole tiles of one data set they stay under it.
@@ -67,7 +66,9 @@ def tissue_mask(rgb: np.ndarray) -> np.ndarray:
 
 def _tissue_weight(rgb: np.ndarray) -> np.ndarray:
     """How far pixels (H, W) are tissue, from 0 to 1 (see `tissue_mask`)."""
-    density = optical_density(_require_rgb(rgb))
+    if rgb.ndim != 3 or rgb.shape[-1] != 3:
+        raise UserError(f"stain: RGB images only (height, width, 3), found {rgb.shape}; set data.stain.mode=none")
+    density = optical_density(rgb)
     red, green, blue = np.moveaxis(density, -1, 0)
     mean = density.mean(axis=-1)
     hue = np.minimum.reduce(
@@ -94,12 +95,6 @@ def _without_specks(mask: np.ndarray, least: int) -> np.ndarray:
     """A mask (H, W) without its connected parts of fewer than `least` pixels."""
     parts, _ = ndimage.label(mask)
     return mask & (np.bincount(parts.ravel())[parts] >= least)
-
-
-def _require_rgb(rgb: np.ndarray) -> np.ndarray:
-    if rgb.ndim != 3 or rgb.shape[-1] != 3:
-        raise UserError(f"stain: RGB images only (height, width, 3), found {rgb.shape}; set data.stain.mode=none")
-    return rgb
 
 
 def _tissue_pixels(rgb: np.ndarray) -> np.ndarray:
@@ -135,21 +130,21 @@ def _lab_statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return lab.mean(axis=0), lab.std(axis=0)
 
 
-def two_stains(rgb: np.ndarray, *, min_density: float = 0.15, percentile: float = 1.0) -> np.ndarray | None:
+def two_stains(rgb: np.ndarray) -> np.ndarray | None:
     """Haematoxylin and eosin unit vectors (2, 3) of one RGB uint8 image, estimated from its own tissue.
 
     Macenko et al., "A method for normalizing histology slides for quantitative analysis" (ISBI 2009): the plane of
     the two leading singular vectors of the optical density, and the extreme angles in it. None where the image does
-    not show both stains: fewer than 32 pixels above `min_density` (the mean over channels), an even density, or two
-    vectors that are one stain and its noise. Unmixing by those would share the one stain out between both.
+    not show both stains: fewer than 32 pixels of a mean density above 0.15, an even density, or two vectors that are
+    one stain and its noise. Unmixing by those would share the one stain out between both.
     """
-    return _two_stains(_tissue_pixels(rgb), min_density=min_density, percentile=percentile)
+    return _two_stains(_tissue_pixels(rgb))
 
 
-def _two_stains(pixels: np.ndarray, *, min_density: float = 0.15, percentile: float = 1.0) -> np.ndarray | None:
+def _two_stains(pixels: np.ndarray) -> np.ndarray | None:
     density = optical_density(pixels).reshape(-1, 3)
     # Not every channel: pale eosin hardly absorbs red, and its pixels show which way its vector points.
-    density = density[density.mean(axis=1) > min_density]
+    density = density[density.mean(axis=1) > 0.15]
     if len(density) < 32:
         return None
     variances, vectors = np.linalg.eigh(np.cov(density.T))
@@ -158,7 +153,7 @@ def _two_stains(pixels: np.ndarray, *, min_density: float = 0.15, percentile: fl
     plane = vectors[:, [2, 1]]
     plane *= np.where(plane.sum(axis=0) < 0, -1.0, 1.0)
     angles = np.arctan2(*(density @ plane).T[::-1])
-    extremes = np.percentile(angles, [percentile, 100 - percentile])
+    extremes = np.percentile(angles, [1, 99])
     stains = np.abs(np.stack([np.cos(extremes), np.sin(extremes)], axis=1) @ plane.T)
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
     # Haematoxylin absorbs red far more strongly than eosin does.
@@ -202,7 +197,7 @@ def fit_reference(method: str, images: Sequence[np.ndarray]) -> StainReference:
             for pixels, share, vectors in both
         ]
     values, shares = zip(*measured, strict=True)
-    return StainReference(method, tuple(float(v) for v in np.average(values, axis=0, weights=shares)))
+    return StainReference(method, tuple(np.average(values, axis=0, weights=shares).tolist()))
 
 
 def normalise(rgb: np.ndarray, reference: StainReference) -> np.ndarray:
@@ -213,7 +208,7 @@ def normalise(rgb: np.ndarray, reference: StainReference) -> np.ndarray:
     most 4, lest noise become a stain) and mixed again with the reference's vectors. An image that does not show both
     stains (see `two_stains`) is unmixed by the reference's vectors, too, and not rescaled: it stays what it is.
 
-    Statistics are of tissue alone (`tissue_mask`). Glass, pen, borders and an image without tissue stay as they are, to
+    Statistics are of tissue alone. Glass, pen, borders and an image without tissue stay as they are, to
     the pixel; on the way from tissue to glass old and new are mixed.
     """
     pixels = _tissue_pixels(rgb)

@@ -45,8 +45,7 @@ class TIFFImage:
         self._page = self._series.keyframe
         self._channels = _num_channels(self._series)
         self._orientation = self._page.tags.valueof(274, default=1)
-        stored = self._page.imagelength, self._page.imagewidth
-        self.height, self.width = stored[::-1] if samples.is_transposed(self._orientation) else stored
+        self.height, self.width = samples.turned_size(*_size(self._series), self._orientation)
 
     def read(self) -> np.ndarray:
         """RGB uint8 (height, width, 3); see `samples.to_uint8` for how values of other types are scaled."""
@@ -58,7 +57,7 @@ class TIFFImage:
         return planes[0] if len(planes) == 1 else np.dstack([plane[..., 0] for plane in planes])
 
     def _by_tifffile(self) -> np.ndarray:
-        page, shape, num = self._page, (self._page.imagelength, self._page.imagewidth), self._channels
+        page, shape, num = self._page, _size(self._series), self._channels
         for one in self._series.pages:
             _require_whole(one, page, self._tiff)
         channels_first = self._series.axes.find("Y") > max(self._series.axes.find(axis) for axis in "SC") >= 0
