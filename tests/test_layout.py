@@ -284,6 +284,7 @@ def test_a_label_that_is_not_given_is_refused_or_left_out(manifest):
         ("A//1.png,A,\n./A/1.png,A,", "line 3: A/1.png stands already on line 2"),
         ("C:\\A\\1.png,A,", "names no file inside"),
         ("//server/A/1.png,A,", "names no file inside"),
+        ("A/1\0.png,A,", "names no file inside"),
         ("A/.ipynb_checkpoints/1.png,A,", "line 2: A/.ipynb_checkpoints/1.png: .ipynb_checkpoints is hidden"),
         (f"{'x' * 5000}.png,A,", "line 2: a cell has 5004 characters"),
         (f"{'x' * 300}.png,A,", "1 listed files do not exist"),

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,16 @@ from cellflux_bridge.data.split import assign_splits, check_groups
 _SPLITS = (*SPLITS, None)
 
 
-@lru_cache(maxsize=16)
-def _place(key: Hashable) -> list:
-    return []
+_remembered: dict[Hashable, Any] = {}
 
 
 def remembered(key: Hashable, make: Callable[[], Any]) -> Any:
     """What `make` returned for this key before, in this process, or returns now. Sixteen keys are remembered."""
-    place = _place(key)
-    if not place:
-        place.append(make())
-    return place[0]
+    found = _remembered.pop(key, None)
+    _remembered[key] = found = make() if found is None else found
+    for oldest in list(_remembered)[:-16]:
+        _remembered.pop(oldest, None)
+    return found
 
 
 @dataclass(frozen=True)
@@ -129,15 +127,12 @@ def patch_index(config: DataConfig, *, seed: int) -> Index:
         fresh.extend(layout.records())
         return Index.of(root, fresh, layout.reading())
 
-    def with_splits() -> Index:
-        index = listed() if is_foreign else remembered(key, listed)
-        return _with_splits(index, fresh or index.records(), config, seed=seed)
-
-    if is_foreign := ":" in config.layout["name"]:
-        return with_splits()
+    if ":" in config.layout["name"]:
+        return _with_splits(listed(), fresh, config, seed=seed)
     key = (str(root.absolute()), repr(config.layout), _stamp(root))
+    index = remembered(key, listed)
     settings = (repr(config.classes), config.split.val, config.split.test, seed)
-    return remembered((*key, *settings), with_splits)
+    return remembered((*key, *settings), lambda: _with_splits(index, fresh or index.records(), config, seed=seed))
 
 
 def _with_splits(listed: Index, records: Sequence[PatchRecord], config: DataConfig, *, seed: int) -> Index:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
@@ -57,11 +58,10 @@ def in_order(records: Iterable[PatchRecord], *, ignore: Collection[str]) -> list
 
     Raises UserError for two records of one file on disk, and for two labels that differ by letter case alone.
     """
-    kept = sorted((record for record in records if record.label not in ignore), key=lambda record: record.id)
+    kept = sorted((record for record in records if record.label not in ignore), key=attrgetter("id"))
     labels: dict[str, str] = {}
     for label in sorted({record.label for record in kept}):
-        first = labels.setdefault(label.casefold(), label)
-        if first != label:
+        if (first := labels.setdefault(label.casefold(), label)) != label:
             raise UserError(f"labels {first!r} and {label!r} differ by letter case only: write them alike")
     refuse_repeats(record.file for record in kept)
     return kept

@@ -34,7 +34,6 @@ class Manifest(Layout):
     def __init__(self, root: Path, *, ignore: list[str] = [], follow_links: bool = False):  # noqa: B006 -- read only
         self.root, self.ignore, self._follow_links = root, ignore, follow_links
         self._file = root / "manifest.csv"
-        self._reading: list[str] = []
         self._real_root, self._folders = os.path.join(os.path.realpath(root), ""), {}
 
     def records(self) -> list[PatchRecord]:
@@ -85,14 +84,12 @@ class Manifest(Layout):
 
     def _check_columns(self, columns: list[str]) -> None:
         slips = [(name, known) for name in columns for known in COLUMNS if name != known and _one_slip(name, known)]
-        for name, known in slips:
-            raise UserError(f"{self._file}: column {name!r}: did you mean {known!r}? Rename it, whatever it holds")
-        for name in COLUMNS[:2]:
-            if name not in columns:
-                raise UserError(f"{self._file}: no column {name}; found: {abbreviate(columns, limit=10) or 'nothing'}")
-        for name in COLUMNS:
-            if columns.count(name) > 1:
-                raise UserError(f"{self._file}: {columns.count(name)} columns are called {name!r}; keep one")
+        found = abbreviate(columns, limit=10) or "nothing"
+        faults = [f"column {name!r}: did you mean {known!r}? Rename it, whatever it holds" for name, known in slips]
+        faults += [f"no column {name}; found: {found}" for name in COLUMNS[:2] if name not in columns]
+        faults += [f"{n} columns are called {name!r}; keep one" for name in COLUMNS if (n := columns.count(name)) > 1]
+        if faults:
+            raise UserError(f"{self._file}: {faults[0]}")
         ignored = [name for name in columns if name and name not in COLUMNS]
         self._reading = ["read from manifest.csv" + (f"; columns ignored: {abbreviate(ignored)}" if ignored else "")]
         self._has_groups = "group" in columns
@@ -108,12 +105,12 @@ class Manifest(Layout):
                 f"list {label!r} in data.layout.ignore"
             )
         relative, file, exists = self._find(path, where=where)
-        split = None if _is_absent(word := row.get("split", "")) else split_of(word)
-        if split is None and not _is_absent(word):
+        word, group = (None if _is_absent(cell := row.get(name, "")) else cell for name in ("split", "group"))
+        split = word and split_of(word)
+        if word and not split:
             raise UserError(
                 f"{where}: unknown split {word!r}; expected one of {', '.join(SPLITS)}{nearest(word, SPLITS)}"
             )
-        group = None if _is_absent(row.get("group", "")) else row["group"]
         score = _number(row.get("score", ""), where=f"{where}, score", low=0, high=1)
         mpp = _number(row.get("mpp", ""), where=f"{where}, mpp", low=0.001, high=1000)
         return PatchRecord(relative, Path(file), label, split, group, score, mpp), exists
