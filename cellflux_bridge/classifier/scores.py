@@ -70,13 +70,10 @@ def state_scores(
         scaled.append(softmax(logits / temperatures[bins, None], axis=1))
         all_targets.append(targets)
     raw, scaled, targets = (np.concatenate(parts) for parts in (raw, scaled, all_targets))
-    weights = np.ones(len(targets))
-    return {
-        "test/n": len(test),
-        **scores,
-        "test/ece_uncalibrated": expected_calibration_error(raw, targets, weights),
-        "test/ece": expected_calibration_error(scaled, targets, weights),
-    }
+    errors = {"ece_uncalibrated": raw, "ece": scaled}
+    ones = np.ones(len(targets))
+    scores |= {f"test/{name}": expected_calibration_error(p, targets, ones) for name, p in errors.items()}
+    return {"test/n": len(test), **scores}
 
 
 def _colour_probabilities(patches: Patches, indices: np.ndarray, *, chunk: int = 256) -> np.ndarray:
