@@ -1,6 +1,6 @@
 """Predictions of trained classifiers for patches and for states."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +65,13 @@ def patch_logits(
         return torch.stack([model(x.flip(turned)).float() for turned in sides]).mean(0)
 
     model.eval()
-    parts = (indices[start : start + chunk] for start in range(0, len(indices), chunk))
+    parts = np.split(indices, range(chunk, len(indices), chunk))
     return np.concatenate([_in_chunks(mean_logits, patches.centre(part), device, chunk) for part in parts])
 
 
 @torch.no_grad()
 def state_logits(
-    model: PatchClassifier, batches: Sequence[LabelledBatch], *, device: torch.device
+    model: PatchClassifier, batches: Iterable[LabelledBatch], *, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits and soft labels (N, num_classes) of batches of states, and the time bin (N,) of each state."""
     model.eval()
