@@ -71,9 +71,26 @@ def folded(patch_folder, tmp_path, write_config):
 
     def make(**sections):
         train = {"batch_size": 4, "steps": 2, "validate_pairs": 4, "sample_every": 2, "accelerator": "cpu"}
-        return write_config(tmp_path, codec=FOLDED, condition={"source_image": True}, train=train, **sections)
+        return write_config(
+            tmp_path, **{"codec": FOLDED, "condition": {"source_image": True}, "train": train, **sections}
+        )
 
     return make
+
+
+@pytest.mark.parametrize("part", ["Darkness", "Corners", "Mask"])
+def test_a_flow_in_another_space_told_a_part_of_the_users_own_is_trained_and_translates(folded, tmp_path, part):
+    """A vector, tokens and a map: each is one class, and one line of the configuration."""
+    condition = {"source_image": True, "parts": [{"name": f"test_velocity:{part}"}]}
+    file = folded(condition=condition, velocity={"attention": [1]})
+    cli.main(["train", str(file)])
+    run = tmp_path / "runs/tiny"
+    with pytest.raises(SystemExit, match="--trust"):
+        cli.main(["translate", str(run), "--source", "A", "--target", "B"])
+    short = ["translate.num=2", "translate.steps=2", "translate.method=path", "translate.frames=3"]
+    cli.main(["translate", str(run), "--source", "A", "--target", "B", "--trust", *short])
+    (found,) = (run / "trajectories").iterdir()
+    assert load_trajectory(found).frames.shape == (3, 2, 3, 16, 16)
 
 
 def test_a_flow_in_another_space_is_trained_and_translates(folded, tmp_path):

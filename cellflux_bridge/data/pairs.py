@@ -12,6 +12,7 @@ import torch
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import torch_generator
+from cellflux_bridge.config import Config, registry
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.images import stain
@@ -237,6 +238,15 @@ class Pairs:
         sizes = [len(part) for part in np.array_split(np.arange(num), -(-num // _ROWS_PER_DRAW))]
         chosen = torch.multinomial(weights, len(sizes), replacement=True, generator=generator).tolist()
         return [(group, *shared[group], size) for group, size in zip(chosen, sizes, strict=True)]
+
+
+def build_pairs(
+    config: Config, patches: Patches, *, split: str, batch_size: int, seed: int, levels: np.ndarray | None
+) -> Pairs:
+    """The pairs of a resolved configuration, coupled as it says."""
+    options = {"pairs": config.pairs, "data": config.data, "level_bins": config.condition.level_bins}
+    coupling = registry.build("coupling", config.coupling)
+    return Pairs(patches, coupling, split=split, batch_size=batch_size, seed=seed, levels=levels, **options)
 
 
 def _by_group(members: np.ndarray, groups: np.ndarray) -> dict[int, np.ndarray]:

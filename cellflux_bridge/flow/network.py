@@ -12,9 +12,8 @@ from cellflux_bridge.velocity.base import Velocity
 
 def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
     """The parts of a network's condition; `channels` are those of a state."""
-    num_classes = len(config.data.classes)
-    parts = config.condition.all_parts()
-    return ConditionSpec(tuple(registry.build("part", part, num_classes, channels) for part in parts))
+    sizes = len(config.data.classes), channels
+    return ConditionSpec(tuple(registry.build("part", part, *sizes) for part in config.condition.all_parts()))
 
 
 def build_flow(config: Config) -> tuple[Path, Velocity]:
@@ -31,11 +30,10 @@ def build_flow(config: Config) -> tuple[Path, Velocity]:
         )
     spec = condition_spec(config, channels=codec.channels)
     network = registry.build("velocity", config.velocity, codec.channels, spec)
-    if config.data.image_size % (codec.stride * network.stride):
+    if config.data.image_size % (stride := codec.stride * network.stride):
         raise UserError(
-            f"data.image_size={config.data.image_size}: not divisible by the network's stride "
-            f"{codec.stride * network.stride} ({config.velocity['name']}); choose a multiple, or fewer "
-            "velocity.multipliers"
+            f"data.image_size={config.data.image_size}: not divisible by the network's stride {stride} "
+            f"({config.velocity['name']}); choose a multiple, or fewer velocity.multipliers"
         )
     return path, network
 

@@ -22,12 +22,12 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         n = self.num_updates
-        share = 1 - min(self._decay, (1 + n) / (10 + n))
-        tensors = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model)), strict=True))
-        moved = [pair for pair in tensors if n and pair[0].is_floating_point()]
-        taken = [pair for pair in tensors if not (n and pair[0].is_floating_point())]
+        pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model)), strict=True))
+        moved = [pair for pair in pairs if n and pair[0].is_floating_point()]
         if moved:
+            share = 1 - min(self._decay, (1 + n) / (10 + n))
             torch._foreach_lerp_(*map(list, zip(*moved, strict=True)), share)
-        if taken:
-            torch._foreach_copy_(*map(list, zip(*taken, strict=True)))
+        for own, other in pairs:
+            if not (n and own.is_floating_point()):
+                own.copy_(other)
         self.num_updates += 1

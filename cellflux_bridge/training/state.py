@@ -70,16 +70,12 @@ class TrainState:
 
     def save(self, run: Path, fabric: Fabric, *, config: Config, preprocessing: Preprocessing, keep: int) -> None:
         """Write a checkpoint: see `checkpoint.save`. All processes call it, the first one writes."""
-        state = {
-            "step": self.step,
-            **self.spent._asdict(),
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
+        state = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+        state |= {"step": self.step, **self.spent._asdict()}
         write = partial(checkpoint.save, run, step=self.step, weights=self.ema.module.state_dict(), state=state)
         on_rank_zero(fabric, lambda: write(config=config, preprocessing=preprocessing, keep=keep))
 
     def _most_bytes(self) -> int:
         """Twice what a state file of this network can hold: raw weights and two moments of each, and names."""
         tensors = self.model.state_dict().values()
-        return 2 * (3 * sum(t.numel() * t.element_size() for t in tensors) + 10_000 * len(tensors) + 1_000_000)
+        return 2 * (3 * sum(t.nbytes for t in tensors) + 10_000 * len(tensors) + 1_000_000)
