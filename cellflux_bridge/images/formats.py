@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from PIL import Image
 
+from cellflux_bridge.base.files import replacing
 from cellflux_bridge.images import samples
 from cellflux_bridge.images.samples import UnreadableImage
 
@@ -145,6 +146,5 @@ def _has_no_exif(image: Image.Image, file: BinaryIO) -> bool:
 
 def write_png(path: Path, rgb: np.ndarray) -> None:
     """Write an RGB uint8 image (H, W, 3) under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)

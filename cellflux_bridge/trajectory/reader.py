@@ -9,6 +9,7 @@ The folder may come from somebody else: nothing outside it is read, and sizes ar
 """
 
 from collections.abc import Collection, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -91,14 +92,14 @@ def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[Frame]]) 
             f"{np.prod(whole, dtype=float) / 2**30:.0f} GiB, more than the {_MAX_BYTES // 2**30} that are loaded; "
             "read them in parts"
         )
+    paths = [[_path(folder, frame) for frame in sequence] for sequence in sequences]
+    for path in chain.from_iterable(paths):  # before any frame is decoded
+        if (found := _shape(path)) != shape:
+            raise UserError(f"{path}: {found[1]} x {found[0]} pixels, {found[2]} channels, unlike the others")
     frames = np.empty(whole, np.uint8)
-    for b, sequence in enumerate(sequences):
-        for k, frame in enumerate(sequence):
-            path = _path(folder, frame)
-            image = _open_array(path) if path.suffix == ".npy" else read_rgb(path)
-            if image.shape != shape:
-                raise UserError(f"{path}: {image.shape[1]} x {image.shape[0]} pixels, unlike the others")
-            frames[k, b] = image.transpose(2, 0, 1)
+    for (b, k), path in np.ndenumerate(paths):
+        image = _open_array(path) if path.suffix == ".npy" else read_rgb(path)
+        frames[k, b] = image.transpose(2, 0, 1)
     depths = np.array([[frame.depth for frame in sequence] for sequence in sequences], float).T  # None becomes NaN
     return Trajectory(
         header,

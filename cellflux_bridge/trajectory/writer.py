@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import replace_text, safe_name
+from cellflux_bridge.base.files import replace_text, replacing, safe_name
 from cellflux_bridge.images import write_png
 from cellflux_bridge.trajectory.header import FORMAT, HEADER, Trajectory, TrajectoryHeader, read_header
 from cellflux_bridge.trajectory.manifest import MANIFEST, Frame, manifest_text
@@ -95,7 +95,5 @@ class TrajectoryWriter:
 
 
 def _write_npy(path: Path, image: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, np.ascontiguousarray(image))
-    os.replace(temporary, path)
