@@ -471,6 +471,7 @@ def test_frames_are_not_written_through_a_link_at_a_temporary_name(tmp_path, cha
     for name in (f"frames/000000_a/000.{'png' if channels == 3 else 'npy'}.tmp", "manifest.csv.tmp"):
         (run / name).symlink_to(precious)
     writer.append(sequences("a", channels=channels), numbers=[0])
+    writer.finish()
     assert precious.read_text() == "mine"
     assert_equal(load_trajectory(run), sequences("a", channels=channels))
     assert not list(run.rglob("*.tmp"))
