@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from cellflux_bridge.base.files import replacing
 from cellflux_bridge.images import samples
 from cellflux_bridge.images.samples import UnreadableImage
 
@@ -119,6 +120,5 @@ class _PillowImage:
 
 def write_png(path: Path, rgb: np.ndarray) -> None:
     """Write an RGB uint8 image (H, W, 3) under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)

@@ -78,11 +78,8 @@ class Trajectory:
         depths = [np.full(part.frames.shape[:2], np.nan) if part.depths is None else part.depths for part in parts]
         return Trajectory(
             parts[0].header,
-            np.concatenate([part.frames for part in parts], axis=1),
-            np.concatenate([part.soft_labels for part in parts], axis=1),
-            tuple(source_id for part in parts for source_id in part.source_ids),
-            tuple(count for part in parts for count in part.nfe),
-            tuple(count for part in parts for count in part.gradients),
+            *(np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("frames", "soft_labels")),
+            *(sum((getattr(part, name) for part in parts), ()) for name in ("source_ids", "nfe", "gradients")),
             None if all(part.depths is None for part in parts) else np.concatenate(depths, axis=1),
         )
 
@@ -106,12 +103,11 @@ def inside(folder: Path, name: str) -> Path:
     """The file `name` of a folder; UserError where it lies outside (an absolute name, .., a symbolic link)."""
     path = folder / name
     try:
-        is_inside = ".." not in PurePath(name).parts and path.resolve().is_relative_to(folder.resolve())
+        if ".." not in PurePath(name).parts and path.resolve().is_relative_to(folder.resolve()):
+            return path
     except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL in the name
-        is_inside = False
-    if not is_inside:
-        raise UserError(f"{name!r}: leads out of the trajectory {folder}; expected a file below it, without links")
-    return path
+        pass
+    raise UserError(f"{name!r}: leads out of the trajectory {folder}; expected a file below it, without links")
 
 
 def read_limited(path: Path, *, most: int) -> bytes:
@@ -142,11 +138,11 @@ def read_header(folder: Path) -> TrajectoryHeader:
         raise UserError(f"{path}: {key}: {first['msg']}, found {first['input']!r:.80}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    for key, is_right, expected in (
-        ("levels", list(header.levels) == sorted(set(header.levels)), "numbers that rise"),
-        ("classes", len(set(header.classes)) == len(header.classes), "different labels"),
-        ("source and target", {header.source, header.target} <= set(header.classes), "labels of its classes"),
+    for is_right, expected in (
+        (list(header.levels) == sorted(set(header.levels)), "levels: expected numbers that rise"),
+        (len(set(header.classes)) == len(header.classes), "classes: expected different labels"),
+        ({header.source, header.target} <= set(header.classes), "source and target: expected labels of its classes"),
     ):
         if not is_right:
-            raise UserError(f"{path}: {key}: expected {expected}")
+            raise UserError(f"{path}: {expected}")
     return header

@@ -3,9 +3,6 @@
 Frames are shown as they are, never cross-faded: a blended frame would be an image that no model made.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import replacing
 from cellflux_bridge.images import write_png
 from cellflux_bridge.images.panels import ACCENT, GREY, INK, PAPER, TRACK, Grid, draw_strip
 from cellflux_bridge.trajectory import Trajectory
@@ -66,7 +64,7 @@ def write_video(
     layout = {"columns": columns, "tile": tile, "caption": caption, "show_source": show_source}
     grid = Grid(trajectory, sequences=sequences, **layout)
     shown = playback(len(trajectory.levels), fps=fps, hold=hold, ping_pong=ping_pong)
-    with _renamed(path) as temporary:
+    with replacing(path) as temporary:
         encoders[suffix](temporary, grid, shown, fps)
 
 
@@ -78,19 +76,6 @@ def playback(num_frames: int, *, fps: float, hold: float, ping_pong: bool) -> Pl
     held, last = max(1, round(hold * fps)), num_frames - 1
     forward = [(k, held if k in (0, last) else 1) for k in range(num_frames)]
     return forward + (forward[-2:0:-1] if ping_pong else [])
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its real name when the body is through, or is removed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        # PyAV's own errors do not name the file.
-        temporary.touch()
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _encode_mp4(path: Path, grid: Grid, shown: Playback, fps: float) -> None:
