@@ -4,7 +4,6 @@ Whatever a file's suffix, its first bytes say what it is. Outside this room imag
 """
 
 import mmap
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
