@@ -132,17 +132,19 @@ def test_a_progression_from_end_to_end(flow):
     assert nearly_equal(one.frames[1:], found.frames[[3, 5]])
 
 
-def test_both_directions_and_their_conditions(flow, asked):
-    bridge = load(flow, "translate.method=progression", "translate.levels=[0.3, 1.0]")
-    x, ids = patches_of(bridge)
-    there, back = (bridge.translate(x, ids=ids, source=a, target=b) for a, b in ("AB", "BA"))
+def test_both_directions_and_their_conditions(painter, asked):
+    """The frames are those of the conditions: of darkness c^2, c the share of class B."""
+    x, ids = patches_of(painter)
+    there, back = (painter.translate(x, ids=ids, source=a, target=b, levels=[0.3, 1.0]) for a, b in ("AB", "BA"))
     labels = torch.tensor([[[0.7, 0.3], [0.0, 1.0]], [[0.3, 0.7], [1.0, 0.0]]])
     for expected, call in zip(labels, (asked[0], asked[2]), strict=True):  # two batches each
         for found in (call.labels, call.targets):
             torch.testing.assert_close(found, expected.repeat_interleave(3, 0))
     np.testing.assert_allclose(back.soft_labels[1:, 0], labels[1], atol=1e-6)
     assert (back.header.source, back.header.target) == ("B", "A")
-    assert (there.frames[1:] != back.frames[1:]).any()  # one grey level tells conditions apart: all else is equal
+    for found, conditions in ((there, [0.3, 1.0]), (back, [0.7, 0.0])):
+        dark = 1 - found.frames[1:].mean((2, 3, 4)) / 255
+        np.testing.assert_allclose(dark, np.tile(np.square(conditions)[:, None], 4), atol=0.005)
 
 
 def test_three_classes_are_mixed_two_at_a_time(three, asked):
@@ -256,7 +258,7 @@ def test_a_translation_knows_its_microns_per_pixel(flow, tmp_path):
 # Depth
 
 
-def test_a_depth_sequence_from_end_to_end(from_noise, asked):
+def test_a_depth_sequence_from_end_to_end(from_noise, asked, tmp_path):
     bridge = load(from_noise, "translate.method=depth", "translate.levels=4")
     x, ids = patches_of(bridge)
     found = bridge.translate(x, ids=ids)
@@ -267,6 +269,9 @@ def test_a_depth_sequence_from_end_to_end(from_noise, asked):
     assert nearly_equal(bridge.translate(x[3:], ids=ids[3:]).frames, found.frames[:, 3:])
     assert asked[0].labels.tolist() == [[1, 0]] * 3
     assert asked[0].targets is None
+    np.testing.assert_allclose(found.depths, np.tile([[0], [0.25], [0.5], [0.75], [1]], 4))
+    folder, _ = bridge.translate_split(output=tmp_path / "out")
+    assert load_trajectory(folder).depths.tolist() == found.depths.tolist()
 
 
 @pytest.mark.parametrize(
@@ -283,7 +288,8 @@ def test_a_depth_sequence_from_end_to_end(from_noise, asked):
 def test_the_two_dials_of_a_depth_sequence(from_noise, asked, options, depths, conditions):
     bridge = load(from_noise, "translate.method=depth", "translate.levels=2")
     x, ids = patches_of(bridge, num=2)
-    bridge.translate(x, ids=ids, source="B", target="A", **options)
+    found = bridge.translate(x, ids=ids, source="B", target="A", **options)
+    np.testing.assert_allclose(found.depths[1:], np.tile(np.array(depths)[:, None], 2), rtol=1e-6)
     *back, forward = asked
     assert len(back) == len(set(depths))
     assert all(call.labels.tolist() == [[0, 1]] * 2 and call.targets is None for call in back)

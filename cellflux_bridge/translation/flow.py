@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
@@ -189,7 +190,8 @@ class FlowTranslator(Translator):
         made = self.codec.to_uint8(result.frames[1:]).cpu()
         frames = torch.cat([batch[None].cpu(), made]).numpy()  # the source itself, also where a codec loses something
         cost = (result.nfe,) * len(ids), (result.gradients,) * len(ids)
-        return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), *cost)
+        depths = None if result.depths is None else np.tile(result.depths.numpy()[:, None], len(ids))
+        return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), *cost, depths)
 
 
 def _method(settings: TranslateConfig) -> Transport:

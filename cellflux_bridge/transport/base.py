@@ -42,12 +42,14 @@ Solver = Literal["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"]
 
 
 class Result(NamedTuple):
-    """What transport returns: frames (K+1, B, C, H, W) float32, states whose first is the source itself; and network
-    forwards and classifier gradients per sequence, summed over its levels."""
+    """What transport returns: frames (K+1, B, C, H, W) float32, states whose first is the source itself; network
+    forwards and classifier gradients per sequence, summed over its levels; and of methods that go back towards noise
+    how far each frame did, depths (K+1,), 0 first."""
 
     frames: torch.Tensor
     nfe: int
     gradients: int
+    depths: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ class Depth(Transport):
             **how,
         )
         frames = torch.cat([x0[None], frames.view(len(levels), *x0.shape)])
-        return Result(frames, round((forwards_back + forwards) / sources), round(gradients / sources))
+        nfe, gradients = round((forwards_back + forwards) / sources), round(gradients / sources)
+        return Result(frames, nfe, gradients, torch.cat([torch.zeros(1), depths]))
 
 
 def _numbers(given: str | list[float], levels: torch.Tensor, *, ones: str) -> torch.Tensor:
