@@ -21,11 +21,10 @@ from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.images import write_png
-from cellflux_bridge.training.ema import EMA
 from cellflux_bridge.training.processes import from_rank_zero, make_fabric, on_rank_zero
 from cellflux_bridge.training.run import Log
 from cellflux_bridge.training.settings import TrainConfig
-from cellflux_bridge.training.state import Spent, TrainState
+from cellflux_bridge.training.state import EMA, Spent, TrainState
 
 __all__ = ["Stopped", "Task", "fit", "from_rank_zero", "make_fabric", "on_rank_zero"]
 
