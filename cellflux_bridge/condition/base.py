@@ -74,10 +74,10 @@ class Condition:
             return torch.cat([c._mask(default) if mask is None else mask for mask, c in pairs])
 
         dropped = [c.dropped for c in conditions]
-        partly = dict.fromkeys(name for c in conditions for name in c.present)
+        present = {name: [c.present.get(name) for c in conditions] for c in conditions for name in c.present}
         return Condition(
             dropped=None if all(mask is None for mask in dropped) else joined(dropped, default=False),
-            present={name: joined([c.present.get(name) for c in conditions], default=True) for name in partly},
+            present={name: joined(masks, default=True) for name, masks in present.items()},
             **{name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors},
         )
 
