@@ -44,14 +44,14 @@ def test_no_original_tile_stands_in_two_splits(cache):
 
 @pytest.fixture
 def few_tiles(tmp_path) -> Path:
-    """At least 40 patches of each class and split, in whole tiles, with their manifest."""
+    """At least 24 patches of each class and split, in whole tiles, with their manifest."""
     with open(ROOT / "manifest.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     kept, num = [], Counter()
     for _, tile in groupby(sorted(rows, key=itemgetter("group")), key=itemgetter("group")):
         tile = list(tile)
         kind = tile[0]["split"], tile[0]["label"]
-        if num[kind] < 40:
+        if num[kind] < 24:
             kept += tile
             num[kind] += len(tile)
     for row in kept:

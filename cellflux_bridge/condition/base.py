@@ -74,10 +74,10 @@ class Condition:
             return torch.cat([c._mask(default) if mask is None else mask for mask, c in pairs])
 
         dropped = [c.dropped for c in conditions]
-        partly = dict.fromkeys(name for c in conditions for name in c.present)
+        present = {name: [c.present.get(name) for c in conditions] for c in conditions for name in c.present}
         return Condition(
             dropped=None if all(mask is None for mask in dropped) else joined(dropped, default=False),
-            present={name: joined([c.present.get(name) for c in conditions], default=True) for name in partly},
+            present={name: joined(masks, default=True) for name, masks in present.items()},
             **{name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors},
         )
 
@@ -141,14 +141,6 @@ class ConditionSpec(NamedTuple):
         )
 
 
-class Embedded(NamedTuple):
-    """A condition as a network takes it: vector (B, width), tokens (B, L, width) or None, maps (B, C, H, W)."""
-
-    vector: torch.Tensor
-    tokens: torch.Tensor | None
-    maps: list[torch.Tensor]
-
-
 class ConditionEmbedding(nn.Module):
     """Embeds all parts of a condition, with learned nulls for what is dropped or absent.
 
@@ -170,7 +162,8 @@ class ConditionEmbedding(nn.Module):
                 size = (part.channels, 1, 1) if part.form == "map" else (width,)
                 self.nulls[part.name] = nn.Parameter(torch.zeros(size))
 
-    def forward(self, cond: Condition) -> Embedded:
+    def forward(self, cond: Condition) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """The vector (B, width), the tokens (B, L, width) or None, and the maps (B, C, H, W)."""
         found: dict[str, list[torch.Tensor]] = {"vector": [], "tokens": [], "map": []}
         for part in self._parts:
             value = self.get_submodule(part.slot or part.name)(cond.tensors[part.name])
@@ -181,7 +174,7 @@ class ConditionEmbedding(nn.Module):
         vector = reduce(torch.add, found["vector"]) if found["vector"] else self.null.expand(len(cond), -1)
         if cond.dropped is not None:
             vector = torch.where(cond.dropped[:, None], self.null, vector)
-        return Embedded(vector, torch.cat(found["tokens"], dim=1) if found["tokens"] else None, found["map"])
+        return vector, torch.cat(found["tokens"], dim=1) if found["tokens"] else None, found["map"]
 
     @staticmethod
     def _absent(part: Part, cond: Condition) -> torch.Tensor:

@@ -32,7 +32,6 @@ from cellflux_bridge.data.soft_labels import soft_labels
 from cellflux_bridge.training.loop import fit, on_rank_zero
 from cellflux_bridge.training.run import claim, record_splits, require_free
 
-_HISTOGRAM_BINS = 10
 _CHUNK = 128
 # What a classifier of clean images does not depend on.
 _UNUSED = ("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "ddim")
@@ -124,7 +123,7 @@ def _write(
         "out_of_fold": figures(logits[train], truth, targets, temperature=temperature),
         "histogram": {
             label: {
-                f"p_{other}": np.histogram(levels[train][truth == c, d], bins=_HISTOGRAM_BINS, range=(0, 1))[0].tolist()
+                f"p_{other}": np.histogram(levels[train][truth == c, d], bins=10, range=(0, 1))[0].tolist()
                 for d, other in enumerate(patches.classes)
             }
             for c, label in enumerate(patches.classes)

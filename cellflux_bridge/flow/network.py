@@ -39,13 +39,12 @@ def build_flow(config: Config) -> tuple[Path, Velocity]:
 
 
 def make_condition(
-    spec: ConditionSpec, *, x0: torch.Tensor, target_label: torch.Tensor, source_class: torch.Tensor | int
+    spec: ConditionSpec, *, x0: torch.Tensor, target_label: torch.Tensor, source_class: int
 ) -> Condition:
     """The condition of source states x0 (B, C, H, W) of a class, which are to become soft labels (B, num_classes).
 
-    `spec` is the network's own. `source_class` is a number, or int64 (B,).
+    `spec` is the network's own.
     """
-    if isinstance(source_class, int):
-        source_class = torch.full((len(x0),), source_class, dtype=torch.long, device=x0.device)
-    target = {"target_level": target_label, "target_class": target_label.argmax(1)}
-    return spec.read({"x0": x0, "source_class": source_class, **target})
+    classes = {"target_class": target_label.argmax(1)}
+    classes["source_class"] = torch.full_like(classes["target_class"], source_class)
+    return spec.read({"x0": x0, "target_level": target_label, **classes})

@@ -83,15 +83,12 @@ class FlowTask:
         """On held-out pairs: the velocity's mean squared error, the share of u_t's power that it explains, and how
         far the output moves, relative to its norm, when source and target class change places ("condition swap";
         near 0 means that the network ignores its condition)."""
-        error = power = moved = size = 0.0
+        squares = []
         for batch in self.validation_batches():
             t, x_t, u_t, cond = (value.to(device) for value in batch)
-            v = model(t, x_t, cond).float()
-            other = model(t, x_t, _swapped(cond)).float()
-            error += F.mse_loss(v, u_t).item() / self._num_val_batches
-            power += u_t.square().mean().item() / self._num_val_batches
-            moved += (other - v).square().sum().item()
-            size += v.square().sum().item()
+            v, other = model(t, x_t, cond).float(), model(t, x_t, _swapped(cond)).float()
+            squares.append([part.square().mean().item() for part in (v - u_t, u_t, other - v, v)])
+        error, power, moved, size = np.mean(squares, axis=0).tolist()
         return {
             "val/velocity_mse": error,
             "val/velocity_explained": 1 - error / power,

@@ -21,11 +21,10 @@ from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.images import write_png
-from cellflux_bridge.training.ema import EMA
 from cellflux_bridge.training.processes import from_rank_zero, make_fabric, on_rank_zero
 from cellflux_bridge.training.run import Log
 from cellflux_bridge.training.settings import TrainConfig
-from cellflux_bridge.training.state import Spent, TrainState
+from cellflux_bridge.training.state import EMA, Spent, TrainState
 
 __all__ = ["Stopped", "Task", "fit", "from_rank_zero", "make_fabric", "on_rank_zero"]
 
@@ -117,12 +116,10 @@ class _Trainer:
         with bar, closing(upcoming):
             while True:
                 began = Spent.now()
-                batches = next(upcoming)
-                loss, norm = self._update(batches)
+                loss, norm = self._update(next(upcoming))
                 state.step += 1
                 bar.update()
-                stop = self._agreed_stop(caught, began)
-                done = state.step >= train.steps or stop
+                done = self._agreed_stop(caught, began) or state.step >= train.steps
                 if done or state.step % train.log_every == 0:
                     self._require_finite()
                     bar.total = self._expected_steps(began)
@@ -146,9 +143,8 @@ class _Trainer:
         return min(most, max(step, round(step / share))) if share else most
 
     def _batches(self, step: int) -> list[Any]:
-        first = step * self.train.accumulate
-        rank = self.fabric.global_rank
-        return [self.task.batch(first + micro, rank=rank) for micro in range(self.train.accumulate)]
+        num, rank = self.train.accumulate, self.fabric.global_rank
+        return [self.task.batch(index, rank=rank) for index in range(step * num, (step + 1) * num)]
 
     def _update(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         train, step, optimiser = self.train, self.state.step, self.state.optimiser
@@ -194,12 +190,12 @@ class _Trainer:
 
     def _log_update(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         if self.log is not None:
-            updates, seconds = self.state.step - self.logged, time.monotonic() - self.pace_began
-            self.logged, self.pace_began = self.state.step, time.monotonic()
-            images = updates * self.train.batch_size * self.train.accumulate * self.fabric.world_size
-            lr, rate = self.state.optimiser.param_groups[0]["lr"], images / max(seconds, 1e-9)
+            state, now = self.state, time.monotonic()
+            images = (state.step - self.logged) * self.train.batch_size * self.train.accumulate * self.fabric.world_size
+            lr, rate = state.optimiser.param_groups[0]["lr"], images / max(now - self.pace_began, 1e-9)
             values = {"loss": loss.item(), "gradient_norm": norm.item(), "lr": lr, "images_per_second": rate}
-            self.log.write(self.state.step, {**values, **self.state.spent._asdict()})
+            self.log.write(state.step, {**values, **state.spent._asdict()})
+            self.logged, self.pace_began = state.step, now
 
     def _periodic(self, done: bool) -> None:
         train, step, model = self.train, self.state.step, self.state.ema.module
