@@ -11,16 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cellflux_bridge.ddim import steps
 from cellflux_bridge.ddim.depths import fourier_depths, low_frequency_magnitudes, require_depths
 from cellflux_bridge.ddim.schedule import Schedule
-from cellflux_bridge.ddim.steps import (
-    Classifier,
-    NoisePredictor,
-    classifier_gradient,
-    decode_step,
-    encode_step,
-    guided_eps,
-)
+from cellflux_bridge.ddim.steps import Classifier, NoisePredictor
 
 # From the encoded states (T, B, C, H, W) to the depths (B, K) of every image.
 DepthRule = Callable[[torch.Tensor], torch.Tensor]
@@ -110,7 +104,7 @@ class _Run(NamedTuple):
         for k in range(int(depths.max())):
             for rows in self._chunks(depths > k):
                 tau = self._tau(k, rows, z.device)
-                z[rows] = encode_step(z[rows], eps(z[rows], tau, y[rows]).to(z.dtype), k, self.schedule)
+                z[rows] = steps.encode_step(z[rows], eps(z[rows], tau, y[rows]).to(z.dtype), k, self.schedule)
             yield z.clone()
 
     def encode_by(self, rule: DepthRule, x0: torch.Tensor, y: torch.Tensor, eps: NoisePredictor):
@@ -129,9 +123,9 @@ class _Run(NamedTuple):
                 state, tau = u[rows], self._tau(k, rows, u.device)
                 noise = eps(state, tau, y[rows]).to(u.dtype)
                 if classifier is not None:
-                    gradient = classifier_gradient(classifier, state, tau, y[rows]).to(u.dtype)
-                    noise = guided_eps(noise, gradient, k, self.schedule, scale=scale)
-                u[rows] = decode_step(state, noise, k, self.schedule)
+                    gradient = steps.classifier_gradient(classifier, state, tau, y[rows]).to(u.dtype)
+                    noise = steps.guided_eps(noise, gradient, k, self.schedule, scale=scale)
+                u[rows] = steps.decode_step(state, noise, k, self.schedule)
         return u
 
     def _chunks(self, active: torch.Tensor):
