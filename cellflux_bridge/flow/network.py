@@ -11,7 +11,10 @@ from cellflux_bridge.velocity.base import Velocity
 
 
 def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
-    """The parts of a network's condition; `channels` are those of a state."""
+    """The parts of a network's condition; `channels` are those of a state. UserError for a configuration without classes,
+    on which the network's size depends."""
+    if not config.data.classes:
+        raise UserError("data.classes: none named; a trained network's configuration names its classes")
     sizes = len(config.data.classes), channels
     return ConditionSpec(tuple(registry.build("part", part, *sizes) for part in config.condition.all_parts()))
 
