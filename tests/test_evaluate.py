@@ -335,10 +335,10 @@ def test_guidance_is_a_ratio_on_common_sources(tiny, full):
     assert value.n == 3
     levels = [found(full, "progression", "guidance_frechet_ratio", s).value for s in (0.25, 0.5, 0.75, 1.0)]
     assert found(full, "progression", "guidance_frechet_ratio").value == pytest.approx(np.mean(levels))
-    rows = [row for row in full.differences if row.second == "progression, unguided"]
-    assert {row.n for row in rows} == {3}
-    assert {row.quantity for row in rows} >= {"flip_rate", "calibration_image", "monotone_share", "preservation"}
-    assert {row.second for row in full.differences} == {"path", "progression, unguided"}  # depth has other sources
+    rows = [row for row in full.differences if row["second"] == "progression, unguided"]
+    assert {row["n"] for row in rows} == {3}
+    assert {row["quantity"] for row in rows} >= {"flip_rate", "calibration_image", "monotone_share", "preservation"}
+    assert {row["second"] for row in full.differences} == {"path", "progression, unguided"}  # depth has other sources
 
 
 def test_results_are_json_csv_and_a_table(tiny, full):
@@ -506,12 +506,12 @@ def test_training_patches_among_the_frames_are_found(tiny, full):
     assert (value.n, value.n_real) == (8, min(map(len, by_class)))
     expected = np.mean([(d < h).mean() for d, h in zip(distances, held_out, strict=True)])
     assert found(full, "progression", "nearest_training_closer", 1.0).value == pytest.approx(expected, abs=1e-6)
-    copies = [copy for copy in full.near_copies if (copy.method, copy.level) == ("progression", 1.0)]
+    copies = [copy for copy in full.near_copies if (copy["method"], copy["level"]) == ("progression", 1.0)]
     assert found(full, "progression", "near_copy_share", 1.0).value == len(copies) / 8 >= 3 / 8
-    exact = {copy.source_id: copy for copy in copies if copy.distance < 1e-3}
+    exact = {copy["source_id"]: copy for copy in copies if copy["distance"] < 1e-3}
     sources = tiny.images("test", "A")[0]
-    assert [exact[sources[n]].training_id for n in range(3)] == tiny.images("train", "B")[0][:3]
-    assert exact[sources[0]].held_out == pytest.approx(by_class[1].min(), rel=1e-2)
+    assert [exact[sources[n]]["training_id"] for n in range(3)] == tiny.images("train", "B")[0][:3]
+    assert exact[sources[0]]["held_out"] == pytest.approx(by_class[1].min(), rel=1e-2)
     # Real patches that were held out are no copies, whatever their class.
     assert found(full, "copy the source", "near_copy_share").value == 0
     assert not any("repeat a training patch" in warning for warning in full.warnings)

@@ -5,15 +5,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.metrics.comparisons import Difference, add_cycle, add_guidance, differences, match_cycle
+from cellflux_bridge.metrics.comparisons import add_cycle, add_guidance, differences, match_cycle
 from cellflux_bridge.metrics.extractor import is_name
 from cellflux_bridge.metrics.feature_cache import FeatureCache
-from cellflux_bridge.metrics.memorisation import NearCopy
 from cellflux_bridge.metrics.networks import load_networks
 from cellflux_bridge.metrics.provenance import require_same_data
 from cellflux_bridge.metrics.quantities import add_figures
@@ -36,8 +35,8 @@ class Evaluation(NamedTuple):
     methods: tuple[Sequences, ...]
     baselines: tuple[Sequences, ...]
     unguided: dict[str, str]
-    differences: tuple[Difference, ...]
-    near_copies: tuple[NearCopy, ...]
+    differences: list[dict[str, Any]]
+    near_copies: list[dict[str, Any]]
     warnings: tuple[str, ...]
 
 
@@ -131,7 +130,7 @@ def evaluate(
     stain = reference.stain_reference()
     recoloured = [stain_transfer(sequences, networks, stain) for sequences in looked]
     baselines = [copied_source(looked[0], networks), recoloured[0], *nearest_target(looked[0], networks)]
-    copies: list[NearCopy] = []
+    copies = []
     for sequences, transfer in zip(looked, recoloured, strict=True):
         copies += add_figures(sequences, reference, recoloured=transfer)
     for sequences in baselines:
@@ -147,7 +146,7 @@ def evaluate(
         methods=tuple(looked),
         baselines=tuple(baselines),
         unguided={looked[guided].name: looked[without].name for guided, without in pairs},
-        differences=tuple(row for other in looked[1:] for row in differences(looked[0], other, reference)),
-        near_copies=tuple(copies),
+        differences=[row for other in looked[1:] for row in differences(looked[0], other, reference)],
+        near_copies=copies,
         warnings=(*incomplete(folders), *repeated(reference.training.num_repeated), *figure_warnings(reference.rows)),
     )

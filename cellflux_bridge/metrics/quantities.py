@@ -1,12 +1,14 @@
 """Every figure of the sequences of one method or baseline, compared to a reference set."""
 
+from typing import Any
+
 import numpy as np
 
 from cellflux_bridge.base.statistics import Estimate, rank_correlation
 from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level
 from cellflux_bridge.metrics.manifold import neighbourhoods
-from cellflux_bridge.metrics.memorisation import NearCopy, NearestTraining
+from cellflux_bridge.metrics.memorisation import NearestTraining
 from cellflux_bridge.metrics.networks import Network, RealPatches
 from cellflux_bridge.metrics.reference_set import NUM_SUBSAMPLES, ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences
@@ -16,9 +18,9 @@ from cellflux_bridge.metrics.values import Recorder
 _NUM_OTHERS = 256
 
 
-def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences) -> list[NearCopy]:
+def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences) -> list[dict[str, Any]]:
     """Record all quantities of `metrics.words` that a method has by itself; returns its near copies of training
-    patches, the worst first. `recoloured` is the stain transfer of its own sources."""
+    patches as rows of metrics.json. `recoloured` is the stain transfer of its own sources."""
     record, extractor = reference.recorder(of), reference.extractor
     features, groups = of.outputs[extractor.name].features, extractor.groups_of_sources(of.source_ids)
     nearest_training = reference.training.nearest_to(features[:, 1:])
@@ -32,7 +34,7 @@ def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences
         _add_set(record, "own", features[:, number], groups, reference.own(frame_level), reference, level=level)
     _add_set(record, "target", features[:, -1], groups, reference.target, reference, level=of.levels[-1])
     frames = features[:, 1:].reshape(-1, features.shape[-1])  # as one set
-    of_all = record._replace(of=record.of._replace(n=len(frames)))
+    of_all = record._replace(n=len(frames))
     _add_set(of_all, "pooled", frames, np.repeat(groups, len(of.levels)), reference.pooled, reference)
     if reference.estimator is not None:
         error = np.abs(of.outputs[reference.estimator.name].value[:, 1:] - np.array(of.frame_levels))
@@ -140,18 +142,17 @@ def _add_set(
         record.add(f"{figure}_{to}", each, level=level, by=reference.extractor, n_real=len(real.features))
 
 
-def _near_copies(of: Sequences, reference: ReferenceSet, nearest_training: NearestTraining) -> list[NearCopy]:
-    least, (distances, numbers, *_) = nearest_training.least(), nearest_training
-    found = [
-        NearCopy(
-            of.name,
-            str(of.folder or ""),
-            of.source_ids[n],
-            of.levels[k],
-            reference.training.ids[numbers[k, n]],
-            float(distances[k, n]),
-            float(least[k, n]),
-        )
-        for k, n in np.argwhere(nearest_training.is_near_copy())
+def _near_copies(of: Sequences, reference: ReferenceSet, found: NearestTraining) -> list[dict[str, Any]]:
+    least = found.least()
+    return [
+        {
+            "method": of.name,
+            "trajectory": str(of.folder or ""),
+            "source_id": of.source_ids[n],
+            "level": of.levels[k],
+            "training_id": reference.training.ids[found.numbers[k, n]],
+            "distance": float(found.distances[k, n]),
+            "held_out": float(least[k, n]),
+        }
+        for k, n in np.argwhere(found.is_near_copy())
     ]
-    return sorted(found, key=lambda copy: copy.share)

@@ -16,7 +16,7 @@ from cellflux_bridge.metrics.memorisation import Training
 from cellflux_bridge.metrics.networks import Network, RealPatches, extractor_of
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.structure import TISSUE, tissue_figures, with_networks
-from cellflux_bridge.metrics.values import Recorder, Subject, Value
+from cellflux_bridge.metrics.values import Recorder, Value
 
 NUM_SUBSAMPLES = 100
 REAL_SOURCE, REAL_TARGET, REAL_POOLED, REAL_SCORED = "real source", "real target", "real pooled", "real scored"
@@ -46,7 +46,7 @@ class ReferenceSet:
             self._add_real(network)
         self.pooled = self.real[self.extractor.name]
         self.target = self.pooled.at(self.pooled.is_target)
-        self.training = Training.of(self.extractor, self.pooled.features)
+        self.training = Training(self.extractor, self.pooled.features)
         self._add_tissue(self.pooled)
         self._add_structure(self.pooled)
         self._scored = None if self.estimator is None else self._scored_patches(self.estimator)
@@ -61,9 +61,9 @@ class ReferenceSet:
 
     def recorder(self, of: Sequences) -> Recorder:
         """For figures of sequences, with intervals over the groups of their sources."""
-        groups = self.groups(of.source_ids)
-        resamples = bootstrap(groups, num=NUM_RESAMPLES, generator=self.generator("bootstrap"))
-        return Recorder(self.rows, of.subject, resamples)
+        groups, draw = self.groups(of.source_ids), self.generator("bootstrap")
+        resamples = bootstrap(groups, num=NUM_RESAMPLES, generator=draw)
+        return Recorder(self.rows, of.name, len(groups), str(of.folder or ""), of.levels, of.split, resamples)
 
     def mean(self, values: np.ndarray, groups: np.ndarray) -> Estimate:
         """The mean of values (N,) with its interval over their groups."""
@@ -98,13 +98,13 @@ class ReferenceSet:
     def _add_by_class(self, patches: RealPatches, figures: dict[str, np.ndarray], *, by: Network | None = None) -> None:
         """The means of figures (M,) of either class."""
         for name, chosen in ((REAL_SOURCE, ~patches.is_target), (REAL_TARGET, patches.is_target)):
-            record = Recorder(self.rows, Subject(name, int(chosen.sum())))
+            record = Recorder(self.rows, name, int(chosen.sum()))
             for figure, each in figures.items():
                 record.add(figure, self.mean(each[chosen], patches.groups[chosen]), by=by)
 
     def _add_floor(self, name: str, kind: str, floor: Floor, *, by: Network, num: int, level=None) -> None:
         """A floor between halves of `num` patches."""
-        record = Recorder(self.rows, Subject(name, num // 2))
+        record = Recorder(self.rows, name, num // 2)
         found = Estimate(floor.mean, floor.low, floor.high)
         record.add(f"{kind}_floor", found, level=level, by=by, n_real=num - num // 2)
         record.add(f"{kind}_floor_spread", floor.spread, level=level, by=by, n_real=num - num // 2)
@@ -145,7 +145,7 @@ class ReferenceSet:
         if len(first) == 0:
             return
         both = np.stack([self.extractor.patches.centre(real.numbers[c]).numpy() for c in (first, second)], axis=1)
-        record = Recorder(self.rows, Subject(REAL_SOURCE, len(first)))
+        record = Recorder(self.rows, REAL_SOURCE, len(first))
         for figure, each, by in with_networks(self.extractor.structure(both), self.extractor):
             record.add(figure, self.mean(each[:, 1], real.groups[first]), by=by)
 
@@ -154,6 +154,6 @@ class ReferenceSet:
         real, patches = estimator.real_patches(num=self.max_real, seed=self.seed), estimator.patches
         scores = patches.scores_towards(estimator.target, real.numbers)
         error = np.abs(estimator.outputs_of_patches(patches, real.numbers).value - scores)
-        record = Recorder(self.rows, Subject(REAL_SCORED, len(error)))
+        record = Recorder(self.rows, REAL_SCORED, len(error))
         record.add("severity_error", self.mean(error, real.groups), by=estimator)
         return scores, real._replace(outputs=self.extractor.outputs_of_patches(patches, real.numbers))

@@ -16,8 +16,9 @@ metrics.json, format 1; a number that does not exist is null:
     differences   [{first, second, quantity, extractor, n, difference, low, high, p, num_groups}], p of Wilcoxon's
                   signed-rank test on means of groups
     memorisation  {extractor, patches, num_training, num_held_out, num_near_copies, near_copies: [{method, trajectory,
-                  source_id, level, training_id, distance, held_out}]}: the worst near copies (`metrics.memorisation`),
-                  a hundred at most; `num_held_out` are [those nearest to training of the source, of the target],
+                  source_id, level, training_id, distance, held_out}]}: the worst near copies, a hundred at most: frames
+                  that repeat a training patch, or lie nearer to it than any held-out real patch lies to its nearest
+                  training patch of that class (`distance` < `held_out`, in the extractor's features); `num_held_out` are [those nearest to training of the source, of the target],
                   without those that repeat a training patch; `patches` is the checkpoint in whose data `training_id` is
     warnings      [text]: sentences about figures that mislead
 """
@@ -44,7 +45,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     reference, extractor = evaluation.reference, evaluation.reference.extractor
     networks = [{key: getattr(network, key) for key in keys} for network in reference.networks]
     with_patches = extractor if extractor.weights is not None else reference.networks[0]
-    copies = sorted(evaluation.near_copies, key=lambda copy: copy.share)[:_MOST_COPIES]
+    copies = sorted(evaluation.near_copies, key=_share_of_held_out)[:_MOST_COPIES]
     return without_nan(
         {
             "format": FORMAT,
@@ -56,18 +57,23 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "networks": [{**network, "checkpoint": str(network["checkpoint"])} for network in networks],
             "methods": [_method(of, evaluation) for of in (*evaluation.methods, *evaluation.baselines)],
             "values": [value._asdict() for value in evaluation.reference.rows],
-            "differences": [row._asdict() for row in evaluation.differences],
+            "differences": evaluation.differences,
             "memorisation": {
                 "extractor": extractor.name,
                 "patches": str(with_patches.checkpoint),
                 "num_training": len(reference.training.ids),
                 "num_held_out": [*map(len, reference.training.held_out)],
                 "num_near_copies": len(evaluation.near_copies),
-                "near_copies": [copy._asdict() for copy in copies],
+                "near_copies": copies,
             },
             "warnings": evaluation.warnings,
         }
     )
+
+
+def _share_of_held_out(copy: dict[str, Any]) -> float:
+    """The distance of a near copy over the least of held-out patches, 0 for an exact copy: the smaller, the worse."""
+    return copy["distance"] / copy["held_out"] if copy["distance"] else 0.0
 
 
 def _method(of: Sequences, evaluation: Evaluation) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.memorisation import nearest
 from cellflux_bridge.metrics.networks import Network, NetworkOutputs, extractor_of
 from cellflux_bridge.metrics.structure import recolour, tissue_figures
-from cellflux_bridge.metrics.values import Subject
 from cellflux_bridge.metrics.warnings import NEAREST_TARGET
 from cellflux_bridge.trajectory import TrajectoryHeader, iter_trajectory, read_header
 
@@ -43,11 +42,7 @@ class Sequences:
     arrays: dict[str, np.ndarray]
     cost: Cost | None = None
 
-    @property
-    def subject(self) -> Subject:
-        return Subject(self.name, len(self.source_ids), self.folder, self.levels, self.split)
-
-    def rows(self, chosen: np.ndarray) -> "Sequences":
+    def rows(self, chosen: Sequence[int]) -> "Sequences":
         """The sequences of the given numbers."""
         return replace(
             self,

@@ -122,7 +122,8 @@ def _notes(evaluation: Evaluation, cells: _Cells) -> Iterator[str]:
 
 
 def _differences(evaluation: Evaluation) -> Iterator[list[str]]:
-    for first, second, quantity, extractor, n, difference, low, high, p, num_groups in evaluation.differences:
+    for row in evaluation.differences:
+        first, second, quantity, extractor, n, difference, low, high, p, num_groups = row.values()
         label = f"{quantity.replace('_', ' ')}: {first} less {second}"
         text = f"{number(difference)} [{number(low)}, {number(high)}]"
         yield [label, extractor, f"{n} ({num_groups})", text, f"{p:.2g}"]

@@ -1,7 +1,6 @@
 """The long form of all figures: one row a value, with its subject, its network, and the number of images behind it."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,21 +28,18 @@ class Value(NamedTuple):
     high: float
 
 
-class Subject(NamedTuple):
-    """The subject of values: the sequences of a method or baseline, or a set of real patches; `levels` (K,)."""
-
-    name: str
-    n: int
-    folder: Path | None = None
-    levels: tuple[float, ...] = ()
-    split: str = "test"
-
-
 class Recorder(NamedTuple):
-    """Appends figures of one subject to `rows`; `resamples` of its sequences give intervals."""
+    """Appends to `rows` figures of one subject: `n` sequences of a method or baseline, or `n` real patches.
+
+    `levels` (K,) are those after the source; `resamples` of the sequences give intervals.
+    """
 
     rows: list[Value]
-    of: Subject
+    name: str
+    n: int
+    trajectory: str = ""
+    levels: tuple[float, ...] = ()
+    split: str = "test"
     resamples: Resamples | None = None
 
     def __call__(
@@ -67,11 +63,9 @@ class Recorder(NamedTuple):
         if isinstance(found, Estimate) and np.ndim(found.value):
             found = [Estimate(*one) for one in zip(*found, strict=True)]
         if isinstance(found, list):
-            for own_level, one in zip((0.0, *self.of.levels)[-len(found) :], found, strict=True):
+            for own_level, one in zip((0.0, *self.levels)[-len(found) :], found, strict=True):
                 self.add(quantity, one, level=own_level, by=by, n_real=n_real)
             return
-        name, n, folder, _, split = self.of
+        subject = (self.trajectory, self.name, quantity, level, by.name if by else "", self.n, n_real, self.split)
         numbers = found if isinstance(found, Estimate) else (found, np.nan, np.nan)
-        extractor = "" if by is None else by.name
-        row = Value(str(folder or ""), name, quantity, level, extractor, n, n_real, split, *map(float, numbers))
-        self.rows.append(row)
+        self.rows.append(Value(*subject, *map(float, numbers)))
