@@ -11,8 +11,8 @@ from cellflux_bridge.velocity.base import Velocity
 
 
 def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
-    """The parts of a network's condition; `channels` are those of a state. UserError for a configuration without classes,
-    on which the network's size depends."""
+    """The parts of a network's condition; `channels` are those of a state. UserError for a configuration
+    without classes, on which the network's size depends."""
     if not config.data.classes:
         raise UserError("data.classes: none named; a trained network's configuration names its classes")
     sizes = len(config.data.classes), channels
