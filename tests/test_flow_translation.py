@@ -682,6 +682,15 @@ def test_a_way_back_that_was_never_learned_is_refused(runs):
         )
 
 
+def test_exact_guidance_of_a_network_without_a_trained_null_is_refused(flow):
+    bridge = load(flow)
+    condition = bridge.config.condition.model_copy(update={"dropout": 0.0})
+    bridge.config = bridge.config.model_copy(update={"condition": condition})
+    with pytest.raises(UserError, match=r"form=bridge: .*condition\.dropout=0"):
+        bridge._settings("A", "B", {"guidance": {"form": "bridge"}})
+    assert bridge._settings("A", "B", {"guidance": {"form": "sharpen"}}).guidance.form == "sharpen"
+
+
 def test_other_guides_do_not_complete_a_translation(flow):
     bridge = load(flow, "translate.method=progression", "translate.guidance.form=endpoint")
     settings = bridge._settings("A", "B", {})

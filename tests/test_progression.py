@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from toy_flow import FROM_DATA, Recorded, column, flow_of, mixing, noise_of, sources, steered, two_classes
+from toy_flow import FROM_DATA, Recorded, column, flow_of, guide, mixing, noise_of, sources, steered, two_classes
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.field.classifier_free import ClassifierFree
+from cellflux_bridge.field.classifier_guided import ClassifierGuided
 from cellflux_bridge.path.gaussian_source import GaussianSource
 from cellflux_bridge.path.noised_source import NoisedSource
 from cellflux_bridge.path.straight import Straight
 from cellflux_bridge.transport.base import Flow, Result
+from cellflux_bridge.transport.path import Path as PathTransport
 from cellflux_bridge.transport.progression import Progression, condition_for, equidistant_levels
 
 LEVELS = torch.tensor([0.2, 0.5, 0.9, 1.0])
@@ -179,13 +181,31 @@ def test_the_source_image_is_left_as_it_is():
     assert torch.equal(x0, before)
 
 
-@pytest.mark.parametrize("resampling", [None, 0.5])
-def test_a_network_is_evaluated_at_the_times_of_its_training_only(resampling):
-    velocity = Recorded(drawn_to_level)
-    climb(flow_of(FROM_DATA["brownian"], velocity), sources(), resampling=resampling, solver="rk4", steps=20)
-    times = torch.cat([t for t, _, _ in velocity.calls])
-    assert times.min() >= 0.03 - 1e-6
-    assert times.max() <= 0.97 + 1e-6
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"])
+@pytest.mark.parametrize("form", ["bridge", "sharpen", "endpoint"])
+@pytest.mark.parametrize("method", ["path", "progression", "inversion"])
+def test_network_and_guide_of_a_brownian_path_see_the_times_of_their_training_only(method, form, solver):
+    path, velocity, guided = FROM_DATA["brownian"], Recorded(drawn_to_level), Recorded(guide)
+
+    def steer(targets):
+        return ClassifierGuided(velocity, [lambda x, *other: guided(x, *(other or (None, None)))], path, targets,
+                                form=form, weight=0.5, start=0.01)  # fmt: skip
+
+    how = {"steps": 12, "solver": solver}
+    transport = (
+        PathTransport(**how, frames=3)
+        if method == "path"
+        else Progression(**how, noise_resampling=0.5 if method == "inversion" else None)
+    )
+    flow = flow_of(path, velocity, steer)
+    transport.require(flow, given={})
+    found = transport.carry(flow, sources(), noise=noise_of(), levels=torch.tensor([0.5, 1.0]), meter=None)
+    times = torch.cat([t for t, _, _ in velocity.calls] + [t for _, t, _ in guided.calls if t is not None])
+    assert len(guided.calls) > 0
+    assert path.t_start == pytest.approx(times.min().item())
+    assert times.max().item() <= 1 - path.margin + 1e-7
+    assert found.frames.isfinite().all()
+    assert found.frames.abs().max() < 50
 
 
 def test_a_progression_needs_a_source_at_its_foot():
