@@ -102,9 +102,10 @@ def asked(monkeypatch) -> list[Call]:
     """What methods asked of the flow, call by call."""
     calls = []
 
-    def noting(flow, *rows, **options):
-        calls.append(Call(*rows))
-        return carry_rows(flow, *rows, **options)
+    def noting(flow, start, x0, *labels, **options):
+        rows = [None if of is None else of.expand(*start.shape[:2], -1).flatten(0, 1) for of in labels]
+        calls.append(Call(start.flatten(0, 1), x0.repeat(len(start), 1, 1, 1), *rows))
+        return carry_rows(flow, start, x0, *labels, **options)
 
     for module in (progression, depth):
         monkeypatch.setattr(module, "carry_rows", noting)
