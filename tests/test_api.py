@@ -254,10 +254,33 @@ def test_a_method_of_ones_own_is_one_class(train, files):
     np.testing.assert_array_equal(found.frames[-1], found.frames[0])
     folder, _ = Bridge.load(run, [f"translate.method={name}", "translate.num=1"]).translate_split()
     assert folder.name == "A_to_B_still"
-    with pytest.raises(UserError, match=r"translate\.frame: unknown key.*valid here: .*copies"):
-        Bridge.load(run, [f"translate.method={name}", "translate.frame=3"])
+    cli.main(
+        ["translate", str(run), f"translate.method={name}", "translate.num=1", "translate.copies=5", "--overwrite"]
+    )
+    assert load_trajectory(folder).frames.shape[0] == 6
+    for key, hint in (("frame", "frames"), ("copy", "copies")):
+        named = rf"translate\.{key}: unknown key; did you mean 'translate\.{hint}'.*valid here: .*copies"
+        with pytest.raises(UserError, match=named):
+            Bridge.load(run, [f"translate.method={name}", f"translate.{key}=3"])
+    with pytest.raises(UserError, match=r"translate\.copies: .*found 'many'"):
+        Bridge.load(run, [f"translate.method={name}", "translate.copies=many"])
     with pytest.raises(UserError, match=r"was not run\. If you trust it, pass --trust"):
         load_config(folder / "config.yaml")
+
+
+def test_another_method_over_a_file_that_holds_the_keys_of_one(train, files):
+    run, name = train(), f"{__name__}:Still"
+    own = ["translate.levels=3", "translate.calibrate=distance", "translate.spacing=adaptive", "translate.depths=full"]
+    for method, keys in (("progression", own), ("depth", own), (name, ["translate.copies=4"])):
+        file = run / "config.yaml"
+        file.write_text(load_config(file, [f"translate.method={method}", *keys]).to_yaml())
+        assert (f"{keys[0].split('.')[1].replace('=', ': ')}\n") in file.read_text()
+        found = Bridge.load(run, ["translate.method=path"]).translate(files[:1])
+        assert (found.header.method, len(found.frames)) == ("path", 3)
+    bridge = Bridge.load(run, trust=True)  # its own method goes on as it was, and another may take its place in a call
+    assert [len(bridge.translate(files[:1], **o).frames) for o in ({}, {"method": "path"}, {"copies": 2})] == [5, 3, 3]
+    with pytest.raises(UserError, match=r"translate\.copies: unknown key"):
+        bridge.translate(files[:1], method="path", copies=2)
 
 
 @pytest.mark.parametrize("labels", [("a/b", "../c"), ("/x", "y\n"), ("b" * 200, "m" * 200)])

@@ -461,7 +461,7 @@ def test_a_check_lists_files_that_cannot_be_used(patch_folder, tmp_path, data_co
     report, usable = check(data_config(patch_folder, crop=16), tmp_path)
     assert not usable
     assert "unusable files: 2" in report
-    assert f"{patch_folder / 'A' / 'A000.png'}: truncated or not an image" in report
+    assert f"{patch_folder / 'A' / 'A000.png'}: truncated or not a PNG, JPEG, TIFF or NPY image" in report
     assert f"{patch_folder / 'B' / 'B000.png'}: 40 x 9 pixels, smaller than data.crop=16" in report
 
 

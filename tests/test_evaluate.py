@@ -667,7 +667,7 @@ def test_damaged_frames_are_an_error(tiny, judged):
     with pytest.raises(UserError, match=r"002\.png: no such file"):
         evaluate([path], **judged)
     write_png(frame, np.zeros((8, 20, 3), np.uint8))
-    with pytest.raises(UserError, match=r"002\.png: 20 x 8 pixels, unlike the others"):
+    with pytest.raises(UserError, match=r"002\.png: 20 x 8 pixels, 3 channels, unlike the others"):
         evaluate([path], **judged)
     manifest = path / "manifest.csv"
     text = manifest.read_text()

@@ -102,9 +102,10 @@ def asked(monkeypatch) -> list[Call]:
     """What methods asked of the flow, call by call."""
     calls = []
 
-    def noting(flow, *rows, **options):
-        calls.append(Call(*rows))
-        return carry_rows(flow, *rows, **options)
+    def noting(flow, start, x0, *labels, **options):
+        rows = [None if of is None else of.expand(*start.shape[:2], -1).flatten(0, 1) for of in labels]
+        calls.append(Call(start.flatten(0, 1), x0.repeat(len(start), 1, 1, 1), *rows))
+        return carry_rows(flow, start, x0, *labels, **options)
 
     for module in (progression, depth):
         monkeypatch.setattr(module, "carry_rows", noting)
@@ -680,6 +681,15 @@ def test_a_way_back_that_was_never_learned_is_refused(runs):
         load(run, "translate.levels=2", "translate.method=depth").translate(
             torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
         )
+
+
+def test_exact_guidance_of_a_network_without_a_trained_null_is_refused(flow):
+    bridge = load(flow)
+    condition = bridge.config.condition.model_copy(update={"dropout": 0.0})
+    bridge.config = bridge.config.model_copy(update={"condition": condition})
+    with pytest.raises(UserError, match=r"form=bridge: .*condition\.dropout=0"):
+        bridge._settings("A", "B", {"guidance": {"form": "bridge"}})
+    assert bridge._settings("A", "B", {"guidance": {"form": "sharpen"}}).guidance.form == "sharpen"
 
 
 def test_other_guides_do_not_complete_a_translation(flow):

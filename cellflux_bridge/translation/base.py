@@ -36,7 +36,7 @@ from cellflux_bridge.trajectory import (
     read_header,
     read_source_ids,
 )
-from cellflux_bridge.translation.settings import TranslateConfig
+from cellflux_bridge.translation.settings import TranslateConfig, without_foreign_keys
 
 # Sequences whose sources are looked at before a folder is completed: moved patches are, others of the same names not.
 _NUM_COMPARED = 8
@@ -109,7 +109,8 @@ class Translator(ABC):
         run = self.config.translate
         try:
             with trusting(False, names=[run.method, str(options.get("method"))]):  # the run's was trusted when loaded
-                settings = TranslateConfig(**merged(run.model_dump(), dict(options)))
+                kept = without_foreign_keys(run.model_dump(), options)
+                settings = TranslateConfig(**merged(kept, dict(options)))
         except ValidationError as error:
             raise UserError(explain(error, TranslateConfig, prefix="translate")) from error
         self._require_read(settings, options)

@@ -17,6 +17,15 @@ def method_keys(method: str, given: Mapping[str, Any] | None = None) -> dict[str
     return {key: value for key, value in spec.items() if key != "name"}
 
 
+def without_foreign_keys(section: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A section `translate` as it stands under another method: the keys of a foreign method go with it."""
+    method = str(section.get("method"))
+    if ":" not in method or over.get("method", method) == method:
+        return section
+    known = {*TranslateConfig.model_fields, *(key for name in registry.names("transport") for key in method_keys(name))}
+    return {key: value for key, value in section.items() if key in known}
+
+
 class TranslateConfig(Section):
     """Keys that all methods share. Those of the chosen method (steps, solver, levels, ...) stand beside them, complete;
     keys of other methods may stand here, too, since a file serves many uses (see the classes in `transport`)."""

@@ -157,17 +157,28 @@ def carry_rows(
     interval: Interval,
     steps: int,
     solver: str,
-) -> tuple[torch.Tensor, int, int]:
-    """The ends (R, C, H, W) of integrations from `start` (R, C, H, W); forwards and gradients, summed over the rows.
+) -> Result:
+    """The ends (K, B, C, H, W) of integrations to K levels of B sources, and what they took per source.
 
-    The network's condition is soft labels `labels` (R, num_classes) and sources x0 (R, C, H, W). A classifier steers
-    toward `targets` (R, num_classes), or not at all. The ends of the interval are numbers, or (R,).
+    They begin at `start` (K, B, C, H, W). The network's condition is soft labels `labels` (K, B or 1, num_classes) and
+    the sources x0 (B, C, H, W); a classifier steers toward `targets`, shaped like labels, or not at all. The ends of
+    the interval are numbers, or (K,).
     """
-    ends, forwards, gradients = [], 0, 0
-    begin, end = (torch.as_tensor(at, device=start.device).expand(len(start)) for at in interval)
-    for rows in torch.arange(len(start), device=start.device).split(flow.batch_size):
+    (levels, sources), num = start.shape[:2], start.shape[:2].numel()
+
+    def in_rows(values: torch.Tensor) -> torch.Tensor:
+        return values.expand(levels, sources, *values.shape[2:]).flatten(0, 1)
+
+    start, x0, labels = in_rows(start), in_rows(x0[None]), in_rows(labels)
+    targets = None if targets is None else in_rows(targets)
+    ends, nfe, gradients = [], 0, 0
+    begin, end = (
+        torch.as_tensor(at, device=x0.device).expand(levels).repeat_interleave(sources).to(x0) for at in interval
+    )
+    for rows in torch.arange(num, device=x0.device).split(flow.batch_size):
+        field = flow.plain if targets is None else flow.field(targets[rows])
         result = integrate(
-            at_trained_times(flow.plain if targets is None else flow.field(targets[rows]), flow.path),
+            at_trained_times(field, flow.path),
             start[rows],
             flow.condition(x0[rows], labels[rows]),
             steps=steps,
@@ -175,9 +186,8 @@ def carry_rows(
             interval=(begin[rows], end[rows]),
         )
         ends.append(result.states[-1])
-        forwards += result.nfe * len(rows)
-        gradients += result.gradients * len(rows)
-    return torch.cat(ends), forwards, gradients
+        nfe, gradients = nfe + result.nfe * len(rows), gradients + result.gradients * len(rows)
+    return Result(torch.cat(ends).unflatten(0, (levels, sources)), round(nfe / sources), round(gradients / sources))
 
 
 def require_from_data(method: str, path: Path) -> None:

@@ -64,33 +64,21 @@ class Depth(Transport):
         return uniform_levels(self._levels)
 
     def carry(self, flow, x0, *, noise, levels, meter) -> Result:
-        labels = flow.labels(_numbers(self._conditions, levels, ones="target"))
-        source, depths = flow.labels(torch.zeros(())), _numbers(self._depths, levels, ones="full")
-        sources, how = len(x0), {"solver": self.solver}
-        starts, forwards_back, x, reached = [], 0, x0, 0.0
+        labels = flow.labels(_numbers(self._conditions, levels, ones="target"))[:, None]
+        source, depths = flow.labels(torch.zeros(1, 1)), _numbers(self._depths, levels, ones="full")
+        starts, x, reached, nfe = [], x0[None], 0.0, 0
         for depth in depths.tolist():
             if depth > reached:
-                part, back = max(1, round(self.steps * (depth - reached))), (1 - reached, 1 - depth)
-                x, forwards, _ = carry_rows(
-                    flow, x, x0, source.expand(sources, -1), None, interval=back, steps=part, **how
-                )
-                forwards_back, reached = forwards_back + forwards, depth
+                steps, back = max(1, round(self.steps * (depth - reached))), (1 - reached, 1 - depth)
+                x, forwards, *_ = carry_rows(flow, x, x0, source, None, interval=back, steps=steps, solver=self.solver)
+                nfe, reached = nfe + forwards, depth
             starts.append(x)
-        each = labels.repeat_interleave(sources, 0)
-        begin = (1 - depths).repeat_interleave(sources).to(x0)
-        frames, forwards, gradients = carry_rows(
-            flow,
-            torch.cat(starts),
-            x0.repeat(len(levels), 1, 1, 1),
-            each,
-            each,
-            interval=(begin, 1.0),
-            steps=self.steps,
-            **how,
+        forth = (1 - depths, 1.0)
+        found = carry_rows(
+            flow, torch.cat(starts), x0, labels, labels, interval=forth, steps=self.steps, solver=self.solver
         )
-        frames = torch.cat([x0[None], frames.view(len(levels), *x0.shape)])
-        nfe, gradients = round((forwards_back + forwards) / sources), round(gradients / sources)
-        return Result(frames, nfe, gradients, torch.cat([torch.zeros(1), depths]))
+        frames, depths = torch.cat([x0[None], found.frames]), torch.cat([torch.zeros(1), depths])
+        return Result(frames, nfe + found.nfe, found.gradients, depths)
 
 
 def _numbers(given: str | list[float], levels: torch.Tensor, *, ones: str) -> torch.Tensor:
