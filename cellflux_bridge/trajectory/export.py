@@ -29,6 +29,7 @@ def export_cellflow(folder: Path, output: Path) -> Path:
     sequences.
     """
     header = read_header(folder)
+    num, num_levels = len(read_source_ids(folder)), len(header.levels) - 1
     written = output / safe_name(f"{header.source}_{header.target}", room=4)
     temporary, prefix = written.with_name(written.name + ".tmp"), safe_name(f"{header.source}-{header.target}", room=40)
     if written.exists():
@@ -37,16 +38,18 @@ def export_cellflow(folder: Path, output: Path) -> Path:
     if channels != 3:
         raise UserError(f"{folder}: frames of {channels} channels; Cellflow's layout is for RGB images only")
     shutil.rmtree(temporary, ignore_errors=True)  # what a stopped export left
+    if temporary.is_symlink():
+        temporary.unlink()
     for name in ("source_img", "target_img"):
         (temporary / name).mkdir(parents=True)
-    num, num_levels = len(read_source_ids(folder)), len(header.levels) - 1
-
-    def array(name: str, dtype: type, *shape: int) -> np.ndarray:
-        return np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=(num, *shape))
-
-    sources = array("source", np.float32, 3, height, width)
-    targets = array("target", np.uint8, num_levels, 3, height, width)
-    depths = array("diffway", np.int64, num_levels)
+    sources, targets, depths = (
+        np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=(num, *shape))
+        for name, dtype, shape in (
+            ("source", np.float32, (3, height, width)),
+            ("target", np.uint8, (num_levels, 3, height, width)),
+            ("diffway", np.int64, (num_levels,)),
+        )
+    )
     depths[:] = np.arange(1, num_levels + 1)
     n = 0
     for part in iter_trajectory(folder):
