@@ -25,8 +25,7 @@ from cellflux_bridge.trajectory.reader import iter_trajectory, load_trajectory, 
 def export_cellflow(folder: Path, output: Path) -> Path:
     """Write the sequences of a trajectory folder below `output`, in the run's order; returns the new folder.
 
-    Raises UserError where the new folder is there already, for frames that are not RGB and for a folder without
-    sequences.
+    Raises UserError where the new folder exists, for frames that are not RGB and for a folder without sequences.
     """
     header = read_header(folder)
     num, num_levels = len(read_source_ids(folder)), len(header.levels) - 1
@@ -51,16 +50,13 @@ def export_cellflow(folder: Path, output: Path) -> Path:
         )
     )
     depths[:] = np.arange(1, num_levels + 1)
-    n = 0
-    for part in iter_trajectory(folder):
-        for b in range(len(part.source_ids)):
-            sources[n], targets[n] = part.frames[0, b] / 127.5 - 1, part.frames[1:, b]
-            if header.method == "ddim" and part.depths is not None and not np.isnan(part.depths[:, b]).any():
-                depths[n] = part.depths[1:, b]
-            source, *frames = part.sequence(b)
-            write_png(temporary / "source_img" / f"source_batch{n:04d}_img0000.png", source)
-            for depth, frame in zip(depths[n], frames, strict=True):
-                write_png(temporary / "target_img" / f"{prefix}_batch{n:04d}_img0000_step{depth:04d}.png", frame)
-            n += 1
+    for n, (part, b) in enumerate((p, b) for p in iter_trajectory(folder) for b in range(len(p.source_ids))):
+        sources[n], targets[n] = part.frames[0, b] / 127.5 - 1, part.frames[1:, b]
+        if header.method == "ddim" and part.depths is not None and not np.isnan(part.depths[:, b]).any():
+            depths[n] = part.depths[1:, b]
+        source, *frames = part.sequence(b)
+        write_png(temporary / "source_img" / f"source_batch{n:04d}_img0000.png", source)
+        for depth, frame in zip(depths[n], frames, strict=True):
+            write_png(temporary / "target_img" / f"{prefix}_batch{n:04d}_img0000_step{depth:04d}.png", frame)
     temporary.rename(written)
     return written
