@@ -183,7 +183,7 @@ def _load_trained(config: Config, name: str) -> tuple[nn.Module, Path]:
     differing = differences(trained, config, ignore=(*STAGES[stage].unused, "ddim.guidance", f"ddim.{name}.train"))
     if differing:
         raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
-    network = STAGES[stage].task.build(trained)
+    network = STAGES[stage].build(trained)
     checkpoint.load_weights(folder, network)
     if name == "denoiser" and config.ddim.guidance == "classifier_free" and network.null_class is None:
         raise UserError(f"{folder}: has no null class; train with ddim.guidance=classifier_free, into another output")
