@@ -1,10 +1,9 @@
 """How far back the levels of a stair start: depths d_1 < .. < d_K, numbers of respaced levels in 1..T.
 
-The `fourier` rule is Cellflow's adaptive one. It looks at M(z), the mean magnitude of 18 low frequencies, along the
-encoded states z_1..z_T, and wants depths at which M has passed equal shares of its range. As released it walks the
-list of M from z_T to z_1 and takes a place p in that reversed list, which means z_{T-p}, for the depth p: a mirror
-fault. `fourier_unmirrored` takes the depth T - p that the place means. Departs: the release looks at the first image of
-a batch and uses its depths for all; here every image has its own.
+The `fourier` rule is Cellflow's adaptive one: depths at which M(z), the mean magnitude of 18 low frequencies, has
+passed equal shares of its range along the encoded states z_1..z_T. As released it takes a place p in the list of M from
+z_T to z_1 for the depth p, though the place means z_{T-p}: a mirror fault. `fourier_unmirrored` takes T - p. Departs:
+the release uses the depths of a batch's first image for all; here every image has its own.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
 """DDIM stairs: one inversion of each source, read at K depths, decoded in full from each.
 
 This is Cellflow's method: z_1, z_2, .. encode the source image under its class without a guide; the state at depth d_m
-is decoded under the target class, guided in every step, and becomes frame m. No label and no guidance is interpolated:
-how far back a frame starts is all that moves along the stair.
+is decoded under the target class, guided in every step, and becomes frame m. Only the depth differs between frames.
 """
 
 from collections.abc import Callable
@@ -63,8 +62,7 @@ def ddim_stairs(
     result of an image does not depend on the others. Memory holds B x K states, and with a rule 512 MiB of others.
 
     With depths 10, 20, .., 90, 99 an image takes 99 + 549 = 648 forwards and 549 classifier gradients. A rule takes T
-    forwards to encode, and no more: as released the states that the rule looks at are thrown away and encoded again,
-    100 forwards more.
+    forwards to encode. Departs: the release encodes again after the rule, 100 forwards more.
     """
     timesteps, num_images = len(schedule), len(x0)
     run = _Run(schedule, batch_size, report)
@@ -83,14 +81,12 @@ def ddim_stairs(
         for depth, z in enumerate(run.encode(x0, y_source, encoder, num_encoded), start=1):
             places, images = (depths.T == depth).nonzero(as_tuple=True)
             latents[places, images] = z[images]
-    num = depths.shape[1]
-    rows, targets = latents.flatten(0, 1), y_target.repeat(num)
     guide = classifier if scale else None
-    frames = run.decode(rows, targets, decoder, depths.T.flatten(), guide, scale).unflatten(0, (num, num_images))
+    rows, targets = latents.flatten(0, 1), y_target.repeat(len(latents))
+    frames = run.decode(rows, targets, decoder, depths.T.flatten(), guide, scale).view_as(latents)
     decoded = depths.sum(1)
     forwards = num_encoded * encoder.forwards + decoded * decoder.forwards
-    gradients = torch.zeros_like(decoded) if guide is None else decoded
-    return Stairs(torch.cat([x0[None], frames]), depths, forwards, gradients)
+    return Stairs(torch.cat([x0[None], frames]), depths, forwards, decoded * (guide is not None))
 
 
 class _Run(NamedTuple):

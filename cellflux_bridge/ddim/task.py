@@ -63,20 +63,29 @@ def _of_data(config: Config) -> dict[str, int]:
 class _NoisyTask:
     """Noised patches: class-balanced and random to train on, the middles of held-out ones to validate on.
 
-    `key` names the network's settings in `ddim`, `purpose` its draws, and `build` makes the network.
+    `key` names the network's settings in `ddim`, `purpose` its draws; `build` makes the network; `unused` are the parts
+    of a configuration that this training does not use.
     """
 
     key: str
     purpose: str
     build: Callable[[Config], nn.Module]
+    unused: tuple[str, ...] = (
+        *("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "classifier"),
+        *("ddim.timesteps", "ddim.depths", "ddim.scale", "ddim.weight", "ddim.source_denoiser"),
+    )
 
     def __init__(self, config: Config, patches: Patches):
         self.model, self.preprocessing = self.build(config), patches.preprocessing
         self._ddim, self._patches, self._seed = config.ddim, patches, config.seed
-        self._train = getattr(config.ddim, self.key).train
+        self._train = self.settings(config).train
         self._balanced = BalancedPatches(patches, patches.indices("train"), data=config.data)
         if len(patches.indices("val")) == 0:
             raise UserError("the val split is empty; raise data.split.val or name splits in the data")
+
+    @classmethod
+    def settings(cls, config: Config) -> ADMConfig:
+        return getattr(config.ddim, cls.key)
 
     def batch(self, index: int, *, rank: int) -> NoisyBatch:
         generator = torch_generator(self._seed, self.purpose, index, rank)
@@ -112,6 +121,7 @@ class DenoiserTask(_NoisyTask):
     """
 
     key, purpose, build = "denoiser", "denoiser", staticmethod(build_denoiser)
+    unused = (*_NoisyTask.unused, "ddim.classifier")
 
     def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
         x_t = batch.x_t
@@ -145,6 +155,7 @@ class NoisyClassifierTask(_NoisyTask):
     """Cross-entropy of the class of x_tau, tau uniform over the 1000 steps (ADM, Dhariwal & Nichol 2021, sec. 4)."""
 
     key, purpose, build = "classifier", "noisy classifier", staticmethod(build_noisy_classifier)
+    unused = (*_NoisyTask.unused, "ddim.denoiser", "ddim.learn_sigma", "ddim.class_dropout")
 
     def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
         return F.cross_entropy(model(batch.x_t, batch.tau).float(), batch.y)
@@ -159,26 +170,8 @@ class NoisyClassifierTask(_NoisyTask):
         return {f"val/accuracy_tau{tau}": is_right(tau).float().mean().item() for tau in _REPORTED_STEPS}
 
 
-class Stage(NamedTuple):
-    """One of the two trainings: its task, and the parts of a configuration that it does not use."""
-
-    task: type[_NoisyTask]
-    unused: tuple[str, ...]
-
-    def settings(self, config: Config) -> ADMConfig:
-        return getattr(config.ddim, self.task.key)
-
-
-_UNUSED = (
-    *("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "classifier"),
-    *("ddim.timesteps", "ddim.depths", "ddim.scale", "ddim.weight", "ddim.source_denoiser"),
-)
-_UNUSED_BY_CLASSIFIER = (*_UNUSED, "ddim.denoiser", "ddim.learn_sigma", "ddim.class_dropout")
 # The folder of a run that a training writes to -> the training, in their order.
-STAGES = {
-    "denoiser": Stage(DenoiserTask, (*_UNUSED, "ddim.classifier")),
-    "noisy_classifier": Stage(NoisyClassifierTask, _UNUSED_BY_CLASSIFIER),
-}
+STAGES: dict[str, type[_NoisyTask]] = {"denoiser": DenoiserTask, "noisy_classifier": NoisyClassifierTask}
 
 
 def used_stages(config: Config) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.images import resize, to_rgb
+from cellflux_bridge.images import resize, sheet, to_rgb
 from cellflux_bridge.trajectory import Trajectory
 
 STRIP_COLUMNS = 11
@@ -55,7 +55,8 @@ class Grid:
 
     def _paste(self, canvas: np.ndarray, k: int, shift: int = 0) -> None:
         for b, (top, left) in enumerate(self.places):
-            _paste_frame(canvas, self.trajectory, k, b, top, left - shift, self.height, self.width)
+            shown = _shown(self.trajectory, k, b, self.height, self.width)
+            canvas[top : top + self.height, left - shift : left - shift + self.width] = shown
 
     def draw(self, k: int) -> np.ndarray:
         """The grid at frame k, RGB uint8 (H, W, 3)."""
@@ -103,9 +104,8 @@ def draw_strip(trajectory: Trajectory, *, sequences: int, tile: int, caption: bo
             place = (left + width / 2, margin + round(font.size * 2.6))
             ImageDraw.Draw(image).text(place, f"{trajectory.levels[k]:.2f}", GREY, font, anchor="ms")
     canvas = np.array(image)
-    for b in range(count):
-        for k, left in zip(chosen, lefts, strict=True):
-            _paste_frame(canvas, trajectory, k, b, top + b * (height + gap), left, height, width)
+    tiles = sheet([[_shown(trajectory, k, b, height, width) for k in chosen] for b in range(count)], gap=gap)
+    canvas[top:-margin, margin : margin + tiles.shape[1]] = tiles
     return canvas
 
 
@@ -115,10 +115,9 @@ def _tile_size(trajectory: Trajectory, tile: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _paste_frame(canvas, trajectory: Trajectory, k: int, b: int, top: int, left: int, height: int, width: int) -> None:
+def _shown(trajectory: Trajectory, k: int, b: int, height: int, width: int) -> np.ndarray:
     """Frame k of sequence b as an RGB tile, whatever its channels."""
-    rgb = np.ascontiguousarray(to_rgb(trajectory.frames[k, b].transpose(1, 2, 0)))
-    canvas[top : top + height, left : left + width] = resize(rgb, height, width)
+    return resize(np.ascontiguousarray(to_rgb(trajectory.frames[k, b].transpose(1, 2, 0))), height, width)
 
 
 def _paper(shape: tuple[int, int]) -> Image.Image:

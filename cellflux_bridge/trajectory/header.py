@@ -20,10 +20,9 @@ _MAX_BYTES = 2**20
 class TrajectoryHeader:
     """What all sequences of a trajectory share.
 
-    `method` is "path" (states of the flow's ODE), "progression" or "depth" (stairs) or "ddim"; `levels` are
-    K+1 rising numbers in [0, 1], 0 the source and 1 the target; `config_hash` tells settings and weights from others: a
-    hash of the settings @ step : hash of the network's weights, + the same of every guide; `mpp` is microns per pixel
-    of the frames, None where they are not known.
+    `method` is "path" (states of the flow's ODE), "progression", "depth" or "ddim"; `levels` are K+1 rising numbers in
+    [0, 1], 0 the source and 1 the target; `config_hash` is a hash of the settings @ step : hash of the network's
+    weights, + the same of every guide; `mpp` is microns per pixel of the frames, None where they are not known.
     """
 
     method: str
@@ -39,13 +38,12 @@ class TrajectoryHeader:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """B sequences of K+1 frames.
+    """B sequences of K+1 frames, the first of which is the source patch itself.
 
-    frames (K+1, B, C, H, W) uint8, any number of channels C; levels (K+1,) float; soft_labels (K+1, B, num_classes)
-    float32, rows sum to 1; source_ids (B,) text; nfe (B,) network forwards and gradients (B,) classifier gradients that
-    a sequence took, summed over its levels; frame 0 is the source patch itself. depths (K+1, B) float, of methods that
-    go back towards noise: how far, in the method's own unit (numbers of respaced steps for "ddim"), 0 for frame 0; None
-    for other methods, and NaN for sequences that were written without them.
+    frames (K+1, B, C, H, W) uint8; soft_labels (K+1, B, num_classes) float32, rows sum to 1; source_ids (B,) text; nfe
+    and gradients (B,) count network forwards and classifier gradients of a sequence. depths (K+1, B) float, of methods
+    that go back towards noise: how far, in the method's own unit (respaced steps for "ddim"), 0 for frame 0; None for
+    other methods, and NaN for sequences that were written without them.
     """
 
     header: TrajectoryHeader

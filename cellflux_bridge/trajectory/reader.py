@@ -51,8 +51,8 @@ def load_trajectory(
     """The sequences `start` to `start + num` (all by default) of a trajectory folder, in the run's order; of those of
     `source_ids` alone, where they are given.
 
-    Raises UserError for a folder without sequences, for one that is damaged or names files outside it, for frames that
-    are missing, unreadable or of another size, and for more than 16 GiB of frames.
+    Raises UserError for a folder without sequences, that is damaged or names files outside it, for frames that are
+    missing, unreadable or of another size, and for more than 16 GiB of frames.
     """
     header = read_header(folder)
     chosen, _ = read_sequences(folder, header)
@@ -76,14 +76,14 @@ def iter_trajectory(folder: Path, *, batch_size: int = 64) -> Iterator[Trajector
 
 
 def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[Frame]]) -> Trajectory:
-    height, width, channels = shape = _shape(_path(folder, sequences[0][0]))
+    paths = [[_path(folder, frame) for frame in sequence] for sequence in sequences]
+    height, width, channels = shape = _shape(paths[0][0])
     whole = (len(header.levels), len(sequences), channels, height, width)
     if math.prod(whole) > _MAX_BYTES:
         raise UserError(
             f"{folder}: {len(sequences)} sequences of {len(header.levels)} frames of {width} x {height} pixels are "
             f"more than the {_MAX_BYTES // 2**30} GiB that are loaded; read them in parts"
         )
-    paths = [[_path(folder, frame) for frame in sequence] for sequence in sequences]
     for path in chain.from_iterable(paths):  # before any frame is decoded
         if (found := _shape(path)) != shape:
             raise UserError(f"{path}: {found[1]} x {found[0]} pixels, {found[2]} channels, unlike the others")

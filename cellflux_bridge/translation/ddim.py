@@ -32,7 +32,7 @@ from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft
 from cellflux_bridge.translation.base import Translator, translation_fabric
 from cellflux_bridge.translation.settings import TranslateConfig
 
-# Keys of `translate` that DDIM stairs read; all else that they do stands in `ddim`.
+# Keys of `translate` that DDIM stairs read; all others stand in `ddim`.
 _HEEDED = ("source", "target", "split", "num", "levels", "batch_size")
 _NETWORKS = ("denoiser", "source_denoiser", "classifier")
 # What sequences do not depend on. Weights count by their digest, not by their place.
@@ -46,27 +46,23 @@ _NO_PART_IN_SEQUENCES = (
 class DDIMTranslator(Translator):
     """DDIM stairs of `translate.levels` levels, nominally k / K, as Cellflow makes them.
 
-    `denoiser` decodes, and encodes unless there is a `source_denoiser`.
+    `denoiser` decodes, and encodes unless there is a `source_denoiser`; `options` are those of every Translator.
     """
 
     def __init__(
         self,
         *,
-        config: Config,
-        preprocessing: Preprocessing,
-        step: int,
-        fabric: Fabric,
         denoiser: Denoiser,
         source_denoiser: Denoiser | None = None,
         classifier: NoisyClassifier | None = None,
-        given: Mapping[str, Any] | None = None,
+        **options,
     ):
-        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
+        super().__init__(**options)
         networks = (denoiser, source_denoiser, classifier)
         for network in filter(None, networks):
-            network.to(fabric.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            network.to(self.fabric.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self._weights = ["" if network is None else checkpoint.weights_digest(network) for network in networks]
-        self._schedule, self._classifier = respaced(config.ddim.timesteps), classifier
+        self._schedule, self._classifier = respaced(self.config.ddim.timesteps), classifier
         self._decoder = self._predictor(denoiser)
         self._encoder = self._decoder if source_denoiser is None else self._predictor(source_denoiser)
 
@@ -165,10 +161,7 @@ class DDIMTranslator(Translator):
 
 
 def _load_networks(config: Config) -> tuple[dict[str, nn.Module], dict[str, Path]]:
-    """The networks that a configuration means, by their names, and the checkpoints of those that are no foreign ones.
-
-    The folder of a foreign network is absent. UserError for what is missing or was trained otherwise.
-    """
+    """The networks that a configuration means, and the checkpoint folders of those without foreign weights, by name."""
     ddim, networks, folders = config.ddim, {}, {}
     wanted = (True, ddim.source_denoiser is not None, ddim.guidance == "classifier")
     for name in compress(_NETWORKS, wanted):
@@ -190,25 +183,26 @@ def _load_trained(config: Config, name: str) -> tuple[nn.Module, Path]:
     differing = differences(trained, config, ignore=(*STAGES[stage].unused, "ddim.guidance", f"ddim.{name}.train"))
     if differing:
         raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
-    network = STAGES[stage].task.build(trained)
+    network = STAGES[stage].build(trained)
     checkpoint.load_weights(folder, network)
     if name == "denoiser" and config.ddim.guidance == "classifier_free" and network.null_class is None:
-        raise UserError(
-            f"{folder}: has no null class, having been trained with ddim.guidance={trained.ddim.guidance}; "
-            "classifier-free guidance needs a training of its own"
-        )
+        raise UserError(f"{folder}: has no null class; train with ddim.guidance=classifier_free, into another output")
     return network, folder
 
 
 def _preprocessing(config: Config, folders: Collection[Path]) -> Preprocessing:
     """That of the trained networks; of the data where all weights are foreign."""
-    found = {folder: Preprocessing.load(folder / checkpoint.PREPROCESSING) for folder in folders}
-    data, first = config.data, next(iter(found), None)
-    if first is None:
-        if data.stain.mode == "normalise":
-            return load_patches(data, seed=config.seed).preprocessing
-        return Preprocessing(data.image_size, data.crop)
-    for folder in folders:
-        if found[folder] != found[first]:
-            raise UserError(f"{folder}: saw patches of another preprocessing than {first}")
-    return found[first]
+    found = [Preprocessing.load(folder / checkpoint.PREPROCESSING) for folder in folders]
+    if not found:
+        is_fitted = config.data.stain.mode == "normalise"
+        data = config.data
+        return (
+            load_patches(data, seed=config.seed).preprocessing
+            if is_fitted
+            else Preprocessing(data.image_size, data.crop)
+        )
+    if found[0] != found[-1]:
+        raise UserError(
+            f"{config.output}: its networks saw patches of different preprocessings; train one of them again"
+        )
+    return found[0]
