@@ -74,6 +74,8 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UnreadableImage(f"{path}: no such file") from error
     except UnreadableImage as error:
         raise UnreadableImage(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"{path}: refused as a decompression bomb ({error})") from error
     except Exception as error:  # decoders stumble over damaged files in many ways
         raise UnreadableImage(f"{path}: truncated or not a PNG, JPEG, TIFF or NPY image ({error})") from error
 
