@@ -19,8 +19,8 @@ metrics.json, format 1; a number that does not exist is null:
                   source_id, level, training_id, distance, held_out}]}: the worst near copies, a hundred at most: frames
                   that repeat a training patch, or lie nearer to it than any held-out real patch lies to its nearest
                   training patch of that class (`distance` < `held_out`, in the extractor's features); `num_held_out`
-                  are [those nearest to training of the source, of the target], without those that repeat a training patch;
-                  `patches` is the checkpoint in whose data `training_id` is
+                  are [those nearest to training of the source, of the target], without those that repeat a training
+                  patch; `patches` is the checkpoint in whose data `training_id` is
     warnings      [text]: sentences about figures that mislead
 """
 
