@@ -191,22 +191,20 @@ def test_a_clean_start_may_be_asked_of_the_coin():
 
 
 @pytest.mark.parametrize(
-    ("make", "key"),
+    ("name", "key", "values"),
     [
-        (lambda: NoisedSource(scale=0.0), "path.scale"),
-        (lambda: NoisedSource(scale=-1.0), "path.scale"),
-        (lambda: NoisedSource(probability=0.0), "path.probability"),
-        (lambda: NoisedSource(probability=1.5), "path.probability"),
-        (lambda: NoisedSource(probability=1.0, noisy_start=False), "path.noisy_start"),
-        (lambda: Brownian(scale=0.0), "path.scale"),
-        (lambda: Brownian(margin=0.0), "path.margin"),
-        (lambda: Brownian(margin=0.5), "path.margin"),
-        (lambda: Smooth(scale=0.0), "path.scale"),
+        ("noised_source", "scale", (0.0, -1.0, float("nan"))),
+        ("noised_source", "probability", (0.0, 1.5)),
+        ("noised_source", "noisy_start", (False,)),  # beside probability 1
+        ("brownian", "scale", (0.0,)),
+        ("brownian", "margin", (0.0, 0.5)),
+        ("smooth", "scale", (0.0,)),
     ],
 )
-def test_impossible_arguments_are_refused_by_name(make, key):
-    with pytest.raises(UserError, match=key):
-        make()
+def test_impossible_arguments_are_refused_by_name(name, key, values):
+    for value in values:
+        with pytest.raises(UserError, match=rf"path\.{key}"):
+            registry.build("path", registry.validate("path", {"name": name, key: value}, key="path"))
 
 
 def test_the_brownian_path_is_that_of_torchcfm():

@@ -1,12 +1,14 @@
 """What every path from source to target has."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torchcfm import ConditionalFlowMatcher
 
-from cellflux_bridge.base.errors import UserError
+Scale = Annotated[float, Field(gt=0)]  # standard deviation of the noise; images lie in [-1, 1]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 # Pairs come coupled: only the matcher's mean and flow are used, not its sampler.
 MATCHER = ConditionalFlowMatcher(sigma=0.0)
@@ -17,11 +19,6 @@ class PathSample(NamedTuple):
 
     x_t: torch.Tensor
     u_t: torch.Tensor
-
-
-def require_noise(scale: float) -> None:
-    if scale <= 0:
-        raise UserError(f"path.scale: {scale} is no noise; expected a number above 0, or path.name=straight")
 
 
 class Path(ABC):

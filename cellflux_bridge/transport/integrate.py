@@ -27,7 +27,7 @@ class Integration(NamedTuple):
 
 
 def _frame_steps(steps: int, frames: int) -> np.ndarray:
-    """The grid points, of 0..steps, that lie nearest to `frames` equally spaced ones."""
+    """The grid points, of 0..steps, that lie nearest to equal spacing."""
     return np.rint(np.linspace(0, steps, frames)).astype(int)
 
 
@@ -36,8 +36,6 @@ def frame_times(*, steps: int, frames: int, solver: str, interval: Interval = (0
 
     Raises UserError for more frames than a fixed-step solver has states.
     """
-    if frames < 2:
-        raise UserError(f"frames={frames}: expected at least 2, the source and the end")
     is_adaptive = solver in ADAPTIVE
     if not is_adaptive and frames > steps + 1:
         raise UserError(
@@ -61,14 +59,13 @@ def integrate(
     interval: Interval = (0.0, 1.0),
     tolerance: float = 1e-4,
 ) -> Integration:
-    """Carry states along dx/dt = velocity(t, x, cond) from interval[0] to interval[1], which may be the smaller.
+    """Carry states x (B, C, H, W) along dx/dt = velocity(t, x, cond) from interval[0] to interval[1], which may be the
+    smaller; `velocity`, a network or a field, is called with t (B,).
 
-    `x` (B, C, H, W) is the state at interval[0]; `velocity`, a network or a field, is called with t (B,). The ends of
-    the interval are two numbers, or two tensors (B,) where each sample has its own. Fixed-step solvers (euler,
-    midpoint, heun2, heun3, rk4) take `steps` equal steps whatever the frames; frames are states at the grid points
-    nearest to equal spacing, so the end is the same for any number of them. dopri5 chooses its steps from a norm over
-    the whole batch, so a sample depends on its batch up to `tolerance` (absolute and relative); prefer a fixed-step
-    solver. Raises UserError for more frames than grid points.
+    Fixed-step solvers (euler, midpoint, heun2, heun3, rk4) take `steps` equal steps whatever the frames; frames are
+    states at the grid points nearest to equal spacing, so the end is the same for any number of them (at least 2).
+    dopri5 chooses its steps from a norm over the whole batch, so a sample depends on its batch up to `tolerance`
+    (absolute and relative). Raises UserError for more frames than grid points.
     """
     times = frame_times(steps=steps, frames=frames, solver=solver, interval=interval)
     begin, end = (torch.as_tensor(e, dtype=torch.float32, device=x.device).expand(len(x)) for e in interval)
