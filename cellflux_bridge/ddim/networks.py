@@ -84,10 +84,9 @@ def _arguments(config: ADMConfig, image_size: int, channels: int, *, key: str) -
 def load_foreign(net: nn.Module, path: Path, *, key: str) -> None:
     """Load a guided-diffusion or Cellflow `.pt` file of tensors into `net`, strictly; nothing is unpickled.
 
-    Shapes tell every wrong size but not the attention's order of heads (`new_attention_order`) nor the number of heads
-    (`head_channels`): weights loaded under a wrong one give wrong images without an error, so both must be known.
-    Raises UserError for a file that is absent, damaged or holds other things than tensors, and one that lists what
-    differs for weights of another architecture.
+    Shapes do not tell `new_attention_order` and `head_channels`: weights loaded under a wrong one give wrong images
+    without an error. Raises UserError for a file that is absent, damaged or holds other things than tensors, and one
+    that lists what differs for weights of another architecture.
     """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -108,11 +107,8 @@ def load_foreign(net: nn.Module, path: Path, *, key: str) -> None:
 
 
 def _with_null_row(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Cellflow's classifier-free denoiser in guided-diffusion's names.
-
-    It sends its class embedding through two linear layers (`class_emb`) and means "no class" by a zero vector; a table
-    of what comes out, with a row of zeros at its end, is the same network.
-    """
+    """Cellflow's classifier-free denoiser, whose class embedding goes through two linear layers (`class_emb`), as the
+    same network in guided-diffusion's names: a table of these layers' outputs, with zeros for no class at its end."""
     names = ("label_emb.weight", *(f"class_emb.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")))
     if not all(name in weights for name in names):
         return weights

@@ -98,8 +98,7 @@ class _Run(NamedTuple):
         """z_1, z_2, .. of all images; one that has come to its depth stays as it is."""
         z = z.clone()
         for k in range(int(depths.max())):
-            for rows in self._chunks(depths > k):
-                tau = self._tau(k, rows, z.device)
+            for rows, tau in self._chunks(k, depths, z.device):
                 z[rows] = steps.encode_step(z[rows], eps(z[rows], tau, y[rows]).to(z.dtype), k, self.schedule)
             yield z.clone()
 
@@ -115,8 +114,8 @@ class _Run(NamedTuple):
         """Rows u decoded to the end, each from its own depth: it joins when the others have come down to it."""
         u = u.clone()
         for k in reversed(range(int(depths.max()))):
-            for rows in self._chunks(depths > k):
-                state, tau = u[rows], self._tau(k, rows, u.device)
+            for rows, tau in self._chunks(k, depths, u.device):
+                state = u[rows]
                 noise = eps(state, tau, y[rows]).to(u.dtype)
                 if classifier is not None:
                     gradient = steps.classifier_gradient(classifier, state, tau, y[rows]).to(u.dtype)
@@ -124,10 +123,8 @@ class _Run(NamedTuple):
                 u[rows] = steps.decode_step(state, noise, k, self.schedule)
         return u
 
-    def _chunks(self, active: torch.Tensor):
-        for rows in active.nonzero()[:, 0].split(self.batch_size):
-            yield rows
+    def _chunks(self, k: int, depths: torch.Tensor, device: torch.device):
+        """The rows that take part in step k, and their tau, in parts that one network call holds."""
+        for rows in (depths > k).nonzero()[:, 0].split(self.batch_size):
+            yield rows, torch.full((len(rows),), int(self.schedule.tau[k]), device=device)
             self.report(len(rows))
-
-    def _tau(self, k: int, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return torch.full((len(rows),), int(self.schedule.tau[k]), device=device)

@@ -132,8 +132,8 @@ class DenoiserTask(_NoisyTask):
         return F.mse_loss(eps, batch.noise) + VLB_WEIGHT * step_bound(batch.x0, x_t, batch.tau, eps, v)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """On held-out patches: the noise's mean squared error, over all steps and over each third of them, and how far
-        eps moves, relative to its norm, when the class is another ("class swap"; near 0: the class is ignored)."""
+        """On held-out patches: the noise's mean squared error, over all steps and over each third of them, and the
+        relative change of eps by another class ("class swap"; near 0: the class is ignored)."""
         rows = []
         for batch in self._held_out(device):
             x_t = batch.x_t

@@ -97,15 +97,18 @@ def linear_soft_labels(header: TrajectoryHeader, num_sequences: int) -> np.ndarr
     return np.repeat(labels[:, None], num_sequences, axis=1)
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file `name` of a folder; UserError where it lies outside (an absolute name, .., a symbolic link)."""
+def inside(folder: Path, name: str, *, where: str = "") -> Path:
+    """The file `name` of a folder; UserError where it lies outside (an absolute name, .., a symbolic link).
+
+    `where` is the place of the name, for the error.
+    """
     path = folder / name
     try:
         if ".." not in PurePath(name).parts and path.resolve().is_relative_to(folder.resolve()):
             return path
     except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL in the name
         pass
-    raise UserError(f"{name!r}: leads out of the trajectory {folder}; expected a file below it, without links")
+    raise UserError(f"{where}{name!r}: leads out of the trajectory {folder}; expected a file below it, without links")
 
 
 def read_limited(path: Path, *, most: int) -> bytes:

@@ -100,10 +100,7 @@ def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[Frame]]) 
 
 
 def _path(folder: Path, frame: Frame) -> Path:
-    try:
-        return inside(folder, frame.file)
-    except UserError as error:
-        raise UserError(f"{folder}, manifest, line {frame.line}: {error}") from error
+    return inside(folder, frame.file, where=f"{folder}, manifest, line {frame.line}: ")
 
 
 def _shape(path: Path) -> tuple[int, int, int]:

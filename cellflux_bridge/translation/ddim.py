@@ -121,14 +121,9 @@ class DDIMTranslator(Translator):
         num, _ = self._depths(settings)
         used = self.config.flat(without=(*PLACES_AND_PACE, *_NO_PART_IN_SEQUENCES))
         canonical = json.dumps([used, settings.split, self._weights], sort_keys=True)
-        return TrajectoryHeader(
-            method="ddim",
-            source=settings.source,
-            target=settings.target,
-            classes=self.classes,
-            levels=tuple(k / num for k in range(num + 1)),
-            config_hash=f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}@{self.step}",
-        )
+        config_hash = f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}@{self.step}"
+        levels = tuple(k / num for k in range(num + 1))
+        return TrajectoryHeader("ddim", settings.source, settings.target, self.classes, levels, config_hash)
 
     def _name(self, settings: TranslateConfig) -> str:
         return f"{super()._name(settings)}_ddim"
