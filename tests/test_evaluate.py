@@ -29,7 +29,6 @@ from cellflux_bridge.metrics.comparisons import add_cycle, match_cycle
 from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.metrics.evaluate import evaluate
 from cellflux_bridge.metrics.extractor import NamedExtractor
-from cellflux_bridge.metrics.feature_cache import FeatureCache
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.manifold import neighbourhoods
 from cellflux_bridge.metrics.networks import load_networks
@@ -576,9 +575,8 @@ def test_a_stopped_evaluation_goes_on_from_its_cache(tiny, judged, path, plain, 
         repr(second.reference.rows) == repr(third.reference.rows) == repr(plain.reference.rows)
     )  # and no figure changes from run to run
 
-    other = load_networks(
-        [("judge", tiny.classifier("another", seed=9))], source="A", target="B", device=CPU, cache=FeatureCache(cache)
-    )
+    another = [("judge", tiny.classifier("another", seed=9))]
+    other = load_networks(another, source="A", target="B", device=CPU, cache=cache)
     asked.clear()
     other[0].outputs(load_trajectory(path).frames[0], where="here")
     assert asked == [8]  # other weights are asked anew

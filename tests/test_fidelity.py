@@ -8,7 +8,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from cellflux_bridge.base.statistics import bootstrap, estimate, estimate_mean, half_splits
-from cellflux_bridge.metrics import benchmark
+from cellflux_bridge.metrics import benchmark, fidelity
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.manifold import FIGURES, manifold_floors, neighbourhoods
 from cellflux_bridge.metrics.values import Value
@@ -55,13 +55,14 @@ def by_scikit_learn(frames, real):
 
 
 @pytest.mark.parametrize(("num", "num_real"), [(60, 60), (17, 90), (90, 25)])
-def test_neighbourhoods_are_the_published_ones_for_any_block_size(num, num_real):
+def test_neighbourhoods_are_the_published_ones_for_any_block_size(num, num_real, monkeypatch):
     rng = np.random.default_rng(num)
     frames, real = 0.8 * rng.normal(size=(num, 4)) + 0.6, rng.normal(size=(num_real, 4))
     expected = by_scikit_learn(frames, real)
     assert 0 < min(expected[:2]) < max(expected[:2]) < 1
     for block in (7, 512):
-        found = [each.mean() for each in neighbourhoods(frames, real, block=block)]
+        monkeypatch.setattr(fidelity, "_BLOCK", block)
+        found = [each.mean() for each in neighbourhoods(frames, real)]
         assert found == pytest.approx(expected)
 
 

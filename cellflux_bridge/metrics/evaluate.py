@@ -12,13 +12,12 @@ import torch
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.metrics.comparisons import add_cycle, add_guidance, differences, match_cycle
 from cellflux_bridge.metrics.extractor import is_name
-from cellflux_bridge.metrics.feature_cache import FeatureCache
 from cellflux_bridge.metrics.networks import load_networks
 from cellflux_bridge.metrics.provenance import require_same_data
 from cellflux_bridge.metrics.quantities import add_figures
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target, stain_transfer
-from cellflux_bridge.metrics.warnings import figure_warnings, incomplete, repeated
+from cellflux_bridge.metrics.warnings import data_warnings, figure_warnings
 from cellflux_bridge.trajectory import TrajectoryHeader, read_header, read_source_ids
 
 
@@ -120,14 +119,12 @@ def evaluate(
     require_same_data(folders, [*judges, *([] if is_name(str(features)) else [Path(features)])], overrides)
     runs = [*(("judge", run) for run in judges), ("features", features)]
     runs += [("scores", scores)] if scores is not None else []
-    networks = load_networks(
-        runs, source=source, target=target, overrides=overrides, device=device, cache=FeatureCache(cache)
-    )
+    networks = load_networks(runs, source=source, target=target, overrides=overrides, device=device, cache=cache)
     names = zip(folders, _names(headers, unguided), strict=True)
     looked = [collect(folder, networks, name=name, num_levels=num_levels) for folder, name in names]
     there_and_back = None if cycle is None else match_cycle(looked, cycle, networks)
     reference = ReferenceSet(networks, levels=looked[0].levels, seed=seed, max_real=max_real)
-    stain = reference.stain_reference()
+    stain = reference.extractor.stain_reference(seed=seed)
     recoloured = [stain_transfer(sequences, networks, stain) for sequences in looked]
     baselines = [copied_source(looked[0], networks), recoloured[0], *nearest_target(looked[0], networks)]
     copies = []
@@ -148,5 +145,5 @@ def evaluate(
         unguided={looked[guided].name: looked[without].name for guided, without in pairs},
         differences=[row for other in looked[1:] for row in differences(looked[0], other, reference)],
         near_copies=copies,
-        warnings=(*incomplete(folders), *repeated(reference.training.num_repeated), *figure_warnings(reference.rows)),
+        warnings=(*data_warnings(folders, reference.training.num_repeated), *figure_warnings(reference.rows)),
     )

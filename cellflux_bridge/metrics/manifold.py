@@ -11,12 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cellflux_bridge.base.statistics import Groups, half_splits
-from cellflux_bridge.metrics.fidelity import Floor, floor_of, group_codes
+from cellflux_bridge.metrics.fidelity import Floor, floor_of, group_codes, pair_blocks
 
 # k of precision and recall (Kynkaanniemi et al. 2019), and of density and coverage (Naeem et al. 2020).
 NUM_NEIGHBOURS, NUM_NEIGHBOURS_OF_DENSITY = 3, 5
-FIGURES = ("precision", "recall", "density", "coverage")
-_BLOCK = 512
 
 
 class Neighbourhoods(NamedTuple):
@@ -34,38 +32,37 @@ class Neighbourhoods(NamedTuple):
     coverage: np.ndarray
 
 
-def _distance_blocks(x, y, groups_x, groups_y, block: int) -> Iterator[tuple[slice, np.ndarray]]:
+FIGURES = Neighbourhoods._fields
+
+
+def _distance_blocks(x, y, groups_x, groups_y) -> Iterator[tuple[slice, np.ndarray]]:
     """(rows, |x_i - y_j|^2 of these rows to all of y) of float64 features; infinite for a pair of one group."""
-    for start in range(0, len(x), block):
-        rows = slice(start, start + block)
-        squared = (x[rows] ** 2).sum(1)[:, None] + (y**2).sum(1) - 2 * x[rows] @ y.T
-        yield rows, np.where(groups_x[rows, None] != groups_y, np.maximum(squared, 0), np.inf)
+    # Not 2 (x @ y.T): BLAS rounds x @ x.T by another way, and a copy would not lie as far as its original.
+    for rows, doubled, apart in pair_blocks(2 * x, y, groups_x, groups_y):
+        squared = (x[rows] ** 2).sum(1)[:, None] + (y**2).sum(1) - doubled
+        yield rows, np.where(apart, np.maximum(squared, 0), np.inf)
 
 
-def _radii(x: np.ndarray, codes: np.ndarray, block: int) -> np.ndarray:
+def _radii(x: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Squared distances (2, N) to the 3rd and the 5th nearest of another group; infinite where there are fewer."""
-    ks = (NUM_NEIGHBOURS, NUM_NEIGHBOURS_OF_DENSITY)
-    found = np.full((len(ks), len(x)), np.inf)
-    for rows, squared in _distance_blocks(x, x, codes, codes, block):
-        for k, radii in zip(ks, found, strict=True):
+    found = np.full((2, len(x)), np.inf)
+    for rows, squared in _distance_blocks(x, x, codes, codes):
+        for number, k in enumerate((NUM_NEIGHBOURS, NUM_NEIGHBOURS_OF_DENSITY)):
             if k <= len(x):
-                radii[rows] = np.partition(squared, k - 1, axis=1)[:, k - 1]
+                found[number, rows] = np.partition(squared, k - 1, axis=1)[:, k - 1]
     return found
 
 
 def neighbourhoods(
-    frames: np.ndarray, real: np.ndarray, *, groups: Groups | None = None, real_groups=None, block: int = _BLOCK
+    frames: np.ndarray, real: np.ndarray, *, groups: Groups | None = None, real_groups=None
 ) -> Neighbourhoods:
-    """Neighbourhoods of frames (N, D) and real patches (M, D) among each other; without groups as published.
-
-    Distances are made in blocks of rows: memory is linear in the number of images.
-    """
+    """Neighbourhoods of frames (N, D) and real patches (M, D) among each other; without groups as published."""
     frames, real = np.asarray(frames, np.float64), np.asarray(real, np.float64)
     own, of_real = group_codes(groups, real_groups, len(frames), len(real))
-    (balls, _), (real_balls, real_balls_of_density) = _radii(frames, own, block), _radii(real, of_real, block)
+    (balls, _), (real_balls, real_balls_of_density) = _radii(frames, own), _radii(real, of_real)
     precise, dense = np.zeros(len(frames)), np.zeros(len(frames))
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for rows, squared in _distance_blocks(frames, real, own, of_real, block):
+    for rows, squared in _distance_blocks(frames, real, own, of_real):
         inside = squared <= real_balls_of_density
         precise[rows] = (squared <= real_balls).any(1)
         dense[rows] = inside.sum(1) / NUM_NEIGHBOURS_OF_DENSITY

@@ -63,7 +63,7 @@ def nearest(x: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Training:
-    """The training patches of both classes in the extractor's features, beside those (M, D) of real test patches.
+    """The training patches of both classes in the extractor's features, beside features (M, D) of real test patches.
 
     `held_out` and `num_repeated` are those of `held_out_distances`: beside a test patch that repeats a training patch
     nothing could lie nearer than held-out patches.

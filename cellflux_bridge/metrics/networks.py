@@ -1,7 +1,7 @@
 """The networks that frames are shown to: judges, an extractor that neither guided nor judges, a severity estimator."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +14,14 @@ from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.classifier import inference
+from cellflux_bridge.classifier.scores import MOST_FOR_STATISTICS
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.images import encode
+from cellflux_bridge.images.stain import StainReference, fit_reference
 from cellflux_bridge.metrics.extractor import NamedExtractor, is_name
-from cellflux_bridge.metrics.feature_cache import FeatureCache
+from cellflux_bridge.metrics.feature_cache import remember
 from cellflux_bridge.metrics.fidelity import require_finite
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distance
 
@@ -91,7 +93,7 @@ class Network:
     model: torch.nn.Module
     digest: str
     device: torch.device
-    cache: FeatureCache = field(default_factory=FeatureCache)
+    cache: Path | None
 
     @property
     def image_size(self) -> int:
@@ -114,7 +116,7 @@ class Network:
             require_finite(np.column_stack([p, features]), name=f"{self.name}, looking at {where}")
             return {"p": p, "features": features}
 
-        found = self.cache.remember(self.digest, "features", batch.numpy(), answer)
+        found = remember(self.cache, self.digest, "features", batch.numpy(), answer)
         p, features = found["p"], found["features"]
         if self.weights is None:
             return NetworkOutputs(np.full(len(p), np.nan), np.zeros(len(p), bool), features)
@@ -130,7 +132,7 @@ class Network:
         def answer() -> dict[str, np.ndarray]:
             return {"structure": np.stack([haematoxylin_ms_ssim(frames), layer_distance(frames, maps)], axis=2)}
 
-        return self.cache.remember(self.digest, "structure", frames, answer)["structure"]
+        return remember(self.cache, self.digest, "structure", frames, answer)["structure"]
 
     def outputs_of_patches(self, patches: Patches, numbers: np.ndarray, *, desc: str = "real patches"):
         """`outputs` of the middle patches of a data set, never more than a chunk of them in memory."""
@@ -151,24 +153,27 @@ class Network:
     def real_patches(self, *, num: int | None = None, seed: int = 0) -> RealPatches:
         """At most `num` test patches of the source class and of the target class (None: all), drawn by the seed; for a
         severity estimator at most `num` of all test patches that have a score."""
-        scored = self.use == "scores"
+        patches, scored = self.patches, self.use == "scores"
         if scored:
-            numbers = self.patches.indices("test")
-            sets = {"scored": numbers[np.isfinite(self.patches.scores[numbers])]}
+            numbers = patches.indices("test")
+            sets = {"scored": numbers[np.isfinite(patches.scores[numbers])]}
         else:
-            sets = {label: self.patches.indices("test", label) for label in (self.source, self.target)}
-        draws = (
-            numpy_generator(seed, "evaluate", "real", name).permutation(numbers)[:num] for name, numbers in sets.items()
-        )
-        numbers = np.concatenate([np.sort(drawn) for drawn in draws])
-        is_target = self.patches.labels[numbers] == self.patches.class_index(self.target)
+            sets = {label: patches.indices("test", label) for label in (self.source, self.target)}
+        draws = (numpy_generator(seed, "evaluate", "real", name).permutation(of)[:num] for name, of in sets.items())
+        numbers = np.concatenate([*map(np.sort, draws)])
+        is_target = patches.labels[numbers] == patches.class_index(self.target)
         if len(np.unique(is_target)) < (1 if scored else 2):
             wanted = "patches with a score" if scored else f"{self.source} and {self.target}"
             raise UserError(
                 f"{self.name}: the test split of its data lacks {wanted}, to which frames are compared; raise "
                 "data.split.test and train it again, or name splits in the data"
             )
-        return RealPatches(numbers, np.array(self.patches.group_names)[self.patches.groups[numbers]], is_target)
+        return RealPatches(numbers, np.array(patches.group_names)[patches.groups[numbers]], is_target)
+
+    def stain_reference(self, *, seed: int) -> StainReference:
+        """The mean colours of real target patches of the training split (Reinhard et al. 2001), drawn by the seed."""
+        chosen = self.patches.sample("train", self.target, num=MOST_FOR_STATISTICS, seed=seed)
+        return fit_reference("reinhard", list(self.patches.centre(chosen).permute(0, 2, 3, 1).numpy()))
 
     def require_fair(self, source_ids: Sequence[str], sources: np.ndarray, *, where: str) -> None:
         """UserError if it was trained on one of the sources (B, 3, S, S), or has them at another crop or stain.
@@ -210,7 +215,7 @@ def load_networks(
     target: str,
     overrides: Sequence[str] = (),
     device: torch.device,
-    cache: FeatureCache | None = None,
+    cache: Path | None = None,
 ) -> list[Network]:
     """The newest checkpoints of (use, run folder), in the order of `USES`. `overrides` apply to all but a severity
     estimator. An extractor may be a name (`metrics.extractor`) instead of a folder: its patches are the first judge's.
@@ -223,7 +228,7 @@ def load_networks(
             network = _load_named(str(run), next(iter(networks.values())))
         else:
             folder, given = checkpoint.latest(Path(run)), () if use == "scores" else overrides
-            network = _load(use, folder, source, target, given, device, cache or FeatureCache())
+            network = _load(use, folder, source, target, given, device, cache)
         if other := networks.get(network.digest):
             problem = "has the very weights of another network here"
             raise UserError(

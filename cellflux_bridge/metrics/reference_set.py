@@ -9,7 +9,6 @@ import numpy as np
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.base.statistics import NUM_RESAMPLES, Estimate, bootstrap, estimate_mean
 from cellflux_bridge.data.patches import near_level
-from cellflux_bridge.images.stain import StainReference, fit_reference
 from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
 from cellflux_bridge.metrics.manifold import manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
@@ -22,7 +21,7 @@ NUM_SUBSAMPLES = 100
 REAL_SOURCE, REAL_TARGET, REAL_POOLED, REAL_SCORED = "real source", "real target", "real pooled", "real scored"
 REAL_OWN = "real own"  # real patches of a level
 _CHUNK = 256
-_NUM_PAIRS, _NUM_FOR_STAIN = 256, 2000
+_NUM_PAIRS = 256
 
 
 class ReferenceSet:
@@ -79,12 +78,6 @@ class ReferenceSet:
             scores, real = self._scored
             return real.at(near_level(scores, level))
         return self.pooled if abs(level - 0.5) < 1e-6 else self.pooled.at(self.pooled.is_target == (level > 0.5))
-
-    def stain_reference(self) -> StainReference:
-        """The mean colours of real target patches of the training split (Reinhard)."""
-        patches = self.extractor.patches
-        chosen = patches.sample("train", self.extractor.target, num=_NUM_FOR_STAIN, seed=self.seed)
-        return fit_reference("reinhard", list(patches.centre(chosen).permute(0, 2, 3, 1).numpy()))
 
     def _add_real(self, network: Network) -> None:
         real = network.real_patches(num=self.max_real, seed=self.seed)

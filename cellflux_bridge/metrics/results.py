@@ -16,11 +16,11 @@ metrics.json, format 1; a number that does not exist is null:
     differences   [{first, second, quantity, extractor, n, difference, low, high, p, num_groups}], p of Wilcoxon's
                   signed-rank test on means of groups
     memorisation  {extractor, patches, num_training, num_held_out, num_near_copies, near_copies: [{method, trajectory,
-                  source_id, level, training_id, distance, held_out}]}: the worst near copies, a hundred at most: frames
-                  that repeat a training patch, or lie nearer to it than any held-out real patch lies to its nearest
-                  training patch of that class (`distance` < `held_out`, in the extractor's features); `num_held_out`
-                  are [those nearest to training of the source, of the target], without those that repeat a training
-                  patch; `patches` is the checkpoint in whose data `training_id` is
+                  source_id, level, training_id, distance, held_out}]}: at most the hundred worst frames that repeat a
+                  training patch, or lie nearer to it (`distance`) than any held-out real patch lies to its nearest
+                  training patch of that class (`held_out`), in the extractor's features; `num_held_out` are [those
+                  nearest to training of the source, of the target], without those that repeat a training patch;
+                  `patches` is the checkpoint in whose data `training_id` is
     warnings      [text]: sentences about figures that mislead
 """
 

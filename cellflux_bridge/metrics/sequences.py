@@ -103,7 +103,7 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
             arrays[key].append(array)
         ids += batch.source_ids
     if not ids:
-        raise UserError(f"{folder}: no whole sequence to judge; let `cellflux-bridge translate` finish first")
+        raise no_sequence(folder)
     return Sequences(
         name=name,
         folder=folder,
@@ -116,6 +116,10 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
         arrays={key: np.concatenate(parts) for key, parts in arrays.items()},
         cost=read_cost(folder),
     )
+
+
+def no_sequence(folder: Path) -> UserError:
+    return UserError(f"{folder}: no whole sequence to judge; let `cellflux-bridge translate` finish first")
 
 
 def copied_source(sequences: Sequences, networks: Sequence[Network]) -> Sequences:

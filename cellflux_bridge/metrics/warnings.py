@@ -27,21 +27,17 @@ _NEEDS = {
 }
 
 
-def incomplete(folders: Sequence[Path]) -> Iterator[str]:
-    """About each trajectory folder whose manifest lacks rows."""
+def data_warnings(folders: Sequence[Path], num_repeated: int) -> Iterator[str]:
+    """About trajectory folders whose manifest lacks rows, and real test patches that are training patches, too."""
     for folder in folders:
         if num := count_incomplete(folder):
             yield (
                 f"{num} sequences of {folder} lack rows in {MANIFEST} and were left out; `cellflux-bridge translate` "
                 "makes those of a stopped run."
             )
-
-
-def repeated(num: int) -> Iterator[str]:
-    """About real test patches that are training patches, too."""
-    if num:
+    if num_repeated:
         yield (
-            f"{num} real test patches repeat a training patch. The search for copies leaves them out; "
+            f"{num_repeated} real test patches repeat a training patch. The search for copies leaves them out; "
             "the other figures include them. Group near copies in the data, so that a split keeps them together."
         )
 
