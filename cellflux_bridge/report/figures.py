@@ -1,6 +1,5 @@
 """Figures at publication size, PNG and PDF, each with its numbers as CSV: a strip, the nuclei, and KID by level."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cellflux_bridge.base.files import csv_text, replace_text
+from cellflux_bridge.base.files import csv_text, replace_text, replacing
 from cellflux_bridge.report import tables
 from cellflux_bridge.report.charts import Chart
 from cellflux_bridge.report.gallery import Gallery, Shown
@@ -55,11 +54,11 @@ def _save(stem: Path, figure: Figure, rows: Sequence[Sequence]) -> list[Path]:
     paths = [stem.with_name(f"{stem.name}.{form}") for form in ("png", "pdf", "csv")]
     FigureCanvasAgg(figure)
     for path in paths[:2]:
-        temporary, form = path.with_name(path.name + ".tmp"), path.suffix[1:]
+        form = path.suffix[1:]
         # Without a date the same numbers give the same file.
         metadata = {"CreationDate": None} if form == "pdf" else {}
-        figure.savefig(temporary, format=form, dpi=300, metadata=metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=form, dpi=300, metadata=metadata)
     replace_text(paths[2], csv_text(rows))
     return paths
 
