@@ -46,25 +46,23 @@ class TranslateConfig(Section):
     def _complete(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        common = {key: value for key, value in data.items() if key in cls.model_fields}
-        method, known = common.get("method", "path"), registry.names("transport")
+        method, known = data.get("method", "path"), registry.names("transport")
         if not isinstance(method, str) or (":" not in method and method not in known):
             raise UserError(
                 f"translate.method: no method called {method!r}{nearest(str(method), known)}; known: "
                 f"{', '.join(known)}, or package.module:Class of your own"
             )
         of_methods = {name: method_keys(name) for name in (*known, method)}
-        own = {key: value for key, value in data.items() if key not in cls.model_fields}
         valid = dict.fromkeys([*cls.model_fields, *(key for keys in of_methods.values() for key in keys)])
-        if unknown := [key for key in own if key not in valid]:
+        if unknown := [key for key in data if key not in valid]:
             hints = [nearest(key, valid).replace("mean '", "mean 'translate.") for key in unknown]
             lines = [f"translate.{key}: unknown key{hint}" for key, hint in zip(unknown, hints, strict=True)]
             raise UserError("\n".join(f"{line}; valid here: {', '.join(valid)}" for line in lines))
-        checked: dict[str, Any] = {}
+        complete = {key: value for key, value in data.items() if key in cls.model_fields}
         for name, keys in of_methods.items():  # the chosen method is the last
-            found = method_keys(name, {key: own[key] for key in keys if key in own})
-            checked |= found if name == method else {key: found[key] for key in keys if key in own}
-        return {**common, **checked}
+            found = method_keys(name, {key: data[key] for key in keys if key in data})
+            complete |= {key: value for key, value in found.items() if name == method or key in data}
+        return complete
 
     def of(self, method: str) -> dict[str, Any]:
         """The complete keys of any method: those that stand here, and its defaults."""
