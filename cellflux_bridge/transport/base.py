@@ -155,36 +155,27 @@ def carry_rows(
     targets: torch.Tensor | None,
     *,
     interval: Interval,
-    steps: int,
-    solver: str,
+    **how: Any,
 ) -> Result:
     """The ends (K, B, C, H, W) of integrations to K levels of B sources, and what they took per source.
 
     They begin at `start` (K, B, C, H, W). The network's condition is soft labels `labels` (K, B or 1, num_classes) and
     the sources x0 (B, C, H, W); a classifier steers toward `targets`, shaped like labels, or not at all. The ends of
-    the interval are numbers, or (K,).
+    the interval are numbers, or (K,); `how` are steps and solver.
     """
-    (levels, sources), num = start.shape[:2], start.shape[:2].numel()
+    levels, sources = start.shape[:2]
 
     def in_rows(values: torch.Tensor) -> torch.Tensor:
         return values.expand(levels, sources, *values.shape[2:]).flatten(0, 1)
 
     start, x0, labels = in_rows(start), in_rows(x0[None]), in_rows(labels)
     targets = None if targets is None else in_rows(targets)
+    begin, end = (in_rows(torch.as_tensor(at).expand(levels)[:, None].to(x0)) for at in interval)
     ends, nfe, gradients = [], 0, 0
-    begin, end = (
-        torch.as_tensor(at, device=x0.device).expand(levels).repeat_interleave(sources).to(x0) for at in interval
-    )
-    for rows in torch.arange(num, device=x0.device).split(flow.batch_size):
-        field = flow.plain if targets is None else flow.field(targets[rows])
-        result = integrate(
-            at_trained_times(field, flow.path),
-            start[rows],
-            flow.condition(x0[rows], labels[rows]),
-            steps=steps,
-            solver=solver,
-            interval=(begin[rows], end[rows]),
-        )
+    for rows in torch.arange(len(start), device=x0.device).split(flow.batch_size):
+        field = at_trained_times(flow.plain if targets is None else flow.field(targets[rows]), flow.path)
+        cond = flow.condition(x0[rows], labels[rows])
+        result = integrate(field, start[rows], cond, interval=(begin[rows], end[rows]), **how)
         ends.append(result.states[-1])
         nfe, gradients = nfe + result.nfe * len(rows), gradients + result.gradients * len(rows)
     return Result(torch.cat(ends).unflatten(0, (levels, sources)), round(nfe / sources), round(gradients / sources))

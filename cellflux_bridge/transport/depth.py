@@ -35,7 +35,7 @@ class Depth(Transport):
         depths: Literal["rising", "full"] | Rising = "rising",
         conditions: Literal["target", "rising"] | Rising = "target",
     ):
-        self.steps, self.solver = steps, solver
+        self._steps, self._solver = steps, solver
         self._levels, self._depths, self._conditions = levels, depths, conditions
 
     def require(self, flow, *, given) -> None:
@@ -69,14 +69,12 @@ class Depth(Transport):
         starts, x, reached, nfe = [], x0[None], 0.0, 0
         for depth in depths.tolist():
             if depth > reached:
-                steps, back = max(1, round(self.steps * (depth - reached))), (1 - reached, 1 - depth)
-                x, forwards, *_ = carry_rows(flow, x, x0, source, None, interval=back, steps=steps, solver=self.solver)
+                how = {"interval": (1 - reached, 1 - depth), "steps": max(1, round(self._steps * (depth - reached)))}
+                x, forwards, *_ = carry_rows(flow, x, x0, source, None, **how, solver=self._solver)
                 nfe, reached = nfe + forwards, depth
             starts.append(x)
-        forth = (1 - depths, 1.0)
-        found = carry_rows(
-            flow, torch.cat(starts), x0, labels, labels, interval=forth, steps=self.steps, solver=self.solver
-        )
+        how = {"interval": (1 - depths, 1.0), "steps": self._steps, "solver": self._solver}
+        found = carry_rows(flow, torch.cat(starts), x0, labels, labels, **how)
         frames, depths = torch.cat([x0[None], found.frames]), torch.cat([torch.zeros(1), depths])
         return Result(frames, nfe + found.nfe, found.gradients, depths)
 

@@ -55,7 +55,7 @@ class Progression(Transport):
         calibrate_each: bool = False,
         noise_resampling: Fraction | None = None,
     ):
-        self.steps, self.solver = steps, solver
+        self._steps, self._solver = steps, solver
         self._levels, self._spacing, self._calibrate = levels, spacing, calibrate
         self._each = calibrate != "none" and calibrate_each
         self._asks_each, self._resampling = calibrate_each, noise_resampling
@@ -107,7 +107,7 @@ class Progression(Transport):
             forwards += coarse
         else:
             conditions = self._conditions(levels, flow, meter)
-        found = self.run(flow, x0, noise, conditions, targets=levels, inverted=inverted, steps=self.steps)
+        found = self.run(flow, x0, noise, conditions, targets=levels, inverted=inverted, steps=self._steps)
         return found._replace(nfe=found.nfe + forwards)
 
     def prepare(self, flow, meter) -> None:
@@ -120,7 +120,7 @@ class Progression(Transport):
     def _to_conditions(self, flow, x0, *, noise, conditions) -> Result:
         """Carry validation patches x0 to conditions (G,), unguided, to learn which levels these give."""
         inverted, _ = self.inverted(flow, x0)
-        return self.run(flow, x0, noise, conditions, targets=None, inverted=inverted, steps=self.steps)
+        return self.run(flow, x0, noise, conditions, targets=None, inverted=inverted, steps=self._steps)
 
     def inverted(self, flow: Flow, x0: torch.Tensor) -> tuple[torch.Tensor | None, int]:
         """The start states (B, C, H, W) from which the unguided flow, conditioned on the source's label, gives sources
@@ -128,7 +128,7 @@ class Progression(Transport):
         if self._resampling is None:
             return None, 0
         back, label = (1.0, flow.path.t_start), flow.labels(torch.zeros(1, 1))
-        found = carry_rows(flow, x0[None], x0, label, None, interval=back, steps=self.steps, solver=self.solver)
+        found = carry_rows(flow, x0[None], x0, label, None, interval=back, steps=self._steps, solver=self._solver)
         return found.frames[0], found.nfe
 
     def run(
@@ -153,16 +153,9 @@ class Progression(Transport):
         if inverted is not None:
             turn = torch.pi / 2 * (self._resampling * conditions).to(x0)[..., None, None, None]
             start = x0 + torch.cos(turn) * (inverted - x0) + torch.sin(turn) * (random - x0)
-        found = carry_rows(
-            flow,
-            start,
-            x0,
-            flow.labels(conditions),
-            None if targets is None else flow.labels(targets[:, None]),
-            interval=(flow.path.t_start, 1.0),
-            steps=steps,
-            solver=self.solver,
-        )
+        goals = None if targets is None else flow.labels(targets[:, None])
+        how = {"interval": (flow.path.t_start, 1.0), "steps": steps, "solver": self._solver}
+        found = carry_rows(flow, start, x0, flow.labels(conditions), goals, **how)
         return found._replace(frames=torch.cat([x0[None], found.frames]))
 
     def _conditions(self, levels: torch.Tensor, flow: Flow, meter: LevelMeter) -> torch.Tensor:
