@@ -53,18 +53,16 @@ class LevelCalibration:
         target, device = self.config.data.classes.index(self.settings.target), self.fabric.device
         probabilities, features = [], []
         for frames in self.codec.to_uint8(states).cpu():
-            found = [inference.predict(guide, frames, device=device)[:, target] for guide in guides]
-            probabilities.append(np.mean(found, axis=0))
+            probabilities.append([inference.predict(guide, frames, device=device)[:, target] for guide in guides])
             found = [inference.features(guide, frames, device=device) for guide in guides]
             features.append(np.concatenate(found, axis=1))
-        return np.stack(probabilities), np.stack(features)
+        return np.mean(probabilities, axis=1), np.stack(features)
 
     def share(self, make: Callable[..., Result]) -> None:
         self.memory[self._name()] = from_rank_zero(self.fabric, lambda: self.measured(make))
 
     def measured(self, make: Callable[..., Result]) -> Measured:
-        name = self._name()
-        if name not in self.memory:
+        if (name := self._name()) not in self.memory:
             self.memory[name] = self._kept_or_measured(name, make)
         return self.memory[name]
 
@@ -72,8 +70,7 @@ class LevelCalibration:
         return hashlib.sha256(json.dumps(self._made_with(), sort_keys=True).encode()).hexdigest()[:16]
 
     def _kept_or_measured(self, name: str, make: Callable[..., Result]) -> Measured:
-        made_with = self._made_with()
-        path = self.config.output / "calibration" / f"{name}.json"
+        made_with, path = self._made_with(), self.config.output / "calibration" / f"{name}.json"
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["made_with"] == made_with:
