@@ -25,10 +25,9 @@ class Bridge(FlowTranslator):
     ) -> "Bridge":
         """The newest checkpoint of a run folder (or a checkpoint folder itself).
 
-        `overrides` are `key.sub=value` settings of this use, such as translate.steps=50 or train.accelerator=cpu; the
-        network's architecture always comes from the checkpoint. With `trust`, classes of foreign modules that the run
-        names are imported, which runs their code. Raises UserError for a folder without checkpoint, and for weights
-        that are truncated or of another architecture.
+        `overrides` are `key.sub=value` settings of this use, such as translate.steps=50; the network's architecture
+        always comes from the checkpoint. With `trust`, classes of foreign modules that the run names are imported,
+        which runs their code. Raises UserError for a folder without checkpoint, and for weights that do not fit.
         """
         with trusting(trust):
             folder = checkpoint.latest(Path(run))

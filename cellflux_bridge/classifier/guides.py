@@ -27,8 +27,7 @@ class Guides:
         self._loaded: dict[tuple[Path, str], tuple[str, PatchClassifier]] = {}
 
     def load(self, guidance: GuidanceConfig, *, sees: str) -> list[PatchClassifier]:
-        """The guides of finished images ("image") or of states ("state"), at least one; UserError where there is none
-        or one does not fit."""
+        """The guides of images ("image") or of states ("state"), at least one; UserError where one does not fit."""
         return [self._load(run, sees=sees)[1] for run in self._runs(guidance, sees=sees)]
 
     def names(self, guidance: GuidanceConfig, *, measure: bool) -> list[str]:

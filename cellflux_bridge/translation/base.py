@@ -54,10 +54,8 @@ def _begins_with(folder: Path, patches: Patches, chosen: np.ndarray) -> bool:
     """Whether the first sequences of a folder begin with the chosen patches that their names mean."""
     index_of = {patches.ids[i]: i for i in chosen}
     begun = [name for name in read_source_ids(folder) if name in index_of][:_NUM_COMPARED]
-    if not begun:
-        return True
-    made = load_trajectory(folder, source_ids=begun)
-    return np.array_equal(made.frames[0], patches.centre([index_of[name] for name in made.source_ids]))
+    made = load_trajectory(folder, source_ids=begun) if begun else None
+    return made is None or np.array_equal(made.frames[0], patches.centre([index_of[n] for n in made.source_ids]))
 
 
 class Translator(ABC):
@@ -138,9 +136,8 @@ class Translator(ABC):
         """Carry images of class `source` to class `target` (both may be left out where there are two classes).
 
         `images` are files, RGB uint8 arrays (H, W, 3) of any size (scaled and cropped as in training), or patches
-        (B, 3, S, S) uint8 that are so already. `ids` seed each image's noise and name its sequence (default: file
-        names or numbers). `options` are keys of the `translate` section: method, steps, levels, guidance, ... Raises
-        UserError for unknown classes and for what the networks or the path cannot do.
+        (B, 3, S, S) uint8. `ids` seed each image's noise and name its sequence (default: file names or numbers).
+        `options` are keys of the `translate` section. Raises UserError for what the networks or the path cannot do.
         """
         settings = self._settings(source, target, options)
         batch = self._as_patches(images)
@@ -190,10 +187,10 @@ class Translator(ABC):
         output: Path | None = None,
         overwrite: bool = False,
     ) -> tuple[Path, dict[str, float]]:
-        """Carry the run's own patches of a split to another class, written batch by batch; returns folder and figures.
+        """Carry `translate.num` patches of a split of the run, drawn by the seed; returns the folder and its figures.
 
-        Sources are `translate.num` of the split, drawn by the seed. A folder that holds a part of the same translation
-        is completed; `overwrite` removes one that differs. With several processes each takes its share of the sources.
+        It is written batch by batch. A folder that holds a part of the same translation is completed; `overwrite`
+        removes one that differs. With several processes each takes its share of the sources.
         """
         settings, fabric, seed = self._settings(source, target, self._given), self.fabric, self.config.seed
         on_rank_zero(fabric, self.patches)  # fills the cache for all

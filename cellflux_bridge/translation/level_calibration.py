@@ -6,6 +6,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +35,8 @@ _DEPENDS_ON = ("source", "target", "solver", "steps", "guidance_scale", "noise_r
 class LevelCalibration:
     """The guides as a `transport.base.LevelMeter`, for one translation.
 
-    `patches()` are those of the run. What was measured is kept in the run's folder, where there is one that can be
-    written to, and in `memory`. It holds for the network of the digest `weights`, so that no patches are needed the
-    next time.
+    `patches()` are those of the run. What was measured of the network of digest `weights` is kept in the run's folder,
+    where it can be written to, and in `memory`, so that no patches are needed the next time.
     """
 
     config: Config
@@ -71,12 +71,10 @@ class LevelCalibration:
 
     def _kept_or_measured(self, name: str, make: Callable[..., Result]) -> Measured:
         made_with, path = self._made_with(), self.config.output / "calibration" / f"{name}.json"
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: it is made anew
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["made_with"] == made_with:
                 return Measured(**kept["measured"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none yet, or damaged: it is made anew
         measured = self._measure(make)
         if self.config.output.is_dir():
             text = json.dumps({"made_with": made_with, "measured": measured._asdict()}, indent=1) + "\n"

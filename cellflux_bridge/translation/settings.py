@@ -17,12 +17,17 @@ def method_keys(method: str, given: Mapping[str, Any] | None = None) -> dict[str
     return {key: value for key, value in spec.items() if key != "name"}
 
 
+def _known_keys(*methods: str) -> dict[str, None]:
+    of_methods = (key for name in (*registry.names("transport"), *methods) for key in method_keys(name))
+    return dict.fromkeys([*TranslateConfig.model_fields, *of_methods])
+
+
 def without_foreign_keys(section: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """A section `translate` as it stands under another method: the keys of a foreign method go with it."""
     method = str(section.get("method"))
     if ":" not in method or over.get("method", method) == method:
         return section
-    known = {*TranslateConfig.model_fields, *(key for name in registry.names("transport") for key in method_keys(name))}
+    known = _known_keys()
     return {key: value for key, value in section.items() if key in known}
 
 
@@ -52,15 +57,14 @@ class TranslateConfig(Section):
                 f"translate.method: no method called {method!r}{nearest(str(method), known)}; known: "
                 f"{', '.join(known)}, or package.module:Class of your own"
             )
-        of_methods = {name: method_keys(name) for name in (*known, method)}
-        valid = dict.fromkeys([*cls.model_fields, *(key for keys in of_methods.values() for key in keys)])
+        valid = _known_keys(method)
         if unknown := [key for key in data if key not in valid]:
             hints = [nearest(key, valid).replace("mean '", "mean 'translate.") for key in unknown]
             lines = [f"translate.{key}: unknown key{hint}" for key, hint in zip(unknown, hints, strict=True)]
             raise UserError("\n".join(f"{line}; valid here: {', '.join(valid)}" for line in lines))
         complete = {key: value for key, value in data.items() if key in cls.model_fields}
-        for name, keys in of_methods.items():  # the chosen method is the last
-            found = method_keys(name, {key: data[key] for key in keys if key in data})
+        for name in (*known, method):  # the chosen method is the last
+            found = method_keys(name, {key: data[key] for key in method_keys(name) if key in data})
             complete |= {key: value for key, value in found.items() if name == method or key in data}
         return complete
 

@@ -54,24 +54,18 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Flow:
-    """A trained flow as transport methods see it, between one source class and one target class.
-
-    `by_level`: its condition is a level, otherwise a class. `reaches_source`: it was trained with the source class as a
-    target. `is_guided`: a classifier steers `field`. At most `batch_size` rows go through the network at once.
-    `labels` makes soft labels (..., num_classes) of levels (...); `condition` makes the Condition of source states
-    (R, C, H, W) and target labels (R, num_classes); `plain` is the velocity without a classifier, and `field` the
-    velocity steered toward target labels (R, num_classes).
-    """
+    """A trained flow as transport methods see it, between one source class and one target class."""
 
     path: Path
-    by_level: bool
-    reaches_source: bool
-    is_guided: bool
-    batch_size: int
-    labels: Callable[[torch.Tensor], torch.Tensor]
+    by_level: bool  # its condition is a level, otherwise a class
+    reaches_source: bool  # it was trained with the source class as a target
+    is_guided: bool  # a classifier steers `field`
+    batch_size: int  # rows that go through the network at once, at most
+    labels: Callable[[torch.Tensor], torch.Tensor]  # levels (...) -> soft labels (..., num_classes)
+    # source states (R, C, H, W), target labels (R, num_classes) -> condition
     condition: Callable[[torch.Tensor, torch.Tensor], Condition]
-    plain: Callable
-    field: Callable[[torch.Tensor], Callable]
+    plain: Callable  # the velocity without a classifier
+    field: Callable[[torch.Tensor], Callable]  # target labels (R, num_classes) -> the velocity steered toward them
 
 
 class Measured(NamedTuple):
@@ -137,8 +131,8 @@ def uniform_levels(levels: int | list[float]) -> tuple[float, ...]:
 
 def source_noise(shape: Sequence[int], source_ids: Sequence[str], *, seed: int) -> torch.Tensor:
     """Standard normal noise (B, *shape), one draw a source, the same in any batch and on any rank."""
-    draws = [torch.randn(*shape, generator=torch_generator(seed, "source noise", name)) for name in source_ids]
-    return torch.stack(draws)
+    generators = (torch_generator(seed, "source noise", name) for name in source_ids)
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def at_trained_times(velocity: Callable, path: Path) -> Callable[..., Evaluation]:
