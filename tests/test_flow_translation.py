@@ -480,7 +480,7 @@ def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, mo
             return (self.p.log() + x.mean((1, 2, 3))[:, None] * torch.tensor([0.0, 1.0])).log_softmax(1)
 
     x, t = torch.zeros(1, 3, 16, 16), torch.tensor([0.5])
-    flow = painter._flow(painter._settings("A", "B", {"guidance": {"form": "endpoint"}}))
+    _, flow, _ = painter._use(painter._settings("A", "B", {"guidance": {"form": "endpoint"}}))
     cond = flow.condition(x, torch.tensor([[0.5, 0.5]]))
     plain = flow.plain(t, x, cond).velocity
     p = painter.path.endpoint(x, plain, t, x).mean().sigmoid()  # what a guide without a leaning says of the endpoint

@@ -67,10 +67,9 @@ class Path(ABC):
     def score_factor(self, t: torch.Tensor) -> torch.Tensor:
         """b(t) = gamma (gamma / t - gamma') in v(x | y) = v(x) + b(t) grad_x log p(y | x, t); t of any shape, above 0.
 
-        Exact where noise gamma(t) lies on every sample and all else that x_t consists of is x1 and what the network
-        and the classifier see: nothing more for a Gaussian source (b = (1 - t) / t), the clean x0 for the others.
-        From E[eps | x] = -gamma grad log p and the two linear equations of x_t and u_t (method of Dhariwal & Nichol
-        2021, sec. 4, for flows).
+        Exact where noise gamma(t) lies on every sample and network and classifier see all else of x_t but x1: nothing
+        for a Gaussian source, the clean x0 for the others. From E[eps | x] = -gamma grad log p and the two linear
+        equations of x_t and u_t (method of Dhariwal & Nichol 2021, sec. 4, for flows).
         """
         gamma = self.noise_scale(t)
         return gamma * (gamma / t - self.noise_rate(t))
@@ -99,9 +98,6 @@ class Path(ABC):
         return x0 + self.noise_scale(torch.tensor(self.t_start)).to(x0) * noise
 
     def without_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A state without the share of its start noise that the path still carries at t.
-
-        Along a conditional path eps is constant, so what remains is the noise-free (1 - t) x0 + t x1: what a frame of
-        the path should show. At t = 1 nothing is subtracted.
-        """
+        """A state without the start noise that is left at t: along a conditional path (1 - t) x0 + t x1 remains, which
+        a frame should show. At t = 1 nothing is subtracted."""
         return x_t - self.noise_scale(t).to(x_t) * noise

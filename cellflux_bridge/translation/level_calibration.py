@@ -6,6 +6,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +35,8 @@ _DEPENDS_ON = ("source", "target", "solver", "steps", "guidance_scale", "noise_r
 class LevelCalibration:
     """The guides as a `transport.base.LevelMeter`, for one translation.
 
-    `patches()` are those of the run. What was measured is kept in the run's folder, where there is one that can be
-    written to, and in `memory`. It holds for the network of the digest `weights`, so that no patches are needed the
-    next time.
+    `patches()` are those of the run. What was measured of the network of digest `weights` is kept in the run's folder,
+    where it can be written to, and in `memory`, so that no patches are needed the next time.
     """
 
     config: Config
@@ -53,18 +53,16 @@ class LevelCalibration:
         target, device = self.config.data.classes.index(self.settings.target), self.fabric.device
         probabilities, features = [], []
         for frames in self.codec.to_uint8(states).cpu():
-            found = [inference.predict(guide, frames, device=device)[:, target] for guide in guides]
-            probabilities.append(np.mean(found, axis=0))
+            probabilities.append([inference.predict(guide, frames, device=device)[:, target] for guide in guides])
             found = [inference.features(guide, frames, device=device) for guide in guides]
             features.append(np.concatenate(found, axis=1))
-        return np.stack(probabilities), np.stack(features)
+        return np.mean(probabilities, axis=1), np.stack(features)
 
     def share(self, make: Callable[..., Result]) -> None:
         self.memory[self._name()] = from_rank_zero(self.fabric, lambda: self.measured(make))
 
     def measured(self, make: Callable[..., Result]) -> Measured:
-        name = self._name()
-        if name not in self.memory:
+        if (name := self._name()) not in self.memory:
             self.memory[name] = self._kept_or_measured(name, make)
         return self.memory[name]
 
@@ -72,14 +70,11 @@ class LevelCalibration:
         return hashlib.sha256(json.dumps(self._made_with(), sort_keys=True).encode()).hexdigest()[:16]
 
     def _kept_or_measured(self, name: str, make: Callable[..., Result]) -> Measured:
-        made_with = self._made_with()
-        path = self.config.output / "calibration" / f"{name}.json"
-        try:
+        made_with, path = self._made_with(), self.config.output / "calibration" / f"{name}.json"
+        with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: it is made anew
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["made_with"] == made_with:
                 return Measured(**kept["measured"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none yet, or damaged: it is made anew
         measured = self._measure(make)
         if self.config.output.is_dir():
             text = json.dumps({"made_with": made_with, "measured": measured._asdict()}, indent=1) + "\n"

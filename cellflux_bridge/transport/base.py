@@ -54,24 +54,18 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Flow:
-    """A trained flow as transport methods see it, between one source class and one target class.
-
-    `by_level`: its condition is a level, otherwise a class. `reaches_source`: it was trained with the source class as a
-    target. `is_guided`: a classifier steers `field`. At most `batch_size` rows go through the network at once.
-    `labels` makes soft labels (..., num_classes) of levels (...); `condition` makes the Condition of source states
-    (R, C, H, W) and target labels (R, num_classes); `plain` is the velocity without a classifier, and `field` the
-    velocity steered toward target labels (R, num_classes).
-    """
+    """A trained flow as transport methods see it, between one source class and one target class."""
 
     path: Path
-    by_level: bool
-    reaches_source: bool
-    is_guided: bool
-    batch_size: int
-    labels: Callable[[torch.Tensor], torch.Tensor]
+    by_level: bool  # its condition is a level, otherwise a class
+    reaches_source: bool  # it was trained with the source class as a target
+    is_guided: bool  # a classifier steers `field`
+    batch_size: int  # rows that go through the network at once, at most
+    labels: Callable[[torch.Tensor], torch.Tensor]  # levels (...) -> soft labels (..., num_classes)
+    # source states (R, C, H, W), target labels (R, num_classes) -> condition
     condition: Callable[[torch.Tensor, torch.Tensor], Condition]
-    plain: Callable
-    field: Callable[[torch.Tensor], Callable]
+    plain: Callable  # the velocity without a classifier
+    field: Callable[[torch.Tensor], Callable]  # target labels (R, num_classes) -> the velocity steered toward them
 
 
 class Measured(NamedTuple):
@@ -137,8 +131,8 @@ def uniform_levels(levels: int | list[float]) -> tuple[float, ...]:
 
 def source_noise(shape: Sequence[int], source_ids: Sequence[str], *, seed: int) -> torch.Tensor:
     """Standard normal noise (B, *shape), one draw a source, the same in any batch and on any rank."""
-    draws = [torch.randn(*shape, generator=torch_generator(seed, "source noise", name)) for name in source_ids]
-    return torch.stack(draws)
+    generators = (torch_generator(seed, "source noise", name) for name in source_ids)
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def at_trained_times(velocity: Callable, path: Path) -> Callable[..., Evaluation]:
@@ -155,36 +149,27 @@ def carry_rows(
     targets: torch.Tensor | None,
     *,
     interval: Interval,
-    steps: int,
-    solver: str,
+    **how: Any,
 ) -> Result:
     """The ends (K, B, C, H, W) of integrations to K levels of B sources, and what they took per source.
 
     They begin at `start` (K, B, C, H, W). The network's condition is soft labels `labels` (K, B or 1, num_classes) and
     the sources x0 (B, C, H, W); a classifier steers toward `targets`, shaped like labels, or not at all. The ends of
-    the interval are numbers, or (K,).
+    the interval are numbers, or (K,); `how` are steps and solver.
     """
-    (levels, sources), num = start.shape[:2], start.shape[:2].numel()
+    levels, sources = start.shape[:2]
 
     def in_rows(values: torch.Tensor) -> torch.Tensor:
         return values.expand(levels, sources, *values.shape[2:]).flatten(0, 1)
 
     start, x0, labels = in_rows(start), in_rows(x0[None]), in_rows(labels)
     targets = None if targets is None else in_rows(targets)
+    begin, end = (in_rows(torch.as_tensor(at).expand(levels)[:, None].to(x0)) for at in interval)
     ends, nfe, gradients = [], 0, 0
-    begin, end = (
-        torch.as_tensor(at, device=x0.device).expand(levels).repeat_interleave(sources).to(x0) for at in interval
-    )
-    for rows in torch.arange(num, device=x0.device).split(flow.batch_size):
-        field = flow.plain if targets is None else flow.field(targets[rows])
-        result = integrate(
-            at_trained_times(field, flow.path),
-            start[rows],
-            flow.condition(x0[rows], labels[rows]),
-            steps=steps,
-            solver=solver,
-            interval=(begin[rows], end[rows]),
-        )
+    for rows in torch.arange(len(start), device=x0.device).split(flow.batch_size):
+        field = at_trained_times(flow.plain if targets is None else flow.field(targets[rows]), flow.path)
+        cond = flow.condition(x0[rows], labels[rows])
+        result = integrate(field, start[rows], cond, interval=(begin[rows], end[rows]), **how)
         ends.append(result.states[-1])
         nfe, gradients = nfe + result.nfe * len(rows), gradients + result.gradients * len(rows)
     return Result(torch.cat(ends).unflatten(0, (levels, sources)), round(nfe / sources), round(gradients / sources))

@@ -17,7 +17,6 @@ from cellflux_bridge.transport.base import (
     Flow,
     LevelMeter,
     Levels,
-    Measured,
     Result,
     Solver,
     Transport,
@@ -55,7 +54,7 @@ class Progression(Transport):
         calibrate_each: bool = False,
         noise_resampling: Fraction | None = None,
     ):
-        self.steps, self.solver = steps, solver
+        self._steps, self._solver = steps, solver
         self._levels, self._spacing, self._calibrate = levels, spacing, calibrate
         self._each = calibrate != "none" and calibrate_each
         self._asks_each, self._resampling = calibrate_each, noise_resampling
@@ -87,7 +86,7 @@ class Progression(Transport):
         if self._spacing == "uniform":
             return uniform_levels(self._levels)
         # How far the way goes is known by condition; that of a level is the way to the condition for it.
-        measured = self._measured(flow, meter)
+        measured = meter.measured(partial(self._to_conditions, flow))
         travelled = np.cumsum([0.0, *measured.steps])
         grid = np.linspace(0, 1, 10 * len(measured.steps) + 1)
         conditions = self._conditions(torch.from_numpy(grid), flow, meter)
@@ -107,28 +106,25 @@ class Progression(Transport):
             forwards += coarse
         else:
             conditions = self._conditions(levels, flow, meter)
-        found = self.run(flow, x0, noise, conditions, targets=levels, inverted=inverted, steps=self.steps)
+        found = self.run(flow, x0, noise, conditions, targets=levels, inverted=inverted, steps=self._steps)
         return found._replace(nfe=found.nfe + forwards)
 
     def prepare(self, flow, meter) -> None:
         if self.is_calibrated and not self._each:
             meter.share(partial(self._to_conditions, flow))
 
-    def _measured(self, flow: Flow, meter: LevelMeter) -> Measured:
-        return meter.measured(partial(self._to_conditions, flow))
-
     def _to_conditions(self, flow, x0, *, noise, conditions) -> Result:
         """Carry validation patches x0 to conditions (G,), unguided, to learn which levels these give."""
         inverted, _ = self.inverted(flow, x0)
-        return self.run(flow, x0, noise, conditions, targets=None, inverted=inverted, steps=self.steps)
+        return self.run(flow, x0, noise, conditions, targets=None, inverted=inverted, steps=self._steps)
 
     def inverted(self, flow: Flow, x0: torch.Tensor) -> tuple[torch.Tensor | None, int]:
-        """The start states (B, C, H, W) from which the unguided flow, conditioned on the source's label, gives sources
-        x0 back, and forwards per source; only where noise is resampled."""
+        """The states (B, C, H, W) from which the unguided flow gives sources x0 back under their own label, and
+        forwards per source; only where noise is resampled."""
         if self._resampling is None:
             return None, 0
         back, label = (1.0, flow.path.t_start), flow.labels(torch.zeros(1, 1))
-        found = carry_rows(flow, x0[None], x0, label, None, interval=back, steps=self.steps, solver=self.solver)
+        found = carry_rows(flow, x0[None], x0, label, None, interval=back, steps=self._steps, solver=self._solver)
         return found.frames[0], found.nfe
 
     def run(
@@ -153,23 +149,16 @@ class Progression(Transport):
         if inverted is not None:
             turn = torch.pi / 2 * (self._resampling * conditions).to(x0)[..., None, None, None]
             start = x0 + torch.cos(turn) * (inverted - x0) + torch.sin(turn) * (random - x0)
-        found = carry_rows(
-            flow,
-            start,
-            x0,
-            flow.labels(conditions),
-            None if targets is None else flow.labels(targets[:, None]),
-            interval=(flow.path.t_start, 1.0),
-            steps=steps,
-            solver=self.solver,
-        )
+        goals = None if targets is None else flow.labels(targets[:, None])
+        how = {"interval": (flow.path.t_start, 1.0), "steps": steps, "solver": self._solver}
+        found = carry_rows(flow, start, x0, flow.labels(conditions), goals, **how)
         return found._replace(frames=torch.cat([x0[None], found.frames]))
 
     def _conditions(self, levels: torch.Tensor, flow: Flow, meter: LevelMeter) -> torch.Tensor:
         """The conditions (K,) in [0, 1] that reach levels (K,), as measured on validation patches."""
         if self._calibrate == "none":
             return levels
-        measured = self._measured(flow, meter)
+        measured = meter.measured(partial(self._to_conditions, flow))
         reached = measured.probability if self._calibrate == "probability" else _share(np.array(measured.distance))
         return condition_for(levels, torch.linspace(0, 1, len(reached)), np.asarray(reached))
 
@@ -189,11 +178,10 @@ def _share(distance: np.ndarray) -> np.ndarray:
 
 
 def condition_for(levels: torch.Tensor, grid: torch.Tensor, reached: np.ndarray) -> torch.Tensor:
-    """Conditions c(s) (K,) float32 for levels s (K,), such that s is reached.
+    """Conditions (K,) float32 that reach levels (K,), where images reach `reached` (G,) under conditions `grid` (G,).
 
-    `reached` (G,) is the level (a guide's mean probability, say) that images have under the conditions `grid` (G,),
-    which rise from 0 to 1; it is made monotone by isotonic regression and inverted. Conditions 0 and 1 give level 0
-    and level 1 by definition, however unsure a guide is of them, so that no two levels have the same condition.
+    The grid rises from 0 to 1; `reached` is made monotone by isotonic regression and inverted. Conditions 0 and 1 give
+    level 0 and level 1 by definition, however unsure a guide is, so that no two levels have the same condition.
     """
     conditions = grid.double().numpy()
     rising = IsotonicRegression().fit_transform(conditions, np.asarray(reached, float)).clip(0, 1)
