@@ -1,6 +1,6 @@
 """The networks that frames are shown to: judges, an extractor that neither guided nor judges, a severity estimator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,11 +45,8 @@ class NetworkOutputs(NamedTuple):
     is_target: np.ndarray
     features: np.ndarray
 
-    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "NetworkOutputs":
-        return NetworkOutputs(*map(function, self))
-
     def at(self, index) -> "NetworkOutputs":
-        return self.map(lambda array: array[index])
+        return NetworkOutputs(*(array[index] for array in self))
 
     @staticmethod
     def cat(parts: "Sequence[NetworkOutputs]") -> "NetworkOutputs":
@@ -105,8 +102,8 @@ class Network:
         return {source_id: number for number, source_id in enumerate(self.patches.ids)}
 
     def outputs(self, batch: np.ndarray | torch.Tensor, *, where: str) -> NetworkOutputs:
-        """Of uint8 patches (N, 3, S, S); a UserError that names `where` the patches are from, if one is not finite."""
-        batch = torch.as_tensor(batch)
+        """Of uint8 patches (..., 3, S, S); a UserError that names `where` they are from, if an output is not finite."""
+        shape, batch = batch.shape[:-3], torch.as_tensor(batch).flatten(0, -4)
 
         def answer() -> dict[str, np.ndarray]:
             features = inference.features(self.model, batch, device=self.device, chunk=FORWARD)
@@ -118,9 +115,10 @@ class Network:
 
         found = remember(self.cache, self.digest, "features", batch.numpy(), answer)
         p, features = found["p"], found["features"]
-        if self.weights is None:
-            return NetworkOutputs(np.full(len(p), np.nan), np.zeros(len(p), bool), features)
-        return NetworkOutputs(p @ self.weights, p.argmax(1) == self.patches.class_index(self.target), features)
+        value, is_target = np.full(len(p), np.nan), np.zeros(len(p), bool)
+        if self.weights is not None:
+            value, is_target = p @ self.weights, p.argmax(1) == self.patches.class_index(self.target)
+        return NetworkOutputs(value.reshape(shape), is_target.reshape(shape), features.reshape(*shape, -1))
 
     def structure(self, frames: np.ndarray) -> np.ndarray:
         """Figures of `metrics.structure`, (N, L, 2), of uint8 sequences (N, L, 3, S, S) to their own first frames."""

@@ -22,7 +22,8 @@ def require_same_data(folders: Sequence[Path], runs: Sequence[Path], overrides: 
             ours = checkpoint.read_config(checkpoint.latest(run))
             for key in ("root", "layout"):
                 if key not in given and _place(theirs, key) != _place(ours, key):
-                    there, here = (_as_override(config, key) for config in (theirs, ours))
+                    found = (config.value(f"data.{key}") for config in (theirs, ours))
+                    there, here = (value if isinstance(value, str) else json.dumps(value) for value in found)
                     raise UserError(
                         f"{folder}: was made from data.{key}={there}, but {run} would compare it with real patches of "
                         f"data.{key}={here}; say which are meant: data.{key}={there} or data.{key}={here}"
@@ -34,8 +35,3 @@ def _place(config: Config, key: str):
         return config.data.root.expanduser().resolve()
     # Which classes are left out is no other place: an extractor may have learned more of them than are compared.
     return {name: value for name, value in config.value("data.layout").items() if name != "ignore"}
-
-
-def _as_override(config: Config, key: str) -> str:
-    value = config.value(f"data.{key}")
-    return value if isinstance(value, str) else json.dumps(value)

@@ -6,8 +6,7 @@ import numpy as np
 
 from cellflux_bridge.base.statistics import Estimate, rank_correlation
 from cellflux_bridge.metrics import progression
-from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level
-from cellflux_bridge.metrics.manifold import neighbourhoods
+from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level, neighbourhoods
 from cellflux_bridge.metrics.memorisation import NearestTraining
 from cellflux_bridge.metrics.networks import Network, RealPatches
 from cellflux_bridge.metrics.reference_set import NUM_SUBSAMPLES, ReferenceSet
@@ -132,7 +131,7 @@ def kid_to(
 def _add_set(
     record: Recorder, to: str, frames: np.ndarray, groups: np.ndarray, real: RealPatches, reference, *, level=None
 ) -> None:
-    """KID (of a level), Frechet distance and the figures of `metrics.manifold` of frames (N, D) to real patches."""
+    """KID (of a level), Frechet distance and the four figures of neighbourhoods of frames (N, D) to real patches."""
     found = {} if level is None else {"kid": kid_to(frames, groups, real, reference, num_subsamples=NUM_SUBSAMPLES)}
     found["frechet"] = frechet_distance(frames, real.features)
     near = neighbourhoods(frames, real.features, groups=groups, real_groups=real.groups)

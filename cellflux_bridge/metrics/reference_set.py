@@ -9,8 +9,7 @@ import numpy as np
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.base.statistics import NUM_RESAMPLES, Estimate, bootstrap, estimate_mean
 from cellflux_bridge.data.patches import near_level
-from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
-from cellflux_bridge.metrics.manifold import manifold_floors
+from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor, manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
 from cellflux_bridge.metrics.networks import Network, RealPatches, extractor_of
 from cellflux_bridge.metrics.sequences import Sequences
@@ -116,7 +115,7 @@ class ReferenceSet:
                     self._add_floor(name, kind, floor, by=self.extractor, num=len(real.features), level=level)
 
     def _floors(self, name: str, real: RealPatches) -> dict[str, Floor]:
-        """Of KID, the Frechet distance and the figures of `metrics.manifold`, between random halves."""
+        """Of KID, the Frechet distance and the four figures of neighbourhoods, between random halves."""
         draw, of = partial(self.generator, "floor", name), (real.features, real.groups)
         pooled = self.kid_floors[self.extractor.name]
         return {

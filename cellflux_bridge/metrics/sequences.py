@@ -85,14 +85,12 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
     arrays: dict[str, list[np.ndarray]] = defaultdict(list)
     for batch in progress(iter_trajectory(folder, batch_size=_BATCH), desc=f"looking at {name}", unit="batch"):
         frames = np.ascontiguousarray(batch.frames[chosen].swapaxes(0, 1))
-        flat, shape = frames.reshape(-1, *frames.shape[2:]), frames.shape[:2]
         for network in networks:
             if fair:
                 network.require_fair(batch.source_ids, batch.frames[0], where=str(folder))
-            found = network.outputs(flat, where=str(folder))
-            outputs[network.name].append(found.map(lambda array, shape=shape: array.reshape(*shape, *array.shape[1:])))
+            outputs[network.name].append(network.outputs(frames, where=str(folder)))
         computed = {
-            "tissue": tissue_figures(flat).reshape(*shape, -1),
+            "tissue": tissue_figures(frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1),
             "structure": extractor.structure(frames),
             "sources": frames[:, 0].copy(),
             "last": frames[:, -1].copy(),

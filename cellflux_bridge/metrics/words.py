@@ -4,7 +4,7 @@ A quantity has a value a level, a value of the whole sequences, or both. Network
 neither guided nor judges) and the severity estimator. A value that does not exist is NaN: a ratio to a distance that is
 not above 0, an interval of a Frechet distance. *_own compares the frames of a level to real patches of the level's
 score, or else of the nearer class; *_target compares frames of level 1 to real target patches; *_pooled compares to
-both classes (Frechet distance and figures of `metrics.manifold`: all frames after the sources as one set).
+both classes (Frechet distance and figures of neighbourhoods: all frames after the sources as one set).
 
 Real patches have floors: kid_floor, frechet_floor, precision_floor, recall_floor, density_floor and coverage_floor are
 means over random halves by group, `n` against `n_real` patches (`low` and `high`: their 95 % range), *_floor_spread the
