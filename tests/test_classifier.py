@@ -22,7 +22,7 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.metrics.classify import flip_rate
-from cellflux_bridge.metrics.networks import load_networks
+from cellflux_bridge.metrics.loading import load_networks
 from cellflux_bridge.training.loop import fit, make_fabric
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 

@@ -28,9 +28,8 @@ from cellflux_bridge.metrics import progression, reference_set
 from cellflux_bridge.metrics.comparisons import add_cycle, match_cycle
 from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.metrics.evaluate import evaluate
-from cellflux_bridge.metrics.extractor import NamedExtractor
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid, neighbourhoods
-from cellflux_bridge.metrics.networks import load_networks
+from cellflux_bridge.metrics.loading import NamedExtractor, load_networks
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.results import as_json, markdown, write_results
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour, tissue_figures

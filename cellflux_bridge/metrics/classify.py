@@ -10,8 +10,8 @@ import torch
 from cellflux_bridge import checkpoint
 from cellflux_bridge.classifier.scores import image_scores
 from cellflux_bridge.config import load_config
-from cellflux_bridge.metrics.networks import Network, load_networks
-from cellflux_bridge.metrics.provenance import require_same_data
+from cellflux_bridge.metrics.loading import load_networks, require_same_data
+from cellflux_bridge.metrics.networks import Network
 from cellflux_bridge.metrics.sequences import no_sequence
 from cellflux_bridge.metrics.structure import recolour
 from cellflux_bridge.trajectory import iter_trajectory, read_header

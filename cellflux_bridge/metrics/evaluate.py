@@ -11,9 +11,7 @@ import torch
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.metrics.comparisons import add_cycle, add_guidance, differences, match_cycle
-from cellflux_bridge.metrics.extractor import is_name
-from cellflux_bridge.metrics.networks import load_networks
-from cellflux_bridge.metrics.provenance import require_same_data
+from cellflux_bridge.metrics.loading import is_name, load_networks, require_same_data
 from cellflux_bridge.metrics.quantities import add_figures
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target, stain_transfer
@@ -94,13 +92,13 @@ def evaluate(
     """All figures of trajectory folders of one transition; the first is compared with each other one by source.
 
     judges       runs of classifiers
-    features     run of a classifier that neither guided nor judges, or an extractor's name (`metrics.extractor`)
+    features     run of a classifier that neither guided nor judges, or an extractor's name (`metrics.loading`)
     scores       run of a classifier trained with classifier.labels=score on patches of the whole range: its p is the
                  severity of a frame
     unguided     trajectories of the same method as one of the others, made without guidance; they are evaluated, too
     cycle        trajectory that carries the last frames of a method back
     max_real     at most so many real patches of a class, or with a score, are used; the seed draws them
-    cache        folder that keeps the outputs of networks (`metrics.feature_cache`)
+    cache        folder that keeps the outputs of networks (`networks.remember`)
 
     Raises UserError for a guide among the networks, and for trajectories and networks that do not fit each other.
     Time grows with the number of training patches, and with the square of the numbers of frames and of real patches.

@@ -58,7 +58,6 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """The content of metrics.json."""
     keys = ("name", "use", "view", "checkpoint", "image_size", "digest")
     reference, extractor = evaluation.reference, evaluation.reference.extractor
-    networks = [{key: getattr(network, key) for key in keys} for network in reference.networks]
     with_patches = extractor if extractor.weights is not None else reference.networks[0]
     # The worst first: exact copies, then those of the smallest share of the held-out distance.
     copies = sorted(evaluation.near_copies, key=lambda copy: copy["distance"] and copy["distance"] / copy["held_out"])
@@ -70,7 +69,10 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "num_levels": len(evaluation.methods[0].levels),
             "seed": reference.seed,
             "max_real": reference.max_real,
-            "networks": [{**network, "checkpoint": str(network["checkpoint"])} for network in networks],
+            "networks": [
+                {key: getattr(of, key) for key in keys} | {"checkpoint": str(of.checkpoint)}
+                for of in reference.networks
+            ],
             "methods": [_method(of, evaluation) for of in (*evaluation.methods, *evaluation.baselines)],
             "values": [value._asdict() for value in evaluation.reference.rows],
             "differences": evaluation.differences,
