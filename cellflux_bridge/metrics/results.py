@@ -24,6 +24,7 @@ metrics.json, format 1; a number that does not exist is null:
     warnings      [text]: sentences about figures that mislead
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,8 +71,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "seed": reference.seed,
             "max_real": reference.max_real,
             "networks": [
-                {key: getattr(of, key) for key in keys} | {"checkpoint": str(of.checkpoint)}
-                for of in reference.networks
+                {key: getattr(n, key) for key in keys} | {"checkpoint": str(n.checkpoint)} for n in reference.networks
             ],
             "methods": [_method(of, evaluation) for of in (*evaluation.methods, *evaluation.baselines)],
             "values": [value._asdict() for value in evaluation.reference.rows],
@@ -90,12 +90,14 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _method(of: Sequences, evaluation: Evaluation) -> dict[str, Any]:
-    is_baseline = of.folder is None
+    trajectory, method, config_hash = None, None, None
+    if of.folder is not None:  # no baseline
+        trajectory, method, config_hash = str(of.folder), of.header.method, of.header.config_hash
     return {
         "name": of.name,
-        "trajectory": None if is_baseline else str(of.folder),
-        "method": None if is_baseline else of.header.method,
-        "config_hash": None if is_baseline else of.header.config_hash,
+        "trajectory": trajectory,
+        "method": method,
+        "config_hash": config_hash,
         "n": len(of.source_ids),
         "split": of.split,
         "levels": of.levels,
@@ -108,11 +110,10 @@ def _method(of: Sequences, evaluation: Evaluation) -> dict[str, Any]:
 def _frames(evaluation: Evaluation) -> Iterator[list[Any]]:
     """The rows of metrics.frames.csv."""
     yield ["trajectory", "source_id", "judge", "level", "probability"]
-    for of in evaluation.methods:
-        for judge in (judge.name for judge in evaluation.reference.judges):
-            for source_id, row in zip(of.source_ids, of.outputs[judge].value, strict=True):
-                for level, p in zip((0.0, *of.frame_levels), row, strict=True):
-                    yield [str(of.folder), source_id, judge, level, f"{p:.4f}"]
+    for of, judge in itertools.product(evaluation.methods, evaluation.reference.judges):
+        for source_id, row in zip(of.source_ids, of.outputs[judge.name].value, strict=True):
+            for level, p in zip((0.0, *of.frame_levels), row, strict=True):
+                yield [str(of.folder), source_id, judge.name, level, f"{p:.4f}"]
 
 
 def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str]:

@@ -149,14 +149,9 @@ def stain_transfer(sequences: Sequences, networks: Sequence[Network], reference:
     return _still(sequences, "stain transfer", patches, networks, outputs)
 
 
-def _still(
-    sequences: Sequences,
-    name: str,
-    patches: np.ndarray,
-    networks: Sequence[Network],
-    outputs: dict[str, NetworkOutputs],
-) -> Sequences:
-    """Sequences whose frames after the source are one image: of `patches` (N, 3, S, S), with `outputs` (N, ...)."""
+def _still(sequences: Sequences, name: str, patches: np.ndarray, networks: Sequence[Network], outputs) -> Sequences:
+    """Sequences whose frames after the source are one image: of `patches` (N, 3, S, S), with the networks' `outputs`
+    (N, ...) by name."""
     num, before = len(sequences.levels), sequences.arrays
 
     def follow(first: np.ndarray, rest: np.ndarray) -> np.ndarray:
