@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cellflux_bridge.base.statistics import NUM_RESAMPLES, estimate_mean
+from cellflux_bridge.base.statistics import NUM_RESAMPLES, Estimate, estimate_mean
 from cellflux_bridge.classifier import inference
 from cellflux_bridge.classifier.model import PatchClassifier
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_floor, manifold_floors, neighbourhoods
@@ -38,16 +38,15 @@ def main(argv: Sequence[str]) -> None:
     frames, real = np.array_split(np.concatenate(parts)[: args.images], 2)
     groups = np.arange(len(real))
 
-    def manifold() -> None:
-        for each in neighbourhoods(frames, real):
-            estimate_mean(each, np.arange(len(each)), num=NUM_RESAMPLES, generator=rng)
+    def mean(each: np.ndarray) -> Estimate:
+        return estimate_mean(each, np.arange(len(each)), num=NUM_RESAMPLES, generator=rng)
 
     for name, work in (
         ("features", lambda: None),
         ("KID with its interval", lambda: kid(frames, real, num_subsamples=NUM_SUBSAMPLES, generator=rng)),
         ("KID's floor", lambda: kid_floor(real, groups, generator=rng)),
         ("Frechet distance", lambda: frechet_distance(frames, real)),
-        ("precision, recall, density, coverage", manifold),
+        ("precision, recall, density, coverage", lambda: [*map(mean, neighbourhoods(frames, real))]),
         ("their floors", lambda: manifold_floors(real, groups, generator=rng)),
         ("nearest training image", lambda: nearest(frames, real)),
     ):

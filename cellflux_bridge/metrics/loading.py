@@ -93,10 +93,10 @@ def load_networks(
             folder, given = checkpoint.latest(Path(run)), () if use == "scores" else overrides
             network = _load(use, folder, source, target, given, device, cache)
         if other := networks.get(network.digest):
-            problem = "has the very weights of another network here"
+            twice = network.checkpoint == other.checkpoint
             raise UserError(
-                f"{run}: {'is named twice' if network.checkpoint == other.checkpoint else problem}; judges, --features "
-                "and --scores must be separately trained networks, each with a classifier.seed of its own"
+                f"{run}: {'is named twice' if twice else 'has the very weights of another network here'}; judges, "
+                "--features and --scores must be separately trained networks, each with a classifier.seed of its own"
             )
         networks[network.digest] = network
     names = [network.name for network in networks.values()]
@@ -127,11 +127,10 @@ def _load(use: str, folder: Path, source: str, target: str, overrides, device, c
             "with a classifier trained apart, with classifier.role=judge"
         )
     classes = tuple(config.data.classes)
-    missing = [label for label in (source, target) if label not in classes]
-    if missing:
-        raise UserError(
-            f"{folder}: does not know the class {missing[0]!r} of the sequences; it was trained on {', '.join(classes)}"
-        )
+    for label in (source, target):
+        if label not in classes:
+            trained = f"it was trained on {', '.join(classes)}"
+            raise UserError(f"{folder}: does not know the class {label!r} of the sequences; {trained}")
     weights = np.array([label == target for label in classes], np.float32)
     if use == "scores":
         if config.classifier.labels != "score" or {source, target} != {classes[0], classes[-1]}:

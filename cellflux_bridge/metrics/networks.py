@@ -210,10 +210,10 @@ class Network:
                 f"{where}: frames of {sources.shape[-1]} x {sources.shape[-2]} px, {self.name} was trained on "
                 f"{self.image_size} px; evaluate with classifiers of the frames' size (data.image_size)"
             )
-        pairs = [(row, self._numbers[each]) for row, each in enumerate(source_ids) if each in self._numbers]
-        if self.use == "scores" or not pairs:
+        rows = [row for row, each in enumerate(source_ids) if each in self._numbers]
+        if self.use == "scores" or not rows:
             return
-        rows, numbers = np.array(pairs).T
+        numbers = [self._numbers[source_ids[row]] for row in rows]
         real = self.patches.centre(numbers).numpy().astype(np.float32)
         if np.median(np.abs(real - sources[rows]).mean((1, 2, 3))) > _SAME_PATCH:
             raise UserError(
@@ -221,8 +221,7 @@ class Network:
                 "have the same data.root, data.crop and data.stain as the run that made the sequences"
             )
         trained = self.patches.splits[numbers] == SPLITS.index("train")
-        if trained.any():
-            names = [source_ids[row] for row in rows[trained]]
+        if names := [source_ids[row] for row in np.array(rows)[trained]]:
             raise UserError(
                 f"{self.name}: trained on sources of {where}: {abbreviate(names, limit=3)}; translate patches of the "
                 "test split, and train classifiers with the flow's seed and data.split, which decide the splits"

@@ -26,10 +26,9 @@ _NUM_PAIRS = 256
 class ReferenceSet:
     """Networks with their outputs for real patches; figures of these, and of all that is compared, go to `rows`.
 
-    `judges` give probabilities, `extractor` is the network that neither guided nor judges, `estimator` (or None) gives
-    severities. `real[network]` are its real test patches of both classes, `kid_floors[network]` their floor; `pooled`
-    are the extractor's, `target` only the target class of these. The own real patches of each of the `levels` get a
-    floor. At most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
+    `real[network]` are its real test patches of both classes, `kid_floors[network]` their floor; `pooled` are the
+    extractor's, `target` only the target class of these. The own real patches of each of the `levels` get a floor. At
+    most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
     """
 
     def __init__(self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, max_real: int | None):
@@ -59,9 +58,9 @@ class ReferenceSet:
 
     def recorder(self, of: Sequences) -> Recorder:
         """For figures of sequences, with intervals over the groups of their sources."""
-        groups, draw = self.groups(of.source_ids), self.generator("bootstrap")
-        resamples = bootstrap(groups, num=NUM_RESAMPLES, generator=draw)
-        return Recorder(self.rows, of.name, len(groups), str(of.folder or ""), of.levels, of.split, resamples)
+        draw, num = self.generator("bootstrap"), len(of.source_ids)
+        resamples = bootstrap(self.groups(of.source_ids), num=NUM_RESAMPLES, generator=draw)
+        return Recorder(self.rows, of.name, num, str(of.folder or ""), of.levels, of.split, resamples)
 
     def mean(self, values: np.ndarray, groups: np.ndarray) -> Estimate:
         """The mean of values (N,) with its interval over their groups."""

@@ -73,16 +73,13 @@ def choose_frames(levels: Sequence[float], num: int, *, folder: Path) -> list[in
 def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels: int, fair: bool = True) -> Sequences:
     """The sequences of a trajectory folder with the outputs of all networks; inner frames do not stay in memory.
 
-    The extractor measures their structure. `fair` requires that the sources are real patches on which no network was
-    trained. Raises UserError for an empty or damaged trajectory, for frames of another size than a network's, and for a
-    network that was trained on a source or has other pixels of it.
+    The extractor measures their structure. Raises UserError for an empty or damaged trajectory and, where `fair`, for
+    what `Network.require_fair` refuses.
     """
     header = read_header(folder)
     chosen = choose_frames(header.levels, num_levels, folder=folder)
     extractor = extractor_of(networks)
-    ids: list[str] = []
-    outputs: dict[str, list[NetworkOutputs]] = defaultdict(list)
-    arrays: dict[str, list[np.ndarray]] = defaultdict(list)
+    ids, outputs, arrays = [], defaultdict(list), defaultdict(list)
     for batch in progress(iter_trajectory(folder, batch_size=_BATCH), desc=f"looking at {name}", unit="batch"):
         frames = np.ascontiguousarray(batch.frames[chosen].swapaxes(0, 1))
         for network in networks:
