@@ -28,14 +28,11 @@ from cellflux_bridge.metrics import progression, reference_set
 from cellflux_bridge.metrics.comparisons import add_cycle, match_cycle
 from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.metrics.evaluate import evaluate
-from cellflux_bridge.metrics.extractor import NamedExtractor
-from cellflux_bridge.metrics.fidelity import frechet_distance, kid
-from cellflux_bridge.metrics.manifold import neighbourhoods
-from cellflux_bridge.metrics.networks import load_networks
+from cellflux_bridge.metrics.fidelity import frechet_distance, kid, neighbourhoods
+from cellflux_bridge.metrics.loading import NamedExtractor, load_networks
 from cellflux_bridge.metrics.reference_set import ReferenceSet
-from cellflux_bridge.metrics.results import as_json, write_results
+from cellflux_bridge.metrics.results import as_json, markdown, write_results
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour, tissue_figures
-from cellflux_bridge.metrics.table import markdown
 from cellflux_bridge.trajectory import (
     Trajectory,
     TrajectoryHeader,
@@ -376,7 +373,7 @@ def test_results_are_json_csv_and_a_table(tiny, full):
 def test_ids_that_look_like_formulas_come_back_as_they_were(plain, tmp_path):
     (of,) = plain.methods
     ids = ("=1+1", "'=1+1", "-3.png", "'quoted'", 'a,"b', "plain", "@x", "+y")
-    write_results(plain._replace(methods=(replace(of, source_ids=ids),)), tmp_path / "m.json")
+    write_results(plain._replace(methods=[replace(of, source_ids=ids)]), tmp_path / "m.json")
     assert '\n"=' not in (text := (tmp_path / "m.frames.csv").read_text())
     assert ",=1+1" not in text
     assert list(dict.fromkeys(row["source_id"] for row in csv_rows(tmp_path / "m.frames.csv"))) == list(ids)

@@ -9,8 +9,13 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from cellflux_bridge.base.statistics import bootstrap, estimate, estimate_mean, half_splits
 from cellflux_bridge.metrics import benchmark, fidelity
-from cellflux_bridge.metrics.fidelity import frechet_distance, kid
-from cellflux_bridge.metrics.manifold import FIGURES, manifold_floors, neighbourhoods
+from cellflux_bridge.metrics.fidelity import (
+    NEIGHBOURHOOD_FIGURES,
+    frechet_distance,
+    kid,
+    manifold_floors,
+    neighbourhoods,
+)
 from cellflux_bridge.metrics.values import Value
 from cellflux_bridge.metrics.warnings import figure_warnings
 
@@ -114,7 +119,7 @@ def test_floors_of_neighbourhoods_are_of_halves():
     rng = np.random.default_rng(5)
     features, groups = rng.normal(size=(60, 3)), np.arange(60) // 2
     found = manifold_floors(features, groups, generator=np.random.default_rng(1), num_splits=4)
-    assert tuple(found) == FIGURES
+    assert tuple(found) == NEIGHBOURHOOD_FIGURES
     halves = half_splits(groups, num=4, generator=np.random.default_rng(1))
     expected = [
         neighbourhoods(features[i], features[j], groups=groups[i], real_groups=groups[j]).density.mean()

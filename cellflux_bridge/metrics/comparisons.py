@@ -87,12 +87,10 @@ def match_cycle(methods: Sequence[Sequences], folder: Path, networks: Sequence[N
     Frames are matched pixel by pixel. Raises UserError where the trajectory does not lead back, or starts from no
     method's last frames.
     """
-    header, forward = read_header(folder), methods[0].header
-    if (header.source, header.target) != (forward.target, forward.source):
-        raise UserError(
-            f"--cycle {folder}: {header.source} -> {header.target}; expected the way back of "
-            f"{forward.source} -> {forward.target}"
-        )
+    header, source, target = read_header(folder), networks[0].source, networks[0].target
+    if (header.source, header.target) != (target, source):
+        way = f"{header.source} -> {header.target}"
+        raise UserError(f"--cycle {folder}: {way}; expected the way back of {source} -> {target}")
     back = collect(folder, networks, name=f"{folder.name}, back", num_levels=1, fair=False)
     for of in methods:
         pixels = ([image.tobytes() for image in images] for images in (back.arrays["sources"], of.arrays["last"]))

@@ -38,13 +38,8 @@ class NearestTraining(NamedTuple):
         """(L, N): the share of held-out patches that lie farther from training than the frame, a tie for a half; its
         mean is the Mann-Whitney statistic, 0.5 where frames and held-out patches are alike (Meehan et al. 2020)."""
         d = self.distances
-        shares = [
-            np.where(
-                np.isnan(h[0]), np.nan, 1 - (np.searchsorted(h, d) + np.searchsorted(h, d, "right")) / (2 * len(h))
-            )
-            for h in self.held_out
-        ]
-        return np.where(self.kinds == 1, shares[1], shares[0])
+        below = [(np.searchsorted(h, d) + np.searchsorted(h, d, "right")) / (2 * len(h)) for h in self.held_out]
+        return np.where(np.isnan(self.least()), np.nan, 1 - np.where(self.kinds == 1, below[1], below[0]))
 
     def least(self) -> np.ndarray:
         """(L, N): the least distance of the held-out patches that each frame is compared to."""

@@ -6,8 +6,7 @@ import numpy as np
 
 from cellflux_bridge.base.statistics import Estimate, rank_correlation
 from cellflux_bridge.metrics import progression
-from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level
-from cellflux_bridge.metrics.manifold import neighbourhoods
+from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level, neighbourhoods
 from cellflux_bridge.metrics.memorisation import NearestTraining
 from cellflux_bridge.metrics.networks import Network, RealPatches
 from cellflux_bridge.metrics.reference_set import NUM_SUBSAMPLES, ReferenceSet
@@ -40,7 +39,12 @@ def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences
         error = np.abs(of.outputs[reference.estimator.name].value[:, 1:] - np.array(of.frame_levels))
         record("severity_error", error, by=reference.estimator)
         record("severity_error", lambda i: error[i].mean(), by=reference.estimator)
-    _add_nearest_training(record, nearest_training, extractor)
+    options = {"by": extractor, "n_real": min(map(len, reference.training.held_out))}
+    copied = nearest_training.is_near_copy().T
+    record("nearest_training_ratio", nearest_training.ratio, **options)
+    record("nearest_training_closer", nearest_training.closer().T, **options)
+    record("near_copy_share", copied, **options)
+    record("near_copy_share", lambda i: copied[i].mean(), **options)
     for figure, each in zip(TISSUE, np.moveaxis(of.arrays["tissue"], 2, 0), strict=True):
         record(figure, each)
     for figure, each, by in with_networks(of.arrays["structure"][:, 1:], extractor):
@@ -81,26 +85,13 @@ def _add_stain_share(record: Recorder, of: Sequences, network: Network, recolour
         record("stain_share", lambda i: explained[i].sum(0) / whole[i].sum(0), by=network)
 
 
-def _add_nearest_training(record: Recorder, nearest_training: NearestTraining, extractor: Network) -> None:
-    options = {"by": extractor, "n_real": min(map(len, nearest_training.held_out))}
-    copied = nearest_training.is_near_copy().T
-    record("nearest_training_ratio", nearest_training.ratio, **options)
-    record("nearest_training_closer", nearest_training.closer().T, **options)
-    record("near_copy_share", copied, **options)
-    record("near_copy_share", lambda i: copied[i].mean(), **options)
-
-
 def source_distances(of: Sequences, network: Network, reference: ReferenceSet) -> tuple[np.ndarray, np.ndarray, int]:
     """Feature distances of every frame (N, K+1) to its own source, and to a random real source-class patch of another
     group (the mean over at most 256, and how many these are)."""
     real, features = reference.real[network.name], of.outputs[network.name].features
     chosen = reference.generator("others").permutation(np.flatnonzero(~real.is_target))[:_NUM_OTHERS]
-    others = progression.distance_to_others(
-        features,
-        real.features[chosen],
-        groups=network.groups_of_sources(of.source_ids),
-        other_groups=real.groups[chosen],
-    )
+    groups = {"groups": network.groups_of_sources(of.source_ids), "other_groups": real.groups[chosen]}
+    others = progression.distance_to_others(features, real.features[chosen], **groups)
     return progression.distance_to_source(features), others, len(chosen)
 
 
@@ -132,7 +123,7 @@ def kid_to(
 def _add_set(
     record: Recorder, to: str, frames: np.ndarray, groups: np.ndarray, real: RealPatches, reference, *, level=None
 ) -> None:
-    """KID (of a level), Frechet distance and the figures of `metrics.manifold` of frames (N, D) to real patches."""
+    """KID (of a level), Frechet distance and the four figures of neighbourhoods of frames (N, D) to real patches."""
     found = {} if level is None else {"kid": kid_to(frames, groups, real, reference, num_subsamples=NUM_SUBSAMPLES)}
     found["frechet"] = frechet_distance(frames, real.features)
     near = neighbourhoods(frames, real.features, groups=groups, real_groups=real.groups)

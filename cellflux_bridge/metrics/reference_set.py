@@ -9,8 +9,7 @@ import numpy as np
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.base.statistics import NUM_RESAMPLES, Estimate, bootstrap, estimate_mean
 from cellflux_bridge.data.patches import near_level
-from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
-from cellflux_bridge.metrics.manifold import manifold_floors
+from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor, manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
 from cellflux_bridge.metrics.networks import Network, RealPatches, extractor_of
 from cellflux_bridge.metrics.sequences import Sequences
@@ -27,10 +26,9 @@ _NUM_PAIRS = 256
 class ReferenceSet:
     """Networks with their outputs for real patches; figures of these, and of all that is compared, go to `rows`.
 
-    `judges` give probabilities, `extractor` is the network that neither guided nor judges, `estimator` (or None) gives
-    severities. `real[network]` are its real test patches of both classes, `kid_floors[network]` their floor; `pooled`
-    are the extractor's, `target` only the target class of these. The own real patches of each of the `levels` get a
-    floor. At most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
+    `real[network]` are its real test patches of both classes, `kid_floors[network]` their floor; `pooled` are the
+    extractor's, `target` only the target class of these. The own real patches of each of the `levels` get a floor. At
+    most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
     """
 
     def __init__(self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, max_real: int | None):
@@ -60,9 +58,9 @@ class ReferenceSet:
 
     def recorder(self, of: Sequences) -> Recorder:
         """For figures of sequences, with intervals over the groups of their sources."""
-        groups, draw = self.groups(of.source_ids), self.generator("bootstrap")
-        resamples = bootstrap(groups, num=NUM_RESAMPLES, generator=draw)
-        return Recorder(self.rows, of.name, len(groups), str(of.folder or ""), of.levels, of.split, resamples)
+        draw, num = self.generator("bootstrap"), len(of.source_ids)
+        resamples = bootstrap(self.groups(of.source_ids), num=NUM_RESAMPLES, generator=draw)
+        return Recorder(self.rows, of.name, num, str(of.folder or ""), of.levels, of.split, resamples)
 
     def mean(self, values: np.ndarray, groups: np.ndarray) -> Estimate:
         """The mean of values (N,) with its interval over their groups."""
@@ -116,7 +114,7 @@ class ReferenceSet:
                     self._add_floor(name, kind, floor, by=self.extractor, num=len(real.features), level=level)
 
     def _floors(self, name: str, real: RealPatches) -> dict[str, Floor]:
-        """Of KID, the Frechet distance and the figures of `metrics.manifold`, between random halves."""
+        """Of KID, the Frechet distance and the four figures of neighbourhoods, between random halves."""
         draw, of = partial(self.generator, "floor", name), (real.features, real.groups)
         pooled = self.kid_floors[self.extractor.name]
         return {

@@ -10,10 +10,9 @@ from cellflux_bridge.metrics.networks import Network
 
 
 class Value(NamedTuple):
-    """One figure. `level` is None for a figure of the whole sequence, `extractor` is "" for one that needs no network;
-    `n` counts sequences or images, `n_real` the real patches they are compared to; `low` and `high` are a 95 %
-    interval. `split` is that of the sources, or of the real patches that the value is of: "test" or "val", both, or ""
-    for sources that are in no split. Real patches that are compared to are always of the test split."""
+    """One figure with its 95 % interval. `level` is None for the whole sequence, `extractor` "" where no network is
+    needed; `n` counts sequences or images, `n_real` the real test patches they are compared to. `split` is that of the
+    sources, or of the real patches that the value is of: "test" or "val", both, or "" for sources in no split."""
 
     trajectory: str
     method: str
@@ -58,8 +57,8 @@ class Recorder(NamedTuple):
         by: Network | None = None,
         n_real: int | None = None,
     ) -> None:
-        """A value; a plain number has no interval. A list, or an Estimate of arrays, has a value a level: of all levels
-        with the source, or without it."""
+        """A value; a plain number has no interval. A list, or an Estimate of arrays, has a value a level, the source's
+        first where there is one more."""
         if isinstance(found, Estimate) and np.ndim(found.value):
             found = [Estimate(*one) for one in zip(*found, strict=True)]
         if isinstance(found, list):
