@@ -25,34 +25,26 @@ class Bridge(FlowTranslator):
     ) -> "Bridge":
         """The newest checkpoint of a run folder (or a checkpoint folder itself).
 
-        `overrides` are `key.sub=value` settings of this use, such as translate.steps=50 or train.accelerator=cpu; the
-        network's architecture always comes from the checkpoint. With `trust`, classes of foreign modules that the run
-        names are imported, which runs their code. Raises UserError for a folder without checkpoint, and for weights
-        that are truncated or of another architecture.
+        `overrides` are `key.sub=value` settings of this use, such as translate.steps=50; the network's architecture
+        always comes from the checkpoint. With `trust`, classes of foreign modules that the run names are imported,
+        which runs their code. Raises UserError for a folder without checkpoint, and for weights that do not fit.
         """
         with trusting(trust):
-            return cls._load(run, overrides, fabric)
-
-    @classmethod
-    def _load(cls, run: str | Path, overrides: Sequence[str], fabric: Fabric | None) -> "Bridge":
-        folder = checkpoint.latest(Path(run))
-        trained = checkpoint.read_config(folder)
-        path, network = build_flow(trained)
-        checkpoint.load_weights(folder, network)
-        # The run's own file may have newer settings of translation than its last checkpoint has, and may have moved.
-        if folder == Path(run):
-            config = load_config(folder / checkpoint.CONFIG, overrides)
-        else:
-            config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=Path(run))
-        differing = differences(trained, config, ignore=("train", "classifier", "ddim"))
-        if differing:
-            raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
-        return cls(
-            config=config,
-            path=path,
-            network=network,
-            step=checkpoint.step_of(folder),
-            preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
-            fabric=fabric or translation_fabric(config.train, section="train"),
-            given=parse_overrides(overrides).get("translate"),
-        )
+            folder = checkpoint.latest(Path(run))
+            trained = checkpoint.read_config(folder)
+            path, network = build_flow(trained)
+            checkpoint.load_weights(folder, network)
+            # The run's own file may have newer settings of translation than its last checkpoint, and may have moved.
+            moved = {} if folder == Path(run) else {"output": Path(run)}
+            config = load_config(Path(run) / checkpoint.CONFIG, overrides, **moved)
+            if differing := differences(trained, config, ignore=("train", "classifier", "ddim")):
+                raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
+            return cls(
+                config=config,
+                path=path,
+                network=network,
+                step=checkpoint.step_of(folder),
+                preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),
+                fabric=fabric or translation_fabric(config.train, section="train"),
+                given=parse_overrides(overrides).get("translate"),
+            )

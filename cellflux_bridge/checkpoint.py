@@ -54,8 +54,7 @@ def save(
         for file in building.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
@@ -71,10 +70,9 @@ def latest(run: Path) -> Path:
     """The newest checkpoint of a run folder (or the folder itself where it is a checkpoint)."""
     if (run / WEIGHTS).exists():
         return run
-    found = _steps(run)
-    if not found:
-        raise UserError(f"{run}: holds no checkpoint; expected a run folder that training wrote")
-    return found[-1]
+    if found := _steps(run):
+        return found[-1]
+    raise UserError(f"{run}: holds no checkpoint; expected a run folder that training wrote")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -88,8 +86,7 @@ def read_config(checkpoint: Path) -> Config:
 
 
 def weights_digest(model: nn.Module, *, view: str = "") -> str:
-    """A hash (32 hex digits) of a network's weights, and of what it looks at where that is no weight: another training
-    of as many steps does not pass for it."""
+    """A hash (32 hex digits) of a network's weights, and of its `view` of images, which is no weight."""
     digest = hashlib.blake2b(view.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -99,23 +96,21 @@ def weights_digest(model: nn.Module, *, view: str = "") -> str:
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load EMA weights strictly; UserError for a truncated file or another architecture."""
-    path, own = checkpoint / WEIGHTS, model.state_dict()
+    path, own = checkpoint / WEIGHTS, {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         with safe_open(path, framework="numpy") as file:  # reads names and shapes alone
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-        shapes = sorted(name for name in own.keys() & found.keys() if list(own[name].shape) != found[name])
-        if missing or unexpected or shapes:
-            raise UserError(
-                f"{path}: of another architecture than its config.yaml describes: {len(missing)} tensors missing "
-                f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, "
-                f"{len(shapes)} of another shape {shapes[:3]}"
-            )
+        differing = {
+            "tensors missing": own.keys() - found.keys(),
+            "unknown": found.keys() - own.keys(),
+            "of another shape": {name for name in own.keys() & found.keys() if own[name] != found[name]},
+        }
+        if any(differing.values()):
+            counts = ", ".join(f"{len(names)} {what} {sorted(names)[:3]}" for what, names in differing.items())
+            raise UserError(f"{path}: of another architecture than its config.yaml describes: {counts}")
         model.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: truncated or not a weights file ({error}); train again, or bring the file back"
-        ) from error
+        raise UserError(f"{path}: truncated or not a weights file ({error}); train again, or bring it back") from error
 
 
 def load_state(checkpoint: Path, *, most: int | None = None) -> dict[str, Any]:
@@ -125,7 +120,7 @@ def load_state(checkpoint: Path, *, most: int | None = None) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as file:
             num_bytes = sum(entry.file_size for entry in file.infolist())
-        most = min(path.stat().st_size, path.stat().st_size if most is None else most)
+        most = min(path.stat().st_size, most or num_bytes)
         if num_bytes > most:
             raise ValueError(f"it declares {num_bytes:,} bytes, expected at most {most:,}")
         return torch.load(path, map_location="cpu", weights_only=True)

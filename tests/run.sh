@@ -9,4 +9,5 @@ extra=dev source "$here/setup.sh"
 cd "$here"
 # The tests' arrays are tiny: threads that wait for each other cost more than they bring.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python -m pytest "$@"
+# A file stays in one process, because its tests share what they trained.
+python -m pytest -n "${PYTEST_WORKERS:-logical}" --dist loadfile "$@"

@@ -1,6 +1,7 @@
 """Bridge: a trained run as a Python object, and the folders of sequences that it writes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cellflux_bridge import Bridge, cli
+from cellflux_bridge import Bridge, cli, transport
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.images import read_rgb, write_png
 from cellflux_bridge.trajectory import load_trajectory
@@ -17,15 +19,31 @@ from cellflux_bridge.trajectory import load_trajectory
 QUICK = ("translate.steps=4", "translate.frames=3")
 
 
+def trained(root: Path, write_config, *overrides: str, **sections) -> Path:
+    file = write_config(root, data={"split": {"val": 0.2, "test": 0.4}}, **sections)
+    cli.main(["train", str(file), "train.steps=2", "train.validate_pairs=8", "train.lr=0.01", *QUICK, *overrides])
+    return root / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory, make_patches, write_config) -> Path:
+    root = tmp_path_factory.mktemp("plain")
+    make_patches(root / "patches")
+    return trained(root, write_config)
+
+
 @pytest.fixture
-def train(patch_folder, tmp_path, write_config):
-    """`train("key=value", ..., section={...})` trains a tiny run for two updates and returns its folder."""
+def train(patch_folder, plain_run, tmp_path, write_config):
+    """`train("key=value", ..., section={...})` trains a tiny run for two updates and returns its folder; without
+    arguments it is a copy of one run."""
 
     def train(*overrides: str, **sections) -> Path:
-        file = write_config(tmp_path, data={"split": {"val": 0.2, "test": 0.4}}, **sections)
-        small = ("train.steps=2", "train.validate_pairs=8", "train.lr=0.01", *QUICK)
-        cli.main(["train", str(file), *small, *overrides])
-        return tmp_path / "runs" / "tiny"
+        if overrides or sections:
+            return trained(tmp_path, write_config, *overrides, **sections)
+        run = Path(shutil.copytree(plain_run, tmp_path / "runs" / "tiny"))
+        for file in run.rglob("config.yaml"):
+            file.write_text(file.read_text().replace(str(plain_run.parents[1]), str(tmp_path)))
+        return run
 
     return train
 
@@ -114,11 +132,9 @@ def test_mistakes_in_a_call_are_named(bridge, files, options, message):
         bridge.translate(files[:2], **options)
 
 
-def test_a_class_that_is_nearly_right_is_suggested(tmp_path, make_patches, train):
+def test_a_class_that_is_nearly_right_is_suggested(tmp_path, make_patches, write_config):
     make_patches(tmp_path / "patches", num={"lung_aca": 12, "lung_n": 12})
-    (tmp_path / "patches" / "A").rename(tmp_path / "away_a")
-    (tmp_path / "patches" / "B").rename(tmp_path / "away_b")
-    bridge = Bridge.load(train())
+    bridge = Bridge.load(trained(tmp_path, write_config))
     with pytest.raises(UserError, match=r"'lung_ac' is no class of this run; did you mean 'lung_aca'\?"):
         bridge.translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), source="lung_n", target="lung_ac")
 
@@ -212,6 +228,69 @@ def test_a_run_of_several_devices_loads_on_one(train, files):
     bridge = Bridge.load(run, ["train.devices=4", "train.strategy=ddp", "train.num_nodes=2"])
     assert bridge.fabric.world_size == 1
     assert bridge.translate(files[:1]).frames.shape[1] == 1
+
+
+class Still(transport.base.Transport):
+    """A method of the user's own: every frame is the source."""
+
+    def __init__(self, *, copies: int = 2):
+        self._copies = copies
+
+    def require(self, flow, *, given):
+        pass
+
+    def levels(self, flow, meter):
+        return tuple(k / self._copies for k in range(self._copies + 1))
+
+    def carry(self, flow, x0, *, noise, levels, meter):
+        return transport.base.Result(x0.expand(len(levels) + 1, *x0.shape), nfe=7, gradients=0)
+
+
+def test_a_method_of_ones_own_is_one_class(train, files):
+    name = f"{__name__}:Still"
+    run = train()
+    found = Bridge.load(run).translate(files[:2], method=name, copies=3)
+    assert (found.levels, found.nfe) == ((0, 1 / 3, 2 / 3, 1), (7, 7))
+    np.testing.assert_array_equal(found.frames[-1], found.frames[0])
+    folder, _ = Bridge.load(run, [f"translate.method={name}", "translate.num=1"]).translate_split()
+    assert folder.name == "A_to_B_still"
+    cli.main(
+        ["translate", str(run), f"translate.method={name}", "translate.num=1", "translate.copies=5", "--overwrite"]
+    )
+    assert load_trajectory(folder).frames.shape[0] == 6
+    for key, hint in (("frame", "frames"), ("copy", "copies")):
+        named = rf"translate\.{key}: unknown key; did you mean 'translate\.{hint}'.*valid here: .*copies"
+        with pytest.raises(UserError, match=named):
+            Bridge.load(run, [f"translate.method={name}", f"translate.{key}=3"])
+    with pytest.raises(UserError, match=r"translate\.copies: .*found 'many'"):
+        Bridge.load(run, [f"translate.method={name}", "translate.copies=many"])
+    with pytest.raises(UserError, match=r"was not run\. If you trust it, pass --trust"):
+        load_config(folder / "config.yaml")
+
+
+def test_another_method_over_a_file_that_holds_the_keys_of_one(train, files):
+    run, name = train(), f"{__name__}:Still"
+    own = ["translate.levels=3", "translate.calibrate=distance", "translate.spacing=adaptive", "translate.depths=full"]
+    for method, keys in (("progression", own), ("depth", own), (name, ["translate.copies=4"])):
+        file = run / "config.yaml"
+        file.write_text(load_config(file, [f"translate.method={method}", *keys]).to_yaml())
+        assert (f"{keys[0].split('.')[1].replace('=', ': ')}\n") in file.read_text()
+        found = Bridge.load(run, ["translate.method=path"]).translate(files[:1])
+        assert (found.header.method, len(found.frames)) == ("path", 3)
+    bridge = Bridge.load(run, trust=True)  # its own method goes on as it was, and another may take its place in a call
+    assert [len(bridge.translate(files[:1], **o).frames) for o in ({}, {"method": "path"}, {"copies": 2})] == [5, 3, 3]
+    with pytest.raises(UserError, match=r"translate\.copies: unknown key"):
+        bridge.translate(files[:1], method="path", copies=2)
+
+
+@pytest.mark.parametrize("labels", [("a/b", "../c"), ("/x", "y\n"), ("b" * 200, "m" * 200)])
+def test_the_folder_of_any_labels_lies_in_the_runs_own(bridge, labels):
+    settings = bridge._settings(None, None, {}).model_copy(update=dict(zip(("source", "target"), labels, strict=True)))
+    folder = bridge.config.output / "trajectories" / bridge._name(settings)
+    assert folder.resolve().parent == (bridge.config.output / "trajectories").resolve()
+    assert len(folder.name.encode()) <= 255
+    assert folder.name.endswith("_path")
+    folder.mkdir(parents=True)
 
 
 # A split of the run's own patches

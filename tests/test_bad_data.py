@@ -45,7 +45,7 @@ def test_truncated_and_empty_files_are_named(patch_folder, data_config, name, sh
     data = file.read_bytes() if file.exists() else noise_saved_as(file)
     file.write_bytes(data[: int(share * len(data))])
     config = data_config(patch_folder)
-    refusal(config, "1 of ", "images cannot be used", f"{file}: truncated or not an image")
+    refusal(config, "1 of ", "images cannot be used", f"{file}: truncated or not a PNG, JPEG, TIFF or NPY image")
     assert all(folder.suffix == ".building" for folder in config.cache_dir.glob("*"))
 
 
@@ -56,7 +56,7 @@ def test_a_text_file_and_a_bomb_are_named_together(patch_folder, data_config):
     refusal(
         data_config(patch_folder),
         "3 of 48 images cannot be used",
-        f"{patch_folder}/A/A000.png: truncated or not an image",
+        f"{patch_folder}/A/A000.png: truncated or not a PNG, JPEG, TIFF or NPY image",
         f"{patch_folder}/B/B000.png: refused as a decompression bomb",
         f"{patch_folder}/B/B001.png: 9000 x 9000 pixels, more than the 67,108,864 that are read",
     )

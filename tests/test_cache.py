@@ -16,7 +16,8 @@ from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.config import registry
 from cellflux_bridge.data import cache as cache_module
-from cellflux_bridge.data.index import taken_from_training
+from cellflux_bridge.data.check import check_data
+from cellflux_bridge.data.index import patch_index, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, Layout, PatchRecord
 from cellflux_bridge.data.layout.folder import Folder
 from cellflux_bridge.data.patches import Patches, list_records, load_patches
@@ -151,10 +152,11 @@ def test_a_process_lists_once_and_maps_once_whatever_asks(patch_folder, data_con
     records, classes = list_records(config, seed=0)
     assert (tuple(r.id for r in records), classes) == (first.ids, first.classes)
     assert [SPLITS.index(r.split) for r in records] == first.splits.tolist()
-    assert taken_from_training(config, seed=0) is None
+    assert taken_from_training(patch_index(config, seed=0)) is None
     assert listings == [patch_folder]
     reversed_ = load_patches(data_config(patch_folder, classes=["B", "A"]), seed=0)
     np.testing.assert_array_equal(reversed_.labels, 1 - first.labels)
+    assert "read as root/<class>/*: 2 classes" in check_data(config, seed=0, sheet=config.cache_dir / "sheet.png")[0]
     assert listings == [patch_folder]
 
 

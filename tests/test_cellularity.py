@@ -415,7 +415,7 @@ def test_images_that_cannot_be_measured_have_a_row_with_the_reason(tmp_path, cap
     ]
     reasons = [row.pop("reason") for row in rows.values()]
     assert reasons[:2] == ["", ""]
-    assert reasons[2].startswith("truncated or not an image")
+    assert reasons[2].startswith("truncated or not a PNG, JPEG, TIFF or NPY image")
     assert reasons[3].startswith("a grey image")
     assert not any(rows["grey.png"].values())
     assert "2 images: could not be measured" in capsys.readouterr().out

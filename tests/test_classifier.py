@@ -22,7 +22,7 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.metrics.classify import flip_rate
-from cellflux_bridge.metrics.networks import load_networks
+from cellflux_bridge.metrics.loading import load_networks
 from cellflux_bridge.training.loop import fit, make_fabric
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
@@ -157,11 +157,11 @@ def test_a_judge_of_colour_calls_a_colour_transfer_the_target(judged, tmp_path):
     writer.append(Trajectory(header, frames, linear_soft_labels(header, 3), ids, (4,) * 3, (0,) * 3), numbers=range(3))
     writer.finish()
     rate = flip_rate(tmp_path / "t", network, seed=0)
-    assert rate.levels == (0.0, 0.5, 1.0)
-    assert rate.fraction == (0.0, 0.0, 1.0)
-    assert rate.probability[0] < 0.5 < rate.probability[2]
-    assert rate.reinhard == 1.0  # what differs is colour
-    assert rate.num_sequences == 3
+    assert rate["levels"] == (0.0, 0.5, 1.0)
+    assert rate["fraction"] == [0.0, 0.0, 1.0]
+    assert rate["probability"][0] < 0.5 < rate["probability"][2]
+    assert rate["reinhard"] == 1.0  # what differs is colour
+    assert rate["num_sequences"] == 3
 
 
 def test_a_trained_classifier_does_not_depend_on_the_batch(judged):

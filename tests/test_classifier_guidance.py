@@ -379,10 +379,10 @@ def test_gradients_are_those_of_finite_differences(form):
 
     path = {"endpoint": "straight", "score": "gaussian_source"}.get(form, "brownian")
     found = steered(asking, q, path=path, form=form, weight=1.0)(t, x, cond).velocity - simple_velocity(t, x, cond)
-    (told,) = asked
-    assert (told[0] is t) == (told[1] is x0) == (form != "endpoint")
+    ((time, source),) = asked
+    assert (time is t) == (source is x0) == (form != "endpoint")
     at = PATHS[path].endpoint(x, simple_velocity(t, x, cond), t, x0) if form == "endpoint" else x
-    gradient = toward(asking, q, at, t, told[1])
+    gradient = toward(asking, q, at, t, source)
     scale = found.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
     torch.testing.assert_close(found, scale.view(-1, 1, 1, 1) * gradient, rtol=1e-5, atol=1e-6)
     if form != "endpoint":
@@ -433,7 +433,7 @@ def test_guidance_leaves_no_gradient_in_the_classifier_and_no_graph():
     assert all(parameter.grad is None for parameter in guide.parameters())
 
 
-def told(t, x, cond):
+def heeding(t, x, cond):
     """A velocity with a known conditional and null answer."""
     dropped = torch.zeros(len(x), dtype=torch.bool) if cond.dropped is None else cond.dropped
     return x + torch.where(dropped, 0.0, 1.0 + cond.target_class).view(-1, 1, 1, 1)
@@ -457,7 +457,7 @@ def test_exact_forms_call_the_network_without_a_condition(form):
 def test_classifier_free_guidance_goes_inside(form):
     t, x, _, cond = states(low=0.1)
     q, guide = one_hot(1, len(t)), Curved()
-    inside = ClassifierFree(told, 3.0)
+    inside = ClassifierFree(heeding, 3.0)
     velocity = steered(guide, q, form=form, velocity=inside)
     alone = steered(guide, q, form=form, velocity=lambda t, x, cond: x + 3.0)  # null 0, class 0 at 1, scale 3
     torch.testing.assert_close(velocity(t, x, cond).velocity, alone(t, x, cond).velocity)
@@ -476,7 +476,9 @@ def test_each_guide_costs_a_gradient():
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_forwards_and_gradients_are_counted_apart(solver, calls, scale):
     _, x, _, cond = states()
-    velocity = steered(Curved().float(), one_hot(0, 40).float(), velocity=ClassifierFree(told, scale), form="sharpen")
+    velocity = steered(
+        Curved().float(), one_hot(0, 40).float(), velocity=ClassifierFree(heeding, scale), form="sharpen"
+    )
     for _ in range(2):  # a velocity may be used again
         result = integrate(velocity, x, cond, steps=5, solver=solver)
         assert result.nfe == 5 * calls * (1 if scale == 1 else 2)
@@ -505,7 +507,7 @@ def test_no_solver_meets_a_singular_time(path, form, solver):
     assert result.states.abs().max() < 50
 
 
-def test_steering_arrives_where_it_is_told():
+def test_steering_arrives_at_its_target():
     """A velocity of no class, steered to each of two ends: the more weight, the more the classifier agrees."""
     _, x, _, cond = states()
 

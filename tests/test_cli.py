@@ -263,4 +263,4 @@ def test_the_shell_scripts_install_what_they_say_whatever_their_arguments(tmp_pa
         subprocess.run(["bash", str(root / script), *arguments], env=environment, check=True, capture_output=True)
         calls = log.read_text().splitlines()
         assert f"python -m pip install --quiet -e {root}{extra}" in calls
-    assert "python -m pytest -k path" in calls
+    assert any(call.startswith("python -m pytest ") and call.endswith(" -k path") for call in calls)

@@ -1,5 +1,6 @@
 """Codecs: there and back, differentiable, and a flow that lives in the space of another one than pixels."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.flow.task import FlowTask
 from cellflux_bridge.images import decode, encode
+from cellflux_bridge.trajectory import load_trajectory
 
 
 class Folded(Codec):
@@ -69,18 +71,49 @@ def folded(patch_folder, tmp_path, write_config):
 
     def make(**sections):
         train = {"batch_size": 4, "steps": 2, "validate_pairs": 4, "sample_every": 2, "accelerator": "cpu"}
-        return write_config(tmp_path, codec=FOLDED, condition={"source_image": True}, train=train, **sections)
+        return write_config(
+            tmp_path, **{"codec": FOLDED, "condition": {"source_image": True}, "train": train, **sections}
+        )
 
     return make
 
 
-def test_a_flow_in_another_space_is_trained(folded, tmp_path):
+@pytest.mark.parametrize("part", ["Darkness", "Corners", "Mask"])
+def test_a_flow_in_another_space_told_a_part_of_the_users_own_is_trained_and_translates(folded, tmp_path, part):
+    """A vector, tokens and a map: each is one class, and one line of the configuration."""
+    condition = {"source_image": True, "parts": [{"name": f"test_velocity:{part}"}]}
+    file = folded(condition=condition, velocity={"attention": [1]})
+    cli.main(["train", str(file)])
+    run = tmp_path / "runs/tiny"
+    with pytest.raises(SystemExit, match="--trust"):
+        cli.main(["translate", str(run), "--source", "A", "--target", "B"])
+    short = ["translate.num=2", "translate.steps=2", "translate.method=path", "translate.frames=3"]
+    cli.main(["translate", str(run), "--source", "A", "--target", "B", "--trust", *short])
+    (found,) = (run / "trajectories").iterdir()
+    assert load_trajectory(found).frames.shape == (3, 2, 3, 16, 16)
+
+
+def test_a_flow_in_another_space_is_trained_and_translates(folded, tmp_path):
     config = load_config(folded(), ["data.classes=[A, B]"])
     task = FlowTask(config, load_patches(config.data, seed=0))
     batch = task.batch(0, rank=0)
     assert batch.x_t.shape == batch.cond.source_image.shape == (4, 12, 8, 8)
     cli.main(["train", str(folded())])
-    assert len(list((tmp_path / "runs/tiny/samples").iterdir())) == 1
+    run = tmp_path / "runs/tiny"
+    assert len(list((run / "samples").iterdir())) == 1
+    quick = [f"classifier.train.{key}" for key in ("steps=2", "batch_size=4", "accelerator=cpu")]
+    cli.main(
+        ["train-classifier", str(run), "--trust", "classifier.role=guide", *quick]
+    )  # sees images, whatever the codec
+    short = [f"translate.{key}" for key in ("num=2", "frames=3", "steps=2", "method=path", "guidance.form=endpoint")]
+    cli.main(["translate", str(run), "--trust", "--source", "A", "--target", "B", *short])
+    (folder,) = (run / "trajectories").iterdir()
+    made = load_trajectory(folder)
+    assert made.frames.shape == (3, 2, 3, 16, 16)
+    data = load_patches(config.data, seed=0)
+    sources = data.centre([data.ids.index(name) for name in made.source_ids])
+    np.testing.assert_array_equal(made.frames[0], sources)
+    assert (made.frames[-1] != made.frames[0]).mean() > 0.5
     guide = ["classifier.role=guide", "classifier.sees=state", "pairs.identity=true"]
     seeing = load_config(folded(), ["data.classes=[A, B]", *guide])
     states = ClassifierTask(seeing, load_patches(config.data, seed=0)).batch(0, rank=0)

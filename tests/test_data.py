@@ -13,7 +13,7 @@ from PIL import Image
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.data.check import check_data
-from cellflux_bridge.data.index import frame_mpp, list_records, taken_from_training
+from cellflux_bridge.data.index import frame_mpp, list_records, patch_index, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.phantom import make_phantom
@@ -217,18 +217,18 @@ def test_a_named_training_split_that_gives_up_patches_is_told_and_can_stay_whole
     config = data_config(tmp_path / "root")
     records, _ = list_records(config, seed=0)
     assert Counter(record.split for record in records) == {"train": 64, "test": 16, "val": 20}
-    told = taken_from_training(config, seed=0)
+    told = taken_from_training(patch_index(config, seed=0))
     assert told.startswith("WARNING: the data names 80 patches train and none test: of these 16 test;")
     assert "set data.split.test=0" in told
     assert told in check(config, tmp_path)[0].splitlines()
     whole = data_config(tmp_path / "root", split={"test": 0})
     assert Counter(record.split for record in list_records(whole, seed=0)[0]) == {"train": 80, "val": 20}
-    assert taken_from_training(whole, seed=0) is None
+    assert taken_from_training(patch_index(whole, seed=0)) is None
     assert "WARNING" not in check(whole, tmp_path)[0]
 
 
 def test_nothing_is_told_where_the_data_names_no_training_split(patch_folder, data_config):
-    assert taken_from_training(data_config(patch_folder), seed=0) is None
+    assert taken_from_training(patch_index(data_config(patch_folder), seed=0)) is None
 
 
 def test_splits_that_are_all_given_stay():
@@ -461,7 +461,7 @@ def test_a_check_lists_files_that_cannot_be_used(patch_folder, tmp_path, data_co
     report, usable = check(data_config(patch_folder, crop=16), tmp_path)
     assert not usable
     assert "unusable files: 2" in report
-    assert f"{patch_folder / 'A' / 'A000.png'}: truncated or not an image" in report
+    assert f"{patch_folder / 'A' / 'A000.png'}: truncated or not a PNG, JPEG, TIFF or NPY image" in report
     assert f"{patch_folder / 'B' / 'B000.png'}: 40 x 9 pixels, smaller than data.crop=16" in report
 
 

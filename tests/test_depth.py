@@ -104,7 +104,7 @@ def test_chunks_never_change_a_depth_sequence(batch_size):
         for size in (64, batch_size)
     )
     torch.testing.assert_close(parts.frames, whole.frames, rtol=0, atol=1e-4)
-    assert parts[1:] == whole[1:] == ((30 + 3 * 30) * 2, 3 * 30 * 2)
+    assert parts[1:3] == whole[1:3] == ((30 + 3 * 30) * 2, 3 * 30 * 2)
 
 
 def test_gradients_that_only_some_levels_take_are_counted_once_for_all_chunks():

@@ -28,15 +28,11 @@ from cellflux_bridge.metrics import progression, reference_set
 from cellflux_bridge.metrics.comparisons import add_cycle, match_cycle
 from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.metrics.evaluate import evaluate
-from cellflux_bridge.metrics.extractor import NamedExtractor
-from cellflux_bridge.metrics.feature_cache import FeatureCache
-from cellflux_bridge.metrics.fidelity import frechet_distance, kid
-from cellflux_bridge.metrics.manifold import neighbourhoods
-from cellflux_bridge.metrics.networks import load_networks
+from cellflux_bridge.metrics.fidelity import frechet_distance, kid, neighbourhoods
+from cellflux_bridge.metrics.loading import NamedExtractor, load_networks
 from cellflux_bridge.metrics.reference_set import ReferenceSet
-from cellflux_bridge.metrics.results import as_json, write_results
+from cellflux_bridge.metrics.results import as_json, markdown, write_results
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour, tissue_figures
-from cellflux_bridge.metrics.table import markdown
 from cellflux_bridge.trajectory import (
     Trajectory,
     TrajectoryHeader,
@@ -335,10 +331,10 @@ def test_guidance_is_a_ratio_on_common_sources(tiny, full):
     assert value.n == 3
     levels = [found(full, "progression", "guidance_frechet_ratio", s).value for s in (0.25, 0.5, 0.75, 1.0)]
     assert found(full, "progression", "guidance_frechet_ratio").value == pytest.approx(np.mean(levels))
-    rows = [row for row in full.differences if row.second == "progression, unguided"]
-    assert {row.n for row in rows} == {3}
-    assert {row.quantity for row in rows} >= {"flip_rate", "calibration_image", "monotone_share", "preservation"}
-    assert {row.second for row in full.differences} == {"path", "progression, unguided"}  # depth has other sources
+    rows = [row for row in full.differences if row["second"] == "progression, unguided"]
+    assert {row["n"] for row in rows} == {3}
+    assert {row["quantity"] for row in rows} >= {"flip_rate", "calibration_image", "monotone_share", "preservation"}
+    assert {row["second"] for row in full.differences} == {"path", "progression, unguided"}  # depth has other sources
 
 
 def test_results_are_json_csv_and_a_table(tiny, full):
@@ -377,7 +373,7 @@ def test_results_are_json_csv_and_a_table(tiny, full):
 def test_ids_that_look_like_formulas_come_back_as_they_were(plain, tmp_path):
     (of,) = plain.methods
     ids = ("=1+1", "'=1+1", "-3.png", "'quoted'", 'a,"b', "plain", "@x", "+y")
-    write_results(plain._replace(methods=(replace(of, source_ids=ids),)), tmp_path / "m.json")
+    write_results(plain._replace(methods=[replace(of, source_ids=ids)]), tmp_path / "m.json")
     assert '\n"=' not in (text := (tmp_path / "m.frames.csv").read_text())
     assert ",=1+1" not in text
     assert list(dict.fromkeys(row["source_id"] for row in csv_rows(tmp_path / "m.frames.csv"))) == list(ids)
@@ -506,12 +502,12 @@ def test_training_patches_among_the_frames_are_found(tiny, full):
     assert (value.n, value.n_real) == (8, min(map(len, by_class)))
     expected = np.mean([(d < h).mean() for d, h in zip(distances, held_out, strict=True)])
     assert found(full, "progression", "nearest_training_closer", 1.0).value == pytest.approx(expected, abs=1e-6)
-    copies = [copy for copy in full.near_copies if (copy.method, copy.level) == ("progression", 1.0)]
+    copies = [copy for copy in full.near_copies if (copy["method"], copy["level"]) == ("progression", 1.0)]
     assert found(full, "progression", "near_copy_share", 1.0).value == len(copies) / 8 >= 3 / 8
-    exact = {copy.source_id: copy for copy in copies if copy.distance < 1e-3}
+    exact = {copy["source_id"]: copy for copy in copies if copy["distance"] < 1e-3}
     sources = tiny.images("test", "A")[0]
-    assert [exact[sources[n]].training_id for n in range(3)] == tiny.images("train", "B")[0][:3]
-    assert exact[sources[0]].held_out == pytest.approx(by_class[1].min(), rel=1e-2)
+    assert [exact[sources[n]]["training_id"] for n in range(3)] == tiny.images("train", "B")[0][:3]
+    assert exact[sources[0]]["held_out"] == pytest.approx(by_class[1].min(), rel=1e-2)
     # Real patches that were held out are no copies, whatever their class.
     assert found(full, "copy the source", "near_copy_share").value == 0
     assert not any("repeat a training patch" in warning for warning in full.warnings)
@@ -576,9 +572,8 @@ def test_a_stopped_evaluation_goes_on_from_its_cache(tiny, judged, path, plain, 
         repr(second.reference.rows) == repr(third.reference.rows) == repr(plain.reference.rows)
     )  # and no figure changes from run to run
 
-    other = load_networks(
-        [("judge", tiny.classifier("another", seed=9))], source="A", target="B", device=CPU, cache=FeatureCache(cache)
-    )
+    another = [("judge", tiny.classifier("another", seed=9))]
+    other = load_networks(another, source="A", target="B", device=CPU, cache=cache)
     asked.clear()
     other[0].outputs(load_trajectory(path).frames[0], where="here")
     assert asked == [8]  # other weights are asked anew
@@ -667,7 +662,7 @@ def test_damaged_frames_are_an_error(tiny, judged):
     with pytest.raises(UserError, match=r"002\.png: no such file"):
         evaluate([path], **judged)
     write_png(frame, np.zeros((8, 20, 3), np.uint8))
-    with pytest.raises(UserError, match=r"002\.png: 20 x 8 pixels, unlike the others"):
+    with pytest.raises(UserError, match=r"002\.png: 20 x 8 pixels, 3 channels, unlike the others"):
         evaluate([path], **judged)
     manifest = path / "manifest.csv"
     text = manifest.read_text()

@@ -8,9 +8,14 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from cellflux_bridge.base.statistics import bootstrap, estimate, estimate_mean, half_splits
-from cellflux_bridge.metrics import benchmark
-from cellflux_bridge.metrics.fidelity import frechet_distance, kid
-from cellflux_bridge.metrics.manifold import FIGURES, manifold_floors, neighbourhoods
+from cellflux_bridge.metrics import benchmark, fidelity
+from cellflux_bridge.metrics.fidelity import (
+    NEIGHBOURHOOD_FIGURES,
+    frechet_distance,
+    kid,
+    manifold_floors,
+    neighbourhoods,
+)
 from cellflux_bridge.metrics.values import Value
 from cellflux_bridge.metrics.warnings import figure_warnings
 
@@ -55,13 +60,14 @@ def by_scikit_learn(frames, real):
 
 
 @pytest.mark.parametrize(("num", "num_real"), [(60, 60), (17, 90), (90, 25)])
-def test_neighbourhoods_are_the_published_ones_for_any_block_size(num, num_real):
+def test_neighbourhoods_are_the_published_ones_for_any_block_size(num, num_real, monkeypatch):
     rng = np.random.default_rng(num)
     frames, real = 0.8 * rng.normal(size=(num, 4)) + 0.6, rng.normal(size=(num_real, 4))
     expected = by_scikit_learn(frames, real)
     assert 0 < min(expected[:2]) < max(expected[:2]) < 1
     for block in (7, 512):
-        found = [each.mean() for each in neighbourhoods(frames, real, block=block)]
+        monkeypatch.setattr(fidelity, "_BLOCK", block)
+        found = [each.mean() for each in neighbourhoods(frames, real)]
         assert found == pytest.approx(expected)
 
 
@@ -113,7 +119,7 @@ def test_floors_of_neighbourhoods_are_of_halves():
     rng = np.random.default_rng(5)
     features, groups = rng.normal(size=(60, 3)), np.arange(60) // 2
     found = manifold_floors(features, groups, generator=np.random.default_rng(1), num_splits=4)
-    assert tuple(found) == FIGURES
+    assert tuple(found) == NEIGHBOURHOOD_FIGURES
     halves = half_splits(groups, num=4, generator=np.random.default_rng(1))
     expected = [
         neighbourhoods(features[i], features[j], groups=groups[i], real_groups=groups[j]).density.mean()

@@ -59,7 +59,7 @@ def flow(runs) -> Path:
 
 @pytest.fixture
 def from_noise(runs) -> Path:
-    """A flow from Gaussian noise, told levels, with a guide of its states."""
+    """A flow from Gaussian noise, conditioned on levels, with a guide of its states."""
     condition = {"target": "level", "source_class": False}
     return runs("from_noise", path={"name": "gaussian_source"}, condition=condition, guides=("state",))
 
@@ -102,9 +102,10 @@ def asked(monkeypatch) -> list[Call]:
     """What methods asked of the flow, call by call."""
     calls = []
 
-    def noting(flow, *rows, **options):
-        calls.append(Call(*rows))
-        return carry_rows(flow, *rows, **options)
+    def noting(flow, start, x0, *labels, **options):
+        rows = [None if of is None else of.expand(*start.shape[:2], -1).flatten(0, 1) for of in labels]
+        calls.append(Call(start.flatten(0, 1), x0.repeat(len(start), 1, 1, 1), *rows))
+        return carry_rows(flow, start, x0, *labels, **options)
 
     for module in (progression, depth):
         monkeypatch.setattr(module, "carry_rows", noting)
@@ -132,17 +133,19 @@ def test_a_progression_from_end_to_end(flow):
     assert nearly_equal(one.frames[1:], found.frames[[3, 5]])
 
 
-def test_both_directions_and_their_conditions(flow, asked):
-    bridge = load(flow, "translate.method=progression", "translate.levels=[0.3, 1.0]")
-    x, ids = patches_of(bridge)
-    there, back = (bridge.translate(x, ids=ids, source=a, target=b) for a, b in ("AB", "BA"))
+def test_both_directions_and_their_conditions(painter, asked):
+    """The frames are those of the conditions: of darkness c^2, c the share of class B."""
+    x, ids = patches_of(painter)
+    there, back = (painter.translate(x, ids=ids, source=a, target=b, levels=[0.3, 1.0]) for a, b in ("AB", "BA"))
     labels = torch.tensor([[[0.7, 0.3], [0.0, 1.0]], [[0.3, 0.7], [1.0, 0.0]]])
     for expected, call in zip(labels, (asked[0], asked[2]), strict=True):  # two batches each
         for found in (call.labels, call.targets):
             torch.testing.assert_close(found, expected.repeat_interleave(3, 0))
     np.testing.assert_allclose(back.soft_labels[1:, 0], labels[1], atol=1e-6)
     assert (back.header.source, back.header.target) == ("B", "A")
-    assert not nearly_equal(there.frames[1:], back.frames[1:])
+    for found, conditions in ((there, [0.3, 1.0]), (back, [0.7, 0.0])):
+        dark = 1 - found.frames[1:].mean((2, 3, 4)) / 255
+        np.testing.assert_allclose(dark, np.tile(np.square(conditions)[:, None], 4), atol=0.005)
 
 
 def test_three_classes_are_mixed_two_at_a_time(three, asked):
@@ -183,7 +186,7 @@ def test_guidance_moves_frames_and_its_gradients_are_counted(flow, form, name, w
     assert twice.gradients == (2 * 3 * each,) * 4
 
 
-def test_a_guide_makes_frames_more_like_what_is_wanted(flow):
+def test_a_guide_makes_frames_more_like_its_target(flow):
     bridge = load(flow, "translate.method=progression", "translate.levels=[1.0]", "translate.steps=8")
     x, ids = patches_of(bridge)
     guide = bridge._guides.load(bridge.config.translate.guidance, sees="image")[0]
@@ -233,7 +236,7 @@ def test_a_translation_stopped_between_batches_is_completed_to_the_same(flow, tm
     assert digest(part) == digest(whole)
 
 
-def test_a_stair_stands_in_a_folder_of_its_method(flow):
+def test_a_translation_stands_in_a_folder_of_its_method(flow):
     for method, num in (("path", "frames=3"), ("progression", "levels=2")):
         folder, _ = load(flow, f"translate.method={method}", "translate.num=1", f"translate.{num}").translate_split()
         assert folder == flow / "trajectories" / f"A_to_B_{method}"
@@ -256,7 +259,7 @@ def test_a_translation_knows_its_microns_per_pixel(flow, tmp_path):
 # Depth
 
 
-def test_a_depth_sequence_from_end_to_end(from_noise, asked):
+def test_a_depth_sequence_from_end_to_end(from_noise, asked, tmp_path):
     bridge = load(from_noise, "translate.method=depth", "translate.levels=4")
     x, ids = patches_of(bridge)
     found = bridge.translate(x, ids=ids)
@@ -267,6 +270,9 @@ def test_a_depth_sequence_from_end_to_end(from_noise, asked):
     assert nearly_equal(bridge.translate(x[3:], ids=ids[3:]).frames, found.frames[:, 3:])
     assert asked[0].labels.tolist() == [[1, 0]] * 3
     assert asked[0].targets is None
+    np.testing.assert_allclose(found.depths, np.tile([[0], [0.25], [0.5], [0.75], [1]], 4))
+    folder, _ = bridge.translate_split(output=tmp_path / "out")
+    assert load_trajectory(folder).depths.tolist() == found.depths.tolist()
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,8 @@ def test_a_depth_sequence_from_end_to_end(from_noise, asked):
 def test_the_two_dials_of_a_depth_sequence(from_noise, asked, options, depths, conditions):
     bridge = load(from_noise, "translate.method=depth", "translate.levels=2")
     x, ids = patches_of(bridge, num=2)
-    bridge.translate(x, ids=ids, source="B", target="A", **options)
+    found = bridge.translate(x, ids=ids, source="B", target="A", **options)
+    np.testing.assert_allclose(found.depths[1:], np.tile(np.array(depths)[:, None], 2), rtol=1e-6)
     *back, forward = asked
     assert len(back) == len(set(depths))
     assert all(call.labels.tolist() == [[0, 1]] * 2 and call.targets is None for call in back)
@@ -368,7 +375,7 @@ def test_calibrated_levels_are_what_the_guide_sees(painter):
     np.testing.assert_allclose(found**2, levels, atol=0.015)
     levels, found = reached(painter, levels=10, calibrate="distance")
     np.testing.assert_allclose(found[1:], levels[1:], atol=0.015)
-    assert found[0] == pytest.approx(0.1, abs=0.03)  # between the pilot's levels the map is a straight line
+    assert found[0] == pytest.approx(0.1, abs=0.03)  # between the measured levels the map is a straight line
 
 
 def test_what_calibration_needs_is_measured_once(painter, monkeypatch):
@@ -391,7 +398,7 @@ def test_the_target_label_stays_the_level_when_calibrated(painter, asked):
     ("calibrate", "expected"), [("none", np.sqrt(EVEN)), ("probability", EVEN**2), ("distance", EVEN)]
 )
 def test_adaptive_levels_are_equally_far_apart_for_the_guide(painter, calibrate, expected):
-    """Whatever the network is told for a level, the frames are; the levels are those that get them told so."""
+    """The frames are those of the conditions, so the levels are those to which calibration gives these conditions."""
     levels, found = reached(painter, levels=5, spacing="adaptive", calibrate=calibrate)
     np.testing.assert_allclose(found, EVEN, atol=0.03)
     np.testing.assert_allclose(levels, expected, atol=0.03)
@@ -431,7 +438,7 @@ def test_the_condition_decides_how_much_of_the_start_noise_is_new(painter, asked
 
 
 class FromSource(Fake):
-    """A flow whose end is an even image of darkness c^p, p being told by how dark the source is."""
+    """A flow whose end is an even image of darkness c^p, where p rises with the darkness of the source."""
 
     def forward(self, t, x, cond):
         power = 1 + 2 * darkness(cond.source_image)
@@ -462,7 +469,7 @@ def test_each_source_is_calibrated_by_a_progression_of_its_own(painter, asked, c
 
 
 def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, monkeypatch):
-    """One leans to A as much as the other to B: where what is wanted lies between, nothing is steered."""
+    """One leans to A as much as the other to B: where the target label lies between, nothing is steered."""
 
     class Leaning(nn.Module):
         def __init__(self, *p):
@@ -473,7 +480,7 @@ def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, mo
             return (self.p.log() + x.mean((1, 2, 3))[:, None] * torch.tensor([0.0, 1.0])).log_softmax(1)
 
     x, t = torch.zeros(1, 3, 16, 16), torch.tensor([0.5])
-    flow = painter._flow(painter._settings("A", "B", {"guidance": {"form": "endpoint"}}))
+    _, flow, _ = painter._use(painter._settings("A", "B", {"guidance": {"form": "endpoint"}}))
     cond = flow.condition(x, torch.tensor([[0.5, 0.5]]))
     plain = flow.plain(t, x, cond).velocity
     p = painter.path.endpoint(x, plain, t, x).mean().sigmoid()  # what a guide without a leaning says of the endpoint
@@ -674,6 +681,15 @@ def test_a_way_back_that_was_never_learned_is_refused(runs):
         load(run, "translate.levels=2", "translate.method=depth").translate(
             torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
         )
+
+
+def test_exact_guidance_of_a_network_without_a_trained_null_is_refused(flow):
+    bridge = load(flow)
+    condition = bridge.config.condition.model_copy(update={"dropout": 0.0})
+    bridge.config = bridge.config.model_copy(update={"condition": condition})
+    with pytest.raises(UserError, match=r"form=bridge: .*condition\.dropout=0"):
+        bridge._settings("A", "B", {"guidance": {"form": "bridge"}})
+    assert bridge._settings("A", "B", {"guidance": {"form": "sharpen"}}).guidance.form == "sharpen"
 
 
 def test_other_guides_do_not_complete_a_translation(flow):

@@ -16,9 +16,9 @@ class Recorded:
     def __call__(self, t, x, cond):
         self.sizes.append(len(x))
         dropped = torch.zeros(len(x), dtype=torch.bool) if cond.dropped is None else cond.dropped
-        told = torch.where(dropped, 0.0, 1.0 + cond.target_class)
+        shift = torch.where(dropped, 0.0, 1.0 + cond.target_class)
         return (
-            t.view(-1, 1, 1, 1) * x + told.view(-1, 1, 1, 1) + (0 if cond.source_image is None else cond.source_image)
+            t.view(-1, 1, 1, 1) * x + shift.view(-1, 1, 1, 1) + (0 if cond.source_image is None else cond.source_image)
         )
 
 

@@ -151,6 +151,19 @@ def test_a_hard_link_under_another_label_is_refused(tree):
     refused(root, str(root / "A/1.png"), str(root / "B/other.png"), "are the same file")
 
 
+@pytest.mark.parametrize("name", [b"A/\xe9.png", b"A/p\xe9/1.png", b"\xe9/1.png"])
+def test_a_name_that_is_not_utf8_is_refused_when_it_is_listed(tree, name):
+    root = tree("A/1.png", "B/1.png")
+    file = os.path.join(os.fsencode(root), name)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    shutil.copy(root / "A/1.png", file)
+    (root / "B" / os.fsdecode(b"notes \xe9.txt")).touch()  # no image, no matter
+    refused(root, "\\udce9", "is not UTF-8; rename")
+    if name.startswith(b"A"):
+        with pytest.raises(UserError, match="is not UTF-8"):
+            image_files(root)
+
+
 def test_links_to_folders_elsewhere_are_followed(tree, tmp_path):
     store = tree("1.png", "2.png", root="store")
     root = tree("B/3.png")
@@ -271,6 +284,7 @@ def test_a_label_that_is_not_given_is_refused_or_left_out(manifest):
         ("A//1.png,A,\n./A/1.png,A,", "line 3: A/1.png stands already on line 2"),
         ("C:\\A\\1.png,A,", "names no file inside"),
         ("//server/A/1.png,A,", "names no file inside"),
+        ("A/1\0.png,A,", "names no file inside"),
         ("A/.ipynb_checkpoints/1.png,A,", "line 2: A/.ipynb_checkpoints/1.png: .ipynb_checkpoints is hidden"),
         (f"{'x' * 5000}.png,A,", "line 2: a cell has 5004 characters"),
         (f"{'x' * 300}.png,A,", "1 listed files do not exist"),

@@ -162,7 +162,7 @@ def test_what_was_measured_is_kept_and_needs_no_patches(meter, config):
     ],
 )
 def test_another_network_guide_or_setting_is_measured_anew(meter, config, other, change):
-    """A network or guide of as many steps that was trained again is told by its weights."""
+    """Weights tell a network or guide that was trained again from one of as many steps."""
     meter().conditions(SETTINGS)
     again = meter(**other)
     again.conditions(SETTINGS.model_copy(update=change))
@@ -212,7 +212,7 @@ def in_two_processes(function) -> list:
 
 
 def test_one_process_measures_for_all(meter, config):
-    """Also where nothing can be kept: the others are told, they do not read."""
+    """Also where nothing can be kept: the others receive it, they do not read."""
     config.output.rmdir()
 
     def work(rank, fabric):

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.statistics import bootstrap, estimate, half_splits, paired_difference, rank_correlation
 from cellflux_bridge.images.stain import RUIFROK_HE, from_optical_density
-from cellflux_bridge.metrics import progression
+from cellflux_bridge.metrics import fidelity, progression
 from cellflux_bridge.metrics.fidelity import (
     frechet_distance,
     frechet_floor,
@@ -44,23 +44,25 @@ def looped_kid(a, b, groups_a, groups_b) -> float:
     return own - 2 * mean(a, b, groups_a, groups_b)
 
 
-def test_kid_is_its_definition_for_any_block_size():
+def test_kid_is_its_definition_for_any_block_size(monkeypatch):
     rng = draw()
     a, b = rng.normal(size=(11, 4)), rng.normal(0.4, 1, size=(7, 4))
     expected = looped_kid(a, b, range(11), range(11, 18))
     for block in (1, 3, 1024):
-        assert kid(a, b, block=block).value == pytest.approx(expected, rel=1e-12)
+        monkeypatch.setattr(fidelity, "_BLOCK", block)
+        assert kid(a, b).value == pytest.approx(expected, rel=1e-12)
     assert kid(a.astype(np.float32), b).value == pytest.approx(expected, rel=1e-5)
 
 
-def test_kid_leaves_out_pairs_of_one_group():
+def test_kid_leaves_out_pairs_of_one_group(monkeypatch):
     rng = draw(1)
     a = rng.normal(size=(8, 3))
     b = np.concatenate([a[:4], rng.normal(size=(4, 3))])  # real patches that frames were made from stand among them
     groups_a, groups_b = list("ppqqrrss"), list("ppqqttuu")
     expected = looped_kid(a, b, groups_a, groups_b)
     for block in (3, 1024):
-        found = kid(a, b, groups=groups_a, real_groups=groups_b, block=block).value
+        monkeypatch.setattr(fidelity, "_BLOCK", block)
+        found = kid(a, b, groups=groups_a, real_groups=groups_b).value
         assert found == pytest.approx(expected, rel=1e-12)
     assert abs(expected - kid(a, b).value) > 1e-3
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchcfm import SchrodingerBridgeConditionalFlowMatcher
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.config import registry
@@ -190,19 +191,29 @@ def test_a_clean_start_may_be_asked_of_the_coin():
 
 
 @pytest.mark.parametrize(
-    ("make", "key"),
+    ("name", "key", "values"),
     [
-        (lambda: NoisedSource(scale=0.0), "path.scale"),
-        (lambda: NoisedSource(scale=-1.0), "path.scale"),
-        (lambda: NoisedSource(probability=0.0), "path.probability"),
-        (lambda: NoisedSource(probability=1.5), "path.probability"),
-        (lambda: NoisedSource(probability=1.0, noisy_start=False), "path.noisy_start"),
-        (lambda: Brownian(scale=0.0), "path.scale"),
-        (lambda: Brownian(margin=0.0), "path.margin"),
-        (lambda: Brownian(margin=0.5), "path.margin"),
-        (lambda: Smooth(scale=0.0), "path.scale"),
+        ("noised_source", "scale", (0.0, -1.0, float("nan"))),
+        ("noised_source", "probability", (0.0, 1.5)),
+        ("noised_source", "noisy_start", (False,)),  # beside probability 1
+        ("brownian", "scale", (0.0,)),
+        ("brownian", "margin", (0.0, 0.5)),
+        ("smooth", "scale", (0.0,)),
     ],
 )
-def test_impossible_arguments_are_refused_by_name(make, key):
-    with pytest.raises(UserError, match=key):
-        make()
+def test_impossible_arguments_are_refused_by_name(name, key, values):
+    for value in values:
+        with pytest.raises(UserError, match=rf"path\.{key}"):
+            registry.build("path", registry.validate("path", {"name": name, key: value}, key="path"))
+
+
+def test_the_brownian_path_is_that_of_torchcfm():
+    matcher, path = SchrodingerBridgeConditionalFlowMatcher(sigma=0.7), Brownian(scale=0.7, margin=0.02)
+    generator = torch.Generator().manual_seed(0)
+    x0, x1 = (torch.randn(6, 3, 4, 4, generator=generator) for _ in range(2))
+    t = path.times(6, generator=generator)
+    state = generator.get_state()
+    x_t, u_t = path.sample(x0, x1, t, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator.set_state(state))
+    torch.testing.assert_close(x_t, matcher.sample_xt(x0, x1, t, eps))
+    torch.testing.assert_close(u_t, matcher.compute_conditional_flow(x0, x1, t, x_t), rtol=1e-4, atol=1e-4)

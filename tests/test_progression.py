@@ -1,15 +1,18 @@
 """The progression method: every frame is the end of an integration of its own, under the condition of its level."""
 
+import numpy as np
 import pytest
 import torch
-from toy_flow import FROM_DATA, Recorded, column, flow_of, mixing, noise_of, sources, steered, two_classes
+from toy_flow import FROM_DATA, Recorded, column, flow_of, guide, mixing, noise_of, sources, steered, two_classes
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.field.classifier_free import ClassifierFree
+from cellflux_bridge.field.classifier_guided import ClassifierGuided
 from cellflux_bridge.path.gaussian_source import GaussianSource
 from cellflux_bridge.path.noised_source import NoisedSource
 from cellflux_bridge.path.straight import Straight
 from cellflux_bridge.transport.base import Flow, Result
+from cellflux_bridge.transport.path import Path as PathTransport
 from cellflux_bridge.transport.progression import Progression, condition_for, equidistant_levels
 
 LEVELS = torch.tensor([0.2, 0.5, 0.9, 1.0])
@@ -179,13 +182,31 @@ def test_the_source_image_is_left_as_it_is():
     assert torch.equal(x0, before)
 
 
-@pytest.mark.parametrize("resampling", [None, 0.5])
-def test_a_network_is_evaluated_at_the_times_of_its_training_only(resampling):
-    velocity = Recorded(drawn_to_level)
-    climb(flow_of(FROM_DATA["brownian"], velocity), sources(), resampling=resampling, solver="rk4", steps=20)
-    times = torch.cat([t for t, _, _ in velocity.calls])
-    assert times.min() >= 0.03 - 1e-6
-    assert times.max() <= 0.97 + 1e-6
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"])
+@pytest.mark.parametrize("form", ["bridge", "sharpen", "endpoint"])
+@pytest.mark.parametrize("method", ["path", "progression", "inversion"])
+def test_network_and_guide_of_a_brownian_path_see_the_times_of_their_training_only(method, form, solver):
+    path, velocity, guided = FROM_DATA["brownian"], Recorded(drawn_to_level), Recorded(guide)
+
+    def steer(targets):
+        return ClassifierGuided(velocity, [lambda x, *other: guided(x, *(other or (None, None)))], path, targets,
+                                form=form, weight=0.5, start=0.01)  # fmt: skip
+
+    how = {"steps": 12, "solver": solver}
+    transport = (
+        PathTransport(**how, frames=3)
+        if method == "path"
+        else Progression(**how, noise_resampling=0.5 if method == "inversion" else None)
+    )
+    flow = flow_of(path, velocity, steer)
+    transport.require(flow, given={})
+    found = transport.carry(flow, sources(), noise=noise_of(), levels=torch.tensor([0.5, 1.0]), meter=None)
+    times = torch.cat([t for t, _, _ in velocity.calls] + [t for _, t, _ in guided.calls if t is not None])
+    assert len(guided.calls) > 0
+    assert path.t_start == pytest.approx(times.min().item())
+    assert times.max().item() <= 1 - path.margin + 1e-7
+    assert found.frames.isfinite().all()
+    assert found.frames.abs().max() < 50
 
 
 def test_a_progression_needs_a_source_at_its_foot():
@@ -269,29 +290,26 @@ def test_a_network_that_ignores_its_condition_gives_numbers():
 
 
 def test_equidistant_levels_of_an_even_way_are_even():
-    found = equidistant_levels(GRID, torch.full((10,), 0.3), 5)
-    torch.testing.assert_close(found, torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0]))
+    np.testing.assert_allclose(
+        equidistant_levels(GRID.double().numpy(), 3 * GRID.double().numpy(), 5), [0.2, 0.4, 0.6, 0.8, 1.0]
+    )
 
 
 def test_equidistant_levels_lie_where_the_way_is_long():
     """The way to level s is s^2, so the levels are square roots."""
-    grid = torch.linspace(0, 1, 1001)
-    found = equidistant_levels(grid, (grid**2).diff(), 8)
-    torch.testing.assert_close(found, (torch.arange(1, 9) / 8).sqrt(), rtol=0, atol=1e-3)
+    grid = np.linspace(0, 1, 1001)
+    found = equidistant_levels(grid, grid**2, 8)
+    np.testing.assert_allclose(found, np.sqrt(np.arange(1, 9) / 8), atol=1e-3)
     assert found[-1] == 1
     # What lies between two levels is the same for all, on any grid.
-    uneven = torch.tensor([0.0, 0.1, 0.5, 0.6, 1.0])
-    distances = torch.tensor([5.0, 1.0, 0.5, 3.5])
-    travelled = torch.cat([torch.zeros(1), distances.cumsum(0)])
-    levels = equidistant_levels(uneven, distances, 4)
-    at = torch.searchsorted(uneven, levels).clamp(1, 4)
-    way = torch.lerp(travelled[at - 1], travelled[at], (levels - uneven[at - 1]) / (uneven[at] - uneven[at - 1]))
-    torch.testing.assert_close(way, torch.tensor([2.5, 5.0, 7.5, 10.0]), rtol=0, atol=1e-5)
+    uneven, travelled = [0.0, 0.1, 0.5, 0.6, 1.0], [0.0, 5.0, 6.0, 6.5, 10.0]
+    levels = equidistant_levels(np.array(uneven), np.array(travelled), 4)
+    np.testing.assert_allclose(np.interp(levels, uneven, travelled), [2.5, 5.0, 7.5, 10.0], atol=1e-5)
 
 
 def test_equidistant_levels_rise_over_a_stretch_where_nothing_moves():
-    distances = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
-    found = equidistant_levels(GRID, distances, 8)
-    assert (found.diff() > 0).all()
-    assert 0 < found[0]
+    travelled = np.cumsum([0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    found = equidistant_levels(GRID.double().numpy(), travelled, 8)
+    assert (np.diff(found, prepend=0) > 0).all()
     assert found[-1] == 1
+    assert found[1] == pytest.approx(0.1)  # the way 1 of 4 is made at .1 and stays so until .4

@@ -9,7 +9,7 @@ from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.config import load_config
 from cellflux_bridge.metrics.evaluate import evaluate
-from cellflux_bridge.metrics.provenance import require_same_data
+from cellflux_bridge.metrics.loading import require_same_data
 from cellflux_bridge.trajectory import TrajectoryHeader, TrajectoryWriter
 
 PHANTOM = "data.layout={name: phantom, num_test: 3}"

@@ -1,6 +1,11 @@
 """The lung configuration on real H&E patches; skipped where they are not at hand."""
 
+import csv
 import os
+import shutil
+from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +42,33 @@ def test_no_original_tile_stands_in_two_splits(cache):
     assert patches.pixels.shape[1] == round(224 * config.data.image_size / config.data.crop)
 
 
-def test_a_few_steps_of_the_lung_run(cache, tmp_path):
+@pytest.fixture
+def few_tiles(tmp_path) -> Path:
+    """At least 24 patches of each class and split, in whole tiles, with their manifest."""
+    with open(ROOT / "manifest.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept, num = [], Counter()
+    for _, tile in groupby(sorted(rows, key=itemgetter("group")), key=itemgetter("group")):
+        tile = list(tile)
+        kind = tile[0]["split"], tile[0]["label"]
+        if num[kind] < 24:
+            kept += tile
+            num[kind] += len(tile)
+    for row in kept:
+        (tmp_path / "tiles" / row["path"]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / row["path"], tmp_path / "tiles" / row["path"])
+    with open(tmp_path / "tiles" / "manifest.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(kept)
+    return tmp_path / "tiles"
+
+
+def test_a_few_steps_of_the_lung_run(few_tiles, tmp_path):
     run = tmp_path / "run"
-    places = [f"data.root={ROOT}", f"data.cache_dir={cache}"]
+    places = [f"data.root={few_tiles}", f"data.cache_dir={tmp_path}/cache"]
     small = ["velocity.channels=16", "train.steps=3", "train.batch_size=12", "train.validate_pairs=12", "pairs.pool=2"]
-    short = ["classifier.train.steps=4", "classifier.train.warmup_steps=1"]
+    short = ["classifier.train.steps=4", "classifier.train.batch_size=16", "classifier.train.warmup_steps=1"]
     main(["train", str(CONFIG), *places, f"output={run}", *small, *short])
     for view in ("rgb", "grey"):
         main(["train-classifier", str(run), *places, "classifier.role=guide", f"classifier.view={view}", *short])
@@ -49,7 +76,7 @@ def test_a_few_steps_of_the_lung_run(cache, tmp_path):
     folder, figures = Bridge.load(run, [*places, *few]).translate_split()
     assert figures["sequences"] == 2
     assert len(list(folder.glob("frames/*/*.png"))) == 2 * 4
-    source = next((ROOT / "test" / "lung_n").glob("*.jpeg"))
+    source = next((few_tiles / "test" / "lung_n").glob("*.jpeg"))
     trajectory = Bridge.load(run, few).translate([source])  # the calibration is kept in the run: no patches are needed
     assert trajectory.frames.shape == (4, 1, 3, 32, 32)
     assert np.ptp(trajectory.frames[-1]) > 0

@@ -324,7 +324,7 @@ def test_warnings_are_given_where_they_are_due_and_only_there(run, tmp_path):
 
     sound = shown(run)
     assert "as few as 6 images" in sound
-    for reason in ("recolouring", "misses levels", "no real-versus-real floor", "not counted", "made anew"):
+    for reason in ("recolouring", "misses levels", "no real-versus-real floor", "not counted", "made again"):
         assert reason not in sound
     tinted = shown(write_run(tmp_path / "tinted", flips=(0.95, 0.3), cellularity=False))
     assert "looks like a recolouring" in tinted
@@ -346,7 +346,7 @@ def test_warnings_are_given_where_they_are_due_and_only_there(run, tmp_path):
     (changed / "cellularity.json").write_text(json.dumps(counted))
     found = shown(changed)
     assert "two: its nuclei were not counted" in found
-    assert re.search("one: the sequences in .* made anew after their nuclei were counted", found)
+    assert re.search("one: the sequences in .* made again after their nuclei were counted", found)
     assert "0.70 at 0.25" in found
     assert "no frame was made at level 0.5 (shown by 0.61)" in found
     assert "has no real-versus-real floor" in found

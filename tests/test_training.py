@@ -24,9 +24,9 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.flow.task import FlowTask, build_flow
-from cellflux_bridge.training.ema import EMA
 from cellflux_bridge.training.loop import Stopped, fit, make_fabric
 from cellflux_bridge.training.run import Log, differences
+from cellflux_bridge.training.state import EMA
 
 # Dropout, accumulation and a warm-up, so that everything a resume could forget is there.
 DEMANDING = {

@@ -253,13 +253,15 @@ def one_frame(folder, number: int, level: int):
     return next(folder.glob(f"frames/{number:06d}_*")) / f"{level:03d}.png"
 
 
-def test_a_missing_truncated_or_resized_frame_is_named(tmp_path):
+def test_a_missing_truncated_or_resized_frame_is_named(tmp_path, monkeypatch):
     write(tmp_path, "a", "b").finish()
     frame = one_frame(tmp_path, 1, 2)
     data = frame.read_bytes()
     write_png(frame, np.zeros((4, 6, 3), np.uint8))
-    with pytest.raises(UserError, match=r"000001_b/002\.png: 6 x 4 pixels, unlike the others"):
-        load_trajectory(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "read_rgb", None)  # sizes come from the headers: nothing is decoded
+        with pytest.raises(UserError, match=r"000001_b/002\.png: 6 x 4 pixels, 3 channels, unlike the others"):
+            load_trajectory(tmp_path)
     frame.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"000001_b/002\.png: truncated"):
         load_trajectory(tmp_path)
@@ -457,6 +459,22 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
     with pytest.raises(UserError, match=rf"{name}: is a symbolic link; remove it"):
         write(run, "b", start=1)
     assert list(precious.iterdir()) == []
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_frames_are_not_written_through_a_link_at_a_temporary_name(tmp_path, channels):
+    """Also not through one that appears after the folder was opened."""
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    writer = TrajectoryWriter(run, HEADER)
+    precious.write_text("mine")
+    (run / "frames" / "000000_a").mkdir()
+    for name in (f"frames/000000_a/000.{'png' if channels == 3 else 'npy'}.tmp", "manifest.csv.tmp"):
+        (run / name).symlink_to(precious)
+    writer.append(sequences("a", channels=channels), numbers=[0])
+    writer.finish()
+    assert precious.read_text() == "mine"
+    assert_equal(load_trajectory(run), sequences("a", channels=channels))
+    assert not list(run.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(

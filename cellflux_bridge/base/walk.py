@@ -31,7 +31,7 @@ def is_image(file: Path) -> bool:
 
 def subfolders(folder: Path) -> list[Path]:
     """The folders inside a folder that are neither hidden nor a system's, sorted by name."""
-    return [folder / entry.name for entry in _entries(folder) if entry.is_dir()]
+    return [folder / _in_utf8(entry).name for entry in _entries(folder) if entry.is_dir()]
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -44,8 +44,8 @@ def image_files(folder: Path) -> list[Path]:
 def walk(folder: str | Path) -> Iterator[Path]:
     """The files at any depth below a folder whose suffix is an image's, read or not (see `is_image`).
 
-    Hidden and system folders are not entered, and symbolic links are followed. Raises UserError for a link that leads
-    back to a folder around it, for a folder that is reached twice, and for one that cannot be read.
+    Hidden and system folders are not entered, and symbolic links are followed. Raises UserError for a folder that is
+    reached twice (a link may lead back to a folder around it) or cannot be read, and for a name that is not UTF-8.
     """
     seen: dict[tuple[int, int], str] = {}
     waiting = [str(folder)]
@@ -59,7 +59,7 @@ def walk(folder: str | Path) -> Iterator[Path]:
             if entry.is_dir():
                 waiting.append(entry.path)
             elif entry.name.lower().endswith(SUFFIXES + _OTHER_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
-                yield Path(entry.path)  # a link that leads nowhere is yielded, too: whoever reads it says so
+                yield Path(_in_utf8(entry).path)  # a link that leads nowhere, too: whoever reads it says so
 
 
 def refuse_repeats(files: Iterable[Path]) -> None:
@@ -82,3 +82,12 @@ def _entries(folder: str | Path) -> list[os.DirEntry]:
             return sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def _in_utf8(entry: os.DirEntry) -> os.DirEntry:
+    """The entry itself; UserError where its path is not UTF-8, because tables, reports and checkpoints name it."""
+    try:
+        entry.path.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{entry.path!r}: this name is not UTF-8; rename the file or folder") from error
+    return entry

@@ -27,8 +27,7 @@ class Guides:
         self._loaded: dict[tuple[Path, str], tuple[str, PatchClassifier]] = {}
 
     def load(self, guidance: GuidanceConfig, *, sees: str) -> list[PatchClassifier]:
-        """The guides of finished images ("image") or of states ("state"), at least one; UserError where there is none
-        or one does not fit."""
+        """The guides of images ("image") or of states ("state"), at least one; UserError where one does not fit."""
         return [self._load(run, sees=sees)[1] for run in self._runs(guidance, sees=sees)]
 
     def names(self, guidance: GuidanceConfig, *, measure: bool) -> list[str]:
@@ -55,26 +54,21 @@ class Guides:
         return runs
 
     def _load(self, run: Path, *, sees: str) -> tuple[str, PatchClassifier]:
-        if (run, sees) not in self._loaded:
-            folder = checkpoint.latest(run)
-            with trusting(self._trust):
-                trained = checkpoint.read_config(folder)
+        if (run, sees) in self._loaded:
+            return self._loaded[run, sees]
+        folder = checkpoint.latest(run)
+        with trusting(self._trust):
+            trained = checkpoint.read_config(folder)
             if trained.classifier.role != "guide":
                 raise UserError(f"{run}: is a judge; a guide must be another network (classifier.role=guide)")
-            compared = ["data.classes", "data.image_size", "data.crop", "data.stain", "classifier.sees"]
+            compared = ["data.classes", "data.image_size", "data.crop", "data.stain"]
             if sees == "state":
                 compared += ["path", "codec", "condition.source_image"]
-            fitting = self._config.classifier.model_copy(update={"sees": sees})
-            ours = self._config.model_copy(update={"classifier": fitting})
-            problems = [
-                f"{key} is {there} there, {here} here"
-                for key in compared
-                if (there := trained.value(key)) != (here := ours.value(key))
-            ]
-            if problems:
+            pairs = [(key, trained.value(key), self._config.value(key)) for key in compared]
+            pairs.append(("classifier.sees", trained.classifier.sees, sees))
+            if problems := [f"{key} is {there} there, {here} here" for key, there, here in pairs if there != here]:
                 raise UserError(f"{run}: a guide that does not fit this flow: {'; '.join(problems)}")
-            with trusting(self._trust):
-                guide = inference.load(folder, self._device)
-            name = f"{run.name}@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(guide)[:16]}"
-            self._loaded[run, sees] = name, guide
-        return self._loaded[run, sees]
+            guide = inference.load(folder, self._device)
+        name = f"{run.name}@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(guide)[:16]}"
+        self._loaded[run, sees] = name, guide
+        return name, guide

@@ -1,6 +1,6 @@
 """Predictions of trained classifiers for patches and for states."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +18,10 @@ _CHUNK = 256
 
 def build_classifier(config: Config, *, download: bool = True) -> PatchClassifier:
     """The (untrained) classifier of a resolved configuration; `download`: whether pretrained weights are fetched."""
-    c = config.classifier
-    options = c.model_dump(include={"backbone", "pretrained", "sees", "view", "jitter", "blur"})
-    return PatchClassifier(
-        len(config.data.classes),
-        channels=build_codec(config).channels if c.sees == "state" else config.data.channels,
-        download=download,
-        source_image=config.condition.source_image,
-        **options,
-    )
+    options = config.classifier.model_dump(include={"backbone", "pretrained", "sees", "view", "jitter", "blur"})
+    channels = build_codec(config).channels if config.classifier.sees == "state" else config.data.channels
+    options |= {"channels": channels, "source_image": config.condition.source_image, "download": download}
+    return PatchClassifier(len(config.data.classes), **options)
 
 
 def load(folder: Path, device: torch.device) -> PatchClassifier:
@@ -37,9 +32,7 @@ def load(folder: Path, device: torch.device) -> PatchClassifier:
 
 
 @torch.no_grad()
-def _in_chunks(
-    function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, device: torch.device, chunk: int
-) -> np.ndarray:
+def _in_chunks(function: Callable, batch: torch.Tensor, device: torch.device, chunk: int) -> np.ndarray:
     return torch.cat([function(images.encode(part.to(device))).float().cpu() for part in batch.split(chunk)]).numpy()
 
 
@@ -72,19 +65,18 @@ def patch_logits(
         return torch.stack([model(x.flip(turned)).float() for turned in sides]).mean(0)
 
     model.eval()
-    parts = (indices[start : start + chunk] for start in range(0, len(indices), chunk))
+    parts = np.split(indices, range(chunk, len(indices), chunk))
     return np.concatenate([_in_chunks(mean_logits, patches.centre(part), device, chunk) for part in parts])
 
 
 @torch.no_grad()
 def state_logits(
-    model: PatchClassifier, batches: Sequence[LabelledBatch], *, device: torch.device
+    model: PatchClassifier, batches: Iterable[LabelledBatch], *, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits and soft labels (N, num_classes) of batches of states, and the time bin (N,) of each state."""
     model.eval()
-    logits, targets, bins = [], [], []
+    found = []
     for x, y, t, x0 in batches:
-        logits.append(model(x.to(device), t.to(device), None if x0 is None else x0.to(device)).float().cpu())
-        targets.append(y)
-        bins.append(time_bin(t))
-    return tuple(torch.cat(parts).numpy() for parts in (logits, targets, bins))
+        logits = model(x.to(device), t.to(device), None if x0 is None else x0.to(device)).float().cpu()
+        found.append((logits, y, time_bin(t)))
+    return tuple(torch.cat(parts).numpy() for parts in zip(*found, strict=True))

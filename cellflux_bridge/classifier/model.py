@@ -27,13 +27,11 @@ class SmallCNN(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, *, widths: tuple[int, ...] = (32, 64, 128)):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
-        layers, width = [], widths[0]
-        for out in widths:
-            layers.append(_Residual(width, out, stride=2))
-            layers.append(_Residual(out, out, stride=1))
-            width = out
-        self.body = nn.Sequential(*layers, nn.GroupNorm(_GROUPS, width), nn.ReLU())
-        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(width, num_classes))
+        layers = []
+        for before, width in zip((widths[0], *widths), widths, strict=False):
+            layers += [_Residual(before, width, stride=2), _Residual(width, width, stride=1)]
+        self.body = nn.Sequential(*layers, nn.GroupNorm(_GROUPS, widths[-1]), nn.ReLU())
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(widths[-1], num_classes))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(self.stem(x))
@@ -58,14 +56,11 @@ class SmallCNN(nn.Module):
 class _Residual(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, *, stride: int):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.GroupNorm(_GROUPS, channels_in),
-            nn.ReLU(),
-            nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
-            nn.GroupNorm(_GROUPS, channels_out),
-            nn.ReLU(),
-            nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False),
-        )
+        layers = []
+        for width, step in ((channels_in, stride), (channels_out, 1)):
+            convolution = nn.Conv2d(width, channels_out, 3, step, 1, bias=False)
+            layers += [nn.GroupNorm(_GROUPS, width), nn.ReLU(), convolution]
+        self.body = nn.Sequential(*layers)
         same = stride == 1 and channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
 
@@ -127,38 +122,34 @@ class PatchClassifier(nn.Module):
         blur: float = 0.0,
     ):
         super().__init__()
-        self.sees, self.source_image, self.num_classes = sees, source_image and sees == "state", num_classes
-        if sees == "state":
-            assert view == "rgb", "the configuration refuses other views of states"
-            jitter = blur = 0.0
-        self._view, self._jitter, self._blur = view, jitter, blur
+        of_states = sees == "state"
+        assert view == "rgb" or not of_states, "the configuration refuses other views of states"
+        self.sees, self.source_image, self.num_classes = sees, source_image and of_states, num_classes
+        self._view, self._jitter, self._blur = view, jitter * (not of_states), blur * (not of_states)
         if channels != 3 and (view == "grey" or pretrained):
             raise UserError(f"classifier.view=grey and pretrained=true: for RGB images only, found {channels} channels")
-        seen = 1 if view == "grey" else channels
-        if sees == "state":
-            seen += _TIME_CHANNELS + channels * self.source_image
-        self.register_buffer("temperature", torch.ones(TIME_BINS if sees == "state" else 1))
+        seen = 1 if view == "grey" else channels * (1 + self.source_image) + _TIME_CHANNELS * of_states
+        self.register_buffer("temperature", torch.ones(TIME_BINS if of_states else 1))
         if backbone == "small":
             self.net = SmallCNN(seen, num_classes)
-            pretrained = False
         else:
             self.net = _timm_model(backbone, seen, num_classes, download=pretrained and download)
-        if pretrained and view == "rgb":  # the grey view is normalised already
+        self._pretrained = pretrained and backbone != "small" and view == "rgb"  # the grey view is normalised already
+        if self._pretrained:
             data = timm.data.resolve_model_data_config(self.net)
-            self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1))
-            self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1))
-        self._pretrained = pretrained and view == "rgb"
+            for name in ("mean", "std"):
+                self.register_buffer(name, torch.tensor(data[name]).view(3, 1, 1))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor | None = None, x0: torch.Tensor | None = None) -> torch.Tensor:
         return self.net(self._input(x, t, x0))
 
-    def features(self, x: torch.Tensor, t: torch.Tensor | None = None, x0: torch.Tensor | None = None) -> torch.Tensor:
-        """Inputs of the last layer, pooled over space: (B, D)."""
-        return self.net.forward_head(self.net.forward_features(self._input(x, t, x0)), pre_logits=True)
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs (B, D) of the last layer, pooled over space, of images."""
+        return self.net.forward_head(self.net.forward_features(self._input(x)), pre_logits=True)
 
     def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs (B, C, h, w) of the backbone's stages, finest first, of images (B, 3, H, W)."""
-        return self.net.forward_intermediates(self._input(x, None, None), intermediates_only=True)
+        """The outputs (B, C, h, w) of the backbone's stages, finest first, of images."""
+        return self.net.forward_intermediates(self._input(x), intermediates_only=True)
 
     def log_probabilities(
         self, x: torch.Tensor, t: torch.Tensor | None = None, x0: torch.Tensor | None = None
@@ -167,7 +158,7 @@ class PatchClassifier(nn.Module):
         temperature = self.temperature if t is None else self.temperature[time_bin(t), None]
         return (self(x, t, x0) / temperature).log_softmax(1)
 
-    def _input(self, x: torch.Tensor, t: torch.Tensor | None, x0: torch.Tensor | None) -> torch.Tensor:
+    def _input(self, x: torch.Tensor, t: torch.Tensor | None = None, x0: torch.Tensor | None = None) -> torch.Tensor:
         assert (t is not None) == (self.sees == "state"), "a time belongs to a state, and a state to a time"
         assert (x0 is not None) == self.source_image, "the clean source is given where source_image says so"
         if self.training and self._blur > 0:
@@ -176,15 +167,12 @@ class PatchClassifier(nn.Module):
         if self.training and self._jitter > 0:
             scale, shift = self._jitter * (2 * torch.rand(2, len(x), 1, 1, 1, device=x.device) - 1)
             x = x * (1 + scale) + shift
-        seen = [self._as_pretrained(x)]
-        if x0 is not None:
-            seen.append(self._as_pretrained(x0))
+        seen = [x] if x0 is None else [x, x0]
+        if self._pretrained:
+            seen = [((image + 1) / 2 - self.mean) / self.std for image in seen]
         if t is not None:
             seen.append(time_planes(t.to(x), *x.shape[2:]))
         return torch.cat(seen, dim=1)
-
-    def _as_pretrained(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x + 1) / 2 - self.mean) / self.std if self._pretrained else x
 
 
 def _timm_model(backbone: str, channels: int, num_classes: int, *, download: bool) -> nn.Module:
@@ -193,9 +181,9 @@ def _timm_model(backbone: str, channels: int, num_classes: int, *, download: boo
     except RuntimeError as error:
         raise UserError(f"classifier.backbone: {error}; expected 'small' or a timm model name") from error
     except OSError as error:  # what the hub's client raises where it cannot reach the hub
+        remedy = "set classifier.pretrained=false, or connect to the internet once"
         raise UserError(
-            f"classifier.pretrained: the weights of {backbone} cannot be fetched ({error}); set "
-            "classifier.pretrained=false, or connect to the internet once"
+            f"classifier.pretrained: the weights of {backbone} cannot be fetched ({error}); {remedy}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from cellflux_bridge.data.soft_labels import soft_labels
 
 # Colour statistics of a class need no more patches than this, however many there are.
 MOST_FOR_STATISTICS = 2000
+_CHUNK = 256
 _TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -30,20 +31,18 @@ def image_scores(
     See `calibration.figures`; with `labels` "score" targets are the soft labels, and `score_mae` is the mean distance
     of the expected score from the true one.
     """
-    test = patches.indices("test")
-    truth = patches.labels[test]
+    test, temperature = patches.indices("test"), model.temperature.item()
+    truth, by_colour = patches.labels[test], _colour_probabilities(patches, test)
     logits = patch_logits(model, patches, test, device=device)
     targets = soft_labels(patches, labels, needed=test, key="classifier.labels")[test]
-    by_colour = _colour_probabilities(patches, test)
     found = {
-        **figures(logits, truth, targets, temperature=model.temperature.item()),
+        **figures(logits, truth, targets, temperature=temperature),
         "colour_only_balanced_accuracy": balanced_accuracy_score(truth, by_colour.argmax(1)),
         "colour_only_auc": area_under_curve(by_colour, truth),
     }
     if labels == "score":
-        scale = np.linspace(0, 1, len(patches.classes))
-        calibrated = softmax(logits / model.temperature.item(), axis=1)
-        found["score_mae"] = float(np.abs(calibrated @ scale - patches.scores[test]).mean())
+        expected = softmax(logits / temperature, axis=1) @ np.linspace(0, 1, len(patches.classes))
+        found["score_mae"] = float(np.abs(expected - patches.scores[test]).mean())
     return {f"test/{name}": value for name, value in found.items()}
 
 
@@ -60,30 +59,25 @@ def state_scores(
     train = config.classifier.train
     states = States(config, patches, labels, split="test", levels=levels)
     numbers = range(-(-train.validate_pairs // train.batch_size))
-    temperatures = model.temperature.cpu().numpy()
-    scores, raw, scaled, all_targets = {}, [], [], []
+    scores, found = {"test/n": len(test)}, []
     for time in _TIMES:
         batches = (states.batch(number, time=time) for number in numbers)
-        logits, targets, bins = state_logits(model, batches, device=device)
+        found.append(state_logits(model, batches, device=device))
+        logits, targets, _ = found[-1]
         scores[f"test/accuracy_at_t{time}"] = float((logits.argmax(1) == targets.argmax(1)).mean())
-        raw.append(softmax(logits, axis=1))
-        scaled.append(softmax(logits / temperatures[bins, None], axis=1))
-        all_targets.append(targets)
-    raw, scaled, targets = (np.concatenate(parts) for parts in (raw, scaled, all_targets))
-    weights = np.ones(len(targets))
-    return {
-        "test/n": len(test),
-        **scores,
-        "test/ece_uncalibrated": expected_calibration_error(raw, targets, weights),
-        "test/ece": expected_calibration_error(scaled, targets, weights),
-    }
+    logits, targets, bins = map(np.concatenate, zip(*found, strict=True))
+    scaled = logits / model.temperature.cpu().numpy()[bins, None]
+    for name, values in {"ece_uncalibrated": logits, "ece": scaled}.items():
+        error = expected_calibration_error(softmax(values, axis=1), targets, np.ones(len(targets)))
+        scores[f"test/{name}"] = error
+    return scores
 
 
-def _colour_probabilities(patches: Patches, indices: np.ndarray, *, chunk: int = 256) -> np.ndarray:
+def _colour_probabilities(patches: Patches, indices: np.ndarray) -> np.ndarray:
     train = patches.sample("train", num=MOST_FOR_STATISTICS, seed=0)
 
     def statistics(chosen: np.ndarray) -> np.ndarray:
-        parts = (chosen[start : start + chunk] for start in range(0, len(chosen), chunk))
+        parts = np.split(chosen, range(_CHUNK, len(chosen), _CHUNK))
         return np.concatenate([colour_statistics(patches.centre(part)) for part in parts])
 
     colour = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))

@@ -40,10 +40,9 @@ class ClassifierConfig(Section):
 
     @model_validator(mode="after")
     def _only_guides_see_states(self):
-        if self.sees == "state" and self.role == "judge":
-            raise ValueError("sees=state is for guides: set role=guide (a judge looks at finished images)")
-        if self.sees == "state" and self.view != "rgb":
-            raise ValueError(f"sees=state with view={self.view}: the flow's states are seen in RGB; set view=rgb")
-        if self.sees == "state" and self.mixup:
-            raise ValueError(f"sees=state with mixup={self.mixup}: is of finished images; set mixup=0")
+        for key, needed in {"role": "guide", "view": "rgb", "mixup": 0}.items():
+            if self.sees == "state" and getattr(self, key) != needed:
+                raise ValueError(
+                    f"sees=state is for guides, which see states in colour and unmixed: set {key}={needed}"
+                )
         return self

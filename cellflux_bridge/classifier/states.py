@@ -9,7 +9,7 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import derive_seed, torch_generator
 from cellflux_bridge.codec.base import build_codec
 from cellflux_bridge.config import Config, registry
-from cellflux_bridge.data.pairs import Pairs
+from cellflux_bridge.data.pairs import build_pairs
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.path.base import Path
 
@@ -36,22 +36,11 @@ class States:
     ):
         own = config.classifier.seed  # lest guides that are pooled have learnt from the very same states
         self._seed = derive_seed(config.seed, "states of the guide", *([own] if own else []))
-        self._split = split
-        self._labels = torch.from_numpy(labels)
-        self._source_image = config.condition.source_image
+        self._split, self._labels, self._source_image = split, torch.from_numpy(labels), config.condition.source_image
         self.path: Path = registry.build("path", config.path)
         self._codec = build_codec(config)
-        self._pairs = Pairs(
-            patches,
-            registry.build("coupling", config.coupling),
-            split=split,
-            batch_size=config.classifier.train.batch_size,
-            seed=self._seed,
-            pairs=config.pairs,
-            data=config.data,
-            levels=levels,
-            level_bins=config.condition.level_bins,
-        )
+        size = config.classifier.train.batch_size
+        self._pairs = build_pairs(config, patches, split=split, batch_size=size, seed=self._seed, levels=levels)
         if levels is None:  # by level, any source goes to any target
             _require_choice(self._pairs.transitions, patches.classes, from_data=self.path.from_data)
 
@@ -70,9 +59,8 @@ class States:
 def _require_choice(transitions: list[tuple[int, int]], classes: tuple[str, ...], *, from_data: bool) -> None:
     """A state on a path from data shows its source. If each source class has only one target class, the source tells
     the label and a guide learns nothing about targets."""
-    targets_of = {a: {d for c, d in transitions if c == a} for a, _ in transitions} if from_data else {}
-    alone = all(len(targets) == 1 for targets in targets_of.values())
-    if len({d for _, d in transitions}) == 1 or (from_data and alone):
+    sources, targets = map(set, zip(*transitions, strict=True))
+    if len(targets) == 1 or (from_data and len(set(transitions)) == len(sources)):
         named = ", ".join(f"{classes[a]} -> {classes[b]}" for a, b in transitions)
         raise UserError(
             f"classifier.sees=state: with pairs.transitions {named} the source alone tells the target's class, so a "

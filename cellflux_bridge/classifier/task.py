@@ -45,32 +45,31 @@ class ClassifierTask:
         stream: str = "",
         levels: np.ndarray | None = None,
     ):
-        self._patches, self._seed = patches, config.seed
+        self._patches, self._seed, self.preprocessing = patches, config.seed, patches.preprocessing
         self._config = c = config.classifier
         self._stream = ("classifier", c.role, c.sees, c.view, stream, *([c.seed] if c.seed else []))
-        self.preprocessing = patches.preprocessing
-        for split in ("val", "test") if train is None else ("val",):
+        held_out = ("val", "test") if train is None else ("val",)
+        for split in held_out:
             if len(patches.indices(split)) == 0:
                 raise UserError(f"the {split} split is empty; raise data.split.{split} or name splits in the data")
         train = patches.indices("train") if train is None else train
-        needed = np.concatenate([train, patches.indices("val"), *([patches.indices("test")] if not stream else [])])
+        needed = np.concatenate([train, *map(patches.indices, held_out)])
         self._labels = soft_labels(patches, c.labels, needed=needed, key="classifier.labels")
         self._val = _validation_patches(patches, most=max(c.train.validate_pairs, _ENOUGH_TO_VALIDATE), seed=self._seed)
         self._train = BalancedPatches(patches, train, data=config.data)
         # Hard labels are smoothed, because certainty has no gradient; the temperature removes the bias.
         self._smoothing = 0.05 if c.labels == "class" and c.sees == "image" else 0.0
-        self._states, self._val_states = None, None
-        if c.sees == "state":
-            self._states = States(config, patches, self._labels, split="train", levels=levels)
-            self._val_states = States(config, patches, self._labels, split="val", levels=levels)
+        self._states: dict[str, States] = {}
+        for split in ("train", "val") if c.sees == "state" else ():
+            self._states[split] = States(config, patches, self._labels, split=split, levels=levels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._seed, *self._stream, "weights"))
             self.model = build_classifier(config)
         _require_fit(self.model, config)
 
     def batch(self, index: int, *, rank: int) -> LabelledBatch:
-        if self._states is not None:
-            return self._states.batch(index, rank=rank)
+        if self._states:
+            return self._states["train"].batch(index, rank=rank)
         generator = torch_generator(self._seed, *self._stream, index, rank)
         jitter = torch_generator(self._seed, *self._stream, "stain", index, rank)
         x, _, chosen = self._train.draw(self._config.train.batch_size, generator=generator, jitter=jitter)
@@ -97,13 +96,13 @@ class ClassifierTask:
         if self._config.mixup:
             logits, targets = self._mixed_val_logits(model, device)
             bins, weights = np.zeros(len(logits), int), np.ones(len(logits))
-        elif self._val_states is None:
+        elif not self._states:
             logits = patch_logits(model, self._patches, self._val, device=device)
             targets, bins = self._labels[self._val], np.zeros(len(self._val), int)
             weights = balanced_weights(self._patches.labels[self._val])
         else:
             num = -(-self._config.train.validate_pairs * TIME_BINS // self._config.train.batch_size)
-            logits, targets, bins = state_logits(model, map(self._val_states.batch, range(num)), device=device)
+            logits, targets, bins = state_logits(model, map(self._states["val"].batch, range(num)), device=device)
             weights = np.ones(len(logits))
         for number in np.unique(bins):
             rows = bins == number

@@ -33,14 +33,13 @@ def run(args: argparse.Namespace) -> None:
     found = classify(folder, [Path(run) for run in runs], overrides=args.overrides, device=fabric.device)
     results = []
     for run, one in zip(runs, found, strict=True):
-        results.append(one.as_json())
-        accuracy, num, rate = one.scores["test/accuracy"], one.scores["test/n"], one.rate
-        print(f"{run}: {one.judge.view}, accuracy {accuracy:.3f} on {num} real patches")
-        print(f"  fraction called {header.target} of {rate.num_sequences} sequences")
-        print(f"    untranslated {header.source:<18} {rate.fraction[0]:.3f}")
-        print(f"    Reinhard colour transfer       {rate.reinhard:.3f}")
-        print(f"    translated (level 1)           {rate.fraction[-1]:.3f}")
-        levels = "  ".join(f"{level:.2f}:{p:.2f}" for level, p in zip(rate.levels, rate.probability, strict=True))
+        results.append(one)
+        print(f"{run}: {one['view']}, accuracy {one['test/accuracy']:.3f} on {one['test/n']} real patches")
+        print(f"  fraction called {header.target} of {one['num_sequences']} sequences")
+        print(f"    untranslated {header.source:<18} {one['fraction'][0]:.3f}")
+        print(f"    Reinhard colour transfer       {one['reinhard']:.3f}")
+        print(f"    translated (level 1)           {one['fraction'][-1]:.3f}")
+        levels = "  ".join(f"{level:.2f}:{p:.2f}" for level, p in zip(one["levels"], one["probability"], strict=True))
         print(f"    mean probability by level      {levels}")
     replace_text(folder / "classification.json", json.dumps({**asdict(header), "judges": results}, indent=1) + "\n")
     print(f"wrote: {folder / 'classification.json'}")

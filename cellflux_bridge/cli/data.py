@@ -10,6 +10,8 @@ def run(args: argparse.Namespace) -> None:
     """data check CONFIG: count, measure and look through the patches, and decode them into the cache."""
     from cellflux_bridge.data.check import check_data, require_pairs
     from cellflux_bridge.data.patches import load_patches
+    from cellflux_bridge.data.soft_labels import soft_labels
+    from cellflux_bridge.flow.levels import assign_folds
     from cellflux_bridge.flow.task import build_flow
 
     config = configuration(args.config, args.overrides)
@@ -19,8 +21,12 @@ def run(args: argparse.Namespace) -> None:
     print(report)
     if not usable:
         raise UserError("some files cannot be used, or a class lacks patches (listed above): mend that first")
-    patches = load_patches(config.data, seed=config.seed)
-    _require_levels(config, patches)
+    patches, level = load_patches(config.data, seed=config.seed), config.condition.level
+    if config.condition.target == "level" and level == "crossfit":
+        assign_folds(patches, num_folds=config.classifier.folds, seed=config.seed)
+    elif config.condition.target == "level":
+        needed = [*patches.indices("train"), *patches.indices("val")]
+        soft_labels(patches, level, needed=needed, key="condition.level")
     require_pairs(patches, config, batch_size=1)
     try:
         require_pairs(patches, config, batch_size=config.train.batch_size)
@@ -30,16 +36,3 @@ def run(args: argparse.Namespace) -> None:
         print(f"the cache is filled; before training mend this: {error}")
     else:
         print("the cache is filled: training can start")
-
-
-def _require_levels(config, patches) -> None:
-    """UserError where patches lack the level that the network is told, or the groups to find it out."""
-    from cellflux_bridge.data.soft_labels import soft_labels
-    from cellflux_bridge.flow.levels import assign_folds
-
-    kind = config.condition.level
-    if config.condition.target == "level" and kind == "crossfit":
-        assign_folds(patches, num_folds=config.classifier.folds, seed=config.seed)
-    elif config.condition.target == "level":
-        needed = [*patches.indices("train"), *patches.indices("val")]
-        soft_labels(patches, kind, needed=needed, key="condition.level")

@@ -49,7 +49,7 @@ def trajectories_and_overrides(args) -> tuple[list[Path], list[str]]:
 
 def start(config, train, *, section: str):
     """The processes of a training, its configuration with the classes that the patches turned out to have, and them."""
-    from cellflux_bridge.data.index import taken_from_training
+    from cellflux_bridge.data.index import patch_index, taken_from_training
     from cellflux_bridge.data.patches import load_patches
     from cellflux_bridge.training.processes import make_fabric, on_rank_zero
 
@@ -58,7 +58,7 @@ def start(config, train, *, section: str):
     fabric.seed_everything(config.seed, verbose=False)
 
     def fill_cache() -> None:
-        if taken := taken_from_training(config.data, seed=config.seed):
+        if taken := taken_from_training(patch_index(config.data, seed=config.seed)):
             print(taken)
         load_patches(config.data, seed=config.seed)
 

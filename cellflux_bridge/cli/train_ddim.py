@@ -3,11 +3,7 @@
 import argparse
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cli.places import (
-    configuration,
-    start,
-    tell_trained,
-)
+from cellflux_bridge.cli.places import configuration, start, tell_trained
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,21 +16,20 @@ def run(args: argparse.Namespace) -> None:
     config = configuration(args.config, args.overrides)
     refuse_unfit(config)
     fabric, config, patches = start(config, config.ddim.denoiser.train, section="ddim.denoiser.train")
-    tasks = {name: STAGES[name].task(config, patches) for name in used_stages(config)}
+    tasks = {name: STAGES[name](config, patches) for name in used_stages(config)}
 
     def prepare() -> None:
         if (config.output / "checkpoints").exists():
             raise UserError(f"{config.output}: holds a flow's run; choose another output for the bridge")
         # Everything is asked for before anything is written.
-        for name in tasks:
-            stage = STAGES[name]
-            require_free(config.output / name, config, ignore=stage.unused, resume=stage.settings(config).train.resume)
+        for name, task in tasks.items():
+            require_free(config.output / name, config, ignore=task.unused, resume=task.settings(config).train.resume)
         record_splits(config.output, patches)
         for folder in (config.output, *(config.output / name for name in tasks)):
             claim(folder, config)
 
     on_rank_zero(fabric, prepare)
     for name, task in tasks.items():
-        newest = fit(task, config, STAGES[name].settings(config).train, folder=config.output / name, fabric=fabric)
+        newest = fit(task, config, task.settings(config).train, folder=config.output / name, fabric=fabric)
         if fabric.is_global_zero:
             tell_trained(newest, last_values(config.output / name, "val/"))

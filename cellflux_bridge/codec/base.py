@@ -33,13 +33,11 @@ class Codec(nn.Module, ABC):
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """States of images (B, image channels, H, W), which are uint8, or float in [-1, 1] where stain is jittered."""
-        code = self.to_code(images if images.is_floating_point() else image_io.encode(images))
-        return code if self.scale == 1 else self.scale * code
+        return self.scale * self.to_code(images if images.is_floating_point() else image_io.encode(images))
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Images (..., image channels, H, W) of states (..., channels, h, w), float, about [-1, 1]; differentiable."""
-        code = x if self.scale == 1 else x / self.scale
-        return self.to_images(code.flatten(0, -4)).unflatten(0, x.shape[:-3])
+        return self.to_images((x / self.scale).flatten(0, -4)).unflatten(0, x.shape[:-3])
 
     @torch.no_grad()
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:

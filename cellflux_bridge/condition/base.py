@@ -50,13 +50,12 @@ class Condition:
         return self._map(lambda tensor: tensor[rows])
 
     def replace(self, **tensors: torch.Tensor | None) -> "Condition":
-        """The same condition with other tensors for some parts; None removes a part."""
-        return Condition(dropped=self.dropped, present=self.present, **{**self.tensors, **tensors})
+        """The same condition with other tensors for some parts, or another `dropped`; None removes a part."""
+        return Condition(**{"dropped": self.dropped, "present": self.present, **self.tensors, **tensors})
 
     def drop(self, mask: torch.Tensor) -> "Condition":
         """The same condition with the samples of a (B,) bool mask dropped to the null."""
-        dropped = mask if self.dropped is None else self.dropped | mask
-        return Condition(dropped=dropped, present=self.present, **self.tensors)
+        return self.replace(dropped=mask if self.dropped is None else self.dropped | mask)
 
     def null(self) -> "Condition":
         """The unconditional condition of the same samples; parts that stay (the clean source image) stay."""
@@ -75,10 +74,10 @@ class Condition:
             return torch.cat([c._mask(default) if mask is None else mask for mask, c in pairs])
 
         dropped = [c.dropped for c in conditions]
-        partly = dict.fromkeys(name for c in conditions for name in c.present)
+        present = {name: [c.present.get(name) for c in conditions] for c in conditions for name in c.present}
         return Condition(
             dropped=None if all(mask is None for mask in dropped) else joined(dropped, default=False),
-            present={name: joined([c.present.get(name) for c in conditions], default=True) for name in partly},
+            present={name: joined(masks, default=True) for name, masks in present.items()},
             **{name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors},
         )
 
@@ -142,14 +141,6 @@ class ConditionSpec(NamedTuple):
         )
 
 
-class Embedded(NamedTuple):
-    """A condition as a network takes it: vector (B, width), tokens (B, L, width) or None, maps (B, C, H, W)."""
-
-    vector: torch.Tensor
-    tokens: torch.Tensor | None
-    maps: list[torch.Tensor]
-
-
 class ConditionEmbedding(nn.Module):
     """Embeds all parts of a condition, with learned nulls for what is dropped or absent.
 
@@ -159,6 +150,7 @@ class ConditionEmbedding(nn.Module):
     def __init__(self, spec: ConditionSpec, width: int, *, forms: Sequence[str]):
         super().__init__()
         self._parts, self._width = spec.parts, width
+        self.null, self.nulls = nn.Parameter(torch.zeros(width)), nn.ParameterDict()
         for part in spec.parts:
             if part.form not in forms:
                 raise UserError(
@@ -166,27 +158,27 @@ class ConditionEmbedding(nn.Module):
                     "another velocity.name, or leave the part out"
                 )
             self.add_module(part.slot or part.name, part.embedding(width))
-        self.null = nn.Parameter(torch.zeros(width))
-        own = [part for part in spec.parts if part.optional or not (part.form == "vector" or part.stays)]
-        sizes = {part.name: part.channels if part.form == "map" else width for part in own}
-        self.nulls = nn.ParameterDict({name: nn.Parameter(torch.zeros(size)) for name, size in sizes.items()})
+            if part.optional or not (part.form == "vector" or part.stays):
+                size = (part.channels, 1, 1) if part.form == "map" else (width,)
+                self.nulls[part.name] = nn.Parameter(torch.zeros(size))
 
-    def forward(self, cond: Condition) -> Embedded:
+    def forward(self, cond: Condition) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """The vector (B, width), the tokens (B, L, width) or None, and the maps (B, C, H, W)."""
         found: dict[str, list[torch.Tensor]] = {"vector": [], "tokens": [], "map": []}
         for part in self._parts:
             value = self.get_submodule(part.slot or part.name)(cond.tensors[part.name])
             if part.name in self.nulls:
-                value = torch.where(*self._absent(part, cond, value.ndim), value)
+                absent = self._absent(part, cond).view(-1, *[1] * (value.ndim - 1))
+                value = torch.where(absent, self.nulls[part.name], value)
             found[part.form].append(value)
         vector = reduce(torch.add, found["vector"]) if found["vector"] else self.null.expand(len(cond), -1)
         if cond.dropped is not None:
             vector = torch.where(cond.dropped[:, None], self.null, vector)
-        return Embedded(vector, torch.cat(found["tokens"], dim=1) if found["tokens"] else None, found["map"])
+        return vector, torch.cat(found["tokens"], dim=1) if found["tokens"] else None, found["map"]
 
-    def _absent(self, part: Part, cond: Condition, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which samples lack a part, and its null, as `torch.where` takes them beside a value of `ndim` dimensions."""
+    @staticmethod
+    def _absent(part: Part, cond: Condition) -> torch.Tensor:
+        """Which samples (B,) bool lack a part, or all that could stand in its place."""
         absent = ~cond.present.get(part.name, cond._mask(True))
-        if cond.dropped is not None and not part.stays and part.form != "vector":
-            absent = absent | cond.dropped
-        null = self.nulls[part.name]
-        return absent.view(-1, *[1] * (ndim - 1)), null.view(-1, 1, 1) if part.form == "map" else null
+        is_dropped = cond.dropped is not None and not part.stays and part.form != "vector"
+        return absent | cond.dropped if is_dropped else absent

@@ -27,10 +27,9 @@ class ConditionConfig(Section):
         if not isinstance(parts, list):
             raise ValueError("expected a list of names, or of mappings with a name")
         found = [validate("part", part, key=f"condition.parts.{i}") for i, part in enumerate(parts)]
-        names = [part["name"] for part in found]
-        for name in names:
-            if name in ("target_class", "level", "source_class", "source_image") or names.count(name) > 1:
-                raise ValueError(f"{name!r} stands twice, or has a key of its own (target, source_class, source_image)")
+        names = ["target_class", "level", "source_class", "source_image", *(part["name"] for part in found)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]!r} stands twice, or has a key of its own (target, source_class, source_image)")
         return found
 
     def all_parts(self) -> list[dict[str, Any]]:

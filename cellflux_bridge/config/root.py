@@ -22,7 +22,7 @@ from cellflux_bridge.config.schema import Section, dump_yaml, explain, parse_yam
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.ddim.settings import DDIMConfig
 from cellflux_bridge.training.settings import TrainConfig
-from cellflux_bridge.translation.settings import TranslateConfig
+from cellflux_bridge.translation.settings import TranslateConfig, without_foreign_keys
 from cellflux_bridge.video.settings import VideoConfig
 
 Coupling = component("coupling", "coupling", default="minibatch_ot")
@@ -138,7 +138,11 @@ def load_config(
     """
     path = Path(path)
     data = read_yaml(path) | ({} if output is None else {"output": output})
-    data = merged(data, parse_overrides(overrides))
+    given = parse_overrides(overrides)
+    section, over = data.get("translate"), given.get("translate")
+    if isinstance(section, dict) and isinstance(over, dict):
+        data["translate"] = without_foreign_keys(section, over)
+    data = merged(data, given)
     data.setdefault("name", path.stem)
     data.setdefault("output", f"runs/{data['name']}")
     named = re.findall(r"[\w.]+:\w+", " ".join(overrides))

@@ -18,8 +18,8 @@ class BalancedPatches:
 
     def __init__(self, patches: Patches, indices: np.ndarray, *, data: DataConfig):
         self._patches, self._data = patches, data
-        self._of_class = [indices[patches.labels[indices] == number] for number in range(len(patches.classes))]
-        for label, members in zip(patches.classes, self._of_class, strict=True):
+        self._members = [indices[patches.labels[indices] == number] for number in range(len(patches.classes))]
+        for label, members in zip(patches.classes, self._members, strict=True):
             if len(members) == 0:
                 raise UserError(f"class {label!r} has no patch in the train split; see `cellflux-bridge data check`")
 
@@ -30,10 +30,11 @@ class BalancedPatches:
 
         Stain is jittered where data.stain.mode says so, by draws of `jitter` alone.
         """
-        y = torch.randint(len(self._of_class), (num,), generator=generator)
-        places = torch.rand(num, generator=generator)
-        members = [self._of_class[c] for c in y.tolist()]
-        chosen = [int(of[int(u * len(of))]) for of, u in zip(members, places.tolist(), strict=True)]
+        y = torch.randint(len(self._members), (num,), generator=generator)
+        places = torch.rand(num, generator=generator).tolist()
+        chosen = [
+            int(self._members[c][int(u * len(self._members[c]))]) for c, u in zip(y.tolist(), places, strict=True)
+        ]
         x = images.encode(self._patches.random(chosen, flips=self._data.flips, generator=generator))
         if self._data.stain.mode == "augment":
             x = stain.augment(x, strength=self._data.stain.strength, generator=jitter)

@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from tokenize import TokenError
@@ -70,12 +69,12 @@ def cached_pixels(
 def _file_stats(index: Index) -> np.ndarray:
     """Size and time of change of every image file, (N, 2) int64."""
     root, stats = str(index.root), np.empty((len(index.ids), 2), np.int64)
-    for i, file in enumerate(index.files):
-        try:
+    try:
+        for i, file in enumerate(index.files):
             status = os.stat(os.path.join(root, file))
-        except OSError as error:
-            raise UserError(f"{index.file(i)}: cannot be read ({error.strerror}); mend or remove it") from error
-        stats[i] = status.st_size, status.st_mtime_ns
+            stats[i] = status.st_size, status.st_mtime_ns
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend or remove it") from error
     return stats
 
 
@@ -127,11 +126,19 @@ def _build(
     seed: int,
     reference: stain.StainReference | None,
 ) -> None:
+    """Decodes what is not there yet into arrays in `folder`."""
     num, preprocessing = len(stats), Preprocessing(config.image_size, config.crop)
 
     def each(work: Callable[[int], Any], numbers: Sequence[int], desc: str) -> list:
         """`work` of these patches; UserError that lists the files for which it raised one."""
-        results = threaded(partial(_or_error, work), numbers, workers=config.workers, desc=desc)
+
+        def work_or_error(number: int) -> Any:
+            try:
+                return work(number)
+            except UserError as error:
+                return error
+
+        results = threaded(work_or_error, numbers, workers=config.workers, desc=desc)
         errors = [str(result) for result in results if isinstance(result, UserError)]
         if errors:
             shown = "\n  ".join(errors[:10]) + (f"\n  and {len(errors) - 10} more" if len(errors) > 10 else "")
@@ -159,7 +166,6 @@ def _build(
                 raise
             reference = stain.fit_reference(config.stain.method, shown)
         preprocessing = replace(preprocessing, reference=reference)
-
     shape, missing = (num, height, width, 3), np.arange(num)
     try:
         if is_begun := Preprocessing.load(folder / "preprocessing.json") == preprocessing:
@@ -168,7 +174,13 @@ def _build(
             missing = np.flatnonzero((made_from != stats).any(axis=1))
     except UserError:
         is_begun = False
-    _require_space(folder, len(missing) * height * width * 3)
+    # A memory map that meets a full disk kills the process without a word, so the space is asked for before.
+    free, needed = shutil.disk_usage(folder).free, len(missing) * height * width * 3
+    if free < needed:
+        raise UserError(
+            f"data.cache_dir: {folder.parent} has {free / 1e9:.1f} GB free, the cache needs {needed / 1e9:.1f} GB; "
+            "make room or set another data.cache_dir"
+        )
     if not is_begun:
         preprocessing.save(folder / "preprocessing.json")
         pixels = open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
@@ -204,20 +216,3 @@ def _mapped(file: Path, dtype: type, fits: Callable[..., bool], *, mode: str = "
         return found
     except (OSError, ValueError, TypeError, SyntaxError, OverflowError, TokenError) as error:
         raise UserError(f"{file.parent}: a damaged cache ({error}); remove this folder, it is made anew") from error
-
-
-def _require_space(folder: Path, num_bytes: int) -> None:
-    """A memory map that meets a full disk kills the process without a word, so the space is asked for before."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise UserError(
-            f"data.cache_dir: {folder.parent} has {free / 1e9:.1f} GB free, the cache needs {num_bytes / 1e9:.1f} GB; "
-            "make room or set another data.cache_dir"
-        )
-
-
-def _or_error(work: Callable[[int], Any], number: int) -> Any:
-    try:
-        return work(number)
-    except UserError as error:
-        return error

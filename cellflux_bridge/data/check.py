@@ -12,9 +12,9 @@ from cellflux_bridge import images
 from cellflux_bridge.base.errors import abbreviate
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
-from cellflux_bridge.config import Config, registry
+from cellflux_bridge.config import Config
 from cellflux_bridge.data.compression import Encoding, compare, encoding
-from cellflux_bridge.data.index import frame_mpp, patch_index, taken_from_training
+from cellflux_bridge.data.index import Index, frame_mpp, patch_index, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.data.near_copies import near_copies, thumbnail
 from cellflux_bridge.data.pairs import Pairs
@@ -23,10 +23,13 @@ from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.data.split import describe_shares
 
+_ACROSS = (("across splits", "split"), ("across classes", "label"))
+
 
 class _Facts(NamedTuple):
-    """What one decoding of a file told: its size (height, width), a digest of its pixels, its thumbnail."""
+    """What one decoding of a patch's file told: its size (height, width), a digest of its pixels, its thumbnail."""
 
+    record: PatchRecord
     size: tuple[int, int]
     digest: str
     thumbnail: np.ndarray
@@ -44,39 +47,39 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     """
     index = patch_index(config, seed=seed)
     records, classes = index.records(), index.classes
-    layout = registry.build("layout", config.layout, config.root.expanduser())
-    given = {record.split for record in layout.records()}
+    given = {SPLITS[number] for number in np.unique(index.named) if number < len(SPLITS)}
     preprocessing = Preprocessing(config.image_size, config.crop)
     found = threaded(lambda r: _inspect(r, preprocessing), records, workers=config.workers, desc="checking")
-    lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
+    facts = [one for one in found if isinstance(one, _Facts)]
+    unreadable = [one for one in found if isinstance(one, str)]
     counts = Counter((record.label, record.split) for record in records)
     width = max(map(len, classes))
+    lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
     lines.append("  " + " " * width + "".join(f"{split:>9}" for split in SPLITS))
-    for label in classes:
-        lines.append(f"  {label:<{width}}" + "".join(f"{counts[label, split]:>9}" for split in SPLITS))
-    lines += layout.reading()
-    taken = taken_from_training(config, seed=seed)
-    if taken:
+    lines += [f"  {c:<{width}}" + "".join(f"{counts[c, split]:>9}" for split in SPLITS) for c in classes]
+    lines += index.reading
+    if taken := taken_from_training(index):
         lines.append(taken)
-    groups = {record.group for record in records if record.group is not None}
+    groups = {record.group for record in records} - {None}
     lines.append(f"groups: {len(groups) or 'none named; every patch counts as its own'}")
     lines += describe_shares(records, given=given, val=config.split.val, test=config.split.test)
-    kept = [number for number, facts in enumerate(found) if isinstance(facts, _Facts)]
-    usable, facts = [records[number] for number in kept], [found[number] for number in kept]
     lines += _sizes([one.size for one in facts], config, preprocessing)
-    unreadable = [fault for fault in found if isinstance(fault, str)]
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
     lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *unreadable[:20], *more]))
-    lines += compare([one.encoding for one in facts], [record.label for record in usable])
-    lines += _duplicates(usable, facts)
-    columns = [column[kept] for column in (index.splits, index.labels, index.groups)]
-    lines += _near_copies(usable, facts, *columns, sheet=sheet.with_name("near_copies.png"))
+    lines += compare([one.encoding for one in facts], [one.record.label for one in facts])
+    lines += _duplicates(facts)
+    lines += _near_copies(facts, index, sheet=sheet.with_name("near_copies.png"))
     if any(record.mpp is not None for record in records):
-        mpp = frame_mpp(usable, preprocessing)
+        mpp = frame_mpp([one.record for one in facts], preprocessing)
         unknown = "not known (missing for some patches, or more than 5 % apart); set --mpp where nuclei are counted"
         lines.append(f"microns per pixel at {config.image_size} px: {unknown if mpp is None else f'{mpp:.4g}'}")
-    if usable:
-        images.write_png(sheet, _contact_sheet(usable, classes, preprocessing, seed=seed))
+    if facts:
+        rows = []
+        for label in classes:
+            members = [one.record for one in facts if one.record.label == label]
+            order = numpy_generator(seed, "contact sheet", label).permutation(len(members))[:12]
+            rows.append([preprocessing(images.read_rgb(members[i].file), name=members[i].id) for i in order])
+        images.write_png(sheet, images.sheet([row for row in rows if row], scale=max(1, 96 // config.image_size)))
         lines.append(f"contact sheet: {sheet}")
     lacking = _lacking(counts, classes, config, given=given)
     return "\n".join(lines + lacking), not unreadable and not lacking
@@ -98,10 +101,10 @@ def _inspect(record: PatchRecord, preprocessing: Preprocessing) -> _Facts | str:
     except ValueError as error:
         return str(error)
     digest = hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
-    return _Facts(rgb.shape[:2], digest, thumbnail(rgb), encoding(record.file))
+    return _Facts(record, rgb.shape[:2], digest, thumbnail(rgb), encoding(record.file))
 
 
-def _lacking(counts: Counter, classes: Sequence[str], config: DataConfig, *, given: set[str | None]) -> list[str]:
+def _lacking(counts: Counter, classes: Sequence[str], config: DataConfig, *, given: set[str]) -> list[str]:
     """Which classes lack patches of which split, so that they cannot be trained or judged."""
     lines = []
     for split in SPLITS:
@@ -126,61 +129,48 @@ def _sizes(sizes: Sequence[tuple[int, int]], config: DataConfig, preprocessing: 
     return lines
 
 
-def _duplicates(records: Sequence[PatchRecord], facts: Sequence[_Facts]) -> list[str]:
+def _duplicates(facts: Sequence[_Facts]) -> list[str]:
     same = defaultdict(list)
-    for record, one in zip(records, facts, strict=True):
-        same[one.digest].append(record)
+    for one in facts:
+        same[one.digest].append(one.record)
     sets = [members for members in same.values() if len(members) > 1]
     lines = [f"exact duplicates: {sum(map(len, sets)) - len(sets)} patches repeat another one"]
-    for title, attribute in (("across splits", "split"), ("across classes", "label")):
-        crossing = [m for m in sets if len({getattr(record, attribute) for record in m}) > 1]
+    for title, trait in _ACROSS:
+        crossing = [members for members in sets if len({getattr(record, trait) for record in members}) > 1]
         if crossing:
-            examples = [" = ".join(f"{record.id} ({getattr(record, attribute)})" for record in m[:2]) for m in crossing]
+            examples = [" = ".join(_named(record, trait) for record in members[:2]) for members in crossing]
             lines.append(f"  {title}: {len(crossing)} sets: {abbreviate(examples, limit=3)}")
     return lines
 
 
-def _near_copies(
-    records: Sequence[PatchRecord],
-    facts: Sequence[_Facts],
-    split: np.ndarray,
-    label: np.ndarray,
-    group: np.ndarray,
-    *,
-    sheet: Path,
-) -> list[str]:
+def _near_copies(facts: Sequence[_Facts], index: Index, *, sheet: Path) -> list[str]:
     """Pairs of different groups that are nearly one picture, across splits and across classes, the most alike drawn."""
     sheet.unlink(missing_ok=True)  # an older one would mislead
-    if not records:
+    if not facts:
         return []
+    places = {name: number for number, name in enumerate(index.ids)}
+    kept = [places[one.record.id] for one in facts]
+    split, label, group = (column[kept] for column in (index.splits, index.labels, index.groups))
     digest = np.array([one.digest for one in facts])
 
     def counts(i: np.ndarray, j: np.ndarray) -> np.ndarray:
         return ((split[i] != split[j]) | (label[i] != label[j])) & (group[i] != group[j]) & (digest[i] != digest[j])
 
     pairs, likeness = near_copies(np.stack([one.thumbnail for one in facts]), counts=counts)
-    lines = [f"near copies (saved again, resized, turned, mirrored) of different groups: {len(pairs)} pairs"]
-    for title, column, attribute in (("across splits", split, "split"), ("across classes", label, "label")):
-        crossing = column[pairs[:, 0]] != column[pairs[:, 1]]
-        examples = [
-            " ~ ".join(f"{r.id} ({getattr(r, attribute)})" for r in (records[i], records[j])) + f", r = {alike:.2f}"
-            for (i, j), alike in zip(pairs[crossing][:3], likeness[crossing], strict=False)
-        ]
-        if examples:
-            lines.append(
-                f"  {title}: {crossing.sum()} pairs: {'; '.join(examples)}{' ...' if crossing.sum() > 3 else ''}"
-            )
-    if len(pairs):
-        tiles = [[images.resize(images.read_rgb(records[i].file), 96, 96) for i in pair] for pair in pairs[:12]]
+    found = [(facts[i].record, facts[j].record, alike) for (i, j), alike in zip(pairs, likeness, strict=True)]
+    lines = [f"near copies (saved again, resized, turned, mirrored) of different groups: {len(found)} pairs"]
+    for title, trait in _ACROSS:
+        crossing = [(a, b, alike) for a, b, alike in found if getattr(a, trait) != getattr(b, trait)]
+        if crossing:
+            examples = [f"{_named(a, trait)} ~ {_named(b, trait)}, r = {alike:.2f}" for a, b, alike in crossing[:3]]
+            more = " ..." if len(crossing) > 3 else ""
+            lines.append(f"  {title}: {len(crossing)} pairs: {'; '.join(examples)}{more}")
+    if found:
+        tiles = [[images.resize(images.read_rgb(r.file), 96, 96) for r in (a, b)] for a, b, _ in found[:12]]
         images.write_png(sheet, images.sheet(tiles))
         lines.append(f"  give copies one group in a manifest.csv, or remove them; the most alike are drawn in {sheet}")
     return lines
 
 
-def _contact_sheet(records: list[PatchRecord], classes: tuple[str, ...], preprocessing: Preprocessing, *, seed: int):
-    rows = []
-    for label in classes:
-        members = [record for record in records if record.label == label]
-        order = numpy_generator(seed, "contact sheet", label).permutation(len(members))[:12]
-        rows.append([preprocessing(images.read_rgb(members[i].file), name=members[i].id) for i in order])
-    return images.sheet([row for row in rows if row], scale=max(1, 96 // preprocessing.image_size))
+def _named(record: PatchRecord, trait: str) -> str:
+    return f"{record.id} ({getattr(record, trait)})"

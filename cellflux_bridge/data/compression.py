@@ -60,16 +60,16 @@ def compare(encodings: Sequence[Encoding], labels: Sequence[str]) -> list[str]:
     the largest one between their distribution functions; a judge that knows the trait alone is right in
     (1 + distance) / 2 of cases. A warning needs a distance of 0.2, and one that chance does not make of as many files.
     """
-    rows = {label: [e for e, c in zip(encodings, labels, strict=True) if c == label] for label in sorted(set(labels))}
+    columns = {}  # of each class: codecs, qualities, subsamplings and sizes, where there are such
+    for label in sorted(set(labels)):
+        members = [e for e, c in zip(encodings, labels, strict=True) if c == label]
+        columns[label] = [[value for value in column if value is not None] for column in zip(*members, strict=True)]
     lines = ["files by class: codec; JPEG quality, 5 / 50 / 95 %; chroma subsampling; kB, 5 / 50 / 95 %"]
-    for label, members in rows.items():
-        columns = [[value for value in column if value is not None] for column in zip(*members, strict=True)]
-        lines.append(f"  {label:<{max(map(len, rows))}}  " + "; ".join(map(_summary, columns)))
-    for name, trait in (("codec", "codec"), ("JPEG quality", "quality"), ("chroma subsampling", "chroma")):
-        values = {c: [v for e in members if (v := getattr(e, trait)) is not None] for c, members in rows.items()}
-        pairs = [
-            (*_distance(values[a], values[b]), a, b) for a, b in combinations(values, 2) if values[a] and values[b]
-        ]
+    width = max(map(len, columns), default=0)
+    lines += [f"  {label:<{width}}  " + "; ".join(map(_summary, of)) for label, of in columns.items()]
+    for number, name in enumerate(("codec", "JPEG quality", "chroma subsampling")):
+        values = {label: of[number] for label, of in columns.items() if of[number]}
+        pairs = [(*_distance(values[a], values[b]), a, b) for a, b in combinations(values, 2)]
         excess, distance, a, b = max(pairs, default=(-1, 0, "", ""))
         if excess >= 0:
             lines.append(

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,16 @@ from cellflux_bridge.data.split import assign_splits, check_groups
 _SPLITS = (*SPLITS, None)
 
 
-@lru_cache(maxsize=16)
-def _place(key: Hashable) -> list:
-    return []
+_remembered: dict[Hashable, Any] = {}
 
 
 def remembered(key: Hashable, make: Callable[[], Any]) -> Any:
     """What `make` returned for this key before, in this process, or returns now. Sixteen keys are remembered."""
-    place = _place(key)
-    if not place:
-        place.append(make())
-    return place[0]
+    found = _remembered.pop(key, None)
+    _remembered[key] = found = make() if found is None else found
+    for oldest in list(_remembered)[:-16]:
+        _remembered.pop(oldest, None)
+    return found
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Index:
     `ids` are the records' ids and `files` their paths, from `root` on where they lie below it; `labels` (N,) int64
     into `classes`; `splits` (N,) int64 into SPLITS, and `named` likewise, those that the data itself names, where 3
     means none; `groups` (N,) int64 into `group_names`, of which those that start with a NUL stand for a patch without
-    group; `scores` and `mpp` (N,) float64, NaN where not known.
+    group; `scores` and `mpp` (N,) float64, NaN where not known; `reading` as `Layout.reading` says it.
     """
 
     root: Path
@@ -58,9 +56,10 @@ class Index:
     group_names: tuple[str, ...]
     scores: np.ndarray
     mpp: np.ndarray
+    reading: tuple[str, ...]
 
     @classmethod
-    def of(cls, root: Path, records: Sequence[PatchRecord]) -> "Index":
+    def of(cls, root: Path, records: Sequence[PatchRecord], reading: Sequence[str]) -> "Index":
         """The columns of records that may lack a split; the classes are those that occur, sorted."""
         ids = tuple(record.id for record in records)
         files = tuple(str(record.file).removeprefix(f"{root}{os.sep}") for record in records)
@@ -68,7 +67,8 @@ class Index:
         named = np.array([_SPLITS.index(record.split) for record in records], np.int64)
         groups = _numbered([f"\0{r.id}" if r.group is None else r.group for r in records])
         numbers = np.array([(r.score, r.mpp) for r in records], np.float64).reshape(-1, 2).T  # None becomes NaN
-        return cls(root, ids, ids if files == ids else files, labels, classes, named, named, *groups, *numbers)
+        files = ids if files == ids else files
+        return cls(root, ids, files, labels, classes, named, named, *groups, *numbers, tuple(reading))
 
     def file(self, number: int) -> Path:
         return self.root / self.files[number]
@@ -79,13 +79,16 @@ class Index:
         columns = (self.labels, self.splits, self.groups, self.scores, self.mpp)
         rows = zip(self.ids, self.files, *(column.tolist() for column in columns), strict=True)
         return [
-            PatchRecord(name, self.root / file, self.classes[c], _SPLITS[s], groups[g], *map(_or_none, numbers))
+            PatchRecord(
+                name,
+                self.root / file,
+                self.classes[c],
+                _SPLITS[s],
+                groups[g],
+                *(n if n == n else None for n in numbers),
+            )
             for name, file, c, s, g, *numbers in rows
         ]
-
-
-def _or_none(number: float) -> float | None:
-    return None if np.isnan(number) else number
 
 
 def _numbered(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -120,34 +123,30 @@ def patch_index(config: DataConfig, *, seed: int) -> Index:
     root, fresh = config.root.expanduser(), []
 
     def listed() -> Index:
-        fresh.extend(registry.build("layout", config.layout, root).records())
-        return Index.of(root, fresh)
+        layout = registry.build("layout", config.layout, root)
+        fresh.extend(layout.records())
+        return Index.of(root, fresh, layout.reading())
 
-    def with_splits() -> Index:
-        index = listed() if is_foreign else remembered(key, listed)
-        return _with_splits(index, fresh or index.records(), config, seed=seed)
-
-    if is_foreign := ":" in config.layout["name"]:
-        return with_splits()
+    if ":" in config.layout["name"]:
+        return _with_splits(listed(), fresh, config, seed=seed)
     key = (str(root.absolute()), repr(config.layout), _stamp(root))
+    index = remembered(key, listed)
     settings = (repr(config.classes), config.split.val, config.split.test, seed)
-    return remembered((*key, *settings), with_splits)
+    return remembered((*key, *settings), lambda: _with_splits(index, fresh or index.records(), config, seed=seed))
 
 
 def _with_splits(listed: Index, records: Sequence[PatchRecord], config: DataConfig, *, seed: int) -> Index:
     found = listed.classes
     classes = tuple(config.classes if config.classes is not None else found)
-    for label in classes:
-        if label not in found:
-            raise UserError(
-                f"data.classes: no patch of class {label!r} in {config.root}{nearest(label, found)}; "
-                f"found: {', '.join(found) or 'none'}"
-            )
-    unknown = sorted(set(found) - set(classes))
-    if unknown:
+    if missing := [label for label in classes if label not in found]:
         raise UserError(
-            f"{config.root}: label {abbreviate([repr(u) for u in unknown])} is not in data.classes; add it there, "
-            "or to data.layout.ignore to leave it out"
+            f"data.classes: no patch of class {missing[0]!r} in {config.root}{nearest(missing[0], found)}; "
+            f"found: {', '.join(found) or 'none'}"
+        )
+    if unknown := [repr(label) for label in found if label not in classes]:
+        raise UserError(
+            f"{config.root}: label {abbreviate(unknown)} is not in data.classes; add it there, or to "
+            "data.layout.ignore to leave it out"
         )
     if len(classes) < 2:
         raise UserError(f"{config.root}: only one class ({', '.join(classes) or 'none'}); a bridge needs two")
@@ -176,12 +175,10 @@ def frame_mpp(records: Sequence[PatchRecord], preprocessing: Preprocessing) -> f
     return float(np.median(found)) if max(found) <= 1.05 * min(found) else None
 
 
-def taken_from_training(config: DataConfig, *, seed: int) -> str | None:
+def taken_from_training(index: Index) -> str | None:
     """A warning where the data itself names patches `train` and some of them became a split that it does not name."""
-    index = patch_index(config, seed=seed)
     of_train = index.splits[index.named == SPLITS.index("train")]
-    counts = zip(SPLITS[1:], np.bincount(of_train, minlength=len(SPLITS))[1:], strict=True)
-    taken = {name: count for name, count in counts if count}
+    taken = {name: (of_train == number).sum() for number, name in enumerate(SPLITS) if number in of_train and number}
     if not taken:
         return None
     splits = " and ".join(f"{count} {split}" for split, count in taken.items())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import permutations
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import torch_generator
+from cellflux_bridge.config import Config, registry
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.images import stain
@@ -22,14 +23,6 @@ _ROWS_PER_DRAW = 8
 _ROWS_PER_BLOCK = 1024
 # Pools whose rows are remembered: more than the batches that are made at once belong to.
 _NUM_POOLS = 32
-
-
-class Coupling(Protocol):
-    """What pairs the sources and targets of a batch: see `coupling.base`."""
-
-    def features(self, images: torch.Tensor) -> torch.Tensor: ...
-
-    def pair(self, x0: torch.Tensor, x1: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class PairBatch(NamedTuple):
@@ -43,14 +36,6 @@ class PairBatch(NamedTuple):
     target_level: torch.Tensor
     source_index: torch.Tensor
     target_index: torch.Tensor
-
-
-class _Kind(NamedTuple):
-    """Patches that sources and targets of one kind of pair are drawn from, and how often, relative to others."""
-
-    source: np.ndarray
-    target: np.ndarray
-    weight: float
 
 
 class _Rows(NamedTuple):
@@ -84,14 +69,14 @@ class Pairs:
     No other source gets a crop of itself as target. Where its block has no other target for it (in a block of one row,
     or in a group of one patch), it becomes a self pair: the same crop, at its own level.
 
-    Raises UserError for a transition between unknown classes, and where a class, or a group that is to be matched,
-    has too few patches.
+    `coupling` is a `coupling.base.Coupling`; None does to find out whether there are pairs. Raises UserError for a
+    transition between unknown classes, and where a class, or a group that is to be matched, has too few patches.
     """
 
     def __init__(
         self,
         patches: Patches,
-        coupling: Coupling,
+        coupling,
         *,
         split: str,
         batch_size: int,
@@ -109,6 +94,7 @@ class Pairs:
             tuple(patches.class_index(label) for label in pair) for pair in named_transitions(patches.classes, pairs)
         ]
         members = self._members(rows=-(-batch_size // len(self.transitions)))
+        # Of each kind of pair the patches that are its sources and targets, and how often it is drawn by level.
         if self._by_level:
             sources = [members[c] for c in dict.fromkeys(source for source, _ in self.transitions)]
             pool = np.concatenate(list(members.values()))
@@ -117,10 +103,9 @@ class Pairs:
             targets = [pool[bins == number] for number in range(bins.max() + 1)]
             self._bin_of = np.full(len(patches.labels), -1)
             self._bin_of[pool] = bins
-            pools = [(source, target, len(target) ** 0.5) for source in sources for target in targets]
+            self._kinds = [(source, target, len(target) ** 0.5) for source in sources for target in targets]
         else:
-            pools = [(members[source], members[target], 1.0) for source, target in self.transitions]
-        self._kinds = [_Kind(*pool) for pool in pools]
+            self._kinds = [(members[source], members[target], 1.0) for source, target in self.transitions]
         self._groups = self._shared_groups() if pairs.match_group else None
         self._coupled_pools: dict[tuple[int, int], Future[list[_Rows]]] = {}
         self._lock, self._background = Lock(), ThreadPoolExecutor(1)
@@ -132,15 +117,15 @@ class Pairs:
             label = self._patches.classes[number]
             members[number] = self._patches.indices(self._split, label)
             have = len(members[number])
-            if self._split == "train" and have < rows:
-                most = have * len(self.transitions)
-                raise UserError(
-                    f"train.batch_size={self._batch_size} draws {rows} patches of class {label!r} at once, but the "
-                    f"training split has {have}: lower train.batch_size to at most {most}, or add patches"
-                )
             if have == 0:
                 raise UserError(
                     f"class {label!r} has no patch in the {self._split} split; see `cellflux-bridge data check`"
+                )
+            if self._split == "train" and have < rows:
+                raise UserError(
+                    f"train.batch_size={self._batch_size} draws {rows} patches of class {label!r} at once, but the "
+                    f"training split has {have}: lower train.batch_size to at most {have * len(self.transitions)}, or "
+                    "add patches"
                 )
         return members
 
@@ -150,9 +135,8 @@ class Pairs:
         refusal = f"pairs.match_group: no group of the {self._split} split holds "
         remedy = "; name groups (slide, plate, batch) in the manifest or set pairs.match_group=false"
         for kind in self._kinds:
-            sources, targets = _by_group(kind.source, groups), _by_group(kind.target, groups)
-            both = [(sources[g], targets[g]) for g in sources if g in targets]
-            if both:
+            sources, targets = (_by_group(members, groups) for members in kind[:2])
+            if both := [(sources[g], targets[g]) for g in sources if g in targets]:
                 shared.append((both, torch.tensor([float(min(len(a), len(b))) for a, b in both])))
                 kept.append(kind)
             elif not self._by_level:
@@ -187,29 +171,27 @@ class Pairs:
             generator = torch_generator(self._seed, "stain", step, rank)
             both = stain.augment(torch.stack([x0, x1], dim=1), strength=self._data.stain.strength, generator=generator)
             x0, x1 = both.unbind(1)
-        labels = torch.from_numpy(self._patches.labels)
-        levels = torch.from_numpy(self._levels[rows.target])
-        source, target = torch.from_numpy(rows.source), torch.from_numpy(shown)
-        return PairBatch(x0, x1, labels[source], labels[target], levels, source, target)
+        columns = (self._patches.labels[rows.source], self._patches.labels[shown], self._levels[rows.target])
+        return PairBatch(x0, x1, *map(torch.from_numpy, (*columns, rows.source, shown)))
 
     def _coupled(self, number: int, rank: int) -> list[_Rows]:
         """The batches of a pool, each with the targets that the coupling gave to its sources."""
-        first = number * self._config.pool
-        drawn = [self._drawn(step, rank) for step in range(first, first + self._config.pool)]
+        num = self._config.pool
+        drawn = [self._drawn(step, rank) for step in range(number * num, (number + 1) * num)]
         rows = _Rows(*map(np.concatenate, zip(*drawn, strict=True)))
         moves = np.flatnonzero(~rows.stays)
         if len(moves):
-            i, j = self._coupling.pair(
-                self._features(rows.source[moves], rows.source_place[moves]),
-                self._features(rows.target[moves], rows.target_place[moves]),
-                blocks=torch.from_numpy(_numbered_blocks(rows.kind[moves], rows.group[moves])),
+            moving = _Rows(*(part[moves] for part in rows))
+            pairs = self._coupling.pair(
+                self._features(moving.source, moving.source_place),
+                self._features(moving.target, moving.target_place),
+                blocks=torch.from_numpy(_numbered_blocks(moving.kind, moving.group)),
                 generator=torch_generator(self._seed, "coupling", self._split, number, rank),
-                patches=(torch.from_numpy(rows.source[moves]), torch.from_numpy(rows.target[moves])),
+                patches=(torch.from_numpy(moving.source), torch.from_numpy(moving.target)),
             )
-            i, j = moves[i.numpy()], moves[j.numpy()]
-            for of_target in (rows.target, rows.target_place):
-                of_target[i] = of_target[j]
-        return [_Rows(*of) for of in zip(*(np.split(part, self._config.pool) for part in rows), strict=True)]
+            i, j = (side.numpy() for side in pairs)
+            rows.target[moves[i]], rows.target_place[moves[i]] = moving.target[j], moving.target_place[j]
+        return [_Rows(*of) for of in zip(*(np.split(part, num) for part in rows), strict=True)]
 
     def _features(self, indices: np.ndarray, places: np.ndarray) -> torch.Tensor:
         """What the coupling sees of patches, of which a batch at a time is in memory: a pool of large ones takes GB."""
@@ -230,7 +212,7 @@ class Pairs:
     def _draw_indices(self, generator: torch.Generator) -> tuple[np.ndarray, ...]:
         """Of each row of a batch: source, target, whether the source stays, kind and group (0 if unmatched)."""
         if self._by_level:
-            weights = torch.tensor([kind.weight for kind in self._kinds])
+            weights = torch.tensor([weight for _, _, weight in self._kinds])
             num = -(-self._batch_size // _ROWS_PER_DRAW)
             order = torch.multinomial(weights, num, replacement=True, generator=generator).tolist()
         else:
@@ -240,8 +222,7 @@ class Pairs:
         for kind, share in zip(order, shares, strict=True):
             # A batch smaller than the number of transitions leaves some of them out.
             for group, sources, targets, num in self._pools(kind, len(share), generator) if len(share) else ():
-                source = _draw(sources, num, generator)
-                target = _draw(targets, num, generator)
+                source, target = _draw(sources, num, generator), _draw(targets, num, generator)
                 stays = np.zeros(num, bool)
                 if self._by_level and self._config.self_pairs:
                     stays = torch.rand(num, generator=generator).numpy() < self._config.self_pairs
@@ -259,6 +240,15 @@ class Pairs:
         return [(group, *shared[group], size) for group, size in zip(chosen, sizes, strict=True)]
 
 
+def build_pairs(
+    config: Config, patches: Patches, *, split: str, batch_size: int, seed: int, levels: np.ndarray | None
+) -> Pairs:
+    """The pairs of a resolved configuration, coupled as it says."""
+    options = {"pairs": config.pairs, "data": config.data, "level_bins": config.condition.level_bins}
+    coupling = registry.build("coupling", config.coupling)
+    return Pairs(patches, coupling, split=split, batch_size=batch_size, seed=seed, levels=levels, **options)
+
+
 def _by_group(members: np.ndarray, groups: np.ndarray) -> dict[int, np.ndarray]:
     """The members of each group, in their order; groups ascend."""
     order = members[np.argsort(groups[members], kind="stable")]
@@ -270,7 +260,7 @@ def _numbered_blocks(kind: np.ndarray, group: np.ndarray) -> np.ndarray:
     """One number for all rows of the same kind and group, in parts of at most _ROWS_PER_BLOCK."""
     same = np.unique(np.stack([kind, group]), axis=1, return_inverse=True)[1].ravel()
     blocks = np.zeros(len(same), np.int64)
-    for number in range(same.max(initial=-1) + 1):
+    for number in range(same.max() + 1):
         rows = np.flatnonzero(same == number)
         blocks[rows] = blocks.max() + 1 + np.arange(len(rows)) // _ROWS_PER_BLOCK
     return blocks
@@ -289,12 +279,9 @@ def _draw(pool: np.ndarray, num: int, generator: torch.Generator) -> np.ndarray:
 
 def named_transitions(classes: Sequence[str], pairs: PairsConfig) -> list[tuple[str, str]]:
     """The (source, target) classes that a network is trained on, identity pairs at the end."""
-    if pairs.transitions == "all":
-        found = list(permutations(classes, 2))
-    else:
-        found = list(pairs.transitions)
-        if not found:
-            raise UserError("pairs.transitions: empty; expected 'all' or a list of [source, target] pairs")
+    found = list(permutations(classes, 2) if pairs.transitions == "all" else pairs.transitions)
+    if not found:
+        raise UserError("pairs.transitions: empty; expected 'all' or a list of [source, target] pairs")
     if pairs.identity:
         used = {label for pair in found for label in pair}
         found += [(label, label) for label in classes if label in used and (label, label) not in found]

@@ -8,11 +8,6 @@ from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.data.patches import Patches
 
 
-def from_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """One-hot rows of class numbers (N,)."""
-    return np.eye(num_classes, dtype=np.float32)[labels]
-
-
 def from_scores(scores: np.ndarray, num_classes: int) -> np.ndarray:
     """Scores (N,) in [0, 1] laid over the classes in their order; NaN stays NaN.
 
@@ -31,7 +26,7 @@ def soft_labels(patches: Patches, kind: str, *, needed: Sequence[int], key: str)
     """
     num_classes = len(patches.classes)
     if kind == "class":
-        return from_classes(patches.labels, num_classes)
+        return np.eye(num_classes, dtype=np.float32)[patches.labels]
     scores = patches.scores[needed]
     for wrong, what in ((np.isnan(scores), "no score"), ((scores < 0) | (scores > 1), "a score outside [0, 1]")):
         if wrong.any():

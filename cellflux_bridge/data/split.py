@@ -25,11 +25,9 @@ _NUM_STARTS = 8
 def check_groups(records: Sequence[PatchRecord], *, origin: str) -> None:
     """UserError that lists groups which stand in more than one split: scores on such splits would be leaked."""
     splits = defaultdict(set)
-    for record in records:
-        if record.group is not None and record.split is not None:
-            splits[record.group].add(record.split)
-    leaks = [f"{group} ({'+'.join(sorted(found))})" for group, found in sorted(splits.items()) if len(found) > 1]
-    if leaks:
+    for group, split in {(r.group, r.split) for r in records if r.group is not None and r.split is not None}:
+        splits[group].add(split)
+    if leaks := [f"{g} ({'+'.join(sorted(found))})" for g, found in sorted(splits.items()) if len(found) > 1]:
         raise UserError(
             f"{origin}: {len(leaks)} groups stand in more than one split: {abbreviate(leaks)}; "
             "a patient, slide or tile must stay in one split"
@@ -55,15 +53,11 @@ def assign_splits(records: Sequence[PatchRecord], *, val: float, test: float, se
     groups: dict[str, list[int]] = defaultdict(list)
     alone: dict[str, list[int]] = defaultdict(list)
     for i in pool:
-        if records[i].group is None:
-            alone[records[i].label].append(i)
-        else:
-            groups[records[i].group].append(i)
-    taken: Counter[tuple[str, str]] = Counter()
+        (alone[records[i].label] if records[i].group is None else groups[records[i].group]).append(i)
     for name, split in _of_groups(records, groups, wanted, alone=alone, seed=seed).items():
         for i in groups[name]:
             open_[i] = split
-            taken[records[i].label, split] += 1
+    taken = Counter((records[i].label, open_[i]) for members in groups.values() for i in members)
     for label, members in alone.items():
         members.sort(key=lambda i: (derive_seed(seed, "split", f"\0{records[i].id}"), records[i].id), reverse=True)
         empty = sum(taken[label, split] == 0 for split in ("train", *wanted))
@@ -73,10 +67,8 @@ def assign_splits(records: Sequence[PatchRecord], *, val: float, test: float, se
             while taken[label, name] < part * totals[label] and len(members) > empty:
                 open_[members.pop()] = name
                 taken[label, name] += 1
-    return [
-        r if r.split == (s := split or "train") else replace(r, split=s)
-        for r, split in zip(records, open_, strict=True)
-    ]
+    splits = [split or "train" for split in open_]
+    return [r if r.split == split else replace(r, split=split) for r, split in zip(records, splits, strict=True)]
 
 
 def describe_shares(records: Sequence[PatchRecord], *, given: set[str | None], val: float, test: float) -> list[str]:
@@ -85,19 +77,19 @@ def describe_shares(records: Sequence[PatchRecord], *, given: set[str | None], v
     `given` are the splits that the data itself names; they are left as they are and not described.
     """
     wanted = {name: part for name, part in (("val", val), ("test", test)) if name not in given and part > 0}
-    lines, warnings = {name: f"split {name}: asked {part:.0%}, got" for name, part in wanted.items()}, []
+    shares, warnings = {name: [] for name in wanted}, []
     for label in sorted({record.label for record in records}):
         pool = [r for r in records if r.label == label and r.split in ("train", *wanted)]
         parts = Counter(f"\0{r.id}" if r.group is None else r.group for r in pool)
         for name, asked in wanted.items() if pool else ():
             got = sum(record.split == name for record in pool) / len(pool)
-            lines[name] += f" {got:.0%} of {label},"
+            shares[name].append(f"{got:.0%} of {label}")
             if abs(got - asked) > _FAR + 1e-9:
                 warnings.append(
                     f"WARNING: class {label!r} has {got:.0%} of its patches in {name}, asked were {asked:.0%}: groups "
                     f"go whole, it has {len(parts)}, and the largest holds {max(parts.values()) / len(pool):.0%}"
                 )
-    return [line.rstrip(",") for line in lines.values()] + warnings
+    return [f"split {name}: asked {wanted[name]:.0%}, got {', '.join(got)}" for name, got in shares.items()] + warnings
 
 
 def _of_groups(
@@ -118,12 +110,9 @@ def _of_groups(
     names = sorted(groups, key=lambda name: (derive_seed(seed, "split", name), name))
     if not names:
         return {}
-    labels = sorted({records[i].label for members in groups.values() for i in members})
-    column = {label: number for number, label in enumerate(labels)}
-    counts = np.zeros((len(names), len(labels)))
-    for row, name in enumerate(names):
-        for i in groups[name]:
-            counts[row, column[records[i].label]] += 1
+    of_group = [Counter(records[i].label for i in groups[name]) for name in names]
+    labels = sorted(set().union(*of_group))
+    counts = np.array([[count[label] for label in labels] for count in of_group], float)
     splits = ("train", *wanted)
     parts = np.array([1 - sum(wanted.values()), *wanted.values()])
     lacking = np.outer([100 if split == "train" else 10 for split in splits], [len(alone[c]) < 3 for c in labels])

@@ -1,10 +1,9 @@
 """How far back the levels of a stair start: depths d_1 < .. < d_K, numbers of respaced levels in 1..T.
 
-The `fourier` rule is Cellflow's adaptive one. It looks at M(z), the mean magnitude of 18 low frequencies, along the
-encoded states z_1..z_T, and wants depths at which M has passed equal shares of its range. As released it walks the
-list of M from z_T to z_1 and takes a place p in that reversed list, which means z_{T-p}, for the depth p: a mirror
-fault. `fourier_unmirrored` takes the depth T - p that the place means. Departs: the release looks at the first image of
-a batch and uses its depths for all; here every image has its own.
+The `fourier` rule is Cellflow's adaptive one: depths at which M(z), the mean magnitude of 18 low frequencies, has
+passed equal shares of its range along the encoded states z_1..z_T. As released it takes a place p in the list of M from
+z_T to z_1 for the depth p, though the place means z_{T-p}: a mirror fault. `fourier_unmirrored` takes T - p. Departs:
+the release uses the depths of a batch's first image for all; here every image has its own.
 """
 
 from collections.abc import Sequence
@@ -17,18 +16,13 @@ from cellflux_bridge.base.errors import UserError
 # Horizontal offsets from the zero frequency, in the row of zero vertical frequency.
 _OFFSETS = np.array([*range(-10, -1), *range(1, 10)])
 _MIN_SIDE = 20
-_MOST_FAILURES = 100
 
 
 def uniform_depths(timesteps: int, num: int) -> list[int]:
     """`num` depths at equal distances, the last one short of pure noise: 10, 20, .., 90, 99 for 100 and 10."""
-    _require_room(timesteps, num)
-    return [min(int(i * timesteps / num + 0.5), timesteps - 1 - num + i) for i in range(1, num + 1)]
-
-
-def _require_room(timesteps: int, num: int) -> None:
     if not 1 <= num < timesteps:
         raise UserError(f"translate.levels: {num} levels do not fit into ddim.timesteps={timesteps}; use fewer")
+    return [min(int(i * timesteps / num + 0.5), timesteps - 1 - num + i) for i in range(1, num + 1)]
 
 
 def require_depths(depths: Sequence[int], timesteps: int) -> None:
@@ -52,28 +46,25 @@ def low_frequency_magnitudes(states: torch.Tensor) -> np.ndarray:
 
 
 def fourier_depths(magnitudes: Sequence[float], num: int, *, mirrored: bool) -> list[int]:
-    """Depths of one image by Cellflow's rule from M(z_1)..M(z_T); `mirrored` is as released.
+    """Depths (num < T) of one image by Cellflow's rule from M(z_1)..M(z_T); `mirrored` is as released.
 
     Places p in the list from z_T to z_1 are sought in turn for the values min + (max - min) i / num, i = 1..num: the
     nearest entry's, if it lies behind the place before; else that entry is set to 0 for good and the search goes on.
     After more than 100 failures for one value all depths are T/num, 2 T/num, .., less 1 for the last.
     """
     timesteps = len(magnitudes)
-    _require_room(timesteps, num)
-    falling = np.array(magnitudes, dtype=np.float64)[::-1].copy()
+    falling = np.array(magnitudes[::-1], dtype=np.float64)
     low, high = falling.min(), falling.max()
-    places, previous = [], 0
+    places = [0]
     for i in range(1, num + 1):
         value = low + (high - low) * i / num
-        # A success at the 102nd try comes too late as well.
-        for _ in range(_MOST_FAILURES + 1):
+        for _ in range(101):  # a success at the 102nd try comes too late as well
             place = int(np.abs(falling - value).argmin())
-            if place > previous:
+            if place > places[-1]:
                 break
             falling[place] = 0.0
         else:
             step = timesteps // num
             return [*(step * n for n in range(1, num)), step * num - 1]
         places.append(place)
-        previous = place
-    return places if mirrored else [timesteps - place for place in reversed(places)]
+    return places[1:] if mirrored else [timesteps - place for place in places[:0:-1]]

@@ -23,22 +23,13 @@ class Denoiser(nn.Module):
     """
 
     def __init__(
-        self,
-        config: ADMConfig,
-        *,
-        image_size: int,
-        num_classes: int,
-        learn_sigma: bool,
-        has_null: bool,
-        channels: int = 3,
+        self, config: ADMConfig, *, image_size: int, num_classes: int, learn_sigma: bool, has_null: bool, channels=3
     ):
         super().__init__()
         self.null_class = num_classes if has_null else None
-        self.net = UNetModel(
-            out_channels=channels * (2 if learn_sigma else 1),
-            num_classes=num_classes + has_null,
-            **_arguments(config, image_size, channels, key="ddim.denoiser"),
-        )
+        arguments = _arguments(config, image_size, channels, key="ddim.denoiser")
+        out_channels = channels * (2 if learn_sigma else 1)
+        self.net = UNetModel(out_channels=out_channels, num_classes=num_classes + has_null, **arguments)
 
     def forward(self, x: torch.Tensor, tau: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """All outputs (B, C or 2C, H, W) for states x (B, C, H, W) at steps tau (B,) of 1000 and classes y (B,)."""
@@ -66,18 +57,15 @@ def _arguments(config: ADMConfig, image_size: int, channels: int, *, key: str) -
     """What both networks of ADM take; UserError for sizes that do not fit each other."""
     rates = [2**level for level in range(len(config.multipliers))]
     if image_size % rates[-1]:
-        raise UserError(
-            f"data.image_size={image_size}: not divisible by {rates[-1]}, the stride of {key} with "
-            f"{len(rates)} multipliers; use fewer"
-        )
+        raise UserError(f"data.image_size={image_size}: not divisible by {rates[-1]}, the stride of {key}.multipliers")
     sides = {image_size // rate: rate for rate in rates}
-    unknown = [side for side in config.attention if side not in sides]
-    if unknown:
-        raise UserError(f"{key}.attention: no map of side {unknown[0]} px at {image_size} px; sides: {list(sides)}")
-    attending = [*(len(bin(sides[side])) - 3 for side in config.attention), -1]  # the innermost map always attends
-    undivided = [w for w in (config.widths[n] for n in attending) if w % config.head_channels]
-    if undivided:
-        raise UserError(f"{key}.head_channels: {config.head_channels} does not divide the width {undivided[0]}")
+    for side in config.attention:
+        if side not in sides:
+            raise UserError(f"{key}.attention: no map of side {side} px at {image_size} px; sides: {list(sides)}")
+    attending = [rates.index(sides[side]) for side in config.attention]
+    for width in (config.widths[n] for n in (*attending, -1)):  # the innermost map always attends
+        if width % config.head_channels:
+            raise UserError(f"{key}.head_channels: {config.head_channels} does not divide the width {width}")
     return {
         "image_size": image_size,
         "in_channels": channels,
@@ -96,39 +84,31 @@ def _arguments(config: ADMConfig, image_size: int, channels: int, *, key: str) -
 def load_foreign(net: nn.Module, path: Path, *, key: str) -> None:
     """Load a guided-diffusion or Cellflow `.pt` file of tensors into `net`, strictly; nothing is unpickled.
 
-    Shapes tell every wrong size but not the attention's order of heads (`new_attention_order`) nor the number of heads
-    (`head_channels`): weights loaded under a wrong one give wrong images without an error, so both must be known.
-    Raises UserError for a file that is absent, damaged or holds other things than tensors, and one that lists what
-    differs for weights of another architecture.
+    Shapes do not tell `new_attention_order` and `head_channels`: weights loaded under a wrong one give wrong images
+    without an error. Raises UserError for a file that is absent, damaged or holds other things than tensors, and one
+    that lists what differs for weights of another architecture.
     """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{key}.weights: {path} is not there") from error
     except Exception as error:  # the unpickler stumbles over foreign bytes in many ways
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
             f"{key}.weights: {path} is damaged, or holds more than tensors, which is not loaded because it could run "
-            f"code ({reason}); expected a state dict as guided-diffusion writes it"
+            f"code ({error!s:.200}); expected a state dict as guided-diffusion writes it"
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{key}.weights: {path}: expected a flat state dict of tensors (model*.pt or ema_*.pt)")
     weights = _with_null_row(weights)
-    differing = list(_differences(net.state_dict(), weights))
-    if differing:
-        more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
-        raise UserError(
-            f"{key}.weights: {path} is of another architecture than {key} describes: {'; '.join(differing[:6])}{more}"
-        )
+    if differing := list(_differences(net.state_dict(), weights)):
+        found = f"{'; '.join(differing[:6])}{' and more' * (len(differing) > 6)}"
+        raise UserError(f"{key}.weights: {path} is of another architecture than {key} describes: {found}")
     net.load_state_dict(weights, strict=True)
 
 
 def _with_null_row(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Cellflow's classifier-free denoiser in guided-diffusion's names.
-
-    It sends its class embedding through two linear layers (`class_emb`) and means "no class" by a zero vector; a table
-    of what comes out, with a row of zeros at its end, is the same network.
-    """
+    """Cellflow's classifier-free denoiser, whose class embedding goes through two linear layers (`class_emb`), as the
+    same network in guided-diffusion's names: a table of these layers' outputs, with zeros for no class at its end."""
     names = ("label_emb.weight", *(f"class_emb.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")))
     if not all(name in weights for name in names):
         return weights
@@ -152,15 +132,12 @@ def _differences(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor]):
     """What differs between two state dicts, the telling tensors first."""
     shared = sorted(own.keys() & found.keys(), key=lambda name: (name not in _MEANINGS, name))
     for name in shared:
-        if own[name].shape != found[name].shape:
-            here, there = tuple(own[name].shape), tuple(found[name].shape)
-            axis, meaning = _MEANINGS.get(name, (None, None))
-            if meaning and len(here) == len(there) and here[axis] != there[axis]:
-                yield f"{there[axis]} {meaning} in the file, {here[axis]} in the configuration ({name})"
-            else:
-                yield f"{name} is {list(there)} in the file, {list(here)} in the configuration"
-    missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    if missing:
-        yield f"{len(missing)} tensors missing, such as {missing[0]}"
-    if unknown:
-        yield f"{len(unknown)} tensors unknown, such as {unknown[0]}"
+        here, there = list(own[name].shape), list(found[name].shape)
+        axis, meaning = _MEANINGS.get(name, (0, None))
+        if meaning and len(here) == len(there) and here[axis] != there[axis]:
+            yield f"{there[axis]} {meaning} in the file, {here[axis]} in the configuration ({name})"
+        elif here != there:
+            yield f"{name} is {there} in the file, {here} in the configuration"
+    for kind, names in (("missing", own.keys() - found.keys()), ("unknown", found.keys() - own.keys())):
+        if names:
+            yield f"{len(names)} tensors {kind}, such as {min(names)}"

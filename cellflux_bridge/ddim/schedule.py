@@ -7,12 +7,11 @@ import torch
 from cellflux_bridge.base.errors import UserError
 
 NUM_STEPS = 1000
-_FIRST_BETA, _LAST_BETA = 1e-4, 0.02
 
 
 def linear_betas() -> torch.Tensor:
     """beta of the 1000 steps, float64."""
-    return torch.linspace(_FIRST_BETA, _LAST_BETA, NUM_STEPS, dtype=torch.float64)
+    return torch.linspace(1e-4, 0.02, NUM_STEPS, dtype=torch.float64)
 
 
 def alphas_bar() -> torch.Tensor:
@@ -45,9 +44,8 @@ def respaced(timesteps: int) -> Schedule:
     if timesteps not in strides:
         near = sorted(sorted(strides, key=lambda num: abs(num - timesteps))[:2])
         raise UserError(f"ddim.timesteps: no stride takes {timesteps} of {NUM_STEPS} steps; use {near[0]} or {near[1]}")
-    tau = torch.arange(0, NUM_STEPS, strides[timesteps])
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    return Schedule(tau, torch.cat([one, alphas_bar()[tau], zero]))
+    tau, abar = torch.arange(0, NUM_STEPS, strides[timesteps]), alphas_bar()
+    return Schedule(tau, torch.cat([abar.new_ones(1), abar[tau], abar.new_zeros(1)]))
 
 
 def add_noise(x: torch.Tensor, noise: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:

@@ -51,10 +51,7 @@ class ADMConfig(Section):
     @model_validator(mode="after")
     def _attention_order_is_stated(self):
         if self.weights is not None and "new_attention_order" not in self.model_fields_set:
-            raise ValueError(
-                "weights need new_attention_order stated beside them (false for guided-diffusion's releases): a wrong "
-                "one loads without an error and gives wrong images"
-            )
+            raise ValueError("weights need new_attention_order stated (false for guided-diffusion's releases)")
         return self
 
 

@@ -1,8 +1,7 @@
 """DDIM stairs: one inversion of each source, read at K depths, decoded in full from each.
 
 This is Cellflow's method: z_1, z_2, .. encode the source image under its class without a guide; the state at depth d_m
-is decoded under the target class, guided in every step, and becomes frame m. No label and no guidance is interpolated:
-how far back a frame starts is all that moves along the stair.
+is decoded under the target class, guided in every step, and becomes frame m. Only the depth differs between frames.
 """
 
 from collections.abc import Callable
@@ -11,16 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cellflux_bridge.ddim import steps
 from cellflux_bridge.ddim.depths import fourier_depths, low_frequency_magnitudes, require_depths
 from cellflux_bridge.ddim.schedule import Schedule
-from cellflux_bridge.ddim.steps import (
-    Classifier,
-    NoisePredictor,
-    classifier_gradient,
-    decode_step,
-    encode_step,
-    guided_eps,
-)
+from cellflux_bridge.ddim.steps import Classifier, NoisePredictor
 
 # From the encoded states (T, B, C, H, W) to the depths (B, K) of every image.
 DepthRule = Callable[[torch.Tensor], torch.Tensor]
@@ -69,8 +62,7 @@ def ddim_stairs(
     result of an image does not depend on the others. Memory holds B x K states, and with a rule 512 MiB of others.
 
     With depths 10, 20, .., 90, 99 an image takes 99 + 549 = 648 forwards and 549 classifier gradients. A rule takes T
-    forwards to encode, and no more: as released the states that the rule looks at are thrown away and encoded again,
-    100 forwards more.
+    forwards to encode. Departs: the release encodes again after the rule, 100 forwards more.
     """
     timesteps, num_images = len(schedule), len(x0)
     run = _Run(schedule, batch_size, report)
@@ -89,14 +81,12 @@ def ddim_stairs(
         for depth, z in enumerate(run.encode(x0, y_source, encoder, num_encoded), start=1):
             places, images = (depths.T == depth).nonzero(as_tuple=True)
             latents[places, images] = z[images]
-    num = depths.shape[1]
-    rows, targets = latents.flatten(0, 1), y_target.repeat(num)
     guide = classifier if scale else None
-    frames = run.decode(rows, targets, decoder, depths.T.flatten(), guide, scale).unflatten(0, (num, num_images))
+    rows, targets = latents.flatten(0, 1), y_target.repeat(len(latents))
+    frames = run.decode(rows, targets, decoder, depths.T.flatten(), guide, scale).view_as(latents)
     decoded = depths.sum(1)
     forwards = num_encoded * encoder.forwards + decoded * decoder.forwards
-    gradients = torch.zeros_like(decoded) if guide is None else decoded
-    return Stairs(torch.cat([x0[None], frames]), depths, forwards, gradients)
+    return Stairs(torch.cat([x0[None], frames]), depths, forwards, decoded * (guide is not None))
 
 
 class _Run(NamedTuple):
@@ -108,9 +98,8 @@ class _Run(NamedTuple):
         """z_1, z_2, .. of all images; one that has come to its depth stays as it is."""
         z = z.clone()
         for k in range(int(depths.max())):
-            for rows in self._chunks(depths > k):
-                tau = self._tau(k, rows, z.device)
-                z[rows] = encode_step(z[rows], eps(z[rows], tau, y[rows]).to(z.dtype), k, self.schedule)
+            for rows, tau in self._chunks(k, depths, z.device):
+                z[rows] = steps.encode_step(z[rows], eps(z[rows], tau, y[rows]).to(z.dtype), k, self.schedule)
             yield z.clone()
 
     def encode_by(self, rule: DepthRule, x0: torch.Tensor, y: torch.Tensor, eps: NoisePredictor):
@@ -125,19 +114,17 @@ class _Run(NamedTuple):
         """Rows u decoded to the end, each from its own depth: it joins when the others have come down to it."""
         u = u.clone()
         for k in reversed(range(int(depths.max()))):
-            for rows in self._chunks(depths > k):
-                state, tau = u[rows], self._tau(k, rows, u.device)
+            for rows, tau in self._chunks(k, depths, u.device):
+                state = u[rows]
                 noise = eps(state, tau, y[rows]).to(u.dtype)
                 if classifier is not None:
-                    gradient = classifier_gradient(classifier, state, tau, y[rows]).to(u.dtype)
-                    noise = guided_eps(noise, gradient, k, self.schedule, scale=scale)
-                u[rows] = decode_step(state, noise, k, self.schedule)
+                    gradient = steps.classifier_gradient(classifier, state, tau, y[rows]).to(u.dtype)
+                    noise = steps.guided_eps(noise, gradient, k, self.schedule, scale=scale)
+                u[rows] = steps.decode_step(state, noise, k, self.schedule)
         return u
 
-    def _chunks(self, active: torch.Tensor):
-        for rows in active.nonzero()[:, 0].split(self.batch_size):
-            yield rows
+    def _chunks(self, k: int, depths: torch.Tensor, device: torch.device):
+        """The rows that take part in step k, and their tau, in parts that one network call holds."""
+        for rows in (depths > k).nonzero()[:, 0].split(self.batch_size):
+            yield rows, torch.full((len(rows),), int(self.schedule.tau[k]), device=device)
             self.report(len(rows))
-
-    def _tau(self, k: int, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return torch.full((len(rows),), int(self.schedule.tau[k]), device=device)

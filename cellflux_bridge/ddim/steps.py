@@ -20,9 +20,8 @@ class NoisePredictor:
     """The noise (B, C, H, W) in states x (B, C, H, W) at steps tau (B,) int64 of 1000, given classes y (B,).
 
     With a `null_class` it is guided without a classifier: (1 + w) eps(x, y) - w eps(x, null) (Ho & Salimans 2022, arXiv
-    2207.12598, eq. 6); w = 0 is no guidance. Cellflow's classifier-free variant takes w = 1.8 on both ways: in the
-    convention of flows, null + w' (class - null), that is w' = 2.8. Departs: the release calls the network a third time
-    in each step and discards the result. `forwards` counts the network forwards of one call for each image.
+    2207.12598, eq. 6). Cellflow's variant takes w = 1.8 on both ways (w' = 1 + w in null + w' (class - null)). Departs:
+    the release calls the network a third time and discards the result. `forwards` counts those of one call.
     """
 
     def __init__(self, eps: Eps, *, null_class: int | None = None, weight: float = 0.0):

@@ -1,7 +1,7 @@
 """The networks of DDIM stairs as training tasks: the denoiser, and the classifier of noised images."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from cellflux_bridge.ddim.networks import Denoiser, NoisyClassifier
 from cellflux_bridge.ddim.schedule import NUM_STEPS, add_noise
 from cellflux_bridge.ddim.settings import ADMConfig
 from cellflux_bridge.ddim.variational import VLB_WEIGHT, step_bound
-from cellflux_bridge.training.settings import TrainConfig
 
 _VALIDATION_CHUNK = 64
 # Steps of the noise schedule at which the classifier's accuracy is reported.
@@ -44,41 +43,54 @@ class NoisyBatch(NamedTuple):
         return NoisyBatch(*(value.to(device) for value in self))
 
 
-def build_denoiser(config: Config) -> Denoiser:
-    """The (untrained) denoiser of a resolved configuration."""
+def build_denoiser(config: Config, size: ADMConfig | None = None) -> Denoiser:
+    """The (untrained) denoiser of a resolved configuration; with `size` one of this size instead of its own."""
     ddim = config.ddim
-    return Denoiser(
-        ddim.denoiser,
-        image_size=config.data.image_size,
-        num_classes=len(config.data.classes),
-        learn_sigma=ddim.learn_sigma,
-        has_null=ddim.guidance == "classifier_free",
-        channels=config.data.channels,
-    )
+    options = {"learn_sigma": ddim.learn_sigma, "has_null": ddim.guidance == "classifier_free"}
+    return Denoiser(size or ddim.denoiser, **options, **_of_data(config))
 
 
 def build_noisy_classifier(config: Config) -> NoisyClassifier:
     """The (untrained) noisy classifier of a resolved configuration."""
+    return NoisyClassifier(config.ddim.classifier, **_of_data(config))
+
+
+def _of_data(config: Config) -> dict[str, int]:
     data = config.data
-    size, num_classes = data.image_size, len(data.classes)
-    return NoisyClassifier(config.ddim.classifier, image_size=size, num_classes=num_classes, channels=data.channels)
+    return {"image_size": data.image_size, "num_classes": len(data.classes), "channels": data.channels}
 
 
 class _NoisyTask:
-    """Noised patches: class-balanced and random to train on, the middles of held-out ones to validate on."""
+    """Noised patches: class-balanced and random to train on, the middles of held-out ones to validate on.
 
-    def __init__(self, config: Config, patches: Patches, model: nn.Module, *, train: TrainConfig, purpose: str):
-        self.model, self.preprocessing = model, patches.preprocessing
-        self._ddim, self._train, self._patches = config.ddim, train, patches
-        self._seed, self._purpose = config.seed, purpose
+    `key` names the network's settings in `ddim`, `purpose` its draws; `build` makes the network; `unused` are the parts
+    of a configuration that this training does not use.
+    """
+
+    key: str
+    purpose: str
+    build: Callable[[Config], nn.Module]
+    unused: tuple[str, ...] = (
+        *("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "classifier"),
+        *("ddim.timesteps", "ddim.depths", "ddim.scale", "ddim.weight", "ddim.source_denoiser"),
+    )
+
+    def __init__(self, config: Config, patches: Patches):
+        self.model, self.preprocessing = self.build(config), patches.preprocessing
+        self._ddim, self._patches, self._seed = config.ddim, patches, config.seed
+        self._train = self.settings(config).train
         self._balanced = BalancedPatches(patches, patches.indices("train"), data=config.data)
         if len(patches.indices("val")) == 0:
             raise UserError("the val split is empty; raise data.split.val or name splits in the data")
 
+    @classmethod
+    def settings(cls, config: Config) -> ADMConfig:
+        return getattr(config.ddim, cls.key)
+
     def batch(self, index: int, *, rank: int) -> NoisyBatch:
-        generator = torch_generator(self._seed, self._purpose, index, rank)
+        generator = torch_generator(self._seed, self.purpose, index, rank)
         num, null_class = self._train.batch_size, getattr(self.model, "null_class", None)
-        jitter = torch_generator(self._seed, self._purpose, "stain", index, rank)
+        jitter = torch_generator(self._seed, self.purpose, "stain", index, rank)
         x0, y, _ = self._balanced.draw(num, generator=generator, jitter=jitter)
         tau = torch.randint(NUM_STEPS, (num,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
@@ -92,7 +104,7 @@ class _NoisyTask:
         for start in range(0, len(chosen), _VALIDATION_CHUNK):
             part = chosen[start : start + _VALIDATION_CHUNK]
             x0 = images.encode(self._patches.centre(part))
-            generator = torch_generator(self._seed, self._purpose, "val", start)
+            generator = torch_generator(self._seed, self.purpose, "val", start)
             steps = spread[start : start + len(part)] if tau is None else torch.full((len(part),), tau)
             y = torch.from_numpy(self._patches.labels[part])
             yield NoisyBatch(x0, torch.randn(x0.shape, generator=generator), steps, y, y).to(device)
@@ -108,8 +120,8 @@ class DenoiserTask(_NoisyTask):
     For classifier-free guidance a share `ddim.class_dropout` of the samples gets the null class (Ho & Salimans 2022).
     """
 
-    def __init__(self, config: Config, patches: Patches):
-        super().__init__(config, patches, build_denoiser(config), train=config.ddim.denoiser.train, purpose="denoiser")
+    key, purpose, build = "denoiser", "denoiser", staticmethod(build_denoiser)
+    unused = (*_NoisyTask.unused, "ddim.classifier")
 
     def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
         x_t = batch.x_t
@@ -120,34 +132,30 @@ class DenoiserTask(_NoisyTask):
         return F.mse_loss(eps, batch.noise) + VLB_WEIGHT * step_bound(batch.x0, x_t, batch.tau, eps, v)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """On held-out patches: the noise's mean squared error, over all steps and over each third of them, and how far
-        eps moves, relative to its norm, when the class is another ("class swap"; near 0: the class is ignored)."""
-        errors, steps = [], []
-        moved = size = 0.0
+        """On held-out patches: the noise's mean squared error, over all steps and over each third of them, and the
+        relative change of eps by another class ("class swap"; near 0: the class is ignored)."""
+        rows = []
         for batch in self._held_out(device):
             x_t = batch.x_t
             eps = model.eps(x_t, batch.tau, batch.y).float()
             other = model.eps(x_t, batch.tau, (batch.y + 1) % len(self._patches.classes)).float()
-            errors.append((eps - batch.noise).square().mean((1, 2, 3)).cpu())
-            steps.append(batch.tau.cpu())
-            moved += (other - eps).square().sum().item()
-            size += eps.square().sum().item()
-        error, third = torch.cat(errors), torch.cat(steps) * 3 // NUM_STEPS
+            squares = [difference.square().mean((1, 2, 3)) for difference in (eps - batch.noise, other - eps, eps)]
+            rows.append(torch.stack([*squares, batch.tau * 3 // NUM_STEPS]).cpu())
+        error, moved, size, third = torch.cat(rows, dim=1)
         thirds = {
             f"val/noise_mse_{name}": error[third == number].mean().item()
             for number, name in enumerate(("early", "middle", "late"))
             if (third == number).any()
         }
-        swap = (moved / max(size, 1e-12)) ** 0.5
+        swap = (moved.sum() / size.sum().clamp_min(1e-12)).sqrt().item()
         return {"val/noise_mse": error.mean().item(), **thirds, "val/class_swap": swap}
 
 
 class NoisyClassifierTask(_NoisyTask):
     """Cross-entropy of the class of x_tau, tau uniform over the 1000 steps (ADM, Dhariwal & Nichol 2021, sec. 4)."""
 
-    def __init__(self, config: Config, patches: Patches):
-        model, train = build_noisy_classifier(config), config.ddim.classifier.train
-        super().__init__(config, patches, model, train=train, purpose="noisy classifier")
+    key, purpose, build = "classifier", "noisy classifier", staticmethod(build_noisy_classifier)
+    unused = (*_NoisyTask.unused, "ddim.denoiser", "ddim.learn_sigma", "ddim.class_dropout")
 
     def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
         return F.cross_entropy(model(batch.x_t, batch.tau).float(), batch.y)
@@ -162,36 +170,13 @@ class NoisyClassifierTask(_NoisyTask):
         return {f"val/accuracy_tau{tau}": is_right(tau).float().mean().item() for tau in _REPORTED_STEPS}
 
 
-class Stage(NamedTuple):
-    """One of the two trainings: its settings, its task, and the parts of a configuration it does not use."""
-
-    settings: Callable[[Config], ADMConfig]
-    task: Callable[[Config, Patches], Any]
-    unused: tuple[str, ...]
-
-
-_NO_PART_IN_TRAINING = ("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "classifier")
-_OF_TRANSLATION = tuple(f"ddim.{key}" for key in ("timesteps", "depths", "scale", "weight", "source_denoiser"))
 # The folder of a run that a training writes to -> the training, in their order.
-STAGES = {
-    "denoiser": Stage(
-        lambda config: config.ddim.denoiser,
-        DenoiserTask,
-        (*_NO_PART_IN_TRAINING, *_OF_TRANSLATION, "ddim.classifier"),
-    ),
-    "noisy_classifier": Stage(
-        lambda config: config.ddim.classifier,
-        NoisyClassifierTask,
-        (*_NO_PART_IN_TRAINING, *_OF_TRANSLATION, "ddim.denoiser", "ddim.learn_sigma", "ddim.class_dropout"),
-    ),
-}
-_DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+STAGES: dict[str, type[_NoisyTask]] = {"denoiser": DenoiserTask, "noisy_classifier": NoisyClassifierTask}
 
 
 def used_stages(config: Config) -> list[str]:
     """The trainings that a configuration asks for: not those whose weights are given, nor a classifier without use."""
-    guided = config.ddim.guidance == "classifier"
-    names = [name for name in STAGES if name == "denoiser" or guided]
+    names = STAGES if config.ddim.guidance == "classifier" else ("denoiser",)
     return [name for name in names if STAGES[name].settings(config).weights is None]
 
 
@@ -199,13 +184,12 @@ def refuse_unfit(config: Config) -> None:
     """UserError for what can be seen to be wrong before patches are read."""
     if not used_stages(config):
         raise UserError("ddim: the weights of every network are given; there is nothing to train")
-    first, second = config.ddim.denoiser.train, config.ddim.classifier.train
-    differing = [key for key in _DEVICES if getattr(first, key) != getattr(second, key)]
-    if differing:
-        raise UserError(
-            f"ddim.classifier.train.{differing[0]}: both networks are trained by the same processes; "
-            "give it the value of ddim.denoiser.train"
-        )
+    for key in ("accelerator", "devices", "num_nodes", "strategy", "precision"):
+        if getattr(config.ddim.denoiser.train, key) != getattr(config.ddim.classifier.train, key):
+            raise UserError(
+                f"ddim.classifier.train.{key}: both networks are trained by the same processes; "
+                "give it the value of ddim.denoiser.train"
+            )
     if config.data.classes is not None:
         with torch.device("meta"):
             build_denoiser(config)

@@ -6,6 +6,7 @@ Improved denoising diffusion (Nichol & Dhariwal 2021): eq. 15 for the variance, 
 import math
 
 import torch
+from torch import Tensor
 
 from cellflux_bridge.ddim.schedule import NUM_STEPS, alphas_bar, linear_betas
 
@@ -14,9 +15,7 @@ VLB_WEIGHT = 0.001 * NUM_STEPS
 _HALF_BIN = 1 / 255  # of 8-bit values in [-1, 1]
 
 
-def step_bound(
-    x0: torch.Tensor, x_t: torch.Tensor, tau: torch.Tensor, eps: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
+def step_bound(x0: Tensor, x_t: Tensor, tau: Tensor, eps: Tensor, v: Tensor) -> Tensor:
     """L_{tau-1}, or the decoder's L_0 at tau = 0, in bits per pixel value, mean over the batch; a scalar.
 
     x0 and x_t (B, C, H, W) are the clean and the noised image, tau (B,) the step, eps and v network outputs of their
@@ -27,7 +26,7 @@ def step_bound(
     posterior = beta * (1 - abar_before) / (1 - abar)
     posterior = torch.cat([posterior[1:2], posterior[1:]])  # 0 at tau = 0, where its logarithm is not needed
 
-    def at(values: torch.Tensor) -> torch.Tensor:
+    def at(values: Tensor) -> Tensor:
         return values[tau].to(x0.dtype)[:, None, None, None]
 
     predicted = (x_t - at((1 - abar).sqrt()) * eps.detach()) / at(abar.sqrt())
@@ -40,13 +39,13 @@ def step_bound(
     return torch.where(tau[:, None, None, None] == 0, -likelihood, divergence).mean() / math.log(2)
 
 
-def _normal_kl(log_variance1: torch.Tensor, log_variance2: torch.Tensor, apart: torch.Tensor) -> torch.Tensor:
+def _normal_kl(log_variance1: Tensor, log_variance2: Tensor, apart: Tensor) -> Tensor:
     """KL(N(m1, e^log_variance1) || N(m2, e^log_variance2)) for means m1 - m2 = `apart`, elementwise."""
     change = log_variance1 - log_variance2
     return 0.5 * (change.exp() - change - 1 + apart.square() * (-log_variance2).exp())
 
 
-def _discretised_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log probability of the 8-bit value x under a normal; the outermost bins are open (DDPM, eq. 13)."""
     upper = torch.special.ndtr((x - mean + _HALF_BIN) * (-log_std).exp())
     lower = torch.special.ndtr((x - mean - _HALF_BIN) * (-log_std).exp())

@@ -24,6 +24,7 @@ endpoint  The guide knows clean images only and sees a mean of them. g is taken 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -73,16 +74,15 @@ def require_form(form: str, path: Path, *, sees_source: bool, dropout: float, sc
 
 
 def pooled(log_probabilities: Sequence[torch.Tensor]) -> torch.Tensor:
-    """log p (B, num_classes) of several guides, each (B, num_classes), as of one: their logarithmic opinion pool
-    (Genest & Zidek 1986).
+    """log p (B, num_classes) of several guides as of one: their logarithmic opinion pool (Genest & Zidek 1986).
 
-    It is the geometric mean of their probabilities, scaled to a sum of 1. Without that scale, the mean of log p has
-    two gradients: that of log p(y | .), which the exact forms need, and a pull to where the guides agree; and |q - p|
-    of the endpoint form would never become 0.
+    It is the geometric mean of their probabilities, scaled to a sum of 1. Without that scale, the gradient would also
+    pull to where the guides agree, and |q - p| of the endpoint form would never become 0.
     """
     return torch.stack(list(log_probabilities)).mean(0).log_softmax(1)
 
 
+@dataclass(frozen=True)
 class ClassifierGuided:
     """A velocity steered toward soft labels by the gradients of classifiers; the module's text explains the forms.
 
@@ -92,48 +92,39 @@ class ClassifierGuided:
     guide. Use `require_form` first: it refuses what does not fit.
     """
 
-    def __init__(
-        self,
-        velocity: Callable,
-        guides: Sequence[Callable],
-        path: Path,
-        labels: torch.Tensor,
-        *,
-        form: str,
-        weight: float,
-        start: float,
-    ):
-        self._velocity, self._guides, self._path = velocity, guides, path
-        self._labels, self._form, self._weight, self._start = labels, form, weight, start
+    velocity: Callable
+    guides: Sequence[Callable]
+    path: Path
+    labels: torch.Tensor
+    _: KW_ONLY
+    form: str
+    weight: float
+    start: float
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> Evaluation:
-        found = evaluate(self._velocity, t, x, cond.null() if self._form in EXACT else cond)
+        found = evaluate(self.velocity, t, x, cond.null() if self.form in EXACT else cond)
         # Under autocast it may be of half precision.
         velocity = found.velocity.to(torch.promote_types(found.velocity.dtype, torch.float32))
-        found = found._replace(velocity=velocity)
-        if self._weight == 0 or (self._form == "endpoint" and bool((t < self._start).all())):
-            return found
-        step = self._to_endpoint if self._form == "endpoint" else self._along_score
-        return found._replace(
-            velocity=velocity + self._weight * step(t, x, velocity, cond),
-            gradients=found.gradients + len(self._guides),
-        )
+        if self.weight == 0 or (self.form == "endpoint" and bool((t < self.start).all())):
+            return found._replace(velocity=velocity)
+        step = self._to_endpoint if self.form == "endpoint" else self._along_score
+        velocity = velocity + self.weight * step(t, x, velocity, cond)
+        return found._replace(velocity=velocity, gradients=found.gradients + len(self.guides))
 
     def _gradient(self, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """grad_x sum_y q_y log p(y | x, others), like x, and log p (B, num_classes)."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            log_p = pooled([guide(x, *others) for guide in self._guides])
-            (gradient,) = torch.autograd.grad((self._labels * log_p).sum(), x)
+            log_p = pooled([guide(x, *others) for guide in self.guides])
+            (gradient,) = torch.autograd.grad((self.labels * log_p).sum(), x)
         return gradient, log_p.detach()
 
     def _along_score(self, t, x, velocity, cond) -> torch.Tensor:
         gradient, _ = self._gradient(x, t, cond.source_image)
-        return self._path.score_factor(t.clamp_min(self._start)).view(-1, 1, 1, 1) * gradient
+        return self.path.score_factor(t.clamp_min(self.start)).view(-1, 1, 1, 1) * gradient
 
     def _to_endpoint(self, t, x, velocity, cond) -> torch.Tensor:
-        gradient, log_p = self._gradient(self._path.endpoint(x, velocity, t, cond.source_image))
+        gradient, log_p = self._gradient(self.path.endpoint(x, velocity, t, cond.source_image))
         size = velocity.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
-        distance = (self._labels - log_p.exp()).abs().sum(1) / 2
-        step = size * distance * (t >= self._start)
-        return step.view(-1, 1, 1, 1) * gradient
+        distance = (self.labels - log_p.exp()).abs().sum(1) / 2
+        return (size * distance * (t >= self.start)).view(-1, 1, 1, 1) * gradient

@@ -32,7 +32,6 @@ from cellflux_bridge.data.soft_labels import soft_labels
 from cellflux_bridge.training.loop import fit, on_rank_zero
 from cellflux_bridge.training.run import claim, record_splits, require_free
 
-_HISTOGRAM_BINS = 10
 _CHUNK = 128
 # What a classifier of clean images does not depend on.
 _UNUSED = ("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "ddim")
@@ -49,17 +48,23 @@ def target_levels(config: Config, patches: Patches, *, folder: Path, fabric: Fab
         needed = np.concatenate([patches.indices("train"), patches.indices("val")])
         return soft_labels(patches, config.condition.level, needed=needed, key="condition.level")
     guide = config.classifier.model_copy(update={"role": "guide", "sees": "image"})
-    config = config.model_copy(update={"classifier": guide})
+    config, runs = config.model_copy(update={"classifier": guide}), folder / "crossfit"
     held_out = assign_folds(patches, num_folds=guide.folds, seed=config.seed)
 
     def prepare() -> None:
-        require_free(folder / "crossfit", config, ignore=_UNUSED, resume="auto")
-        record_splits(folder / "crossfit", patches)
-        claim(folder / "crossfit", config)
+        require_free(runs, config, ignore=_UNUSED, resume="auto")
+        record_splits(runs, patches)
+        claim(runs, config)
+        for fold in range(guide.folds):
+            (runs / f"fold-{fold}").mkdir(exist_ok=True)
 
     on_rank_zero(fabric, prepare)
     if not fabric.broadcast((folder / "levels.csv").exists()):
-        newest = [_train_fold(config, patches, held_out, k, folder=folder, fabric=fabric) for k in range(guide.folds)]
+        train, newest = patches.indices("train"), []
+        for fold in range(guide.folds):
+            rest, stream = train[held_out[train] != fold], f"crossfit {fold} of {guide.folds}"
+            task = ClassifierTask(config, patches, train=rest, stream=stream)
+            newest.append(fit(task, config, guide.train, folder=runs / f"fold-{fold}", fabric=fabric))
         on_rank_zero(fabric, lambda: _write(folder, config, patches, held_out, newest, device=fabric.device))
     return read_levels(folder / "levels.csv", patches)
 
@@ -86,26 +91,14 @@ def assign_folds(patches: Patches, *, num_folds: int, seed: int) -> np.ndarray:
             raise UserError(f"{few} and {len(train)} patches: {error}; lower classifier.folds") from error
     for number, (rest, held_out) in enumerate(parts):
         folds[train[held_out]] = number
-        missing = [label for c, label in enumerate(patches.classes) if c not in labels[rest]]
-        if missing or not len(held_out):
-            where = {c: len(np.unique(groups[labels == c])) for c in range(len(patches.classes))}
-            counts = ", ".join(f"{patches.classes[c]!r} in {num}" for c, num in where.items())
+        if len(np.unique(labels[rest])) < len(patches.classes) or not len(held_out):
+            num_of = [len(np.unique(groups[labels == c])) for c in range(len(patches.classes))]
+            counts = ", ".join(f"{label!r} in {num}" for label, num in zip(patches.classes, num_of, strict=True))
             raise UserError(
                 f"{few}, too few to hold some out and train on the rest ({counts}); set classifier.folds to another "
                 "number, name smaller groups, or set condition.level=class"
             )
     return folds
-
-
-def _train_fold(
-    config: Config, patches: Patches, held_out: np.ndarray, fold: int, *, folder: Path, fabric: Fabric
-) -> Path:
-    run = folder / "crossfit" / f"fold-{fold}"
-    on_rank_zero(fabric, lambda: run.mkdir(parents=True, exist_ok=True))
-    train = patches.indices("train")
-    rest = train[held_out[train] != fold]
-    task = ClassifierTask(config, patches, train=rest, stream=f"crossfit {fold} of {config.classifier.folds}")
-    return fit(task, config, config.classifier.train, folder=run, fabric=fabric)
 
 
 def _write(
@@ -128,39 +121,27 @@ def _write(
     levels[others] = np.mean([softmax(found / temperature, axis=1) for found in of_others], axis=0)
     report = {
         "out_of_fold": figures(logits[train], truth, targets, temperature=temperature),
-        "histogram": _histograms(levels[train], truth, patches.classes),
+        "histogram": {
+            label: {
+                f"p_{other}": np.histogram(levels[train][truth == c, d], bins=10, range=(0, 1))[0].tolist()
+                for d, other in enumerate(patches.classes)
+            }
+            for c, label in enumerate(patches.classes)
+        },
         "cpu_minutes": sum(checkpoint.load_state(path)["cpu_seconds"] for path in newest) / 60,
         "checkpoints": [str(path.relative_to(folder)) for path in newest],
     }
-    rows = (
-        [patches.ids[i], patches.classes[patches.labels[i]], held_out[i] if held_out[i] >= 0 else ""]
-        + [f"{p:.6f}" for p in levels[i]]
-        for i in np.concatenate([train, others])
-    )
-    header = ["path", "label", "fold", *(f"p_{label}" for label in patches.classes)]
+    rows = [["path", "label", "fold", *(f"p_{label}" for label in patches.classes)]]
+    for i in np.concatenate([train, others]):
+        fold = held_out[i] if held_out[i] >= 0 else ""
+        rows.append([patches.ids[i], patches.classes[patches.labels[i]], fold, *(f"{p:.6f}" for p in levels[i])])
     replace_text(folder / "levels.json", json.dumps(report, indent=1) + "\n")
-    replace_text(folder / "levels.csv", csv_text([header, *rows]))
-    print(_summary(folder, report))
-
-
-def _histograms(levels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict[str, list[int]]]:
-    """Patches of each class by the probability of each class, in ten equal bins: are there levels between?"""
-
-    def counts(values: np.ndarray) -> list[int]:
-        return np.histogram(values, bins=_HISTOGRAM_BINS, range=(0, 1))[0].tolist()
-
-    return {
-        label: {f"p_{other}": counts(levels[labels == c, d]) for d, other in enumerate(classes)}
-        for c, label in enumerate(classes)
-    }
-
-
-def _summary(folder: Path, report: dict) -> str:
-    lines = [f"levels: {folder / 'levels.csv'}, {report['cpu_minutes']:.1f} CPU minutes of cross-fitting; out of fold:"]
-    lines += [f"  {name:<20} {value:.4g}" for name, value in report["out_of_fold"].items()]
-    last = list(report["histogram"])[-1]
-    lines += [f"  p({last}) in tenths, of {label}: {h[f'p_{last}']}" for label, h in report["histogram"].items()]
-    return "\n".join(lines)
+    replace_text(folder / "levels.csv", csv_text(rows))
+    print(f"levels: {folder / 'levels.csv'}, {report['cpu_minutes']:.1f} CPU minutes of cross-fitting; out of fold:")
+    for name, value in report["out_of_fold"].items():
+        print(f"  {name:<20} {value:.4g}")
+    for label, histogram in report["histogram"].items():  # are there levels between?
+        print(f"  p({patches.classes[-1]}) in tenths, of {label}: {histogram[f'p_{patches.classes[-1]}']}")
 
 
 def read_levels(path: Path, patches: Patches) -> np.ndarray:

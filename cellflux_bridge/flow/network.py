@@ -11,10 +11,12 @@ from cellflux_bridge.velocity.base import Velocity
 
 
 def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
-    """The parts of a network's condition; `channels` are those of a state."""
-    num_classes = len(config.data.classes)
-    parts = config.condition.all_parts()
-    return ConditionSpec(tuple(registry.build("part", part, num_classes, channels) for part in parts))
+    """The parts of a network's condition; `channels` are those of a state. UserError for a configuration
+    without classes, on which the network's size depends."""
+    if not config.data.classes:
+        raise UserError("data.classes: none named; a trained network's configuration names its classes")
+    sizes = len(config.data.classes), channels
+    return ConditionSpec(tuple(registry.build("part", part, *sizes) for part in config.condition.all_parts()))
 
 
 def build_flow(config: Config) -> tuple[Path, Velocity]:
@@ -31,23 +33,21 @@ def build_flow(config: Config) -> tuple[Path, Velocity]:
         )
     spec = condition_spec(config, channels=codec.channels)
     network = registry.build("velocity", config.velocity, codec.channels, spec)
-    if config.data.image_size % (codec.stride * network.stride):
+    if config.data.image_size % (stride := codec.stride * network.stride):
         raise UserError(
-            f"data.image_size={config.data.image_size}: not divisible by the network's stride "
-            f"{codec.stride * network.stride} ({config.velocity['name']}); choose a multiple, or fewer "
-            "velocity.multipliers"
+            f"data.image_size={config.data.image_size}: not divisible by the network's stride {stride} "
+            f"({config.velocity['name']}); choose a multiple, or fewer velocity.multipliers"
         )
     return path, network
 
 
 def make_condition(
-    spec: ConditionSpec, *, x0: torch.Tensor, target_label: torch.Tensor, source_class: torch.Tensor | int
+    spec: ConditionSpec, *, x0: torch.Tensor, target_label: torch.Tensor, source_class: int
 ) -> Condition:
     """The condition of source states x0 (B, C, H, W) of a class, which are to become soft labels (B, num_classes).
 
-    `spec` is the network's own. `source_class` is a number, or int64 (B,).
+    `spec` is the network's own.
     """
-    if isinstance(source_class, int):
-        source_class = torch.full((len(x0),), source_class, dtype=torch.long, device=x0.device)
-    target = {"target_level": target_label, "target_class": target_label.argmax(1)}
-    return spec.read({"x0": x0, "source_class": source_class, **target})
+    classes = {"target_class": target_label.argmax(1)}
+    classes["source_class"] = torch.full_like(classes["target_class"], source_class)
+    return spec.read({"x0": x0, "target_level": target_label, **classes})

@@ -13,9 +13,8 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import torch_generator
 from cellflux_bridge.codec.base import build_codec
 from cellflux_bridge.condition.base import Condition
-from cellflux_bridge.config import Config, registry
-from cellflux_bridge.coupling.base import Coupling
-from cellflux_bridge.data.pairs import PairBatch, Pairs
+from cellflux_bridge.config import Config
+from cellflux_bridge.data.pairs import PairBatch, build_pairs
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.flow.network import build_flow
 from cellflux_bridge.transport.base import source_noise
@@ -48,32 +47,20 @@ class FlowTask:
             )
         if levels is None and config.condition.target == "level":
             levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels]
-        self._config, self._levels = config, levels
-        self.preprocessing = patches.preprocessing
+        self._config, self.preprocessing = config, patches.preprocessing
         self.codec = build_codec(config)
         self.path, self.model = build_flow(config)
-        self._train = self._pairs(patches, "train", config.train.batch_size)
-        val_size = min(config.train.batch_size, 64)
-        self._val = self._pairs(patches, "val", val_size)
-        self._num_val_batches = -(-config.train.validate_pairs // val_size)
+        train, val_size = config.train, min(config.train.batch_size, 64)
+        options = {"seed": config.seed, "levels": levels}
+        self._train = build_pairs(config, patches, split="train", batch_size=train.batch_size, **options)
+        self._val = build_pairs(config, patches, split="val", batch_size=val_size, **options)
+        self._num_val_batches = -(-train.validate_pairs // val_size)
 
-    def _pairs(self, patches: Patches, split: str, batch_size: int) -> Pairs:
-        coupling: Coupling = registry.build("coupling", self._config.coupling)
-        return Pairs(
-            patches,
-            coupling,
-            split=split,
-            batch_size=batch_size,
-            seed=self._config.seed,
-            pairs=self._config.pairs,
-            data=self._config.data,
-            levels=self._levels,
-            level_bins=self._config.condition.level_bins,
-        )
+    def _encoded(self, pairs: PairBatch) -> PairBatch:
+        return pairs._replace(x0=self.codec.encode(pairs.x0), x1=self.codec.encode(pairs.x1))
 
     def _flow_batch(self, pairs: PairBatch, *purpose: str | int) -> FlowBatch:
-        generator = torch_generator(self._config.seed, "path", *purpose)
-        pairs = pairs._replace(x0=self.codec.encode(pairs.x0), x1=self.codec.encode(pairs.x1))
+        generator, pairs = torch_generator(self._config.seed, "path", *purpose), self._encoded(pairs)
         t = self.path.times(len(pairs.x0), generator=generator)
         x_t, u_t = self.path.sample(pairs.x0, pairs.x1, t, generator=generator)
         return FlowBatch(t, x_t, u_t, self.model.spec.read(pairs._asdict()))
@@ -96,15 +83,12 @@ class FlowTask:
         """On held-out pairs: the velocity's mean squared error, the share of u_t's power that it explains, and how
         far the output moves, relative to its norm, when source and target class change places ("condition swap";
         near 0 means that the network ignores its condition)."""
-        error = power = moved = size = 0.0
+        squares = []
         for batch in self.validation_batches():
-            t, x_t, u_t, cond = batch.t.to(device), batch.x_t.to(device), batch.u_t.to(device), batch.cond.to(device)
-            v = model(t, x_t, cond).float()
-            other = model(t, x_t, _swapped(cond)).float()
-            error += F.mse_loss(v, u_t).item() / self._num_val_batches
-            power += u_t.square().mean().item() / self._num_val_batches
-            moved += (other - v).square().sum().item()
-            size += v.square().sum().item()
+            t, x_t, u_t, cond = (value.to(device) for value in batch)
+            v, other = model(t, x_t, cond).float(), model(t, x_t, _swapped(cond)).float()
+            squares.append([part.square().mean().item() for part in (v - u_t, u_t, other - v, v)])
+        error, power, moved, size = np.mean(squares, axis=0).tolist()
         return {
             "val/velocity_mse": error,
             "val/velocity_explained": 1 - error / power,
@@ -118,8 +102,7 @@ class FlowTask:
         pairs = self._val.batch(0)
         # Rows come in blocks, one a transition; a stride shows all of them.
         rows = torch.linspace(0, len(pairs.x0) - 1, min(_SHEET_ROWS, len(pairs.x0))).long()
-        chosen = PairBatch(*(value[rows] for value in pairs))
-        chosen = chosen._replace(x0=self.codec.encode(chosen.x0), x1=self.codec.encode(chosen.x1))
+        chosen = self._encoded(PairBatch(*(value[rows] for value in pairs)))
         names = [str(i) for i in chosen.source_index.tolist()]
         transport = PathTransport(steps=_SHEET_STEPS, frames=_SHEET_FRAMES, solver="euler")
         result = transport.along(

@@ -4,7 +4,6 @@ Whatever a file's suffix, its first bytes say what it is. Outside this room imag
 """
 
 import mmap
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from cellflux_bridge.base.files import replacing
 from cellflux_bridge.images import samples
 from cellflux_bridge.images.samples import UnreadableImage
 
@@ -74,6 +74,8 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UnreadableImage(f"{path}: no such file") from error
     except UnreadableImage as error:
         raise UnreadableImage(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"{path}: refused as a decompression bomb ({error})") from error
     except Exception as error:  # decoders stumble over damaged files in many ways
         raise UnreadableImage(f"{path}: truncated or not a PNG, JPEG, TIFF or NPY image ({error})") from error
 
@@ -119,6 +121,5 @@ class _PillowImage:
 
 def write_png(path: Path, rgb: np.ndarray) -> None:
     """Write an RGB uint8 image (H, W, 3) under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)

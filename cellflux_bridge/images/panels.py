@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.images import resize, to_rgb
+from cellflux_bridge.images import resize, sheet, to_rgb
 from cellflux_bridge.trajectory import Trajectory
 
 STRIP_COLUMNS = 11
@@ -45,23 +45,18 @@ class Grid:
         self.places = [tuple((top, left) + np.array(divmod(i, columns)) * cell) for i in range(count)]
         # yuv420p halves both sides.
         self.shape = tuple(int(side + side % 2) for side in (top + rows * cell[0], width))
-        _check_size(self.shape)
-        self._still = self._draw_still()
+        image = _paper(self.shape)
+        if caption:
+            right = self.shape[1] - self.gap - self.font.getlength("level 0.00") - self.font.size
+            _draw_names(image, trajectory, self.gap, right, self.font)
+        self._still = np.array(image)
+        if show_source:
+            self._paste(self._still, 0, self.step)
 
     def _paste(self, canvas: np.ndarray, k: int, shift: int = 0) -> None:
         for b, (top, left) in enumerate(self.places):
             shown = _shown(self.trajectory, k, b, self.height, self.width)
             canvas[top : top + self.height, left - shift : left - shift + self.width] = shown
-
-    def _draw_still(self) -> np.ndarray:
-        image = Image.new("RGB", self.shape[::-1], PAPER)
-        if self.caption:
-            right = self.shape[1] - self.gap - self.font.getlength("level 0.00") - self.font.size
-            _draw_names(image, self.trajectory, self.gap, right, self.gap, self.font)
-        canvas = np.array(image)
-        if self.step:
-            self._paste(canvas, 0, self.step)
-        return canvas
 
     def draw(self, k: int) -> np.ndarray:
         """The grid at frame k, RGB uint8 (H, W, 3)."""
@@ -73,10 +68,10 @@ class Grid:
         draw, level, size = ImageDraw.Draw(image), self.trajectory.levels[k], self.font.size
         left, right = self.gap, self.shape[1] - self.gap
         draw.text((right, self.gap + size), f"level {level:.2f}", GREY, self.font, anchor="rs")
-        top, done = self.gap + round(size * 1.5), round((right - left) * level)
+        top = self.gap + round(size * 1.5)
         bottom = top + max(2, size // 6) - 1
         draw.rectangle((left, top, right - 1, bottom), TRACK)
-        if done:
+        if done := round((right - left) * level):
             draw.rectangle((left, top, left + done - 1, bottom), ACCENT)
         return np.asarray(image)
 
@@ -101,20 +96,16 @@ def draw_strip(trajectory: Trajectory, *, sequences: int, tile: int, caption: bo
     top = margin + (round(font.size * 3.2) if caption else 0)
     lefts = margin + np.arange(len(chosen)) * (width + gap)
     right = max(lefts[-1] + width, CAPTION_WIDTH if caption else 0)
-    shape = int(top + count * (height + gap) - gap + margin), int(right + margin)
-    _check_size(shape)
-    image = Image.new("RGB", shape[::-1], PAPER)
+    image = _paper((int(top + count * (height + gap) - gap + margin), int(right + margin)))
     if caption:
-        _draw_names(image, trajectory, margin, right, margin, font, spread=True)
+        _draw_names(image, trajectory, margin, right, font, spread=True)
         every = -(-int(font.getlength("0.00 ")) // (width + gap))
         for k, left in list(zip(chosen, lefts, strict=True))[::every]:
             place = (left + width / 2, margin + round(font.size * 2.6))
             ImageDraw.Draw(image).text(place, f"{trajectory.levels[k]:.2f}", GREY, font, anchor="ms")
     canvas = np.array(image)
-    for b in range(count):
-        y = top + b * (height + gap)
-        for k, left in zip(chosen, lefts, strict=True):
-            canvas[y : y + height, left : left + width] = _shown(trajectory, k, b, height, width)
+    tiles = sheet([[_shown(trajectory, k, b, height, width) for k in chosen] for b in range(count)], gap=gap)
+    canvas[top:-margin, margin : margin + tiles.shape[1]] = tiles
     return canvas
 
 
@@ -125,16 +116,17 @@ def _tile_size(trajectory: Trajectory, tile: int) -> tuple[int, int]:
 
 
 def _shown(trajectory: Trajectory, k: int, b: int, height: int, width: int) -> np.ndarray:
-    """One frame as an RGB tile, whatever its channels."""
+    """Frame k of sequence b as an RGB tile, whatever its channels."""
     return resize(np.ascontiguousarray(to_rgb(trajectory.frames[k, b].transpose(1, 2, 0))), height, width)
 
 
-def _check_size(shape: tuple[int, int]) -> None:
+def _paper(shape: tuple[int, int]) -> Image.Image:
+    height, width = shape
     if max(shape) > MAX_SIDE:
         raise UserError(
-            f"video: {shape[1]} x {shape[0]} pixels, more than {MAX_SIDE} a side; "
-            "choose fewer sequences or a smaller tile"
+            f"video: {width} x {height} pixels, more than {MAX_SIDE} a side; choose fewer sequences or a smaller tile"
         )
+    return Image.new("RGB", (width, height), PAPER)
 
 
 def _fit(text: str, font, width: float) -> str:
@@ -147,8 +139,8 @@ def _fit(text: str, font, width: float) -> str:
     return text[:kept].rstrip(" _-") + "…" if kept > 0 else ""
 
 
-def _draw_names(image, trajectory: Trajectory, left, right, top, font, *, spread: bool = False) -> None:
-    """Source, an arrow and target between left and right; `spread` puts the target at the right end."""
+def _draw_names(image, trajectory: Trajectory, left, right, font, *, spread: bool = False) -> None:
+    """Source, an arrow and target, as far from the top as from the left; `spread` puts the target at the right end."""
     draw, arrow, space = ImageDraw.Draw(image), font.size * 1.4, font.size * 0.5
     room = right - left - arrow - 2 * space
     target = _fit(trajectory.header.target, font, room)
@@ -156,7 +148,7 @@ def _draw_names(image, trajectory: Trajectory, left, right, top, font, *, spread
     target = _fit(trajectory.header.target, font, room - font.getlength(source))
     start = left + font.getlength(source) + space
     end = right - font.getlength(target) - space if spread else start + arrow
-    baseline = top + font.size
+    baseline = left + font.size
     draw.text((left, baseline), source, INK, font, anchor="ls")
     draw.text((end + space, baseline), target, INK, font, anchor="ls")
     # The default font has no arrow.

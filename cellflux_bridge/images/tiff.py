@@ -105,17 +105,13 @@ def _is_smaller_copy(size: tuple[int, int], of: tuple[int, int]) -> bool:
 
 
 def _meant(tiff: TiffFile) -> TiffPageSeries:
-    marks = {id(series): series.keyframe.subfiletype for series in tiff.series}
-    images = [series for series in tiff.series if not marks[id(series)] & _MASK] or tiff.series
-    largest = max(images, key=lambda series: (np.prod(_size(series)), not marks[id(series)] & _REDUCED))
+    images = [series for series in tiff.series if not series.keyframe.subfiletype & _MASK] or tiff.series
+    whole = [series for series in images if not series.keyframe.subfiletype & _REDUCED]
+    largest = max(whole + images, key=lambda series: np.prod(_size(series)))  # of equals the first: one not reduced
     inside = [page for series in images for page in series.keyframe.pages or ()]
     if any(page.imagelength * page.imagewidth > np.prod(_size(largest)) for page in inside):
         raise UnreadableImage("its full-resolution image lies in a sub-IFD; save that as a file of its own")
-    others = [
-        series
-        for series in images
-        if not (series is largest or marks[id(series)] & _REDUCED or _is_smaller_copy(_size(series), _size(largest)))
-    ]
+    others = [one for one in whole if one is not largest and not _is_smaller_copy(_size(one), _size(largest))]
     if others:
         sizes = ", ".join(f"{width} x {height}" for height, width in map(_size, (largest, *others[:4])))
         raise UnreadableImage(f"holds {1 + len(others)} images ({sizes} pixels); {_ALONE}")
@@ -137,9 +133,8 @@ def _num_channels(series: TiffPageSeries) -> int:
         raise UnreadableImage(f"its pages are not of one size ({described}); {_ALONE}")
     is_alpha = bool(page.extrasamples) and int(page.extrasamples[0]) in _ALPHA
     in_samples = sizes.get("C", 1) == 1
-    known = num in (1, 3) or (in_samples and ((num == 2 and is_alpha) or num == 4))
-    cmyk_or_rgb = page.photometric not in (_MIN_IS_WHITE, _MIN_IS_BLACK)
-    if not known or (num == 4 and not cmyk_or_rgb):
+    is_grey = page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK)
+    if num not in (1, 3) and not (in_samples and ((num == 2 and is_alpha) or (num == 4 and not is_grey))):
         raise UnreadableImage(f"has {num} channels ({described}); expected grey or RGB")
     return num
 

@@ -1,10 +1,9 @@
 """Methods against methods on their common sources; guidance against no guidance; sources against themselves, carried to
 the target and back."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,39 +19,24 @@ from cellflux_bridge.metrics.structure import with_networks
 from cellflux_bridge.trajectory import read_header
 
 
-class Difference(NamedTuple):
-    """`first` less `second` in the mean of a quantity, on their `n` common sources; the rest as in `Paired`."""
-
-    first: str
-    second: str
-    quantity: str
-    extractor: str
-    n: int
-    difference: float
-    low: float
-    high: float
-    p: float
-    num_groups: int
+def _common(first: Sequences, second: Sequences, keys: Sequence, of_second: Sequence) -> tuple[Sequences, Sequences]:
+    """The sequences whose keys both have, in the order of `first`."""
+    places = {key: n for n, key in enumerate(of_second)}
+    chosen = [n for n, key in enumerate(keys) if key in places]
+    return first.rows(chosen), second.rows([places[keys[n]] for n in chosen])
 
 
-def _common(first: Sequences, second: Sequences) -> tuple[Sequences, Sequences]:
-    """The sequences of the sources that both have, in the same order."""
-    places = {source_id: n for n, source_id in enumerate(second.source_ids)}
-    pairs = [(n, places[source_id]) for n, source_id in enumerate(first.source_ids) if source_id in places]
-    rows = np.array(pairs, dtype=int).reshape(-1, 2)
-    return first.rows(rows[:, 0]), second.rows(rows[:, 1])
-
-
-def differences(first: Sequences, second: Sequences, reference: ReferenceSet) -> list[Difference]:
-    """Paired differences of all figures that each source has by itself; none where no source is common."""
-    first, second = _common(first, second)
+def differences(first: Sequences, second: Sequences, reference: ReferenceSet) -> list[dict[str, Any]]:
+    """Rows (`metrics.results`) of all figures that each source has by itself; none where no source is common."""
+    first, second = _common(first, second, first.source_ids, second.source_ids)
     if not first.source_ids:
         return []
     groups, resamples = reference.groups(first.source_ids), reference.recorder(first).resamples
     others, rows = _figures_of_sources(second, reference), []
     for (quantity, extractor), values in _figures_of_sources(first, reference).items():
         paired = paired_difference(values, others[quantity, extractor], groups, resamples=resamples)
-        rows.append(Difference(first.name, second.name, quantity, extractor, len(values), *paired))
+        row = {"first": first.name, "second": second.name, "quantity": quantity, "extractor": extractor}
+        rows.append({**row, "n": len(values), **paired._asdict()})
     return rows
 
 
@@ -75,7 +59,7 @@ def _figures_of_sources(of: Sequences, reference: ReferenceSet) -> dict[tuple[st
 
 def add_guidance(guided: Sequences, unguided: Sequences, reference: ReferenceSet) -> None:
     """KID and Frechet distance to real patches of the own level, with guidance over without, on common sources."""
-    pair = _common(guided, unguided)
+    pair = _common(guided, unguided, guided.source_ids, unguided.source_ids)
     found = np.empty((2, 2, len(guided.levels)))  # KID or Frechet, with or without, level
     for number, level in enumerate(guided.frame_levels):
         real = reference.own(level)
@@ -103,27 +87,20 @@ def match_cycle(methods: Sequence[Sequences], folder: Path, networks: Sequence[N
     Frames are matched pixel by pixel. Raises UserError where the trajectory does not lead back, or starts from no
     method's last frames.
     """
-    header, forward = read_header(folder), methods[0].header
-    if (header.source, header.target) != (forward.target, forward.source):
-        raise UserError(
-            f"--cycle {folder}: {header.source} -> {header.target}; expected the way back of "
-            f"{forward.source} -> {forward.target}"
-        )
+    header, source, target = read_header(folder), networks[0].source, networks[0].target
+    if (header.source, header.target) != (target, source):
+        way = f"{header.source} -> {header.target}"
+        raise UserError(f"--cycle {folder}: {way}; expected the way back of {source} -> {target}")
     back = collect(folder, networks, name=f"{folder.name}, back", num_levels=1, fair=False)
     for of in methods:
-        places = {digest: number for number, digest in enumerate(_digests(of.arrays["last"]))}
-        pairs = [(places[d], n) for n, d in enumerate(_digests(back.arrays["sources"])) if d in places]
-        if pairs:
-            rows, found = np.array(pairs).T
-            return of.rows(rows), back.rows(found)
+        pixels = ([image.tobytes() for image in images] for images in (back.arrays["sources"], of.arrays["last"]))
+        returned, chosen = _common(back, of, *pixels)
+        if returned.source_ids:
+            return chosen, returned
     raise UserError(
         f"--cycle {folder}: none of its first frames is a last frame of {', '.join(of.name for of in methods)}; "
         "translate the last frames themselves: Bridge.translate(torch.from_numpy(trajectory.frames[-1]), ...)"
     )
-
-
-def _digests(images: np.ndarray) -> list[bytes]:
-    return [hashlib.blake2b(image.tobytes()).digest() for image in images]
 
 
 def add_cycle(of: Sequences, back: Sequences, reference: ReferenceSet) -> None:

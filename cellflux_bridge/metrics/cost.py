@@ -10,8 +10,7 @@ COST = "cost.json"
 
 
 class Cost(NamedTuple):
-    """Wall `seconds` a sequence on a `device` ("cpu", "cuda: NAME"), and CPU seconds, which are None for other
-    devices: they would be the time of waiting for them."""
+    """Seconds by the clock a sequence on a `device` ("cpu", "cuda: NAME"); of a CPU, its seconds too."""
 
     device: str
     seconds: float

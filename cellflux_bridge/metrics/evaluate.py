@@ -5,50 +5,45 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.metrics.comparisons import Difference, add_cycle, add_guidance, differences, match_cycle
-from cellflux_bridge.metrics.extractor import is_name
-from cellflux_bridge.metrics.feature_cache import FeatureCache
-from cellflux_bridge.metrics.memorisation import NearCopy
-from cellflux_bridge.metrics.networks import load_networks
-from cellflux_bridge.metrics.provenance import require_same_data
+from cellflux_bridge.metrics.comparisons import add_cycle, add_guidance, differences, match_cycle
+from cellflux_bridge.metrics.loading import is_name, load_networks, require_same_data
 from cellflux_bridge.metrics.quantities import add_figures
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target, stain_transfer
-from cellflux_bridge.metrics.warnings import figure_warnings, incomplete, repeated
+from cellflux_bridge.metrics.warnings import data_warnings, figure_warnings
 from cellflux_bridge.trajectory import TrajectoryHeader, read_header, read_source_ids
 
 
 class Evaluation(NamedTuple):
     """All figures of some trajectories (`reference.rows`), in the order of methods and baselines of the table.
 
-    `unguided` maps a guided method to the unguided one that it is compared to; `warnings` are sentences about figures
-    that mislead.
+    `unguided` maps a guided method to the unguided one that it is compared to; `differences` and `near_copies` are rows
+    of metrics.json (`metrics.results`); `warnings` are sentences about figures that mislead.
     """
 
-    transition: tuple[str, str]
-    num_levels: int
     reference: ReferenceSet
-    methods: tuple[Sequences, ...]
-    baselines: tuple[Sequences, ...]
+    methods: list[Sequences]
+    baselines: list[Sequences]
     unguided: dict[str, str]
-    differences: tuple[Difference, ...]
-    near_copies: tuple[NearCopy, ...]
-    warnings: tuple[str, ...]
+    differences: list[dict[str, Any]]
+    near_copies: list[dict[str, Any]]
+    warnings: list[str]
 
 
-def _names(headers: dict[Path, TrajectoryHeader], unguided: Sequence[Path]) -> list[str]:
+def _names(headers: dict[Path, TrajectoryHeader], unguided: Sequence[Path]) -> dict[Path, str]:
     """The name of each trajectory in the table: its method, and its folder where two methods are the same."""
     short = {folder: of.method + (", unguided" if folder in unguided else "") for folder, of in headers.items()}
     longer = {f: n if [*short.values()].count(n) == 1 else f"{n} ({f.name})" for f, n in short.items()}
-    return [n if [*longer.values()].count(n) == 1 else f"{short[f]} ({f})" for f, n in longer.items()]
+    return {f: n if [*longer.values()].count(n) == 1 else f"{short[f]} ({f})" for f, n in longer.items()}
 
 
-def _require_same_transition(headers: dict[Path, TrajectoryHeader]) -> tuple[str, str]:
+def _transition(headers: dict[Path, TrajectoryHeader]) -> tuple[str, str]:
+    """The source and the target class of all trajectories; UserError where they differ."""
     (first, of), *others = headers.items()
     for folder, other in others:
         if (other.source, other.target) != (of.source, of.target):
@@ -61,21 +56,21 @@ def _require_same_transition(headers: dict[Path, TrajectoryHeader]) -> tuple[str
 
 def _guided_pairs(
     trajectories: Sequence[Path], unguided: Sequence[Path], headers: dict[Path, TrajectoryHeader]
-) -> list[tuple[int, int]]:
-    """Each guided trajectory with the unguided one of its method, as numbers into [*trajectories, *unguided]."""
+) -> list[tuple[Path, Path]]:
+    """Each guided trajectory with the unguided one of its method; UserError where there is none of its sources."""
     pairs = []
-    for number, without in enumerate(unguided, start=len(trajectories)):
+    for without in unguided:
         method, ids = headers[without].method, set(read_source_ids(without))
-        guided = [n for n, folder in enumerate(trajectories) if headers[folder].method == method]
+        guided = [folder for folder in trajectories if headers[folder].method == method]
         if not guided:
             methods = ", ".join(headers[folder].method for folder in trajectories)
             raise UserError(f"--unguided {without}: its method {method} is none of {methods}; name its guided one, too")
-        for n in guided:
-            if not ids & set(read_source_ids(trajectories[n])):
+        for folder in guided:
+            if ids.isdisjoint(read_source_ids(folder)):
                 raise UserError(
-                    f"--unguided {without}: none of its sources is one of {trajectories[n]}; translate the same ones"
+                    f"--unguided {without}: none of its sources is one of {folder}; translate the same ones"
                 )
-        pairs += [(n, number) for n in guided]
+            pairs.append((folder, without))
     return pairs
 
 
@@ -97,42 +92,40 @@ def evaluate(
     """All figures of trajectory folders of one transition; the first is compared with each other one by source.
 
     judges       runs of classifiers
-    features     run of a classifier that neither guided nor judges, or an extractor's name (`metrics.extractor`)
+    features     run of a classifier that neither guided nor judges, or an extractor's name (`metrics.loading`)
     scores       run of a classifier trained with classifier.labels=score on patches of the whole range: its p is the
                  severity of a frame
     unguided     trajectories of the same method as one of the others, made without guidance; they are evaluated, too
     cycle        trajectory that carries the last frames of a method back
     max_real     at most so many real patches of a class, or with a score, are used; the seed draws them
-    cache        folder that keeps the outputs of networks (`metrics.feature_cache`)
+    cache        folder that keeps the outputs of networks (`networks.remember`)
 
     Raises UserError for a guide among the networks, and for trajectories and networks that do not fit each other.
     Time grows with the number of training patches, and with the square of the numbers of frames and of real patches.
     """
-    if num_levels < 1:
-        raise UserError(f"--levels {num_levels}: expected at least one level after the source")
-    if max_real < 1:
-        raise UserError(f"--max-real {max_real}: expected how many real patches of a class to use at most, 1 or more")
+    for flag, value, of in (("levels", num_levels, "levels after the source"), ("max-real", max_real, "real patches")):
+        if value < 1:
+            raise UserError(f"--{flag} {value}: expected how many {of} to use, 1 or more")
     folders = [*trajectories, *unguided]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a trajectory is named twice; name each once, as a trajectory or with --unguided")
     headers = {folder: read_header(folder) for folder in folders}
-    source, target = _require_same_transition(headers)
+    source, target = _transition(headers)
     pairs = _guided_pairs(trajectories, unguided, headers)
     require_same_data(folders, [*judges, *([] if is_name(str(features)) else [Path(features)])], overrides)
     runs = [*(("judge", run) for run in judges), ("features", features)]
     runs += [("scores", scores)] if scores is not None else []
-    networks = load_networks(
-        runs, source=source, target=target, overrides=overrides, device=device, cache=FeatureCache(cache)
-    )
-    names = zip(folders, _names(headers, unguided), strict=True)
-    looked = [collect(folder, networks, name=name, num_levels=num_levels) for folder, name in names]
-    there_and_back = None if cycle is None else match_cycle(looked, cycle, networks)
-    reference = ReferenceSet(networks, levels=looked[0].levels, seed=seed, max_real=max_real)
-    stain = reference.stain_reference()
-    recoloured = [stain_transfer(sequences, networks, stain) for sequences in looked]
-    baselines = [copied_source(looked[0], networks), recoloured[0], *nearest_target(looked[0], networks)]
-    copies: list[NearCopy] = []
-    for sequences, transfer in zip(looked, recoloured, strict=True):
+    networks = load_networks(runs, source=source, target=target, overrides=overrides, device=device, cache=cache)
+    names = _names(headers, unguided)
+    looked = {of: collect(of, networks, name=names[of], num_levels=num_levels) for of in folders}
+    methods = list(looked.values())
+    there_and_back = None if cycle is None else match_cycle(methods, cycle, networks)
+    reference = ReferenceSet(networks, levels=methods[0].levels, seed=seed, max_real=max_real)
+    stain = reference.extractor.stain_reference(seed=seed)
+    recoloured = [stain_transfer(sequences, networks, stain) for sequences in methods]
+    baselines = [copied_source(methods[0], networks), recoloured[0], *nearest_target(methods[0], networks)]
+    copies = []
+    for sequences, transfer in zip(methods, recoloured, strict=True):
         copies += add_figures(sequences, reference, recoloured=transfer)
     for sequences in baselines:
         add_figures(sequences, reference, recoloured=recoloured[0])
@@ -141,13 +134,11 @@ def evaluate(
     for guided, without in pairs:
         add_guidance(looked[guided], looked[without], reference)
     return Evaluation(
-        transition=(source, target),
-        num_levels=num_levels,
         reference=reference,
-        methods=tuple(looked),
-        baselines=tuple(baselines),
-        unguided={looked[guided].name: looked[without].name for guided, without in pairs},
-        differences=tuple(row for other in looked[1:] for row in differences(looked[0], other, reference)),
-        near_copies=tuple(copies),
-        warnings=(*incomplete(folders), *repeated(reference.training.num_repeated), *figure_warnings(reference.rows)),
+        methods=methods,
+        baselines=baselines,
+        unguided={names[guided]: names[without] for guided, without in pairs},
+        differences=[row for other in methods[1:] for row in differences(methods[0], other, reference)],
+        near_copies=copies,
+        warnings=[*data_warnings(folders, reference.training.num_repeated), *figure_warnings(reference.rows)],
     )

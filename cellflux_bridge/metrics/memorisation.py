@@ -16,24 +16,6 @@ from cellflux_bridge.metrics.networks import Network
 _ROUNDING = 1e-5
 
 
-class NearCopy(NamedTuple):
-    """A frame that repeats a training patch, or lies nearer to it than any held-out real patch lies to its nearest
-    training patch of that class: `distance` < `held_out`, their least distance, in the extractor's features."""
-
-    method: str
-    trajectory: str
-    source_id: str
-    level: float
-    training_id: str
-    distance: float
-    held_out: float
-
-    @property
-    def share(self) -> float:
-        """`distance` over `held_out`, 0 for an exact copy: the smaller, the worse."""
-        return self.distance / self.held_out if self.distance else 0.0
-
-
 class NearestTraining(NamedTuple):
     """The nearest training patches of L levels of N sequences: their distances, numbers and classes `kinds` (1 for the
     target), each (L, N). `held_out`: for either class the sorted distances of the held-out patches whose nearest
@@ -56,13 +38,8 @@ class NearestTraining(NamedTuple):
         """(L, N): the share of held-out patches that lie farther from training than the frame, a tie for a half; its
         mean is the Mann-Whitney statistic, 0.5 where frames and held-out patches are alike (Meehan et al. 2020)."""
         d = self.distances
-        shares = [
-            np.where(
-                np.isnan(h[0]), np.nan, 1 - (np.searchsorted(h, d) + np.searchsorted(h, d, "right")) / (2 * len(h))
-            )
-            for h in self.held_out
-        ]
-        return np.where(self.kinds == 1, shares[1], shares[0])
+        below = [(np.searchsorted(h, d) + np.searchsorted(h, d, "right")) / (2 * len(h)) for h in self.held_out]
+        return np.where(np.isnan(self.least()), np.nan, 1 - np.where(self.kinds == 1, below[1], below[0]))
 
     def least(self) -> np.ndarray:
         """(L, N): the least distance of the held-out patches that each frame is compared to."""
@@ -80,31 +57,23 @@ def nearest(x: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.linalg.norm(np.asarray(x, np.float64) - others[numbers], axis=1), numbers
 
 
-class Training(NamedTuple):
-    """The training patches of both classes in the extractor's features, and whether each `is_target`. `held_out` are
-    the sorted distances of real test patches to their nearest ones, of the source class and of the target class.
+class Training:
+    """The training patches of both classes in the extractor's features, beside features (M, D) of real test patches.
 
-    They leave out the `num_repeated` test patches that repeat a training patch (no farther than `same`): beside one of
-    them nothing could lie nearer than held-out patches.
+    `held_out` and `num_repeated` are those of `held_out_distances`: beside a test patch that repeats a training patch
+    nothing could lie nearer than held-out patches.
     """
 
-    ids: tuple[str, ...]
-    features: np.ndarray
-    is_target: np.ndarray
-    held_out: list[np.ndarray]
-    same: float
-    num_repeated: int
-
-    @staticmethod
-    def of(extractor: Network, real_features: np.ndarray) -> "Training":
-        """The training patches of an extractor's data, compared to the features (M, D) of real test patches."""
+    def __init__(self, extractor: Network, real_features: np.ndarray):
         patches = extractor.patches
         numbers = np.concatenate([patches.indices("train", label) for label in (extractor.source, extractor.target)])
-        features = extractor.outputs_of_patches(patches, numbers, desc="training patches").features
-        is_target = patches.labels[numbers] == patches.class_index(extractor.target)
-        same = _ROUNDING * float(np.median(np.linalg.norm(features, axis=1)))
-        held_out, num_repeated = held_out_distances(real_features, features, is_target, same=same)
-        return Training(tuple(patches.ids[i] for i in numbers), features, is_target, held_out, same, num_repeated)
+        self.ids = [patches.ids[i] for i in numbers]
+        self.features = extractor.outputs_of_patches(patches, numbers, desc="training patches").features
+        self.is_target = patches.labels[numbers] == patches.class_index(extractor.target)
+        self.same = _ROUNDING * float(np.median(np.linalg.norm(self.features, axis=1)))
+        self.held_out, self.num_repeated = held_out_distances(
+            real_features, self.features, self.is_target, same=self.same
+        )
 
     def nearest_to(self, frames: np.ndarray) -> NearestTraining:
         """Of features (N, L, D) of frames."""

@@ -1,7 +1,10 @@
 """The networks that frames are shown to: judges, an extractor that neither guided nor judges, a severity estimator."""
 
+import hashlib
+import os
+import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -9,22 +12,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.classifier import inference
-from cellflux_bridge.config import load_config
+from cellflux_bridge.classifier.scores import MOST_FOR_STATISTICS
 from cellflux_bridge.data.layout.base import SPLITS
-from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.images import encode
-from cellflux_bridge.metrics.extractor import NamedExtractor, is_name
-from cellflux_bridge.metrics.feature_cache import FeatureCache
+from cellflux_bridge.images.stain import StainReference, fit_reference
 from cellflux_bridge.metrics.fidelity import require_finite
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distance
 
-USES = ("judge", "features", "scores")
 _CHUNK = 256
+_CACHE_FORMAT = 1  # goes up whenever the networks would give another answer
 # Images of one forward; on a CPU more of them are slower, because of the memory that their feature maps take.
 FORWARD = 64
 # Above this mean absolute difference, in grey levels, a source is not the patch in the network's data.
@@ -43,11 +44,8 @@ class NetworkOutputs(NamedTuple):
     is_target: np.ndarray
     features: np.ndarray
 
-    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "NetworkOutputs":
-        return NetworkOutputs(*map(function, self))
-
     def at(self, index) -> "NetworkOutputs":
-        return self.map(lambda array: array[index])
+        return NetworkOutputs(*(array[index] for array in self))
 
     @staticmethod
     def cat(parts: "Sequence[NetworkOutputs]") -> "NetworkOutputs":
@@ -71,9 +69,37 @@ class RealPatches(NamedTuple):
         return RealPatches(*(array[chosen] for array in self[:3]), self.outputs.at(chosen))
 
 
+def remember(
+    folder: Path | None, network: str, question: str, images: np.ndarray, answer: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The arrays of `answer()`, from a .npz file of the folder where it is there; None keeps nothing.
+
+    The name of a file is the digest of the network's weights (`network`), the question and the pixels. So nothing stale
+    is ever found, and the same images have one answer, whatever their files are called. The folder may be removed at
+    any time.
+    """
+    if folder is None:
+        return answer()
+    asked = f"{_CACHE_FORMAT} {network} {question} {images.dtype} {images.shape}"
+    key = hashlib.blake2b(asked.encode() + images.tobytes(), digest_size=20)
+    path = folder / f"{key.hexdigest()}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or damaged: it is made anew
+    found = answer()
+    folder.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(building, "wb") as file:
+        np.savez(file, **found)
+    os.replace(building, path)
+    return found
+
+
 @dataclass(frozen=True)
 class Network:
-    """A trained classifier in one of the `USES`, and the patches of its own configuration.
+    """A trained classifier in one of the `loading.USES`, and the patches of its own configuration.
 
     `name` is unique; `weights` (C,) turn class probabilities into `NetworkOutputs.value`. An extractor that
     is no classifier has none, and the patches of the first judge. `checkpoint` is the folder of its weights, or the
@@ -91,7 +117,7 @@ class Network:
     model: torch.nn.Module
     digest: str
     device: torch.device
-    cache: FeatureCache = field(default_factory=FeatureCache)
+    cache: Path | None
 
     @property
     def image_size(self) -> int:
@@ -103,8 +129,8 @@ class Network:
         return {source_id: number for number, source_id in enumerate(self.patches.ids)}
 
     def outputs(self, batch: np.ndarray | torch.Tensor, *, where: str) -> NetworkOutputs:
-        """Of uint8 patches (N, 3, S, S); a UserError that names `where` the patches are from, if one is not finite."""
-        batch = torch.as_tensor(batch)
+        """Of uint8 patches (..., 3, S, S); a UserError that names `where` they are from, if an output is not finite."""
+        shape, batch = batch.shape[:-3], torch.as_tensor(batch).flatten(0, -4)
 
         def answer() -> dict[str, np.ndarray]:
             features = inference.features(self.model, batch, device=self.device, chunk=FORWARD)
@@ -114,11 +140,12 @@ class Network:
             require_finite(np.column_stack([p, features]), name=f"{self.name}, looking at {where}")
             return {"p": p, "features": features}
 
-        found = self.cache.remember(self.digest, "features", batch.numpy(), answer)
+        found = remember(self.cache, self.digest, "features", batch.numpy(), answer)
         p, features = found["p"], found["features"]
-        if self.weights is None:
-            return NetworkOutputs(np.full(len(p), np.nan), np.zeros(len(p), bool), features)
-        return NetworkOutputs(p @ self.weights, p.argmax(1) == self.patches.class_index(self.target), features)
+        value, is_target = np.full(len(p), np.nan), np.zeros(len(p), bool)
+        if self.weights is not None:
+            value, is_target = p @ self.weights, p.argmax(1) == self.patches.class_index(self.target)
+        return NetworkOutputs(value.reshape(shape), is_target.reshape(shape), features.reshape(*shape, -1))
 
     def structure(self, frames: np.ndarray) -> np.ndarray:
         """Figures of `metrics.structure`, (N, L, 2), of uint8 sequences (N, L, 3, S, S) to their own first frames."""
@@ -130,7 +157,7 @@ class Network:
         def answer() -> dict[str, np.ndarray]:
             return {"structure": np.stack([haematoxylin_ms_ssim(frames), layer_distance(frames, maps)], axis=2)}
 
-        return self.cache.remember(self.digest, "structure", frames, answer)["structure"]
+        return remember(self.cache, self.digest, "structure", frames, answer)["structure"]
 
     def outputs_of_patches(self, patches: Patches, numbers: np.ndarray, *, desc: str = "real patches"):
         """`outputs` of the middle patches of a data set, never more than a chunk of them in memory."""
@@ -151,24 +178,27 @@ class Network:
     def real_patches(self, *, num: int | None = None, seed: int = 0) -> RealPatches:
         """At most `num` test patches of the source class and of the target class (None: all), drawn by the seed; for a
         severity estimator at most `num` of all test patches that have a score."""
-        scored = self.use == "scores"
+        patches, scored = self.patches, self.use == "scores"
         if scored:
-            numbers = self.patches.indices("test")
-            sets = {"scored": numbers[np.isfinite(self.patches.scores[numbers])]}
+            numbers = patches.indices("test")
+            sets = {"scored": numbers[np.isfinite(patches.scores[numbers])]}
         else:
-            sets = {label: self.patches.indices("test", label) for label in (self.source, self.target)}
-        draws = (
-            numpy_generator(seed, "evaluate", "real", name).permutation(numbers)[:num] for name, numbers in sets.items()
-        )
-        numbers = np.concatenate([np.sort(drawn) for drawn in draws])
-        is_target = self.patches.labels[numbers] == self.patches.class_index(self.target)
+            sets = {label: patches.indices("test", label) for label in (self.source, self.target)}
+        draws = (numpy_generator(seed, "evaluate", "real", name).permutation(of)[:num] for name, of in sets.items())
+        numbers = np.concatenate([*map(np.sort, draws)])
+        is_target = patches.labels[numbers] == patches.class_index(self.target)
         if len(np.unique(is_target)) < (1 if scored else 2):
             wanted = "patches with a score" if scored else f"{self.source} and {self.target}"
             raise UserError(
                 f"{self.name}: the test split of its data lacks {wanted}, to which frames are compared; raise "
                 "data.split.test and train it again, or name splits in the data"
             )
-        return RealPatches(numbers, np.array(self.patches.group_names)[self.patches.groups[numbers]], is_target)
+        return RealPatches(numbers, np.array(patches.group_names)[patches.groups[numbers]], is_target)
+
+    def stain_reference(self, *, seed: int) -> StainReference:
+        """The mean colours of real target patches of the training split (Reinhard et al. 2001), drawn by the seed."""
+        chosen = self.patches.sample("train", self.target, num=MOST_FOR_STATISTICS, seed=seed)
+        return fit_reference("reinhard", list(self.patches.centre(chosen).permute(0, 2, 3, 1).numpy()))
 
     def require_fair(self, source_ids: Sequence[str], sources: np.ndarray, *, where: str) -> None:
         """UserError if it was trained on one of the sources (B, 3, S, S), or has them at another crop or stain.
@@ -180,10 +210,10 @@ class Network:
                 f"{where}: frames of {sources.shape[-1]} x {sources.shape[-2]} px, {self.name} was trained on "
                 f"{self.image_size} px; evaluate with classifiers of the frames' size (data.image_size)"
             )
-        pairs = [(row, self._numbers[each]) for row, each in enumerate(source_ids) if each in self._numbers]
-        if self.use == "scores" or not pairs:
+        rows = [row for row, each in enumerate(source_ids) if each in self._numbers]
+        if self.use == "scores" or not rows:
             return
-        rows, numbers = np.array(pairs).T
+        numbers = [self._numbers[source_ids[row]] for row in rows]
         real = self.patches.centre(numbers).numpy().astype(np.float32)
         if np.median(np.abs(real - sources[rows]).mean((1, 2, 3))) > _SAME_PATCH:
             raise UserError(
@@ -191,8 +221,7 @@ class Network:
                 "have the same data.root, data.crop and data.stain as the run that made the sequences"
             )
         trained = self.patches.splits[numbers] == SPLITS.index("train")
-        if trained.any():
-            names = [source_ids[row] for row in rows[trained]]
+        if names := [source_ids[row] for row in np.array(rows)[trained]]:
             raise UserError(
                 f"{self.name}: trained on sources of {where}: {abbreviate(names, limit=3)}; translate patches of the "
                 "test split, and train classifiers with the flow's seed and data.split, which decide the splits"
@@ -201,90 +230,3 @@ class Network:
 
 def extractor_of(networks: Sequence[Network]) -> Network:
     return next(network for network in networks if network.use == "features")
-
-
-def load_networks(
-    runs: Sequence[tuple[str, Path | str]],
-    *,
-    source: str,
-    target: str,
-    overrides: Sequence[str] = (),
-    device: torch.device,
-    cache: FeatureCache | None = None,
-) -> list[Network]:
-    """The newest checkpoints of (use, run folder), in the order of `USES`. `overrides` apply to all but a severity
-    estimator. An extractor may be a name (`metrics.extractor`) instead of a folder: its patches are the first judge's.
-
-    Raises UserError for a guide, for a run that is named twice, and for one that does not know the classes.
-    """
-    networks: dict[str, Network] = {}
-    for use, run in sorted(runs, key=lambda each: USES.index(each[0])):
-        if use == "features" and is_name(str(run)):
-            network = _load_named(str(run), next(iter(networks.values())))
-        else:
-            folder, given = checkpoint.latest(Path(run)), () if use == "scores" else overrides
-            network = _load(use, folder, source, target, given, device, cache or FeatureCache())
-        if other := networks.get(network.digest):
-            problem = "has the very weights of another network here"
-            raise UserError(
-                f"{run}: {'is named twice' if network.checkpoint == other.checkpoint else problem}; judges, --features "
-                "and --scores must be separately trained networks, each with a classifier.seed of its own"
-            )
-        networks[network.digest] = network
-    names = [network.name for network in networks.values()]
-    return [
-        replace(network, name=str(_run_of(network.checkpoint))) if names.count(network.name) > 1 else network
-        for network in networks.values()
-    ]
-
-
-def _run_of(folder: Path) -> Path:
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
-
-
-def _load_named(name: str, judge: Network) -> Network:
-    model = NamedExtractor(name).to(judge.device).eval()
-    view = f"{type(model.net).__name__} at {model.size} px"
-    digest = checkpoint.weights_digest(model, view=view)
-    return replace(
-        judge, name=name, use="features", view=view, checkpoint=name, weights=None, model=model, digest=digest
-    )
-
-
-def _load(use: str, folder: Path, source: str, target: str, overrides, device, cache) -> Network:
-    config = load_config(folder / checkpoint.CONFIG, overrides)
-    if config.classifier.role == "guide":
-        raise UserError(
-            f"{folder}: is a guide (classifier.role=guide), whose opinion the frames were made to please; judge them "
-            "with a classifier trained apart, with classifier.role=judge"
-        )
-    classes = tuple(config.data.classes)
-    missing = [label for label in (source, target) if label not in classes]
-    if missing:
-        raise UserError(
-            f"{folder}: does not know the class {missing[0]!r} of the sequences; it was trained on {', '.join(classes)}"
-        )
-    weights = np.array([label == target for label in classes], np.float32)
-    if use == "scores":
-        if config.classifier.labels != "score" or {source, target} != {classes[0], classes[-1]}:
-            raise UserError(
-                f"--scores {folder}: expected a classifier trained with classifier.labels=score from {source} to "
-                f"{target}; found labels={config.classifier.labels} and the classes {', '.join(classes)}"
-            )
-        weights = np.linspace(0, 1, len(classes), dtype=np.float32)
-        weights = weights if target == classes[-1] else 1 - weights
-    model = inference.load(folder, device)
-    return Network(
-        name="/".join(_run_of(folder).resolve().parts[-2:]),
-        use=use,
-        view=config.classifier.view,
-        checkpoint=folder,
-        patches=load_patches(config.data, seed=config.seed),
-        source=source,
-        target=target,
-        weights=weights,
-        model=model,
-        digest=checkpoint.weights_digest(model, view=config.classifier.view),
-        device=device,
-        cache=cache,
-    )

@@ -1,12 +1,13 @@
 """Every figure of the sequences of one method or baseline, compared to a reference set."""
 
+from typing import Any
+
 import numpy as np
 
 from cellflux_bridge.base.statistics import Estimate, rank_correlation
 from cellflux_bridge.metrics import progression
-from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level
-from cellflux_bridge.metrics.manifold import neighbourhoods
-from cellflux_bridge.metrics.memorisation import NearCopy, NearestTraining
+from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level, neighbourhoods
+from cellflux_bridge.metrics.memorisation import NearestTraining
 from cellflux_bridge.metrics.networks import Network, RealPatches
 from cellflux_bridge.metrics.reference_set import NUM_SUBSAMPLES, ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences
@@ -16,9 +17,9 @@ from cellflux_bridge.metrics.values import Recorder
 _NUM_OTHERS = 256
 
 
-def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences) -> list[NearCopy]:
+def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences) -> list[dict[str, Any]]:
     """Record all quantities of `metrics.words` that a method has by itself; returns its near copies of training
-    patches, the worst first. `recoloured` is the stain transfer of its own sources."""
+    patches as rows of metrics.json. `recoloured` is the stain transfer of its own sources."""
     record, extractor = reference.recorder(of), reference.extractor
     features, groups = of.outputs[extractor.name].features, extractor.groups_of_sources(of.source_ids)
     nearest_training = reference.training.nearest_to(features[:, 1:])
@@ -32,13 +33,18 @@ def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences
         _add_set(record, "own", features[:, number], groups, reference.own(frame_level), reference, level=level)
     _add_set(record, "target", features[:, -1], groups, reference.target, reference, level=of.levels[-1])
     frames = features[:, 1:].reshape(-1, features.shape[-1])  # as one set
-    of_all = record._replace(of=record.of._replace(n=len(frames)))
+    of_all = record._replace(n=len(frames))
     _add_set(of_all, "pooled", frames, np.repeat(groups, len(of.levels)), reference.pooled, reference)
     if reference.estimator is not None:
         error = np.abs(of.outputs[reference.estimator.name].value[:, 1:] - np.array(of.frame_levels))
         record("severity_error", error, by=reference.estimator)
         record("severity_error", lambda i: error[i].mean(), by=reference.estimator)
-    _add_nearest_training(record, nearest_training, extractor)
+    options = {"by": extractor, "n_real": min(map(len, reference.training.held_out))}
+    copied = nearest_training.is_near_copy().T
+    record("nearest_training_ratio", nearest_training.ratio, **options)
+    record("nearest_training_closer", nearest_training.closer().T, **options)
+    record("near_copy_share", copied, **options)
+    record("near_copy_share", lambda i: copied[i].mean(), **options)
     for figure, each in zip(TISSUE, np.moveaxis(of.arrays["tissue"], 2, 0), strict=True):
         record(figure, each)
     for figure, each, by in with_networks(of.arrays["structure"][:, 1:], extractor):
@@ -79,26 +85,13 @@ def _add_stain_share(record: Recorder, of: Sequences, network: Network, recolour
         record("stain_share", lambda i: explained[i].sum(0) / whole[i].sum(0), by=network)
 
 
-def _add_nearest_training(record: Recorder, nearest_training: NearestTraining, extractor: Network) -> None:
-    options = {"by": extractor, "n_real": min(map(len, nearest_training.held_out))}
-    copied = nearest_training.is_near_copy().T
-    record("nearest_training_ratio", nearest_training.ratio, **options)
-    record("nearest_training_closer", nearest_training.closer().T, **options)
-    record("near_copy_share", copied, **options)
-    record("near_copy_share", lambda i: copied[i].mean(), **options)
-
-
 def source_distances(of: Sequences, network: Network, reference: ReferenceSet) -> tuple[np.ndarray, np.ndarray, int]:
     """Feature distances of every frame (N, K+1) to its own source, and to a random real source-class patch of another
     group (the mean over at most 256, and how many these are)."""
     real, features = reference.real[network.name], of.outputs[network.name].features
     chosen = reference.generator("others").permutation(np.flatnonzero(~real.is_target))[:_NUM_OTHERS]
-    others = progression.distance_to_others(
-        features,
-        real.features[chosen],
-        groups=network.groups_of_sources(of.source_ids),
-        other_groups=real.groups[chosen],
-    )
+    groups = {"groups": network.groups_of_sources(of.source_ids), "other_groups": real.groups[chosen]}
+    others = progression.distance_to_others(features, real.features[chosen], **groups)
     return progression.distance_to_source(features), others, len(chosen)
 
 
@@ -130,7 +123,7 @@ def kid_to(
 def _add_set(
     record: Recorder, to: str, frames: np.ndarray, groups: np.ndarray, real: RealPatches, reference, *, level=None
 ) -> None:
-    """KID (of a level), Frechet distance and the figures of `metrics.manifold` of frames (N, D) to real patches."""
+    """KID (of a level), Frechet distance and the four figures of neighbourhoods of frames (N, D) to real patches."""
     found = {} if level is None else {"kid": kid_to(frames, groups, real, reference, num_subsamples=NUM_SUBSAMPLES)}
     found["frechet"] = frechet_distance(frames, real.features)
     near = neighbourhoods(frames, real.features, groups=groups, real_groups=real.groups)
@@ -140,18 +133,17 @@ def _add_set(
         record.add(f"{figure}_{to}", each, level=level, by=reference.extractor, n_real=len(real.features))
 
 
-def _near_copies(of: Sequences, reference: ReferenceSet, nearest_training: NearestTraining) -> list[NearCopy]:
-    least, (distances, numbers, *_) = nearest_training.least(), nearest_training
-    found = [
-        NearCopy(
-            of.name,
-            str(of.folder or ""),
-            of.source_ids[n],
-            of.levels[k],
-            reference.training.ids[numbers[k, n]],
-            float(distances[k, n]),
-            float(least[k, n]),
-        )
-        for k, n in np.argwhere(nearest_training.is_near_copy())
+def _near_copies(of: Sequences, reference: ReferenceSet, found: NearestTraining) -> list[dict[str, Any]]:
+    least = found.least()
+    return [
+        {
+            "method": of.name,
+            "trajectory": str(of.folder or ""),
+            "source_id": of.source_ids[n],
+            "level": of.levels[k],
+            "training_id": reference.training.ids[found.numbers[k, n]],
+            "distance": float(found.distances[k, n]),
+            "held_out": float(least[k, n]),
+        }
+        for k, n in np.argwhere(found.is_near_copy())
     ]
-    return sorted(found, key=lambda copy: copy.share)

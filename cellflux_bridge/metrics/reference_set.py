@@ -9,29 +9,26 @@ import numpy as np
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.base.statistics import NUM_RESAMPLES, Estimate, bootstrap, estimate_mean
 from cellflux_bridge.data.patches import near_level
-from cellflux_bridge.images.stain import StainReference, fit_reference
-from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor
-from cellflux_bridge.metrics.manifold import manifold_floors
+from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor, manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
 from cellflux_bridge.metrics.networks import Network, RealPatches, extractor_of
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.structure import TISSUE, tissue_figures, with_networks
-from cellflux_bridge.metrics.values import Recorder, Subject, Value
+from cellflux_bridge.metrics.values import Recorder, Value
 
 NUM_SUBSAMPLES = 100
 REAL_SOURCE, REAL_TARGET, REAL_POOLED, REAL_SCORED = "real source", "real target", "real pooled", "real scored"
 REAL_OWN = "real own"  # real patches of a level
 _CHUNK = 256
-_NUM_PAIRS, _NUM_FOR_STAIN = 256, 2000
+_NUM_PAIRS = 256
 
 
 class ReferenceSet:
     """Networks with their outputs for real patches; figures of these, and of all that is compared, go to `rows`.
 
-    `judges` give probabilities, `extractor` is the network that neither guided nor judges, `estimator` (or None) gives
-    severities. `real[network]` are its real test patches of both classes, `kid_floors[network]` their floor; `pooled`
-    are the extractor's, `target` only the target class of these. The own real patches of each of the `levels` get a
-    floor. At most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
+    `real[network]` are its real test patches of both classes, `kid_floors[network]` their floor; `pooled` are the
+    extractor's, `target` only the target class of these. The own real patches of each of the `levels` get a floor. At
+    most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
     """
 
     def __init__(self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, max_real: int | None):
@@ -46,7 +43,7 @@ class ReferenceSet:
             self._add_real(network)
         self.pooled = self.real[self.extractor.name]
         self.target = self.pooled.at(self.pooled.is_target)
-        self.training = Training.of(self.extractor, self.pooled.features)
+        self.training = Training(self.extractor, self.pooled.features)
         self._add_tissue(self.pooled)
         self._add_structure(self.pooled)
         self._scored = None if self.estimator is None else self._scored_patches(self.estimator)
@@ -61,9 +58,9 @@ class ReferenceSet:
 
     def recorder(self, of: Sequences) -> Recorder:
         """For figures of sequences, with intervals over the groups of their sources."""
-        groups = self.groups(of.source_ids)
-        resamples = bootstrap(groups, num=NUM_RESAMPLES, generator=self.generator("bootstrap"))
-        return Recorder(self.rows, of.subject, resamples)
+        draw, num = self.generator("bootstrap"), len(of.source_ids)
+        resamples = bootstrap(self.groups(of.source_ids), num=NUM_RESAMPLES, generator=draw)
+        return Recorder(self.rows, of.name, num, str(of.folder or ""), of.levels, of.split, resamples)
 
     def mean(self, values: np.ndarray, groups: np.ndarray) -> Estimate:
         """The mean of values (N,) with its interval over their groups."""
@@ -80,12 +77,6 @@ class ReferenceSet:
             return real.at(near_level(scores, level))
         return self.pooled if abs(level - 0.5) < 1e-6 else self.pooled.at(self.pooled.is_target == (level > 0.5))
 
-    def stain_reference(self) -> StainReference:
-        """The mean colours of real target patches of the training split (Reinhard)."""
-        patches = self.extractor.patches
-        chosen = patches.sample("train", self.extractor.target, num=_NUM_FOR_STAIN, seed=self.seed)
-        return fit_reference("reinhard", list(patches.centre(chosen).permute(0, 2, 3, 1).numpy()))
-
     def _add_real(self, network: Network) -> None:
         real = network.real_patches(num=self.max_real, seed=self.seed)
         outputs = network.outputs_of_patches(network.patches, real.numbers)
@@ -98,13 +89,13 @@ class ReferenceSet:
     def _add_by_class(self, patches: RealPatches, figures: dict[str, np.ndarray], *, by: Network | None = None) -> None:
         """The means of figures (M,) of either class."""
         for name, chosen in ((REAL_SOURCE, ~patches.is_target), (REAL_TARGET, patches.is_target)):
-            record = Recorder(self.rows, Subject(name, int(chosen.sum())))
+            record = Recorder(self.rows, name, int(chosen.sum()))
             for figure, each in figures.items():
                 record.add(figure, self.mean(each[chosen], patches.groups[chosen]), by=by)
 
     def _add_floor(self, name: str, kind: str, floor: Floor, *, by: Network, num: int, level=None) -> None:
         """A floor between halves of `num` patches."""
-        record = Recorder(self.rows, Subject(name, num // 2))
+        record = Recorder(self.rows, name, num // 2)
         found = Estimate(floor.mean, floor.low, floor.high)
         record.add(f"{kind}_floor", found, level=level, by=by, n_real=num - num // 2)
         record.add(f"{kind}_floor_spread", floor.spread, level=level, by=by, n_real=num - num // 2)
@@ -123,7 +114,7 @@ class ReferenceSet:
                     self._add_floor(name, kind, floor, by=self.extractor, num=len(real.features), level=level)
 
     def _floors(self, name: str, real: RealPatches) -> dict[str, Floor]:
-        """Of KID, the Frechet distance and the figures of `metrics.manifold`, between random halves."""
+        """Of KID, the Frechet distance and the four figures of neighbourhoods, between random halves."""
         draw, of = partial(self.generator, "floor", name), (real.features, real.groups)
         pooled = self.kid_floors[self.extractor.name]
         return {
@@ -145,7 +136,7 @@ class ReferenceSet:
         if len(first) == 0:
             return
         both = np.stack([self.extractor.patches.centre(real.numbers[c]).numpy() for c in (first, second)], axis=1)
-        record = Recorder(self.rows, Subject(REAL_SOURCE, len(first)))
+        record = Recorder(self.rows, REAL_SOURCE, len(first))
         for figure, each, by in with_networks(self.extractor.structure(both), self.extractor):
             record.add(figure, self.mean(each[:, 1], real.groups[first]), by=by)
 
@@ -154,6 +145,6 @@ class ReferenceSet:
         real, patches = estimator.real_patches(num=self.max_real, seed=self.seed), estimator.patches
         scores = patches.scores_towards(estimator.target, real.numbers)
         error = np.abs(estimator.outputs_of_patches(patches, real.numbers).value - scores)
-        record = Recorder(self.rows, Subject(REAL_SCORED, len(error)))
+        record = Recorder(self.rows, REAL_SCORED, len(error))
         record.add("severity_error", self.mean(error, real.groups), by=estimator)
         return scores, real._replace(outputs=self.extractor.outputs_of_patches(patches, real.numbers))

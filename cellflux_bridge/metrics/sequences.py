@@ -14,7 +14,6 @@ from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.memorisation import nearest
 from cellflux_bridge.metrics.networks import Network, NetworkOutputs, extractor_of
 from cellflux_bridge.metrics.structure import recolour, tissue_figures
-from cellflux_bridge.metrics.values import Subject
 from cellflux_bridge.metrics.warnings import NEAREST_TARGET
 from cellflux_bridge.trajectory import TrajectoryHeader, iter_trajectory, read_header
 
@@ -43,11 +42,7 @@ class Sequences:
     arrays: dict[str, np.ndarray]
     cost: Cost | None = None
 
-    @property
-    def subject(self) -> Subject:
-        return Subject(self.name, len(self.source_ids), self.folder, self.levels, self.split)
-
-    def rows(self, chosen: np.ndarray) -> "Sequences":
+    def rows(self, chosen: Sequence[int]) -> "Sequences":
         """The sequences of the given numbers."""
         return replace(
             self,
@@ -78,26 +73,21 @@ def choose_frames(levels: Sequence[float], num: int, *, folder: Path) -> list[in
 def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels: int, fair: bool = True) -> Sequences:
     """The sequences of a trajectory folder with the outputs of all networks; inner frames do not stay in memory.
 
-    The extractor measures their structure. `fair` requires that the sources are real patches on which no network was
-    trained. Raises UserError for an empty or damaged trajectory, for frames of another size than a network's, and for a
-    network that was trained on a source or has other pixels of it.
+    The extractor measures their structure. Raises UserError for an empty or damaged trajectory and, where `fair`, for
+    what `Network.require_fair` refuses.
     """
     header = read_header(folder)
     chosen = choose_frames(header.levels, num_levels, folder=folder)
     extractor = extractor_of(networks)
-    ids: list[str] = []
-    outputs: dict[str, list[NetworkOutputs]] = defaultdict(list)
-    arrays: dict[str, list[np.ndarray]] = defaultdict(list)
+    ids, outputs, arrays = [], defaultdict(list), defaultdict(list)
     for batch in progress(iter_trajectory(folder, batch_size=_BATCH), desc=f"looking at {name}", unit="batch"):
         frames = np.ascontiguousarray(batch.frames[chosen].swapaxes(0, 1))
-        flat, shape = frames.reshape(-1, *frames.shape[2:]), frames.shape[:2]
         for network in networks:
             if fair:
                 network.require_fair(batch.source_ids, batch.frames[0], where=str(folder))
-            found = network.outputs(flat, where=str(folder))
-            outputs[network.name].append(found.map(lambda array, shape=shape: array.reshape(*shape, *array.shape[1:])))
+            outputs[network.name].append(network.outputs(frames, where=str(folder)))
         computed = {
-            "tissue": tissue_figures(flat).reshape(*shape, -1),
+            "tissue": tissue_figures(frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1),
             "structure": extractor.structure(frames),
             "sources": frames[:, 0].copy(),
             "last": frames[:, -1].copy(),
@@ -108,7 +98,7 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
             arrays[key].append(array)
         ids += batch.source_ids
     if not ids:
-        raise UserError(f"{folder}: no whole sequence to judge; let `cellflux-bridge translate` finish first")
+        raise no_sequence(folder)
     return Sequences(
         name=name,
         folder=folder,
@@ -121,6 +111,10 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
         arrays={key: np.concatenate(parts) for key, parts in arrays.items()},
         cost=read_cost(folder),
     )
+
+
+def no_sequence(folder: Path) -> UserError:
+    return UserError(f"{folder}: no whole sequence to judge; let `cellflux-bridge translate` finish first")
 
 
 def copied_source(sequences: Sequences, networks: Sequence[Network]) -> Sequences:
@@ -152,14 +146,9 @@ def stain_transfer(sequences: Sequences, networks: Sequence[Network], reference:
     return _still(sequences, "stain transfer", patches, networks, outputs)
 
 
-def _still(
-    sequences: Sequences,
-    name: str,
-    patches: np.ndarray,
-    networks: Sequence[Network],
-    outputs: dict[str, NetworkOutputs],
-) -> Sequences:
-    """Sequences whose frames after the source are one image: of `patches` (N, 3, S, S), with `outputs` (N, ...)."""
+def _still(sequences: Sequences, name: str, patches: np.ndarray, networks: Sequence[Network], outputs) -> Sequences:
+    """Sequences whose frames after the source are one image: of `patches` (N, 3, S, S), with the networks' `outputs`
+    (N, ...) by name."""
     num, before = len(sequences.levels), sequences.arrays
 
     def follow(first: np.ndarray, rest: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Figures of pixels and layers: stain and texture of patches, and how much of a source's structure a frame keeps.
 
-Images are uint8 RGB; sequences (N, L, 3, H, W) are compared to their first frame by MS-SSIM of haematoxylin and by a
-distance over a network's layers.
+Images are uint8 RGB; sequences are (N, L, 3, H, W).
 """
 
 from collections.abc import Callable
@@ -14,12 +13,10 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 from cellflux_bridge.images.stain import StainReference, concentrations, normalise
 
 TISSUE = ("haematoxylin_area", "contrast", "fine_detail")
-# Concentration, in natural units of optical density, from which a pixel counts as haematoxylin's.
-_STAINED = 1.0
+# Concentrations, in natural units of optical density, from which a pixel counts as haematoxylin's, and as black.
+_STAINED, _DARKEST = 1.0, 2.0
 # Weights of the scales, finest first (Wang, Simoncelli & Bovik 2003), and the side of the window.
 _SCALE_WEIGHTS, _WINDOW = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 11
-# Concentration, in natural units of optical density, that counts as black.
-_DARKEST = 2.0
 _CHUNK = 64
 
 
@@ -41,8 +38,7 @@ def tissue_figures(patches: np.ndarray) -> np.ndarray:
 def num_scales(size: int) -> int:
     """The number of the five scales for which images of a side have room; 0 below the window's 11 pixels."""
     # The second bound is torchmetrics' own.
-    fits = [min(size // 2**scale, size // max(1, scale) ** 2) >= _WINDOW for scale in range(len(_SCALE_WEIGHTS))]
-    return sum(fits)
+    return sum(min(size // 2**scale, size // max(1, scale) ** 2) >= _WINDOW for scale in range(len(_SCALE_WEIGHTS)))
 
 
 def haematoxylin_ms_ssim(frames: np.ndarray) -> np.ndarray:
@@ -60,10 +56,9 @@ def haematoxylin_ms_ssim(frames: np.ndarray) -> np.ndarray:
     for n, sequence in enumerate(frames):
         stained = concentrations(sequence.transpose(0, 2, 3, 1))[..., 0]
         x = torch.from_numpy(np.clip(stained / _DARKEST, 0, 1))[:, None].float()
-        first = x[:1].expand_as(x)
         # A negative contrast term has no root: it counts as no similarity.
         options = {"data_range": 1.0, "betas": tuple(weights.tolist()), "normalize": "relu", "reduction": "none"}
-        result[n] = multiscale_ssim(x, first, **options).numpy()
+        result[n] = multiscale_ssim(x, x[:1].expand_as(x), **options).numpy()
     return result
 
 

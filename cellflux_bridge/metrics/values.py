@@ -1,7 +1,6 @@
 """The long form of all figures: one row a value, with its subject, its network, and the number of images behind it."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +10,9 @@ from cellflux_bridge.metrics.networks import Network
 
 
 class Value(NamedTuple):
-    """One figure. `level` is None for a figure of the whole sequence, `extractor` is "" for one that needs no network;
-    `n` counts sequences or images, `n_real` the real patches they are compared to; `low` and `high` are a 95 %
-    interval. `split` is that of the sources, or of the real patches that the value is of: "test" or "val", both, or ""
-    for sources that are in no split. Real patches that are compared to are always of the test split."""
+    """One figure with its 95 % interval. `level` is None for the whole sequence, `extractor` "" where no network is
+    needed; `n` counts sequences or images, `n_real` the real test patches they are compared to. `split` is that of the
+    sources, or of the real patches that the value is of: "test" or "val", both, or "" for sources in no split."""
 
     trajectory: str
     method: str
@@ -29,21 +27,18 @@ class Value(NamedTuple):
     high: float
 
 
-class Subject(NamedTuple):
-    """The subject of values: the sequences of a method or baseline, or a set of real patches; `levels` (K,)."""
-
-    name: str
-    n: int
-    folder: Path | None = None
-    levels: tuple[float, ...] = ()
-    split: str = "test"
-
-
 class Recorder(NamedTuple):
-    """Appends figures of one subject to `rows`; `resamples` of its sequences give intervals."""
+    """Appends to `rows` figures of one subject: `n` sequences of a method or baseline, or `n` real patches.
+
+    `levels` (K,) are those after the source; `resamples` of the sequences give intervals.
+    """
 
     rows: list[Value]
-    of: Subject
+    name: str
+    n: int
+    trajectory: str = ""
+    levels: tuple[float, ...] = ()
+    split: str = "test"
     resamples: Resamples | None = None
 
     def __call__(
@@ -62,16 +57,14 @@ class Recorder(NamedTuple):
         by: Network | None = None,
         n_real: int | None = None,
     ) -> None:
-        """A value; a plain number has no interval. A list, or an Estimate of arrays, has a value a level: of all levels
-        with the source, or without it."""
+        """A value; a plain number has no interval. A list, or an Estimate of arrays, has a value a level, the source's
+        first where there is one more."""
         if isinstance(found, Estimate) and np.ndim(found.value):
             found = [Estimate(*one) for one in zip(*found, strict=True)]
         if isinstance(found, list):
-            for own_level, one in zip((0.0, *self.of.levels)[-len(found) :], found, strict=True):
+            for own_level, one in zip((0.0, *self.levels)[-len(found) :], found, strict=True):
                 self.add(quantity, one, level=own_level, by=by, n_real=n_real)
             return
-        name, n, folder, _, split = self.of
+        subject = (self.trajectory, self.name, quantity, level, by.name if by else "", self.n, n_real, self.split)
         numbers = found if isinstance(found, Estimate) else (found, np.nan, np.nan)
-        extractor = "" if by is None else by.name
-        row = Value(str(folder or ""), name, quantity, level, extractor, n, n_real, split, *map(float, numbers))
-        self.rows.append(row)
+        self.rows.append(Value(*subject, *map(float, numbers)))

@@ -27,21 +27,15 @@ _NEEDS = {
 }
 
 
-def incomplete(folders: Sequence[Path]) -> Iterator[str]:
-    """About each trajectory folder whose manifest lacks rows."""
+def data_warnings(folders: Sequence[Path], num_repeated: int) -> Iterator[str]:
+    """About trajectory folders whose manifest lacks rows, and real test patches that are training patches, too."""
     for folder in folders:
         if num := count_incomplete(folder):
-            yield (
-                f"{num} sequences of {folder} lack rows in {MANIFEST} and were left out; `cellflux-bridge translate` "
-                "makes those of a stopped run."
-            )
-
-
-def repeated(num: int) -> Iterator[str]:
-    """About real test patches that are training patches, too."""
-    if num:
+            left_out = f"{num} sequences of {folder} lack rows in {MANIFEST} and were left out"
+            yield f"{left_out}; `cellflux-bridge translate` makes those of a stopped run."
+    if num_repeated:
         yield (
-            f"{num} real test patches repeat a training patch. The search for copies leaves them out; "
+            f"{num_repeated} real test patches repeat a training patch. The search for copies leaves them out; "
             "the other figures include them. Group near copies in the data, so that a split keeps them together."
         )
 
@@ -54,14 +48,13 @@ def figure_warnings(values: Sequence[Value]) -> Iterator[str]:
             f"Frechet distances rest on as few as {min(counts)} images: under {ENOUGH_FOR_FRECHET:,} their bias is "
             "large. Read KID first, and compare only values of the same n."
         )
-    for value in values:
-        if value.quantity == "near_copy_share" and value.level is None and value.trajectory:
-            by_chance = 1 / (value.n_real + 1)
-            if value.value > 2 * by_chance:
-                yield (
-                    f"{value.value:.1%} of the frames of {value.method} lie nearer to a training patch than any "
-                    f"held-out real patch does, about {by_chance:.1%} would by chance: look at the near copies."
-                )
+    for value in (v for v in values if v.quantity == "near_copy_share" and v.level is None and v.trajectory):
+        by_chance = 1 / (value.n_real + 1)
+        if value.value > 2 * by_chance:
+            yield (
+                f"{value.value:.1%} of the frames of {value.method} lie nearer to a training patch than any "
+                f"held-out real patch does, about {by_chance:.1%} would by chance: look at the near copies."
+            )
     ends = [value for value in values if value.quantity == "stain_share" and value.level == 1]
     for extractor in dict.fromkeys(value.extractor for value in ends):
         shares = {

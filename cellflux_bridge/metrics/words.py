@@ -1,17 +1,15 @@
 """All quantities that `metrics.evaluate` computes: what each is called, what it means, and what a table shows of it.
 
-A quantity has a value a level, a value of the whole sequences, or both. Networks are judges, the extractor (which
-neither guided nor judges) and the severity estimator. A value that does not exist is NaN: a ratio to a distance that is
-not above 0, an interval of a Frechet distance. *_own compares the frames of a level to real patches of the level's
-score, or else of the nearer class; *_target compares frames of level 1 to real target patches; *_pooled compares to
-both classes (Frechet distance and figures of `metrics.manifold`: all frames after the sources as one set).
+A quantity has a value a level, a value of the whole sequences, or both. A value that does not exist is NaN: a ratio to
+a distance that is not above 0, an interval of a Frechet distance. *_own compares the frames of a level to real patches
+of the level's score, or else of the nearer class; *_target compares frames of level 1 to real target patches; *_pooled
+compares to both classes (Frechet distance and figures of neighbourhoods: all frames after the sources as one set).
 
 Real patches have floors: kid_floor, frechet_floor, precision_floor, recall_floor, density_floor and coverage_floor are
 means over random halves by group, `n` against `n_real` patches (`low` and `high`: their 95 % range), *_floor_spread the
-standard deviations. There are floors of both classes together ("real pooled"), of target patches ("real target"), and,
-a level, of the patches that *_own compares to ("real own"). A Frechet distance is larger with half as many patches, so
-its floor is too high. Real patches also have probability, flip_rate, severity_error, the structure of pairs of
-different groups, and the figures of `metrics.structure`.
+standard deviations: of both classes ("real pooled"), of target patches ("real target"), and, a level, of the patches
+that *_own compares to ("real own"). A Frechet distance is larger with half as many patches, so its floor is too high.
+Real patches also have probability, flip_rate, severity_error, and the figures of `metrics.structure`.
 """
 
 import math

@@ -1,11 +1,17 @@
 """What every path from source to target has."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
+from torchcfm import ConditionalFlowMatcher
 
-from cellflux_bridge.base.errors import UserError
+Scale = Annotated[float, Field(gt=0)]  # standard deviation of the noise; images lie in [-1, 1]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+# Pairs come coupled: only the matcher's mean and flow are used, not its sampler.
+MATCHER = ConditionalFlowMatcher(sigma=0.0)
 
 
 class PathSample(NamedTuple):
@@ -13,11 +19,6 @@ class PathSample(NamedTuple):
 
     x_t: torch.Tensor
     u_t: torch.Tensor
-
-
-def require_noise(scale: float) -> None:
-    if scale <= 0:
-        raise UserError(f"path.scale: {scale} is no noise; expected a number above 0, or path.name=straight")
 
 
 class Path(ABC):
@@ -51,7 +52,9 @@ class Path(ABC):
         """A state and its target for each pair; x0, x1 (B, C, H, W) in [-1, 1], t (B,)."""
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         x0, s = x0 if self.from_data else torch.zeros_like(x0), t.view(-1, 1, 1, 1)
-        return PathSample(s * x1 + (1 - s) * x0 + self.noise_scale(s) * eps, x1 - x0 + self.noise_rate(s) * eps)
+        mean = MATCHER.compute_mu_t(x0, x1, t)
+        flow = MATCHER.compute_conditional_flow(x0, x1, t, mean)
+        return PathSample(mean + self.noise_scale(s) * eps, flow + self.noise_rate(s) * eps)
 
     @abstractmethod
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
@@ -64,10 +67,9 @@ class Path(ABC):
     def score_factor(self, t: torch.Tensor) -> torch.Tensor:
         """b(t) = gamma (gamma / t - gamma') in v(x | y) = v(x) + b(t) grad_x log p(y | x, t); t of any shape, above 0.
 
-        Exact where noise gamma(t) lies on every sample and all else that x_t consists of is x1 and what the network
-        and the classifier see: nothing more for a Gaussian source (b = (1 - t) / t), the clean x0 for the others.
-        From E[eps | x] = -gamma grad log p and the two linear equations of x_t and u_t (method of Dhariwal & Nichol
-        2021, sec. 4, for flows).
+        Exact where noise gamma(t) lies on every sample and network and classifier see all else of x_t but x1: nothing
+        for a Gaussian source, the clean x0 for the others. From E[eps | x] = -gamma grad log p and the two linear
+        equations of x_t and u_t (method of Dhariwal & Nichol 2021, sec. 4, for flows).
         """
         gamma = self.noise_scale(t)
         return gamma * (gamma / t - self.noise_rate(t))
@@ -96,9 +98,6 @@ class Path(ABC):
         return x0 + self.noise_scale(torch.tensor(self.t_start)).to(x0) * noise
 
     def without_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A state without the share of its start noise that the path still carries at t.
-
-        Along a conditional path eps is constant, so what remains is the noise-free (1 - t) x0 + t x1: what a frame of
-        the path should show. At t = 1 nothing is subtracted.
-        """
+        """A state without the start noise that is left at t: along a conditional path (1 - t) x0 + t x1 remains, which
+        a frame should show. At t = 1 nothing is subtracted."""
         return x_t - self.noise_scale(t).to(x_t) * noise

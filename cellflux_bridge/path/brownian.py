@@ -1,9 +1,11 @@
 """The Brownian bridge between source and target."""
 
-import torch
+from typing import Annotated
 
-from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.path.base import Path, require_noise
+import torch
+from pydantic import Field
+
+from cellflux_bridge.path.base import Path, Scale
 
 
 class Brownian(Path):
@@ -18,10 +20,7 @@ class Brownian(Path):
 
     noise_on_every_sample = True
 
-    def __init__(self, *, scale: float = 0.5, margin: float = 0.02):
-        require_noise(scale)
-        if not 0 < margin < 0.5:
-            raise UserError(f"path.margin: {margin}; expected a number between 0 and 0.5")
+    def __init__(self, *, scale: Scale = 0.5, margin: Annotated[float, Field(gt=0, lt=0.5)] = 0.02):
         self._scale, self.t_start, self.margin = scale, margin, margin
 
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:

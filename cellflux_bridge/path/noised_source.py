@@ -3,7 +3,7 @@
 import torch
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.path.base import Path, PathSample, require_noise
+from cellflux_bridge.path.base import MATCHER, Path, PathSample, Scale, Share
 
 
 class NoisedSource(Path):
@@ -16,10 +16,7 @@ class NoisedSource(Path):
 
     straight = True
 
-    def __init__(self, *, scale: float = 0.5, probability: float = 1.0, noisy_start: bool = True):
-        require_noise(scale)
-        if not 0 < probability <= 1:
-            raise UserError(f"path.probability: {probability}; expected a number above 0 and at most 1")
+    def __init__(self, *, scale: Scale = 0.5, probability: Share = 1.0, noisy_start: bool = True):
         if probability == 1 and not noisy_start:
             raise UserError("path.noisy_start: with probability 1 the network never saw a clean source; set it true")
         self._scale, self._probability, self._noisy_start = scale, probability, noisy_start
@@ -34,5 +31,6 @@ class NoisedSource(Path):
     def sample(self, x0, x1, t, *, generator) -> PathSample:
         eps = torch.randn(x0.shape, generator=generator)
         coin = (torch.rand(len(x0), generator=generator) < self._probability).float()
-        noised, s = x0 + self._scale * (coin.view(-1, 1, 1, 1) * eps).to(x0), t.view(-1, 1, 1, 1)
-        return PathSample(s * x1 + (1 - s) * noised, x1 - noised)
+        noised = x0 + self._scale * (coin.view(-1, 1, 1, 1) * eps).to(x0)
+        x_t = MATCHER.compute_mu_t(noised, x1, t)
+        return PathSample(x_t, MATCHER.compute_conditional_flow(noised, x1, t, x_t))

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from cellflux_bridge.path.base import Path, require_noise
+from cellflux_bridge.path.base import Path, Scale
 
 
 class Smooth(Path):
@@ -13,8 +13,7 @@ class Smooth(Path):
     Noise and its derivative vanish at both ends; translation starts at the clean source.
     """
 
-    def __init__(self, *, scale: float = 0.5):
-        require_noise(scale)
+    def __init__(self, *, scale: Scale = 0.5):
         self._scale = scale
 
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Figures at publication size, PNG and PDF, each with its numbers as CSV: a strip, the nuclei, and KID by level."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cellflux_bridge.base.files import csv_text, replace_text
+from cellflux_bridge.base.files import csv_text, replace_text, replacing
 from cellflux_bridge.report import tables
 from cellflux_bridge.report.charts import Chart
 from cellflux_bridge.report.gallery import Gallery, Shown
@@ -55,11 +54,11 @@ def _save(stem: Path, figure: Figure, rows: Sequence[Sequence]) -> list[Path]:
     paths = [stem.with_name(f"{stem.name}.{form}") for form in ("png", "pdf", "csv")]
     FigureCanvasAgg(figure)
     for path in paths[:2]:
-        temporary, form = path.with_name(path.name + ".tmp"), path.suffix[1:]
+        form = path.suffix[1:]
         # Without a date the same numbers give the same file.
         metadata = {"CreationDate": None} if form == "pdf" else {}
-        figure.savefig(temporary, format=form, dpi=300, metadata=metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=form, dpi=300, metadata=metadata)
     replace_text(paths[2], csv_text(rows))
     return paths
 
@@ -139,7 +138,7 @@ def _strip(chapter: Chapter, gallery: Gallery, real: dict[int, list[np.ndarray]]
         own = [
             "" if abs(levels[k] - s) < 0.005 else f"{levels[k]:.2g}" for k, s in zip(numbers, head_levels, strict=True)
         ]
-        images = shown.sequence.frames[numbers]
+        images = shown.frames[numbers]
         pictures.append((method.name, dict(enumerate(zip(images, own, strict=True)))))
     if real:
         pictures.append(("real", {column: (patches[0], "") for column, patches in real.items()}))
@@ -169,8 +168,7 @@ def _strip_rows(chapter: Chapter, gallery: Gallery) -> list[Sequence]:
     known = list(dict.fromkeys(name for of in sequences for name in of.shown.curves))
     rows = [["row", "method", "source_id", "level", "nfe", "gradients", *known]]
     for row, (method, shown, levels, numbers) in enumerate(sequences):
-        of = shown.sequence
         for k in numbers:
             values = [shown.curves[name][k] if name in shown.curves else None for name in known]
-            rows.append([row, method.name, of.source_id, levels[k], of.nfe, of.gradients, *values])
+            rows.append([row, method.name, shown.source_id, levels[k], shown.nfe, shown.gradients, *values])
     return rows

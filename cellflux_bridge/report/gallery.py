@@ -5,8 +5,8 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,27 +31,21 @@ _COUNTED = ("area_fraction", "count")
 Segment = Callable[[np.ndarray], np.ndarray | None]
 
 
-class Frames(NamedTuple):
-    """The frames of one source that are shown, RGB uint8 (K, H, W, 3), and what the whole sequence cost."""
+@dataclass(frozen=True)
+class Shown:
+    """One source under one method: the shown `frames`, RGB uint8 (K, H, W, 3), and what the whole sequence cost.
+
+    For the page's script: `sprite` is a data URI of the frames side by side; `outlines` one SVG path a frame in tenths
+    of a pixel; `curves` values a frame by the key of a chart ("area_fraction", "p:<judge>"), None where not known.
+    """
 
     source_id: str
     frames: np.ndarray
     nfe: int
     gradients: int
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One source under one method, as the page's script reads it.
-
-    `sprite` is a data URI of frames side by side; `outlines` one SVG path a frame in tenths of a pixel;
-    `curves` values a frame by the key of a chart ("area_fraction", "p:<judge>"), None where one is not known.
-    """
-
-    sequence: Frames
-    sprite: str
-    outlines: list[str]
-    curves: dict[str, list[float | None]]
+    sprite: str = ""
+    outlines: tuple[str, ...] = ()
+    curves: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def has_outlines(self) -> bool:
@@ -62,7 +56,8 @@ class Shown:
 
     @property
     def size(self) -> int:
-        return len(self.sprite) + len(json.dumps(self.outlines)) + len(json.dumps(self.curves))
+        """Characters of the page."""
+        return len(json.dumps(self.for_page()))
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class Gallery:
     @property
     def labels(self) -> list[str]:
         """The id of every source."""
-        return [next(iter(row.values())).sequence.source_id for row in self.shown.values()]
+        return [next(iter(row.values())).source_id for row in self.shown.values()]
 
     @property
     def all(self) -> list[Shown]:
@@ -89,7 +84,6 @@ class Gallery:
 
     @property
     def stored(self) -> int:
-        """Characters of the page."""
         return sum(one.size for one in self.all)
 
 
@@ -153,7 +147,7 @@ def gather(chapter: Chapter, *, num: int, budget: int, segment_of: Callable[[Met
         return None
     ids, total = _choose_sources(methods, num)
     levels = {slot: [method.header.levels[k] for k in _shown_of(method)] for slot, method in methods.items()}
-    found: dict[str, dict[int, Frames]] = {}
+    found: dict[str, dict[int, Shown]] = {}
     for slot, method in methods.items():
         for sequence in _load(method, ids[slot], chapter.size):
             # A source is the same where id and picture are.
@@ -188,7 +182,7 @@ def _shown_of(method: Method) -> list[int]:
     return shown_frames(len(method.header.levels))
 
 
-def _load(method: Method, ids: Sequence[str], size: int) -> Iterable[Frames]:
+def _load(method: Method, ids: Sequence[str], size: int) -> Iterable[Shown]:
     of = load_trajectory(method.trajectory, source_ids=set(ids))
     height, width = of.frames.shape[-2:]
     if (height, width) != (size, size):
@@ -200,10 +194,10 @@ def _load(method: Method, ids: Sequence[str], size: int) -> Iterable[Frames]:
     for source_id in ids:
         index = place[source_id]
         frames = to_rgb(of.sequence(index)[_shown_of(method)])
-        yield Frames(source_id, np.ascontiguousarray(frames), of.nfe[index], of.gradients[index])
+        yield Shown(source_id, np.ascontiguousarray(frames), of.nfe[index], of.gradients[index])
 
 
-def _storage(rows: list[dict[int, Frames]], budget: int) -> tuple[int | None, str]:
+def _storage(rows: list[dict[int, Shown]], budget: int) -> tuple[int | None, str]:
     """The first way of storing frames in which all sources, or a few at least, come within the budget."""
     sample = [next(iter(row.values())).frames for row in rows[:3]]
     num = min(len(rows), _FEW) * max(map(len, rows))
@@ -211,10 +205,11 @@ def _storage(rows: list[dict[int, Frames]], budget: int) -> tuple[int | None, st
     return next(fits, _STORED[-1])
 
 
-def _draw(chapter, method: Method, of: Frames, levels, segment_of, side: int | None, form: str) -> Shown:
+def _draw(chapter, method: Method, of: Shown, levels, segment_of, side: int | None, form: str) -> Shown:
     masks = [_segmented(segment_of(method), frame) for frame in of.frames]
-    outlines = ["" if mask is None else outline(mask) for mask in masks]
-    return Shown(of, encode_row(of.frames, side, form), outlines, _curves(chapter, method, of.source_id, levels, masks))
+    outlines = tuple("" if mask is None else outline(mask) for mask in masks)
+    curves = _curves(chapter, method, of.source_id, levels, masks)
+    return replace(of, sprite=encode_row(of.frames, side, form), outlines=outlines, curves=curves)
 
 
 def _segmented(segment: Segment, frame: np.ndarray) -> np.ndarray | None:

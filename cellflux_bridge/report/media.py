@@ -1,15 +1,33 @@
-"""Real patches, near copies and videos as data URIs, within what the page can hold of them."""
+"""Pictures beside the sequences, as data URIs within what the page can hold: real patches, near copies and videos."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.config import Config
+from cellflux_bridge.data.patches import SCORE_WINDOW, Patches, load_patches, near_level
+from cellflux_bridge.images import to_rgb
 from cellflux_bridge.report.gallery import data_uri, encode_rows, shown_frames
-from cellflux_bridge.report.real import NearCopy, near_copies, real_patches
-from cellflux_bridge.report.runs import Chapter
+from cellflux_bridge.report.runs import Chapter, config_of
+from cellflux_bridge.trajectory import load_trajectory, read_source_ids
 
+# So many near copies of a run, and real patches of a level, are shown.
 _PICTURED = 8
+
+
+class NearCopy(NamedTuple):
+    """A frame beside the training patch that it lies too near to; RGB uint8 (H, W, 3) both."""
+
+    method: str
+    level: float
+    source_id: str
+    training_id: str
+    frame: np.ndarray
+    training: np.ndarray
 
 
 class Stills(NamedTuple):
@@ -32,20 +50,20 @@ class Stills(NamedTuple):
 
 def stills(chapter: Chapter, *, budget: int) -> Stills:
     """Real patches by level and near copies in `budget` characters of page, of which the copies take half at most."""
-    copies, warnings = near_copies(chapter, num=_PICTURED), []
+    copies, warnings = _near_copies(chapter), []
     pairs = encode_rows([[copy.frame, copy.training] for copy in copies], budget // 2)
     missing = sum(min(len(run.near_copies), _PICTURED) for run in chapter.runs) - len(pairs)
     if missing:
         warnings.append(
-            f"{missing} of the worst near copies that evaluate listed are not pictured: their sequences were made anew "
-            "or are gone, their training patches are not in the cache, or they do not fit into the page."
+            f"{missing} of the worst near copies that evaluate listed are not pictured: their sequences were made "
+            "again or are gone, their training patches are not in the cache, or they do not fit into the page."
         )
     pictured = list(zip(copies, pairs, strict=False))
     header = next((method.header for method in chapter.methods if method.header is not None), None)
     if header is None:
         return Stills({}, {}, "", pictured, warnings)
     levels = [header.levels[k] for k in shown_frames(len(header.levels))]
-    real, rule = real_patches(chapter, levels)
+    real, rule = _real_patches(chapter, levels)
     rows = dict(zip(real, encode_rows(list(real.values()), budget - sum(map(len, pairs))), strict=False))
     if not rows:
         why = "they do not fit into the page" if real else rule
@@ -64,3 +82,81 @@ def films(chapters: Sequence[Chapter], *, budget: int) -> list[list[tuple[str, s
                 found[-1].append((method.name, uri))
                 budget -= len(uri)
     return found
+
+
+def _near_copies(chapter: Chapter) -> list[NearCopy]:
+    """The worst near copies that evaluate listed, without those whose sequences were made again from other sources and
+    those whose training patch is not in a cache here."""
+    found = []
+    for run in (run for run in chapter.runs if run.near_copies):
+        patches = _load(config_of(Path(run.metrics.memorisation.patches)))
+        methods = {m.record.trajectory: m for m in chapter.methods if m.run is run and m.trajectory is not None}
+        for copy in run.near_copies[:_PICTURED]:
+            method = methods.get(copy.trajectory)
+            if isinstance(patches, str) or copy.training_id not in patches.ids or method is None:
+                continue
+            if copy.source_id not in read_source_ids(method.trajectory):
+                continue
+            of = load_trajectory(method.trajectory, source_ids={copy.source_id})
+            k = int(np.abs(np.array(of.levels) - copy.level).argmin())
+            frame, training = to_rgb(of.sequence(0)[k]), _pictures(patches, [patches.ids.index(copy.training_id)])[0]
+            if frame.shape == training.shape:
+                place = (method.name, copy.level, copy.source_id, copy.training_id)
+                found.append(NearCopy(*place, np.ascontiguousarray(frame), training))
+    return found
+
+
+def _pictures(patches: Patches, numbers: Sequence[int]) -> list[np.ndarray]:
+    """The middle patches of these numbers as RGB (H, W, 3)."""
+    return [np.ascontiguousarray(to_rgb(image)) for image in patches.centre(numbers).permute(0, 2, 3, 1).numpy()]
+
+
+def _load(config: Config | str | None) -> Patches | str:
+    """The patches from the cache that the training left, or why they cannot be had."""
+    if not isinstance(config, Config):
+        return config or "the configuration of its data is not here"
+    if not config.data.root.expanduser().exists():
+        return f"the data folder {config.data.root} is not here (relative paths count from where the command runs)"
+    try:
+        return load_patches(config.data, seed=config.seed, build=False)
+    except UserError as error:
+        return str(error)
+
+
+def _real_patches(chapter: Chapter, levels: Sequence[float]) -> tuple[dict[int, list[np.ndarray]], str]:
+    """Some real test patches (H, W, 3) for each level's number, and the rule by which they were taken.
+
+    They are of every level where the data has scores, else of the two ends. They come from the cache that the training
+    left. Without it the dictionary is empty and the text says why.
+    """
+    # The severity estimator comes first, because its patches have scores of the whole range.
+    networks = (network for run in chapter.runs for network in run.metrics.networks)
+    configs = [config_of(Path(network.checkpoint)) for network in networks if network.use == "scores"]
+    why = "the configuration of its data is not here"
+    for config in (*configs, *(method.config for method in chapter.methods)):
+        if isinstance(config, Config) and config.data.image_size != chapter.size:
+            why = f"the data of its networks have {config.data.image_size} px"
+        elif config is not None and isinstance(patches := _load(config), str):
+            why = patches
+        elif config is not None and {chapter.source, chapter.target} <= set(patches.classes):
+            return _by_level(chapter, patches, levels)
+    return {}, why
+
+
+def _by_level(chapter, patches, levels) -> tuple[dict[int, list[np.ndarray]], str]:
+    test = patches.indices("test")
+    scores = patches.scores_towards(chapter.target, test)
+    draw, found = numpy_generator(0, "report", "real"), {}
+    scored = bool(len(test)) and bool(np.isfinite(scores).any())
+    ends = {0.0: chapter.source, 1.0: chapter.target}
+    for k, level in enumerate(levels):
+        if scored:
+            chosen = test[near_level(scores, level)]
+        else:
+            chosen = patches.indices("test", ends[level]) if level in ends else test[:0]
+        if len(chosen):
+            found[k] = _pictures(patches, draw.permutation(chosen)[:_PICTURED])
+    rule = (
+        f"score within {SCORE_WINDOW} of the level" if scored else "of the two classes; the data has no scores between"
+    )
+    return found, f"random patches of the test split, {rule}"

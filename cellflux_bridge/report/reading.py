@@ -84,6 +84,8 @@ class NearCopyRecord(_Part):
 
 
 class Memorisation(_Part):
+    """Of the training set: the configuration's folder, and the frames that lie nearest to a training patch."""
+
     patches: _Place = ""
     near_copies: tuple[NearCopyRecord, ...] = ()
 
@@ -128,38 +130,24 @@ class Cellularity(_Part):
     real_by_level: tuple[Figure, ...] = ()
 
 
-_Model = TypeVar("_Model", bound=_Part)
+_Model = TypeVar("_Model", Metrics, Cellularity)
+# The format that is read of each file, and the command that makes it.
+_MADE = {Metrics: (METRICS_FORMAT, "evaluate"), Cellularity: (CELLULARITY_FORMAT, "cellularity")}
 
 
-def read_metrics(file: Path) -> Metrics:
-    """metrics.json. UserError names what is wrong and the command that makes the file anew."""
-    anew = f"make it anew with: cellflux-bridge evaluate TRAJECTORY ... --output {file}"
-    metrics = _read(file, Metrics, METRICS_FORMAT, anew)
-    if not any(network.use == "judge" for network in metrics.networks):
-        raise UserError(f"{file}: names no judge among its networks; {anew}")
-    return metrics
-
-
-def read_cellularity(file: Path) -> Cellularity:
-    """cellularity.json. UserError names what is wrong and the command that makes the file anew."""
-    anew = f"make it anew with: cellflux-bridge cellularity TRAJECTORY ... --output {file}"
-    return _read(file, Cellularity, CELLULARITY_FORMAT, anew)
-
-
-def _read(file: Path, model: type[_Model], known: int, anew: str) -> _Model:
+def read(file: Path, model: type[_Model]) -> _Model:
+    """metrics.json or cellularity.json. UserError names what is wrong and the command that makes the file again."""
+    known, command = _MADE[model]
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise ValueError(f"larger than {_MOST_BYTES:,} bytes")
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {anew}") from error
-    found = data.get("format") if isinstance(data, dict) else None
-    if found != known:
-        raise UserError(f"{file}: format {found}, this version reads {known}; {anew}")
-    try:
+        if (found := data.get("format") if isinstance(data, dict) else None) != known:
+            raise ValueError(f"format {found}, this version reads {known}")
         return model.model_validate(data)
     except ValidationError as error:
-        problems = error.errors()
-        where = ".".join(map(str, problems[0]["loc"]))
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{file}: {where}: {problems[0]['msg']}{more}; {anew}") from error
+        problem, *others = error.errors()
+        wrong = ".".join(map(str, problem["loc"])) + f": {problem['msg']}" + f" (and {len(others)} more)" * bool(others)
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = f"cannot be read ({error})"
+    raise UserError(f"{file}: {wrong}; make it again with: cellflux-bridge {command} TRAJECTORY ... --output {file}")

@@ -5,6 +5,7 @@ networks stand in different rows, because they do not compare.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,17 +36,24 @@ class Network(NamedTuple):
 class Method:
     """One way of making sequences, or a baseline: `trajectory` is None for a baseline and where the folder is gone.
 
-    `key` is its name in metrics.json, `name` what the report calls it, `slot` its place among the colours.
+    `name` is what the report calls it, `slot` its place among the colours.
     """
 
     run: "Run"
-    key: str
+    record: reading.MethodRecord
     name: str
     slot: int
-    is_baseline: bool
-    record: reading.MethodRecord
     trajectory: Path | None
     header: TrajectoryHeader | None
+
+    @property
+    def key(self) -> str:
+        """Its name in metrics.json."""
+        return self.record.name
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.record.trajectory is None
 
     @cached_property
     def config(self) -> Config | str | None:
@@ -127,19 +135,17 @@ class Run:
                 of = found.setdefault((row["trajectory"], row["source_id"], row["judge"]), {})
                 of[float(row["level"])] = float(row["probability"])
         except (KeyError, ValueError) as error:
-            raise UserError(f"{path}: damaged ({error}); make it anew with: cellflux-bridge evaluate") from error
+            raise UserError(f"{path}: damaged ({error}); make it again with: cellflux-bridge evaluate") from error
         return found
 
     def methods(self, *, prefix: bool, first_slot: int = 0) -> list[Method]:
-        """Methods in the order of metrics.json, baselines after them."""
+        """Methods and baselines in the order of metrics.json."""
         methods, slot = [], first_slot
         for record in self.metrics.methods:
-            is_baseline = record.trajectory is None
-            folder = None if is_baseline else self._find(Path(record.trajectory))
-            header = None if folder is None else read_header(folder)
+            folder = record.trajectory and self._find(Path(record.trajectory))
             name = f"{self.name}: {record.name}" if prefix else record.name
-            methods.append(Method(self, record.name, name, slot, is_baseline, record, folder, header))
-            slot += not is_baseline
+            methods.append(Method(self, record, name, slot, folder, folder and read_header(folder)))
+            slot += record.trajectory is not None
         return methods
 
     def _find(self, recorded: Path) -> Path | None:
@@ -206,7 +212,7 @@ def _newest(folder: Path, name: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def load_run(folder: Path, *, name: str) -> Run:
+def load_run(folder: Path, name: str) -> Run:
     """Read a run folder (or a trajectory folder, or any folder with metrics.json).
 
     Raises UserError for a folder without metrics.json, naming the command that writes it, and for damaged files.
@@ -219,42 +225,33 @@ def load_run(folder: Path, *, name: str) -> Run:
             f"{folder}: holds no {METRICS}, on which a report rests; make it with: cellflux-bridge evaluate "
             f"TRAJECTORY ... --judge RUN --features RUN --output {folder / METRICS}"
         )
-    counted = _newest(folder, CELLULARITY)
-    return Run(
-        name, folder, file, reading.read_metrics(file), None if counted is None else reading.read_cellularity(counted)
-    )
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    short = [folder.resolve().name for folder in folders]
-    return [n if short.count(n) == 1 else os.fspath(f) for n, f in zip(short, folders, strict=True)]
+    metrics, counted = reading.read(file, reading.Metrics), _newest(folder, CELLULARITY)
+    if not any(network.use == "judge" for network in metrics.networks):
+        raise UserError(f"{file}: names no judge among its networks; evaluate again with --judge")
+    return Run(name, folder, file, metrics, counted and reading.read(counted, reading.Cellularity))
 
 
 def load_chapters(folders: Sequence[Path]) -> list[Chapter]:
     """The chapters of a report, in the order in which their first runs are named."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice; name each once")
-    runs = [load_run(folder, name=name) for folder, name in zip(folders, _names(folders), strict=True)]
+    short = [folder.resolve().name for folder in folders]
+    names = [name if short.count(name) == 1 else os.fspath(of) for name, of in zip(short, folders, strict=True)]
     together: dict[tuple[str, str, int], list[Run]] = {}
-    for run in runs:
+    for run in map(load_run, folders, names):
         together.setdefault((run.metrics.source, run.metrics.target, run.size), []).append(run)
-    chapters = []
-    for (source, target, size), of in together.items():
-        only = sum(key[:2] == (source, target) for key in together) == 1
-        title = f"{source} → {target}" + ("" if only else f", {size} px")
-        chapters.append(_chapter(source, target, size, title, tuple(of)))
-    return chapters
+    titles = Counter((source, target) for source, target, _ in together)
+    return [_chapter(*key, tuple(runs), with_size=titles[key[:2]] > 1) for key, runs in together.items()]
 
 
-def _chapter(source: str, target: str, size: int, title: str, runs: tuple[Run, ...]) -> Chapter:
-    methods, baselines, known = [], [], []
+def _chapter(source: str, target: str, size: int, runs: tuple[Run, ...], *, with_size: bool) -> Chapter:
+    methods, baselines = [], {}
     for run in runs:
-        for method in run.methods(prefix=len(runs) > 1, first_slot=len(methods)):
-            if not method.is_baseline:
-                methods.append(method)
-                continue
-            figures = (method.key, [v for v in run.metrics.values if v.method == method.key], run.metrics.networks)
-            if figures not in known:
-                known.append(figures)
-                baselines.append(method)
-    return Chapter(source, target, size, title, runs, tuple(methods), tuple(baselines))
+        found = run.methods(prefix=len(runs) > 1, first_slot=len(methods))
+        methods += [method for method in found if not method.is_baseline]
+        for method in (method for method in found if method.is_baseline):
+            # Baselines of two runs are one where their figures are the same.
+            figures = tuple(figure for figure in run.metrics.values if figure.method == method.key)
+            baselines.setdefault((method.key, figures, run.metrics.networks), method)
+    title = f"{source} → {target}" + (f", {size} px" if with_size else "")
+    return Chapter(source, target, size, title, runs, tuple(methods), tuple(baselines.values()))

@@ -32,7 +32,7 @@ def _outdated(chapter: Chapter) -> Iterator[str]:
             yield f"{method.name}: its sequences ({method.record.trajectory}) are not here; only its figures are shown."
         elif method.header.config_hash != method.record.config_hash:
             yield (
-                f"{method.name}: the sequences in {method.trajectory} were made anew after they were judged. Its "
+                f"{method.name}: the sequences in {method.trajectory} were made again after they were judged. Its "
                 "figures belong to the earlier ones; run cellflux-bridge evaluate again."
             )
         if not isinstance(method.config, Config | None):
@@ -142,7 +142,7 @@ def _uncounted(chapter: Chapter) -> Iterator[str]:
             )
         elif method.cellularity.config_hash != method.header.config_hash:
             yield (
-                f"{method.name}: the sequences in {method.trajectory} were made anew after their nuclei were counted; "
+                f"{method.name}: the sequences in {method.trajectory} were made again after their nuclei were counted; "
                 "run cellflux-bridge cellularity again."
             )
 

@@ -1,6 +1,5 @@
 """One training loop on Lightning Fabric, for flows, classifiers and bridges alike."""
 
-import os
 import signal
 import time
 import warnings
@@ -22,11 +21,10 @@ from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.images import write_png
-from cellflux_bridge.training.ema import EMA
 from cellflux_bridge.training.processes import from_rank_zero, make_fabric, on_rank_zero
 from cellflux_bridge.training.run import Log
 from cellflux_bridge.training.settings import TrainConfig
-from cellflux_bridge.training.state import Spent, TrainState
+from cellflux_bridge.training.state import EMA, Spent, TrainState
 
 __all__ = ["Stopped", "Task", "fit", "from_rank_zero", "make_fabric", "on_rank_zero"]
 
@@ -63,24 +61,22 @@ def _caught_signals() -> Iterator[list[int]]:
     caught: list[int] = []
     times: list[float] = []
 
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
     def note(number, frame):
         caught.append(number)
         times.append(time.monotonic())
         if times[-1] - times[0] > _ONE_KEYPRESS:
-            for other, handler in previous.items():
-                signal.signal(other, handler)
-            if callable(previous[number]):
-                previous[number](number, frame)
-            else:
-                os.kill(os.getpid(), number)
+            restore()
+            signal.raise_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, note) for number in numbers}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric: Fabric) -> Path:
@@ -114,24 +110,16 @@ class _Trainer:
 
     def run(self, caught: list[int]) -> Path:
         train, state, fabric = self.train, self.state, self.fabric
-        bar = progress(
-            total=train.steps,
-            initial=state.step,
-            desc=f"training {self.folder.name}",
-            unit="step",
-            smoothing=0.05,
-            disable=not fabric.is_global_zero,
-        )
+        options = {"total": train.steps, "initial": state.step, "unit": "step", "smoothing": 0.05}
+        bar = progress(desc=f"training {self.folder.name}", disable=not fabric.is_global_zero, **options)
         upcoming = prefetch(self._batches, range(state.step, train.steps), num=_NUM_AHEAD)
         with bar, closing(upcoming):
             while True:
                 began = Spent.now()
-                batches = next(upcoming)
-                loss, norm = self._update(batches)
+                loss, norm = self._update(next(upcoming))
                 state.step += 1
                 bar.update()
-                stop = self._agreed_stop(caught, began)
-                done = state.step >= train.steps or stop
+                done = self._agreed_stop(caught, began) or state.step >= train.steps
                 if done or state.step % train.log_every == 0:
                     self._require_finite()
                     bar.total = self._expected_steps(began)
@@ -141,8 +129,8 @@ class _Trainer:
                 state.spent = state.spent.since(began)
                 if done or state.step % train.checkpoint_every == 0:
                     self._require_finite()
-                    options = {"preprocessing": self.task.preprocessing, "keep": train.keep_checkpoints}
-                    state.save(self.folder, fabric, config=self.config, **options)
+                    keep, preprocessing = train.keep_checkpoints, self.task.preprocessing
+                    state.save(self.folder, fabric, config=self.config, preprocessing=preprocessing, keep=keep)
                 if done:
                     break
         if self.signalled:  # any of the processes: all leave together
@@ -155,9 +143,8 @@ class _Trainer:
         return min(most, max(step, round(step / share))) if share else most
 
     def _batches(self, step: int) -> list[Any]:
-        first = step * self.train.accumulate
-        rank = self.fabric.global_rank
-        return [self.task.batch(first + micro, rank=rank) for micro in range(self.train.accumulate)]
+        num, rank = self.train.accumulate, self.fabric.global_rank
+        return [self.task.batch(index, rank=rank) for index in range(step * num, (step + 1) * num)]
 
     def _update(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         train, step, optimiser = self.train, self.state.step, self.state.optimiser
@@ -173,10 +160,8 @@ class _Trainer:
             total += loss.detach()
         self.is_finite &= torch.isfinite(total)
         norm = torch.zeros(())
-        if train.gradient_clip:
-            norm = self.fabric.clip_gradients(
-                self.model, optimiser, max_norm=train.gradient_clip, error_if_nonfinite=False
-            )
+        if most := train.gradient_clip:
+            norm = self.fabric.clip_gradients(self.model, optimiser, max_norm=most, error_if_nonfinite=False)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         self.state.ema.update(self.state.model)
@@ -184,35 +169,33 @@ class _Trainer:
 
     def _agreed_stop(self, caught: list[int], began: Spent) -> bool:
         """Whether any process was signalled or has run out of time; all processes answer alike."""
-        signalled, late = caught[0] if caught else 0, self.state.spent.since(began).share(self.train) >= 1
-        if self.fabric.world_size > 1:
-            flags = torch.tensor([float(signalled), float(late)], device=self.fabric.device)
-            signalled, late = map(int, self.fabric.all_reduce(flags, reduce_op="max").tolist())
-        self.signalled = signalled
-        return bool(signalled or late)
+        flags = [caught[0] if caught else 0, int(self.state.spent.since(began).share(self.train) >= 1)]
+        if self.fabric.world_size > 1:  # a copy to a GPU, and back, would make every update wait
+            shared = torch.tensor(flags, dtype=torch.float32, device=self.fabric.device)
+            flags = list(map(int, self.fabric.all_reduce(shared, reduce_op="max").tolist()))
+        self.signalled = flags[0]
+        return any(flags)
 
     def _require_finite(self) -> None:
         # A finite loss can have an infinite gradient: the weights tell.
         weights = [torch.isfinite(p).all() for p in self.model.parameters()]
         finite = torch.stack([self.is_finite, *weights]).all().float()
-        if self.fabric.world_size > 1:
-            finite = self.fabric.all_reduce(finite, reduce_op="mean")
-        if finite < 1:
-            found = sorted((self.folder / "checkpoints").glob("step-*[0-9]"))
+        if self.fabric.all_reduce(finite, reduce_op="mean") < 1:
+            last = max((self.folder / "checkpoints").glob("step-*[0-9]"), default=None)
             raise UserError(
                 f"train: the loss or the weights are not finite at or before step {self.state.step}; lower train.lr, "
                 "raise train.warmup_steps or keep train.gradient_clip on. "
-                + (f"The last good checkpoint is {found[-1]}" if found else "No checkpoint had been written")
+                + (f"The last good checkpoint is {last}" if last else "No checkpoint had been written")
             )
 
     def _log_update(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         if self.log is not None:
-            updates, seconds = self.state.step - self.logged, time.monotonic() - self.pace_began
-            self.logged, self.pace_began = self.state.step, time.monotonic()
-            images = updates * self.train.batch_size * self.train.accumulate * self.fabric.world_size
-            lr, rate = self.state.optimiser.param_groups[0]["lr"], images / max(seconds, 1e-9)
+            state, now = self.state, time.monotonic()
+            images = (state.step - self.logged) * self.train.batch_size * self.train.accumulate * self.fabric.world_size
+            lr, rate = state.optimiser.param_groups[0]["lr"], images / max(now - self.pace_began, 1e-9)
             values = {"loss": loss.item(), "gradient_norm": norm.item(), "lr": lr, "images_per_second": rate}
-            self.log.write(self.state.step, {**values, **self.state.spent._asdict()})
+            self.log.write(state.step, {**values, **state.spent._asdict()})
+            self.logged, self.pace_began = state.step, now
 
     def _periodic(self, done: bool) -> None:
         train, step, model = self.train, self.state.step, self.state.ema.module

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError, abbreviate
@@ -23,23 +24,19 @@ def differences(before: Config, now: Config, *, ignore: tuple[str, ...]) -> list
 
 
 def require_free(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str) -> None:
-    """Make sure that `folder` is free or holds this very run; nothing is changed.
+    """UserError where `folder` holds another run (it lists the keys that differ), or, with `resume` "never", this one.
 
-    `ignore` names sections that this run does not use. Raises UserError that lists the differing keys where it holds
-    another run, and where `resume` is "never" and there is something to resume.
+    `ignore` names sections that this run does not use.
     """
     saved = folder / "config.yaml"
-    if saved.exists():
-        if resume == "never":
-            raise UserError(f"{folder}: holds a run already; set train.resume=auto, another output, or remove it")
-        differing = differences(load_config(saved), config, ignore=ignore)
-        if differing:
-            raise UserError(
-                f"{folder}: holds another run; they differ in {', '.join(differing[:5])}"
-                f"{' and more' if len(differing) > 5 else ''}. Choose another output or remove the folder"
-            )
-    elif folder.exists() and any(folder.glob("checkpoints/step-*")):
-        raise UserError(f"{folder}: holds checkpoints without a config.yaml; choose another output")
+    if not saved.exists():
+        if any(folder.glob("checkpoints/step-*")):
+            raise UserError(f"{folder}: holds checkpoints without a config.yaml; choose another output")
+    elif resume == "never":
+        raise UserError(f"{folder}: holds a run already; set train.resume=auto, another output, or remove it")
+    elif differing := differences(load_config(saved), config, ignore=ignore):
+        found = abbreviate(differing)
+        raise UserError(f"{folder}: holds another run; they differ in {found}. Choose another output or remove it")
 
 
 def claim(folder: Path, config: Config) -> None:
@@ -53,9 +50,7 @@ def record_splits(folder: Path, patches: Patches) -> None:
 
     Raises UserError where the run was begun with other patches or other splits.
     """
-    path = folder / "splits.csv"
-    before = _read_splits(path)
-    now = {row[0]: row[2] for row in _split_rows(patches)}
+    before, now = _read_splits(folder), {row[0]: row[2] for row in _split_rows(patches)}
     if before and before != now:
         gone, new = len(before.keys() - now.keys()), len(now.keys() - before.keys())
         moved = sum(now.get(patch_id, split) != split for patch_id, split in before.items())
@@ -64,12 +59,12 @@ def record_splits(folder: Path, patches: Patches) -> None:
             "choose another output, or bring back the data that it was begun with"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(path, csv_text([["path", "label", "split", "group"], *_split_rows(patches)]))
+    replace_text(folder / "splits.csv", csv_text([["path", "label", "split", "group"], *_split_rows(patches)]))
 
 
 def require_held_out(folder: Path, patches: Patches) -> None:
     """UserError where patches that a run trained with would now pass for held-out ones, or the reverse."""
-    before = _read_splits(folder / "splits.csv")
+    before = _read_splits(folder)
     moved = [row[0] for row in _split_rows(patches) if before.get(row[0], row[2]) != row[2]]
     if moved:
         raise UserError(
@@ -84,17 +79,15 @@ def _split_rows(patches: Patches) -> Iterator[list[str]]:
         yield [patch_id, label, split, patches.group_names[patches.groups[i]]]
 
 
-def _read_splits(path: Path) -> dict[str, str]:
+def _read_splits(folder: Path) -> dict[str, str]:
+    path = folder / "splits.csv"
     return {row["path"]: row["split"] for row in csv_rows(path)} if path.exists() else {}
 
 
 def last_values(folder: Path, prefix: str) -> dict[str, float]:
     """The newest logged value of every quantity whose name starts with `prefix`."""
-    newest: dict[str, float] = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        if _step(line) < float("inf"):
-            newest.update({name: value for name, value in json.loads(line).items() if name.startswith(prefix)})
-    return newest
+    newest = {name: value for row in _logged(folder / "metrics.jsonl") for name, value in row.items()}
+    return {name: value for name, value in newest.items() if name.startswith(prefix)}
 
 
 class Log:
@@ -102,11 +95,9 @@ class Log:
 
     def __init__(self, folder: Path, *, from_step: int, tensorboard: bool):
         self._path = folder / "metrics.jsonl"
-        if self._path.exists():
-            # What came after the checkpoint that is resumed will happen again.
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) <= from_step]
-            replace_text(self._path, "".join(line + "\n" for line in kept))
+        if self._path.exists():  # what came after the checkpoint that is resumed will happen again
+            kept = [json.dumps(row) + "\n" for row in _logged(self._path) if row["step"] <= from_step]
+            replace_text(self._path, "".join(kept))
         self._board = _tensorboard(folder) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -117,18 +108,16 @@ class Log:
                 self._board.add_scalar(name, value, step)
 
 
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that a kill cut short
+def _logged(path: Path) -> Iterator[dict[str, float]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # of a line that a kill cut short
+            yield json.loads(line)
 
 
 def _tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError(
-            "train.tensorboard: tensorboard is not installed; run: pip install 'cellflux-bridge[tensorboard]'"
-        ) from error
+        install = "pip install 'cellflux-bridge[tensorboard]'"
+        raise UserError(f"train.tensorboard: tensorboard is not installed; run: {install}") from error
     return SummaryWriter(folder / "tensorboard")

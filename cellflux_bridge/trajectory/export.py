@@ -25,10 +25,10 @@ from cellflux_bridge.trajectory.reader import iter_trajectory, load_trajectory, 
 def export_cellflow(folder: Path, output: Path) -> Path:
     """Write the sequences of a trajectory folder below `output`, in the run's order; returns the new folder.
 
-    Raises UserError where the new folder is there already, for frames that are not RGB and for a folder without
-    sequences.
+    Raises UserError where the new folder exists, for frames that are not RGB and for a folder without sequences.
     """
     header = read_header(folder)
+    num, num_levels = len(read_source_ids(folder)), len(header.levels) - 1
     written = output / safe_name(f"{header.source}_{header.target}", room=4)
     temporary, prefix = written.with_name(written.name + ".tmp"), safe_name(f"{header.source}-{header.target}", room=40)
     if written.exists():
@@ -37,27 +37,26 @@ def export_cellflow(folder: Path, output: Path) -> Path:
     if channels != 3:
         raise UserError(f"{folder}: frames of {channels} channels; Cellflow's layout is for RGB images only")
     shutil.rmtree(temporary, ignore_errors=True)  # what a stopped export left
+    if temporary.is_symlink():
+        temporary.unlink()
     for name in ("source_img", "target_img"):
         (temporary / name).mkdir(parents=True)
-    num, num_levels = len(read_source_ids(folder)), len(header.levels) - 1
-
-    def array(name: str, dtype: type, *shape: int) -> np.ndarray:
-        return np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=(num, *shape))
-
-    sources = array("source", np.float32, 3, height, width)
-    targets = array("target", np.uint8, num_levels, 3, height, width)
-    depths = array("diffway", np.int64, num_levels)
+    sources, targets, depths = (
+        np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=(num, *shape))
+        for name, dtype, shape in (
+            ("source", np.float32, (3, height, width)),
+            ("target", np.uint8, (num_levels, 3, height, width)),
+            ("diffway", np.int64, (num_levels,)),
+        )
+    )
     depths[:] = np.arange(1, num_levels + 1)
-    n = 0
-    for part in iter_trajectory(folder):
-        for b in range(len(part.source_ids)):
-            sources[n], targets[n] = part.frames[0, b] / 127.5 - 1, part.frames[1:, b]
-            if header.method == "ddim" and part.depths is not None and not np.isnan(part.depths[:, b]).any():
-                depths[n] = part.depths[1:, b]
-            source, *frames = part.sequence(b)
-            write_png(temporary / "source_img" / f"source_batch{n:04d}_img0000.png", source)
-            for depth, frame in zip(depths[n], frames, strict=True):
-                write_png(temporary / "target_img" / f"{prefix}_batch{n:04d}_img0000_step{depth:04d}.png", frame)
-            n += 1
+    for n, (part, b) in enumerate((p, b) for p in iter_trajectory(folder) for b in range(len(p.source_ids))):
+        sources[n], targets[n] = part.frames[0, b] / 127.5 - 1, part.frames[1:, b]
+        if header.method == "ddim" and part.depths is not None and not np.isnan(part.depths[:, b]).any():
+            depths[n] = part.depths[1:, b]
+        source, *frames = part.sequence(b)
+        write_png(temporary / "source_img" / f"source_batch{n:04d}_img0000.png", source)
+        for depth, frame in zip(depths[n], frames, strict=True):
+            write_png(temporary / "target_img" / f"{prefix}_batch{n:04d}_img0000_step{depth:04d}.png", frame)
     temporary.rename(written)
     return written

@@ -20,10 +20,9 @@ _MAX_BYTES = 2**20
 class TrajectoryHeader:
     """What all sequences of a trajectory share.
 
-    `method` is "path" (states of the flow's ODE), "progression" or "depth" (stairs) or "ddim"; `levels` are
-    K+1 rising numbers in [0, 1], 0 the source and 1 the target; `config_hash` tells settings and weights from others: a
-    hash of the settings @ step : hash of the network's weights, + the same of every guide; `mpp` is microns per pixel
-    of the frames, None where they are not known.
+    `method` is "path" (states of the flow's ODE), "progression", "depth" or "ddim"; `levels` are K+1 rising numbers in
+    [0, 1], 0 the source and 1 the target; `config_hash` is a hash of the settings @ step : hash of the network's
+    weights, + the same of every guide; `mpp` is microns per pixel of the frames, None where they are not known.
     """
 
     method: str
@@ -39,13 +38,12 @@ class TrajectoryHeader:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """B sequences of K+1 frames.
+    """B sequences of K+1 frames, the first of which is the source patch itself.
 
-    frames (K+1, B, C, H, W) uint8, any number of channels C; levels (K+1,) float; soft_labels (K+1, B, num_classes)
-    float32, rows sum to 1; source_ids (B,) text; nfe (B,) network forwards and gradients (B,) classifier gradients that
-    a sequence took, summed over its levels; frame 0 is the source patch itself. depths (K+1, B) float, of methods that
-    go back towards noise: how far, in the method's own unit (numbers of respaced steps for "ddim"), 0 for frame 0; None
-    for other methods, and NaN for sequences that were written without them.
+    frames (K+1, B, C, H, W) uint8; soft_labels (K+1, B, num_classes) float32, rows sum to 1; source_ids (B,) text; nfe
+    and gradients (B,) count network forwards and classifier gradients of a sequence. depths (K+1, B) float, of methods
+    that go back towards noise: how far, in the method's own unit (respaced steps for "ddim"), 0 for frame 0; None for
+    other methods, and NaN for sequences that were written without them.
     """
 
     header: TrajectoryHeader
@@ -78,11 +76,8 @@ class Trajectory:
         depths = [np.full(part.frames.shape[:2], np.nan) if part.depths is None else part.depths for part in parts]
         return Trajectory(
             parts[0].header,
-            np.concatenate([part.frames for part in parts], axis=1),
-            np.concatenate([part.soft_labels for part in parts], axis=1),
-            tuple(source_id for part in parts for source_id in part.source_ids),
-            tuple(count for part in parts for count in part.nfe),
-            tuple(count for part in parts for count in part.gradients),
+            *(np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("frames", "soft_labels")),
+            *(sum((getattr(part, name) for part in parts), ()) for name in ("source_ids", "nfe", "gradients")),
             None if all(part.depths is None for part in parts) else np.concatenate(depths, axis=1),
         )
 
@@ -102,16 +97,18 @@ def linear_soft_labels(header: TrajectoryHeader, num_sequences: int) -> np.ndarr
     return np.repeat(labels[:, None], num_sequences, axis=1)
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file `name` of a folder; UserError where it lies outside (an absolute name, .., a symbolic link)."""
+def inside(folder: Path, name: str, *, where: str = "") -> Path:
+    """The file `name` of a folder; UserError where it lies outside (an absolute name, .., a symbolic link).
+
+    `where` is the place of the name, for the error.
+    """
     path = folder / name
     try:
-        is_inside = ".." not in PurePath(name).parts and path.resolve().is_relative_to(folder.resolve())
+        if ".." not in PurePath(name).parts and path.resolve().is_relative_to(folder.resolve()):
+            return path
     except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL in the name
-        is_inside = False
-    if not is_inside:
-        raise UserError(f"{name!r}: leads out of the trajectory {folder}; expected a file below it, without links")
-    return path
+        pass
+    raise UserError(f"{where}{name!r}: leads out of the trajectory {folder}; expected a file below it, without links")
 
 
 def read_limited(path: Path, *, most: int) -> bytes:
@@ -142,11 +139,11 @@ def read_header(folder: Path) -> TrajectoryHeader:
         raise UserError(f"{path}: {key}: {first['msg']}, found {first['input']!r:.80}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    for key, is_right, expected in (
-        ("levels", list(header.levels) == sorted(set(header.levels)), "numbers that rise"),
-        ("classes", len(set(header.classes)) == len(header.classes), "different labels"),
-        ("source and target", {header.source, header.target} <= set(header.classes), "labels of its classes"),
+    for is_right, expected in (
+        (list(header.levels) == sorted(set(header.levels)), "levels: expected numbers that rise"),
+        (len(set(header.classes)) == len(header.classes), "classes: expected different labels"),
+        ({header.source, header.target} <= set(header.classes), "source and target: expected labels of its classes"),
     ):
         if not is_right:
-            raise UserError(f"{path}: {key}: expected {expected}")
+            raise UserError(f"{path}: {expected}")
     return header

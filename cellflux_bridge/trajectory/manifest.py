@@ -33,11 +33,11 @@ def manifest_text(
     header: TrajectoryHeader, frames: Iterable[Frame], *, has_depth: bool, has_heading: bool = True
 ) -> str:
     """Rows as CSV text, with a column of depths if `has_depth`, below the names of the columns if `has_heading`."""
-    rows: list[list] = [_columns(header, has_depth=has_depth)] if has_heading else []
+    rows: list[list] = [_columns(header, has_depth=has_depth)] * has_heading
     for frame in frames:
         depth = [None if frame.depth is None else f"{frame.depth:g}"] * has_depth
-        labels = [f"{p:.6g}" for p in frame.soft_label]
-        rows.append([frame.file, frame.source_id, repr(frame.level), frame.nfe, frame.gradients, *depth, *labels])
+        cells = [frame.file, frame.source_id, repr(frame.level), frame.nfe, frame.gradients, *depth]
+        rows.append([*cells, *(f"{p:.6g}" for p in frame.soft_label)])
     return csv_text(rows)
 
 
@@ -46,10 +46,10 @@ def _columns(header: TrajectoryHeader, *, has_depth: bool) -> list[str]:
     return [*names, *(f"p_{name}" for name in header.classes)]
 
 
-def read_manifest(path: Path, header: TrajectoryHeader) -> dict[str, list[Frame]]:
-    """By source, the rows of a manifest in the order of their levels; a last row that a stop has cut is left out.
+def read_whole(path: Path, header: TrajectoryHeader) -> tuple[dict[str, list[Frame]], set[str]]:
+    """By source, the frames of a manifest's whole sequences in the order of their levels; and the names of all sources.
 
-    Raises UserError that names the line of a damaged row.
+    A last row that a stop has cut is left out. Raises UserError that names the line of a damaged row.
     """
     # Without its line's end a row may have lost digits of its last number, too.
     data = read_limited(path, most=_MAX_BYTES).rpartition(b"\n")[0]
@@ -71,26 +71,25 @@ def read_manifest(path: Path, header: TrajectoryHeader) -> dict[str, list[Frame]
                 raise ValueError(f"{len(cells)} cells, expected {len(columns)}")
     except (csv.Error, ValueError) as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+    num = len(header.levels)
     for source_id, frames in grouped.items():
         frames.sort(key=lambda frame: frame.level)
-        extra = frames[len(header.levels) :]
-        if extra:
+        if extra := frames[num:]:
             raise UserError(f"{path}, line {extra[0].line}: more frames of {source_id!r} than the run has levels")
         for frame, level in zip(frames, header.levels, strict=False):
-            if len(frames) == len(header.levels) and abs(frame.level - level) > 1e-6:
+            if len(frames) == num and abs(frame.level - level) > 1e-6:
                 raise UserError(f"{path}, line {frame.line}: expected level {level:g} of {source_id!r}")
-    return grouped
+    return {source_id: frames for source_id, frames in grouped.items() if len(frames) == num}, set(grouped)
 
 
 def _frame(cells: list[str], *, has_depth: bool, line: int) -> Frame:
     """A row's cells as a frame; ValueError for what is no number, or none that can be."""
     file, source_id, level, nfe, gradients, *rest = cells
-    depth = rest.pop(0) if has_depth else ""
-    numbers = [float(text) for text in (level, depth or "0", *rest)]
-    labels = tuple(numbers[2:])
-    if not all(map(math.isfinite, numbers)):
+    text = rest.pop(0) if has_depth else ""
+    place, depth, *labels = (float(number) for number in (level, text or "0", *rest))
+    if not all(map(math.isfinite, (place, depth, *labels))):
         raise ValueError("a number that is not finite")
     if min(labels) < 0 or abs(sum(labels) - 1) > 1e-3:
         raise ValueError(f"probabilities {', '.join(rest)}: expected numbers from 0 to 1 that sum to 1")
     counts = int(nfe), int(gradients)
-    return Frame(file, unguarded(source_id), numbers[0], *counts, numbers[1] if depth else None, labels, line)
+    return Frame(file, unguarded(source_id), place, *counts, depth if text else None, tuple(labels), line)

@@ -8,7 +8,9 @@
 The folder may come from somebody else: nothing outside it is read, and sizes are checked before memory is taken.
 """
 
+import math
 from collections.abc import Collection, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,40 +18,31 @@ import numpy as np
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.images import UnreadableImage, read_rgb, read_size
 from cellflux_bridge.trajectory.header import Trajectory, TrajectoryHeader, inside, read_header
-from cellflux_bridge.trajectory.manifest import Frame, read_manifest
+from cellflux_bridge.trajectory.manifest import Frame, read_whole
 
 # Of frames: what is loaded at most, and what a batch of `iter_trajectory` holds at most (but one sequence at least).
 _MAX_BYTES, _BATCH_BYTES = 2**34, 2**30
 
 
-def _sequences_of(manifest: Path, header: TrajectoryHeader) -> dict[str, list[Frame]]:
-    """By source, the frames of a manifest's whole sequences (a stop can cut the last one)."""
-    found = read_manifest(manifest, header)
-    return {source_id: frames for source_id, frames in found.items() if len(frames) == len(header.levels)}
-
-
-def _manifests(folder: Path) -> list[Path]:
-    return [inside(folder, path.name) for path in sorted(folder.glob("manifest*.csv"))]
-
-
-def _whole_sequences(folder: Path, header: TrajectoryHeader) -> list[list[Frame]]:
-    """The sequences of every process, in the run's order."""
+def read_sequences(folder: Path, header: TrajectoryHeader) -> tuple[list[list[Frame]], int]:
+    """The whole sequences of every process, in the run's order, and the number of sources without a whole one."""
     whole: dict[str, list[Frame]] = {}
-    for manifest in _manifests(folder):
-        whole |= _sequences_of(manifest, header)
-    return sorted(whole.values(), key=lambda frames: frames[0].file)
+    named: set[str] = set()
+    for path in sorted(folder.glob("manifest*.csv")):
+        found, sources = read_whole(inside(folder, path.name), header)
+        whole |= found
+        named |= sources
+    return sorted(whole.values(), key=lambda frames: frames[0].file), len(named - whole.keys())
 
 
 def read_source_ids(folder: Path) -> tuple[str, ...]:
     """The sources of a folder's whole sequences, in the run's order, without a look at their frames."""
-    return tuple(frames[0].source_id for frames in _whole_sequences(folder, read_header(folder)))
+    return tuple(frames[0].source_id for frames in read_sequences(folder, read_header(folder))[0])
 
 
 def count_incomplete(folder: Path) -> int:
     """How many sources have some rows in a folder's manifest, but not one for each level; readers leave them out."""
-    header = read_header(folder)
-    named = {source_id for manifest in _manifests(folder) for source_id in read_manifest(manifest, header)}
-    return len(named - set(read_source_ids(folder)))
+    return read_sequences(folder, read_header(folder))[1]
 
 
 def load_trajectory(
@@ -58,11 +51,11 @@ def load_trajectory(
     """The sequences `start` to `start + num` (all by default) of a trajectory folder, in the run's order; of those of
     `source_ids` alone, where they are given.
 
-    Raises UserError for a folder without sequences, for one that is damaged or names files outside it, for frames that
-    are missing, unreadable or of another size, and for more than 16 GiB of frames.
+    Raises UserError for a folder without sequences, that is damaged or names files outside it, for frames that are
+    missing, unreadable or of another size, and for more than 16 GiB of frames.
     """
     header = read_header(folder)
-    chosen = _whole_sequences(folder, header)
+    chosen, _ = read_sequences(folder, header)
     if source_ids is not None:
         chosen = [frames for frames in chosen if frames[0].source_id in source_ids]
     chosen = chosen[start : None if num is None else start + num]
@@ -74,48 +67,40 @@ def load_trajectory(
 def iter_trajectory(folder: Path, *, batch_size: int = 64) -> Iterator[Trajectory]:
     """The sequences of a folder in batches of `batch_size` or of 1 GiB, so that memory stays flat."""
     header = read_header(folder)
-    sequences = _whole_sequences(folder, header)
+    sequences, _ = read_sequences(folder, header)
     if sequences:
-        of_one = len(header.levels) * int(np.prod(_shape(_path(folder, sequences[0][0]))))
+        of_one = len(header.levels) * math.prod(_shape(_path(folder, sequences[0][0])))
         batch_size = max(1, min(batch_size, _BATCH_BYTES // of_one))
     for start in range(0, len(sequences), batch_size):
         yield _load(folder, header, sequences[start : start + batch_size])
 
 
 def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[Frame]]) -> Trajectory:
-    height, width, channels = shape = _shape(_path(folder, sequences[0][0]))
+    paths = [[_path(folder, frame) for frame in sequence] for sequence in sequences]
+    height, width, channels = shape = _shape(paths[0][0])
     whole = (len(header.levels), len(sequences), channels, height, width)
-    if np.prod(whole, dtype=float) > _MAX_BYTES:
+    if math.prod(whole) > _MAX_BYTES:
         raise UserError(
             f"{folder}: {len(sequences)} sequences of {len(header.levels)} frames of {width} x {height} pixels are "
-            f"{np.prod(whole, dtype=float) / 2**30:.0f} GiB, more than the {_MAX_BYTES // 2**30} that are loaded; "
-            "read them in parts"
+            f"more than the {_MAX_BYTES // 2**30} GiB that are loaded; read them in parts"
         )
+    for path in chain.from_iterable(paths):  # before any frame is decoded
+        if (found := _shape(path)) != shape:
+            raise UserError(f"{path}: {found[1]} x {found[0]} pixels, {found[2]} channels, unlike the others")
     frames = np.empty(whole, np.uint8)
-    for b, sequence in enumerate(sequences):
-        for k, frame in enumerate(sequence):
-            path = _path(folder, frame)
-            image = _open_array(path) if path.suffix == ".npy" else read_rgb(path)
-            if image.shape != shape:
-                raise UserError(f"{path}: {image.shape[1]} x {image.shape[0]} pixels, unlike the others")
-            frames[k, b] = image.transpose(2, 0, 1)
+    for (b, k), path in np.ndenumerate(paths):
+        image = _open_array(path) if path.suffix == ".npy" else read_rgb(path)
+        frames[k, b] = image.transpose(2, 0, 1)
     depths = np.array([[frame.depth for frame in sequence] for sequence in sequences], float).T  # None becomes NaN
-    return Trajectory(
-        header,
-        frames,
-        np.array([[frame.soft_label for frame in sequence] for sequence in sequences], np.float32).transpose(1, 0, 2),
-        tuple(sequence[0].source_id for sequence in sequences),
-        tuple(sequence[0].nfe for sequence in sequences),
-        tuple(sequence[0].gradients for sequence in sequences),
-        None if np.isnan(depths).all() else depths,
-    )
+    labels = np.array([[frame.soft_label for frame in sequence] for sequence in sequences], np.float32)
+    first = [sequence[0] for sequence in sequences]
+    columns = (tuple(getattr(frame, name) for frame in first) for name in ("source_id", "nfe", "gradients"))
+    depths = None if np.isnan(depths).all() else depths
+    return Trajectory(header, frames, labels.transpose(1, 0, 2), *columns, depths)
 
 
 def _path(folder: Path, frame: Frame) -> Path:
-    try:
-        return inside(folder, frame.file)
-    except UserError as error:
-        raise UserError(f"{folder}, manifest, line {frame.line}: {error}") from error
+    return inside(folder, frame.file, where=f"{folder}, manifest, line {frame.line}: ")
 
 
 def _shape(path: Path) -> tuple[int, int, int]:

@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import replace_text, safe_name
+from cellflux_bridge.base.files import replace_text, replacing, safe_name
 from cellflux_bridge.images import write_png
 from cellflux_bridge.trajectory.header import FORMAT, HEADER, Trajectory, TrajectoryHeader, read_header
-from cellflux_bridge.trajectory.manifest import MANIFEST, Frame, manifest_text
-from cellflux_bridge.trajectory.reader import _sequences_of, _whole_sequences
+from cellflux_bridge.trajectory.manifest import MANIFEST, Frame, manifest_text, read_whole
+from cellflux_bridge.trajectory.reader import read_sequences, read_source_ids
 
 
 class TrajectoryWriter:
@@ -26,20 +26,16 @@ class TrajectoryWriter:
 
     def __init__(self, folder: Path, header: TrajectoryHeader, *, rank: int = 0):
         self.folder, self.header = folder, header
-        self._manifest = folder / (MANIFEST if rank == 0 else f"manifest.rank{rank}.csv")
-        self._has_depth = False
-        existing = folder / HEADER
+        self._manifest, existing = folder / (MANIFEST if rank == 0 else f"manifest.rank{rank}.csv"), folder / HEADER
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file; choose another output folder")
         if existing.exists():
             found = read_header(folder)
             differing = [f.name for f in fields(header) if getattr(found, f.name) != getattr(header, f.name)]
             if differing:
-                hashes = f": {found.config_hash} there, {header.config_hash} here" * ("config_hash" in differing)
                 raise UserError(
-                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's{hashes}), made "
-                    "with other settings, or before a network or guide was trained again; choose another --output, or "
-                    "replace it with --overwrite"
+                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's), made with other "
+                    "settings or networks; choose another --output, or replace it with --overwrite"
                 )
             for path in folder.rglob("*"):
                 if path.is_symlink():
@@ -48,32 +44,29 @@ class TrajectoryWriter:
             raise UserError(f"{folder}: is not empty and holds no trajectory; choose another output folder")
         folder.mkdir(parents=True, exist_ok=True)
         if not existing.exists():
-            text = json.dumps({"format": FORMAT, **asdict(header)}, indent=1)
-            replace_text(existing, text + "\n")
+            replace_text(existing, json.dumps({"format": FORMAT, **asdict(header)}, indent=1) + "\n")
         (folder / "frames").mkdir(exist_ok=True)
-        if self._manifest.exists():
-            # A stop can have cut the last sequence: what is left of it must not mix with its second attempt.
-            self._rewrite(_sequences_of(self._manifest, header).values())
-        self.done = {frames[0].source_id for frames in _whole_sequences(folder, header)}
+        # A stop can have cut the last sequence: what is left of it must not mix with its second attempt.
+        self._rewrite(self._own())
+        self.done = set(read_source_ids(folder))
 
     def append(self, trajectory: Trajectory, *, numbers: Sequence[int]) -> None:
         """Add the sequences of a batch; `numbers` are their places in the whole run's order."""
         rows, depths = [], trajectory.depths
         for b, (number, source_id) in enumerate(zip(numbers, trajectory.source_ids, strict=True)):
-            stem = PurePosixPath(source_id.replace("\\", "/")).stem
-            folder = f"frames/{number:06d}_{safe_name(stem, room=len(f'{number:06d}_'))}"
+            place, stem = f"{number:06d}_", PurePosixPath(source_id.replace("\\", "/")).stem
+            folder = f"frames/{place}{safe_name(stem, room=len(place))}"
             (self.folder / folder).mkdir(exist_ok=True)
             for k, image in enumerate(trajectory.sequence(b)):
-                file = f"{folder}/{k:03d}.{'png' if image.shape[2] == 3 else 'npy'}"
-                (write_png if image.shape[2] == 3 else _write_npy)(self.folder / file, image)
+                suffix, write = ("png", write_png) if image.shape[2] == 3 else ("npy", _write_npy)
+                file = f"{folder}/{k:03d}.{suffix}"
+                write(self.folder / file, image)
                 level, cost = float(trajectory.levels[k]), (trajectory.nfe[b], trajectory.gradients[b])
                 depth = None if depths is None or np.isnan(depths[k, b]) else float(depths[k, b])
                 labels = tuple(trajectory.soft_labels[k, b].tolist())
                 rows.append(Frame(file, source_id, level, *cost, depth, labels))
-        is_there = self._manifest.exists()
-        if not is_there or (depths is not None and not self._has_depth):
-            kept = _sequences_of(self._manifest, self.header) if is_there else {}
-            self._rewrite(kept.values(), has_depth=depths is not None)
+        if depths is not None and not self._has_depth:
+            self._rewrite(self._own(), has_depth=True)
         text = manifest_text(self.header, rows, has_depth=self._has_depth, has_heading=False)
         with open(self._manifest, "a", newline="", encoding="utf-8") as file:
             file.write(text)
@@ -83,9 +76,13 @@ class TrajectoryWriter:
 
     def finish(self) -> None:
         """Join every process's manifest into one, in the run's order. Call on rank 0 when all have ended."""
-        self._rewrite(_whole_sequences(self.folder, self.header))
+        self._rewrite(read_sequences(self.folder, self.header)[0])
         for part in self.folder.glob("manifest.rank*.csv"):
             part.unlink()
+
+    def _own(self) -> Iterable[list[Frame]]:
+        """The whole sequences of this process's manifest."""
+        return read_whole(self._manifest, self.header)[0].values() if self._manifest.exists() else []
 
     def _rewrite(self, sequences: Iterable[list[Frame]], *, has_depth: bool = False) -> None:
         """The manifest with these sequences alone; with depths where one has them."""
@@ -95,7 +92,5 @@ class TrajectoryWriter:
 
 
 def _write_npy(path: Path, image: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, np.ascontiguousarray(image))
-    os.replace(temporary, path)

@@ -36,7 +36,7 @@ from cellflux_bridge.trajectory import (
     read_header,
     read_source_ids,
 )
-from cellflux_bridge.translation.settings import TranslateConfig
+from cellflux_bridge.translation.settings import TranslateConfig, without_foreign_keys
 
 # Sequences whose sources are looked at before a folder is completed: moved patches are, others of the same names not.
 _NUM_COMPARED = 8
@@ -44,33 +44,26 @@ _NUM_COMPARED = 8
 
 def translation_fabric(train: TrainConfig, *, section: str) -> Fabric:
     """Fabric of one device of a training's kind, or of torchrun's processes where it started this one."""
-    one_device = train.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto"})
-    fabric = make_fabric(one_device, section=section)
+    one_device = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    fabric = make_fabric(train.model_copy(update=one_device), section=section)
     fabric.launch()
     return fabric
-
-
-def _device_name(device: torch.device) -> str:
-    """As cost.json has it: "cpu", "cuda: NAME"."""
-    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 def _begins_with(folder: Path, patches: Patches, chosen: np.ndarray) -> bool:
     """Whether the first sequences of a folder begin with the chosen patches that their names mean."""
     index_of = {patches.ids[i]: i for i in chosen}
     begun = [name for name in read_source_ids(folder) if name in index_of][:_NUM_COMPARED]
-    if not begun:
-        return True
-    made = load_trajectory(folder, source_ids=begun)
-    return np.array_equal(made.frames[0], patches.centre([index_of[name] for name in made.source_ids]))
+    made = load_trajectory(folder, source_ids=begun) if begun else None
+    return made is None or np.array_equal(made.frames[0], patches.centre([index_of[n] for n in made.source_ids]))
 
 
 class Translator(ABC):
     """Carries images of one class to another.
 
-    `config` is the resolved configuration of the run; `preprocessing` how a file's pixels become the networks' input;
-    `step` the training step of its checkpoint; `given` what was set in its `translate` section for this use:
-    the run's file holds every key, so that it does not tell which of them its user means.
+    `preprocessing` is how a file's pixels become the networks' input, `step` the training step of the checkpoint.
+    `given` is what was set in section `translate` for this use: the run's file holds every key, so that it does not
+    tell which of them its user means.
     """
 
     def __init__(
@@ -97,9 +90,8 @@ class Translator(ABC):
     def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         """UserError for a key of `translate` that was set for this use and is not read in making these sequences."""
 
-    def _prepare(self, settings: TranslateConfig) -> None:
-        """What a translation computes once, in all processes, before its sources; it does not count as their cost."""
-        return  # nothing, unless a translator says otherwise
+    def _prepare(self, settings: TranslateConfig) -> None:  # noqa: B027
+        """Compute what a translation needs once, in all processes; it does not count as the cost of its sources."""
 
     def _name(self, settings: TranslateConfig) -> str:
         """The folder, below `trajectories/`, of a translation; the method's name of at most 40 bytes follows."""
@@ -114,15 +106,15 @@ class Translator(ABC):
         run = self.config.translate
         try:
             with trusting(False, names=[run.method, str(options.get("method"))]):  # the run's was trusted when loaded
-                settings = TranslateConfig(**merged(run.model_dump(), dict(options)))
+                kept = without_foreign_keys(run.model_dump(), options)
+                settings = TranslateConfig(**merged(kept, dict(options)))
         except ValidationError as error:
             raise UserError(explain(error, TranslateConfig, prefix="translate")) from error
         self._require_read(settings, options)
-        source, target = source or settings.source, target or settings.target
+        source, target, known = source or settings.source, target or settings.target, ", ".join(self.classes)
         if source is None and target is None and len(self.classes) == 2:
             source, target = self.classes
         for key, label in (("source", source), ("target", target)):
-            known = ", ".join(self.classes)
             if label is None:
                 raise UserError(f"translate.{key}: not named; give --source and --target, each one of {known}")
             if label not in self.classes:
@@ -144,9 +136,8 @@ class Translator(ABC):
         """Carry images of class `source` to class `target` (both may be left out where there are two classes).
 
         `images` are files, RGB uint8 arrays (H, W, 3) of any size (scaled and cropped as in training), or patches
-        (B, 3, S, S) uint8 that are so already. `ids` seed each image's noise and name its sequence (default: file
-        names or numbers). `options` are keys of the `translate` section: method, steps, levels, guidance, ... Raises
-        UserError for unknown classes and for what the networks or the path cannot do.
+        (B, 3, S, S) uint8. `ids` seed each image's noise and name its sequence (default: file names or numbers).
+        `options` are keys of the `translate` section. Raises UserError for what the networks or the path cannot do.
         """
         settings = self._settings(source, target, options)
         batch = self._as_patches(images)
@@ -155,13 +146,8 @@ class Translator(ABC):
             ids = [str(i) for i in images] if named else [str(i) for i in range(len(batch))]
         if not len(ids) == len(set(ids)) == len(batch):
             raise UserError(f"ids: {len(batch)} images need as many different ids, found {len(set(ids))} in {len(ids)}")
-        size = settings.batch_size
-        return Trajectory.cat(
-            [
-                self._translate_batch(batch[start : start + size], ids[start : start + size], settings)
-                for start in range(0, len(batch), size)
-            ]
-        )
+        rows = [slice(n, n + settings.batch_size) for n in range(0, len(batch), settings.batch_size)]
+        return Trajectory.cat([self._translate_batch(batch[some], ids[some], settings) for some in rows])
 
     def _as_patches(self, images) -> torch.Tensor:
         size = self.preprocessing.image_size
@@ -174,10 +160,11 @@ class Translator(ABC):
             return images
         patches = []
         for number, image in enumerate(images):
-            rgb = image if isinstance(image, np.ndarray) else image_io.read_rgb(Path(image))
+            rgb, name = image, f"images[{number}]"
+            if not isinstance(image, np.ndarray):
+                rgb, name = image_io.read_rgb(Path(image)), str(image)
             if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
-                raise UserError(f"images[{number}]: expected RGB uint8 (H, W, 3), found {rgb.dtype} {rgb.shape}")
-            name = f"images[{number}]" if isinstance(image, np.ndarray) else str(image)
+                raise UserError(f"{name}: expected RGB uint8 (H, W, 3), found {rgb.dtype} {rgb.shape}")
             patches.append(self.preprocessing(rgb, name=name))
         if not patches:
             raise UserError("images: none given")
@@ -185,16 +172,12 @@ class Translator(ABC):
 
     def patches(self) -> Patches:
         """The patches at `data.root`, prepared as they were for training, even where they are not those."""
-        patches = load_patches(self.config.data, seed=self.config.seed)
+        data, seed = self.config.data, self.config.seed
+        patches = load_patches(data, seed=seed)
         if patches.preprocessing != self.preprocessing:
-            patches = load_patches(self.config.data, seed=self.config.seed, reference=self.preprocessing.reference)
+            patches = load_patches(data, seed=seed, reference=self.preprocessing.reference)
         require_held_out(self.config.output, patches)
         return patches
-
-    def _mpp(self) -> float | None:
-        """Microns per pixel of the run's own patches, and of what is made of them."""
-        records, _ = list_records(self.config.data, seed=self.config.seed)
-        return frame_mpp(records, self.preprocessing)
 
     def translate_split(
         self,
@@ -204,19 +187,24 @@ class Translator(ABC):
         output: Path | None = None,
         overwrite: bool = False,
     ) -> tuple[Path, dict[str, float]]:
-        """Carry the run's own patches of a split to another class, written batch by batch; returns folder and figures.
+        """Carry `translate.num` patches of a split of the run, drawn by the seed; returns the folder and its figures.
 
-        Sources are `translate.num` of the split, drawn by the seed. A folder that holds a part of the same translation
-        is completed; `overwrite` removes one that differs. With several processes each takes its share of the sources.
+        It is written batch by batch. A folder that holds a part of the same translation is completed; `overwrite`
+        removes one that differs. With several processes each takes its share of the sources.
         """
-        settings, fabric = self._settings(source, target, self._given), self.fabric
+        settings, fabric, seed = self._settings(source, target, self._given), self.fabric, self.config.seed
         on_rank_zero(fabric, self.patches)  # fills the cache for all
         patches = self.patches()
-        chosen = patches.sample(settings.split, settings.source, num=settings.num, seed=self.config.seed)
+        chosen = patches.sample(settings.split, settings.source, num=settings.num, seed=seed)
         if len(chosen) == 0:
             raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
         folder = output or self.config.output / "trajectories" / self._name(settings)
-        header = from_rank_zero(fabric, lambda: replace(self._header(settings), mpp=self._mpp()))
+
+        def make_header() -> TrajectoryHeader:
+            records, _ = list_records(self.config.data, seed=seed)
+            return replace(self._header(settings), mpp=frame_mpp(records, self.preprocessing))
+
+        header = from_rank_zero(fabric, make_header)
 
         def open_folder() -> None:
             is_trajectory = overwrite and (folder / "trajectory.json").exists()
@@ -237,27 +225,21 @@ class Translator(ABC):
         if missing:
             self._prepare(settings)
         began, cpu_began = time.monotonic(), time.process_time()
-        bar = progress(
-            range(0, len(todo), settings.batch_size),
-            desc=f"{settings.source} -> {settings.target}",
-            unit="batch",
-            disable=not fabric.is_global_zero,
-        )
-        for start in bar:
+        starts, name = range(0, len(todo), settings.batch_size), f"{settings.source} -> {settings.target}"
+        for start in progress(starts, desc=name, unit="batch", disable=not fabric.is_global_zero):
             numbers = todo[start : start + settings.batch_size]
-            indices = chosen[numbers]
-            trajectory = self._translate_batch(patches.centre(indices), [patches.ids[i] for i in indices], settings)
-            writer.append(trajectory, numbers=numbers)
+            ids = [patches.ids[i] for i in chosen[numbers]]
+            writer.append(self._translate_batch(patches.centre(chosen[numbers]), ids, settings), numbers=numbers)
         cost = {"seconds": time.monotonic() - began}
         if fabric.device.type == "cpu":  # elsewhere it tells how long a GPU was waited for
             cost["cpu_seconds"] = time.process_time() - cpu_began
         fabric.barrier()
         if fabric.is_global_zero:
             writer.finish()
-            used = self.config.model_copy(update={"translate": settings})
-            replace_text(folder / "config.yaml", used.to_yaml())
+            replace_text(folder / "config.yaml", self.config.model_copy(update={"translate": settings}).to_yaml())
             if todo:  # of this process, and of its last call where it was stopped and went on
-                told = {"sequences": len(todo), "device": _device_name(fabric.device), **cost}
-                replace_text(folder / "cost.json", json.dumps(told) + "\n")
-        figures = {"sequences": len(chosen), "made_now": len(missing), **cost}
-        return folder, figures
+                gpu = fabric.device.type == "cuda"
+                device = f"cuda: {torch.cuda.get_device_name(fabric.device)}" if gpu else fabric.device.type
+                text = json.dumps({"sequences": len(todo), "device": device, **cost})
+                replace_text(folder / "cost.json", text + "\n")
+        return folder, {"sequences": len(chosen), "made_now": len(missing), **cost}

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
 from cellflux_bridge import checkpoint
 from cellflux_bridge import images as image_io
@@ -29,7 +32,7 @@ from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft
 from cellflux_bridge.translation.base import Translator, translation_fabric
 from cellflux_bridge.translation.settings import TranslateConfig
 
-# Keys of `translate` that DDIM stairs read; all else that they do stands in `ddim`.
+# Keys of `translate` that DDIM stairs read; all others stand in `ddim`.
 _HEEDED = ("source", "target", "split", "num", "levels", "batch_size")
 _NETWORKS = ("denoiser", "source_denoiser", "classifier")
 # What sequences do not depend on. Weights count by their digest, not by their place.
@@ -43,28 +46,23 @@ _NO_PART_IN_SEQUENCES = (
 class DDIMTranslator(Translator):
     """DDIM stairs of `translate.levels` levels, nominally k / K, as Cellflow makes them.
 
-    `denoiser` decodes, and encodes unless there is a `source_denoiser`.
+    `denoiser` decodes, and encodes unless there is a `source_denoiser`; `options` are those of every Translator.
     """
 
     def __init__(
         self,
         *,
-        config: Config,
-        preprocessing: Preprocessing,
-        step: int,
-        fabric: Fabric,
         denoiser: Denoiser,
         source_denoiser: Denoiser | None = None,
         classifier: NoisyClassifier | None = None,
-        given: Mapping[str, Any] | None = None,
+        **options,
     ):
-        super().__init__(config=config, preprocessing=preprocessing, step=step, fabric=fabric, given=given)
+        super().__init__(**options)
         networks = (denoiser, source_denoiser, classifier)
         for network in filter(None, networks):
-            network.to(fabric.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            network.to(self.fabric.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self._weights = ["" if network is None else checkpoint.weights_digest(network) for network in networks]
-        self._schedule = respaced(config.ddim.timesteps)
-        self._classifier = classifier
+        self._schedule, self._classifier = respaced(self.config.ddim.timesteps), classifier
         self._decoder = self._predictor(denoiser)
         self._encoder = self._decoder if source_denoiser is None else self._predictor(source_denoiser)
 
@@ -90,149 +88,116 @@ class DDIMTranslator(Translator):
             config = load_config(where, overrides, output=output)
             if config.data.classes is None:
                 raise UserError(f"{path}: data.classes: name them, in the order of the networks' class numbers")
-            loader = _Loader(config)
+            networks, folders = _load_networks(config)
             return cls(
                 config=config,
-                step=loader.step,
+                step=checkpoint.step_of(folders["denoiser"]) if "denoiser" in folders else 0,
                 fabric=fabric or translation_fabric(config.ddim.denoiser.train, section="ddim.denoiser.train"),
                 given=parse_overrides(overrides).get("translate"),
-                preprocessing=loader.preprocessing(),
-                **loader.networks,
+                preprocessing=_preprocessing(config, folders.values()),
+                **networks,
             )
-
-    def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
-        settings = super()._settings(source, target, options)
-        self._depths(settings)
-        return settings
 
     def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         for key in sorted(set(given) - set(_HEEDED)):
-            raise UserError(
-                f"translate.{key}: DDIM stairs do not read it; leave it out. They read {', '.join(_HEEDED)}, and the "
-                "keys of `ddim`"
-            )
+            read = ", ".join(_HEEDED)
+            raise UserError(f"translate.{key}: DDIM stairs do not read it; leave it out. They read {read}, and `ddim`")
         if "levels" in given and isinstance(self.config.ddim.depths, list):
-            raise UserError(
-                "translate.levels: not read where ddim.depths lists the depths, one a level; leave it out, or set "
-                "ddim.depths=uniform"
-            )
+            raise UserError("translate.levels: not read where ddim.depths lists the depths; leave out one of them")
 
-    def _depths(self, settings: TranslateConfig) -> torch.Tensor | DepthRule:
-        """Depths (K,), or the rule that finds them."""
+    def _depths(self, settings: TranslateConfig) -> tuple[int, torch.Tensor | DepthRule]:
+        """The number K of levels, and depths (K,) or the rule that finds them."""
         wanted, timesteps = self.config.ddim.depths, len(self._schedule)
         if isinstance(wanted, list):
             require_depths(wanted, timesteps)
-            return torch.tensor(wanted)
-        levels = settings.of("depth")["levels"]
-        if isinstance(levels, list):
-            raise UserError(
-                "translate.levels: the levels of DDIM stairs are nominal, k / K; give their number, and depths as "
-                "ddim.depths"
-            )
-        uniform = torch.tensor(uniform_depths(timesteps, levels))
-        return uniform if wanted == "uniform" else fourier_rule(levels, mirrored=wanted == "fourier")
+            return len(wanted), torch.tensor(wanted)
+        num = settings.of("depth")["levels"]
+        if isinstance(num, list):
+            raise UserError("translate.levels: the levels of DDIM stairs are nominal, k / K; give their number K")
+        uniform = torch.tensor(uniform_depths(timesteps, num))
+        return num, uniform if wanted == "uniform" else fourier_rule(num, mirrored=wanted == "fourier")
 
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
-        wanted = self.config.ddim.depths
-        num = len(wanted) if isinstance(wanted, list) else settings.of("depth")["levels"]
+        num, _ = self._depths(settings)
         used = self.config.flat(without=(*PLACES_AND_PACE, *_NO_PART_IN_SEQUENCES))
         canonical = json.dumps([used, settings.split, self._weights], sort_keys=True)
-        return TrajectoryHeader(
-            method="ddim",
-            source=settings.source,
-            target=settings.target,
-            classes=self.classes,
-            levels=tuple(k / num for k in range(num + 1)),
-            config_hash=f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}@{self.step}",
-        )
+        config_hash = f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}@{self.step}"
+        levels = tuple(k / num for k in range(num + 1))
+        return TrajectoryHeader("ddim", settings.source, settings.target, self.classes, levels, config_hash)
 
     def _name(self, settings: TranslateConfig) -> str:
         return f"{super()._name(settings)}_ddim"
 
     def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
-        x0 = image_io.encode(batch).to(self.fabric.device)
-        y_source, y_target = (
-            torch.full((len(x0),), self.classes.index(name), device=x0.device)
-            for name in (settings.source, settings.target)
-        )
+        x0, header = image_io.encode(batch).to(self.fabric.device), self._header(settings)
+        numbers = [self.classes.index(name) for name in (settings.source, settings.target)]
         quiet = not self.fabric.is_global_zero
         bar = progress(desc=f"{len(x0)} stairs", unit="evaluation", leave=False, disable=quiet)
         with bar, self.fabric.autocast():
             result = ddim_stairs(
                 x0,
-                y_source,
-                y_target,
+                *(torch.full((len(x0),), number, device=x0.device) for number in numbers),
                 schedule=self._schedule,
                 encoder=self._encoder,
                 decoder=self._decoder,
-                depths=self._depths(settings),
+                depths=self._depths(settings)[1],
                 classifier=self._classifier,
                 scale=self.config.ddim.scale,
                 batch_size=settings.batch_size,
                 report=bar.update,
             )
-        header = self._header(settings)
         return Trajectory(
             header,
             image_io.decode(result.frames).cpu().numpy(),
             linear_soft_labels(header, len(ids)),
-            tuple(ids),
-            tuple(result.forwards.tolist()),
-            tuple(result.gradients.tolist()),
+            *map(tuple, (ids, result.forwards.tolist(), result.gradients.tolist())),
             np.pad(result.depths.numpy().T.astype(float), ((1, 0), (0, 0))),
         )
 
 
-class _Loader:
-    """The networks that a configuration means, from checkpoints of its run or from foreign files."""
+def _load_networks(config: Config) -> tuple[dict[str, nn.Module], dict[str, Path]]:
+    """The networks that a configuration means, and the checkpoint folders of those without foreign weights, by name."""
+    ddim, networks, folders = config.ddim, {}, {}
+    wanted = (True, ddim.source_denoiser is not None, ddim.guidance == "classifier")
+    for name in compress(_NETWORKS, wanted):
+        settings = getattr(ddim, name)
+        build = build_noisy_classifier if name == "classifier" else partial(build_denoiser, size=settings)
+        if settings.weights is not None:
+            networks[name] = build(config)
+            load_foreign(networks[name].net, settings.weights.expanduser(), key=f"ddim.{name}")
+        else:
+            networks[name], folders[name] = _load_trained(config, name)
+    return networks, folders
 
-    def __init__(self, config: Config):
-        self._config, ddim = config, config.ddim
-        self._prepared: dict[Path, Preprocessing] = {}
-        self.step = 0
-        self.networks = {"denoiser": self._network("denoiser", build_denoiser)}
-        if ddim.source_denoiser is not None:
-            like = ddim.model_copy(update={"denoiser": ddim.source_denoiser})
-            network = build_denoiser(config.model_copy(update={"ddim": like}))
-            self.networks["source_denoiser"] = self._foreign(network, "source_denoiser")
-        if ddim.guidance == "classifier":
-            self.networks["classifier"] = self._network("classifier", build_noisy_classifier)
 
-    def _network(self, key: str, build) -> Denoiser | NoisyClassifier:
-        if getattr(self._config.ddim, key).weights is not None:
-            return self._foreign(build(self._config), key)
-        stage = "denoiser" if key == "denoiser" else "noisy_classifier"
-        folder = checkpoint.latest(self._config.output / stage)
-        trained = checkpoint.read_config(folder)
-        other = ("ddim.guidance", f"ddim.{key}.train")
-        differing = differences(trained, self._config, ignore=(*STAGES[stage].unused, *other))
-        if differing:
-            raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
-        self._prepared[folder] = Preprocessing.load(folder / checkpoint.PREPROCESSING)
-        network = build(trained)
-        checkpoint.load_weights(folder, network)
-        if key == "denoiser":
-            self.step = checkpoint.step_of(folder)
-            if self._config.ddim.guidance == "classifier_free" and network.null_class is None:
-                raise UserError(
-                    f"{folder}: has no null class, having been trained with ddim.guidance={trained.ddim.guidance}; "
-                    "classifier-free guidance needs a training of its own"
-                )
-        return network
+def _load_trained(config: Config, name: str) -> tuple[nn.Module, Path]:
+    """The newest denoiser or classifier of a run, and its checkpoint."""
+    stage = "denoiser" if name == "denoiser" else "noisy_classifier"
+    folder = checkpoint.latest(config.output / stage)
+    trained = checkpoint.read_config(folder)
+    differing = differences(trained, config, ignore=(*STAGES[stage].unused, "ddim.guidance", f"ddim.{name}.train"))
+    if differing:
+        raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
+    network = STAGES[stage].build(trained)
+    checkpoint.load_weights(folder, network)
+    if name == "denoiser" and config.ddim.guidance == "classifier_free" and network.null_class is None:
+        raise UserError(f"{folder}: has no null class; train with ddim.guidance=classifier_free, into another output")
+    return network, folder
 
-    def _foreign(self, network, key: str):
-        load_foreign(network.net, getattr(self._config.ddim, key).weights.expanduser(), key=f"ddim.{key}")
-        return network
 
-    def preprocessing(self) -> Preprocessing:
-        """That of the trained networks; of the data where all weights are foreign."""
-        data = self._config.data
-        if not self._prepared:
-            if data.stain.mode == "normalise":
-                return load_patches(data, seed=self._config.seed).preprocessing
-            return Preprocessing(data.image_size, data.crop)
-        (first, preprocessing), *others = self._prepared.items()
-        for folder, found in others:
-            if found != preprocessing:
-                raise UserError(f"{folder}: saw patches of another preprocessing than {first}")
-        return preprocessing
+def _preprocessing(config: Config, folders: Collection[Path]) -> Preprocessing:
+    """That of the trained networks; of the data where all weights are foreign."""
+    found = [Preprocessing.load(folder / checkpoint.PREPROCESSING) for folder in folders]
+    if not found:
+        is_fitted = config.data.stain.mode == "normalise"
+        data = config.data
+        return (
+            load_patches(data, seed=config.seed).preprocessing
+            if is_fitted
+            else Preprocessing(data.image_size, data.crop)
+        )
+    if found[0] != found[-1]:
+        raise UserError(
+            f"{config.output}: its networks saw patches of different preprocessings; train one of them again"
+        )
+    return found[0]

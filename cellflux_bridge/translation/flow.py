@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
@@ -16,13 +17,14 @@ from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.field.classifier_free import ClassifierFree
 from cellflux_bridge.field.classifier_guided import EXACT, ClassifierGuided, require_form
+from cellflux_bridge.field.settings import GuidanceConfig
 from cellflux_bridge.flow.network import make_condition
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
 from cellflux_bridge.translation.base import Translator
 from cellflux_bridge.translation.level_calibration import LevelCalibration
 from cellflux_bridge.translation.settings import TranslateConfig, method_keys
-from cellflux_bridge.transport.base import Flow, Measured, Transport, source_noise
+from cellflux_bridge.transport.base import Flow, Transport, source_noise
 from cellflux_bridge.velocity.base import Velocity
 
 # Values of keys that ask for nothing, so that they are no mistake beside a method that does not read them.
@@ -48,7 +50,8 @@ class FlowTranslator(Translator):
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
         self._weights = checkpoint.weights_digest(self._network)[:16]
         self._guides = Guides(config, fabric.device)
-        self._measured: dict[str, Measured] = {}
+        shared = {"config": config, "fabric": fabric, "codec": self.codec, "guides": self._guides, "memory": {}}
+        self._meter = partial(LevelCalibration, **shared, weights=self._weights, patches=self.patches)
 
     def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
         settings = super()._settings(source, target, options)
@@ -93,31 +96,32 @@ class FlowTranslator(Translator):
 
     def _require_possible(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         """Refuse, before anything is computed, what this network or its path cannot do."""
-        method, form, condition = _method(settings), settings.guidance.form, self.config.condition
-        method.require(self._flow(settings), given=given)
+        method, flow, _ = self._use(settings)
+        guidance, scale, condition = settings.guidance, settings.guidance_scale, self.config.condition
+        method.require(flow, given=given)
         if method.is_calibrated:
-            self._guides.load(settings.guidance, sees="image")
-        if form == "none":
+            self._guides.load(guidance, sees="image")
+        if guidance.form == "none":
             return
         sees_source, dropout = condition.source_image, condition.dropout
-        require_form(form, self.path, sees_source=sees_source, dropout=dropout, scale=settings.guidance_scale)
-        if form in EXACT and method.is_calibrated:
+        require_form(guidance.form, self.path, sees_source=sees_source, dropout=dropout, scale=scale)
+        if guidance.form in EXACT and method.is_calibrated:
             raise UserError(
-                f"translate.guidance.form={form}: calls the network without a condition, so there is none to "
+                f"translate.guidance.form={guidance.form}: calls the network without a condition, so there is none to "
                 "calibrate; set translate.calibrate=none and spacing=uniform, or form=sharpen"
             )
-        self._guides.load(settings.guidance, sees=seen_by(settings.guidance))
+        self._guides.load(guidance, sees=seen_by(guidance))
 
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
         digest = self.config.model_copy(update={"translate": settings}).digest()
-        method = _method(settings)
+        method, flow, meter = self._use(settings)
         guides = self._guides.names(settings.guidance, measure=method.is_calibrated)
         return TrajectoryHeader(
             method=settings.method,
             source=settings.source,
             target=settings.target,
             classes=self.classes,
-            levels=method.levels(self._flow(settings), self._meter(settings)),
+            levels=method.levels(flow, meter),
             config_hash="+".join([f"{digest}@{self.step}:{self._weights}", *guides]),
         )
 
@@ -125,27 +129,17 @@ class FlowTranslator(Translator):
         return f"{super()._name(settings)}_{_method(settings).suffix}"
 
     def _prepare(self, settings: TranslateConfig) -> None:
-        _method(settings).prepare(self._flow(settings), self._meter(settings))
+        method, *use = self._use(settings)
+        method.prepare(*use)
 
-    def _meter(self, settings: TranslateConfig) -> LevelCalibration:
-        return LevelCalibration(
-            config=self.config,
-            fabric=self.fabric,
-            codec=self.codec,
-            weights=self._weights,
-            guides=self._guides,
-            patches=self.patches,
-            settings=settings,
-            memory=self._measured,
-        )
-
-    def _flow(self, settings: TranslateConfig) -> Flow:
-        source = settings.target if _method(settings).reverse else settings.source
-        number, spec = self.classes.index(source), self._network.spec
-        trained = self._trained()
+    def _use(self, settings: TranslateConfig) -> tuple[Transport, Flow, LevelCalibration]:
+        """The method of a translation, and the flow and the meter that it uses."""
+        method = _method(settings)
+        source = settings.target if method.reverse else settings.source
+        number, spec, trained = self.classes.index(source), self._network.spec, self._trained()
         knows_source = self.config.condition.source_class and not self._by_level
         plain = ClassifierFree(self._network, settings.guidance_scale)
-        return Flow(
+        flow = Flow(
             path=self.path,
             by_level=self._by_level,
             reaches_source=(source, source) in trained if knows_source else source in {b for _, b in trained},
@@ -154,8 +148,9 @@ class FlowTranslator(Translator):
             labels=partial(self._labels, settings),
             condition=lambda x0, labels: make_condition(spec, x0=x0, target_label=labels, source_class=number),
             plain=plain,
-            field=partial(self._guided, settings, plain),
+            field=partial(self._guided, settings.guidance, plain),
         )
+        return method, flow, self._meter(settings=settings)
 
     def _labels(self, settings: TranslateConfig, levels: torch.Tensor) -> torch.Tensor:
         """Soft labels (..., num_classes) of levels (...) between a translation's source and target."""
@@ -163,39 +158,29 @@ class FlowTranslator(Translator):
         labels = between(source, target, levels.flatten().numpy(), len(self.classes))
         return torch.from_numpy(labels).view(*levels.shape, -1).to(self.fabric.device)
 
-    def _guided(self, settings: TranslateConfig, plain: Callable, labels: torch.Tensor) -> Callable:
+    def _guided(self, guidance: GuidanceConfig, plain: Callable, labels: torch.Tensor) -> Callable:
         """The velocity steered toward soft labels (R, num_classes)."""
-        guidance = settings.guidance
         if guidance.form == "none":
             return plain
         sees = seen_by(guidance)
         guides = [guide.log_probabilities for guide in self._guides.load(guidance, sees=sees)]
         if sees == "image":
-            guides = [partial(_of_images, guide, self.codec.decode) for guide in guides]
+            guides = [lambda x, guide=guide: guide(self.codec.decode(x)) for guide in guides]
         how = {"form": guidance.form, "weight": guidance.weight, "start": guidance.start}
         return ClassifierGuided(plain, guides, self.path, labels, **how)
 
     def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
         x0 = self.codec.encode(batch.to(self.fabric.device))
-        header = self._header(settings)
+        header, (method, flow, meter) = self._header(settings), self._use(settings)
+        noise = source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0)
         with self.fabric.autocast():
-            result = _method(settings).carry(
-                self._flow(settings),
-                x0,
-                noise=source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0),
-                levels=torch.tensor(header.levels[1:]),
-                meter=self._meter(settings),
-            )
+            result = method.carry(flow, x0, noise=noise, levels=torch.tensor(header.levels[1:]), meter=meter)
         made = self.codec.to_uint8(result.frames[1:]).cpu()
         frames = torch.cat([batch[None].cpu(), made]).numpy()  # the source itself, also where a codec loses something
         cost = (result.nfe,) * len(ids), (result.gradients,) * len(ids)
-        return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), *cost)
+        depths = None if result.depths is None else np.tile(result.depths.numpy()[:, None], len(ids))
+        return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), *cost, depths)
 
 
 def _method(settings: TranslateConfig) -> Transport:
     return registry.build("transport", {**settings.of(settings.method), "name": settings.method})
-
-
-def _of_images(guide: Callable, decode: Callable, x: torch.Tensor) -> torch.Tensor:
-    """log p (B, num_classes) of the images that states x (B, C, H, W) stand for."""
-    return guide(decode(x))

@@ -17,6 +17,20 @@ def method_keys(method: str, given: Mapping[str, Any] | None = None) -> dict[str
     return {key: value for key, value in spec.items() if key != "name"}
 
 
+def _known_keys(*methods: str) -> dict[str, None]:
+    of_methods = (key for name in (*registry.names("transport"), *methods) for key in method_keys(name))
+    return dict.fromkeys([*TranslateConfig.model_fields, *of_methods])
+
+
+def without_foreign_keys(section: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A section `translate` as it stands under another method: the keys of a foreign method go with it."""
+    method = str(section.get("method"))
+    if ":" not in method or over.get("method", method) == method:
+        return section
+    known = _known_keys()
+    return {key: value for key, value in section.items() if key in known}
+
+
 class TranslateConfig(Section):
     """Keys that all methods share. Those of the chosen method (steps, solver, levels, ...) stand beside them, complete;
     keys of other methods may stand here, too, since a file serves many uses (see the classes in `transport`)."""
@@ -37,25 +51,22 @@ class TranslateConfig(Section):
     def _complete(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        common = {key: value for key, value in data.items() if key in cls.model_fields}
-        method, known = common.get("method", "path"), registry.names("transport")
+        method, known = data.get("method", "path"), registry.names("transport")
         if not isinstance(method, str) or (":" not in method and method not in known):
             raise UserError(
                 f"translate.method: no method called {method!r}{nearest(str(method), known)}; known: "
                 f"{', '.join(known)}, or package.module:Class of your own"
             )
-        of_methods = {name: method_keys(name) for name in (*known, method)}
-        own = {key: value for key, value in data.items() if key not in cls.model_fields}
-        valid = dict.fromkeys([*cls.model_fields, *(key for keys in of_methods.values() for key in keys)])
-        if unknown := [key for key in own if key not in valid]:
+        valid = _known_keys(method)
+        if unknown := [key for key in data if key not in valid]:
             hints = [nearest(key, valid).replace("mean '", "mean 'translate.") for key in unknown]
             lines = [f"translate.{key}: unknown key{hint}" for key, hint in zip(unknown, hints, strict=True)]
             raise UserError("\n".join(f"{line}; valid here: {', '.join(valid)}" for line in lines))
-        checked: dict[str, Any] = {}
-        for name, keys in of_methods.items():  # the chosen method is the last
-            found = method_keys(name, {key: own[key] for key in keys if key in own})
-            checked |= found if name == method else {key: found[key] for key in keys if key in own}
-        return {**common, **checked}
+        complete = {key: value for key, value in data.items() if key in cls.model_fields}
+        for name in (*known, method):  # the chosen method is the last
+            found = method_keys(name, {key: data[key] for key in method_keys(name) if key in data})
+            complete |= {key: value for key, value in found.items() if name == method or key in data}
+        return complete
 
     def of(self, method: str) -> dict[str, Any]:
         """The complete keys of any method: those that stand here, and its defaults."""

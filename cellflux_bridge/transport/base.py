@@ -42,34 +42,30 @@ Solver = Literal["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"]
 
 
 class Result(NamedTuple):
-    """What transport returns: frames (K+1, B, C, H, W) float32, states whose first is the source itself; and network
-    forwards and classifier gradients per sequence, summed over its levels."""
+    """What transport returns: frames (K+1, B, C, H, W) float32, states whose first is the source itself; network
+    forwards and classifier gradients per sequence, summed over its levels; and of methods that go back towards noise
+    how far each frame did, depths (K+1,), 0 first."""
 
     frames: torch.Tensor
     nfe: int
     gradients: int
+    depths: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Flow:
-    """A trained flow as transport methods see it, between one source class and one target class.
-
-    `by_level`: its condition is a level, otherwise a class. `reaches_source`: it was trained with the source class as a
-    target. `is_guided`: a classifier steers `field`. At most `batch_size` rows go through the network at once.
-    `labels` makes soft labels (..., num_classes) of levels (...); `condition` makes the Condition of source states
-    (R, C, H, W) and target labels (R, num_classes); `plain` is the velocity without a classifier, and `field` the
-    velocity steered toward target labels (R, num_classes).
-    """
+    """A trained flow as transport methods see it, between one source class and one target class."""
 
     path: Path
-    by_level: bool
-    reaches_source: bool
-    is_guided: bool
-    batch_size: int
-    labels: Callable[[torch.Tensor], torch.Tensor]
+    by_level: bool  # its condition is a level, otherwise a class
+    reaches_source: bool  # it was trained with the source class as a target
+    is_guided: bool  # a classifier steers `field`
+    batch_size: int  # rows that go through the network at once, at most
+    labels: Callable[[torch.Tensor], torch.Tensor]  # levels (...) -> soft labels (..., num_classes)
+    # source states (R, C, H, W), target labels (R, num_classes) -> condition
     condition: Callable[[torch.Tensor, torch.Tensor], Condition]
-    plain: Callable
-    field: Callable[[torch.Tensor], Callable]
+    plain: Callable  # the velocity without a classifier
+    field: Callable[[torch.Tensor], Callable]  # target labels (R, num_classes) -> the velocity steered toward them
 
 
 class Measured(NamedTuple):
@@ -135,8 +131,8 @@ def uniform_levels(levels: int | list[float]) -> tuple[float, ...]:
 
 def source_noise(shape: Sequence[int], source_ids: Sequence[str], *, seed: int) -> torch.Tensor:
     """Standard normal noise (B, *shape), one draw a source, the same in any batch and on any rank."""
-    draws = [torch.randn(*shape, generator=torch_generator(seed, "source noise", name)) for name in source_ids]
-    return torch.stack(draws)
+    generators = (torch_generator(seed, "source noise", name) for name in source_ids)
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def at_trained_times(velocity: Callable, path: Path) -> Callable[..., Evaluation]:
@@ -153,29 +149,30 @@ def carry_rows(
     targets: torch.Tensor | None,
     *,
     interval: Interval,
-    steps: int,
-    solver: str,
-) -> tuple[torch.Tensor, int, int]:
-    """The ends (R, C, H, W) of integrations from `start` (R, C, H, W); forwards and gradients, summed over the rows.
+    **how: Any,
+) -> Result:
+    """The ends (K, B, C, H, W) of integrations to K levels of B sources, and what they took per source.
 
-    The network's condition is soft labels `labels` (R, num_classes) and sources x0 (R, C, H, W). A classifier steers
-    toward `targets` (R, num_classes), or not at all. The ends of the interval are numbers, or (R,).
+    They begin at `start` (K, B, C, H, W). The network's condition is soft labels `labels` (K, B or 1, num_classes) and
+    the sources x0 (B, C, H, W); a classifier steers toward `targets`, shaped like labels, or not at all. The ends of
+    the interval are numbers, or (K,); `how` are steps and solver.
     """
-    ends, forwards, gradients = [], 0, 0
-    begin, end = (torch.as_tensor(at, device=start.device).expand(len(start)) for at in interval)
-    for rows in torch.arange(len(start), device=start.device).split(flow.batch_size):
-        result = integrate(
-            at_trained_times(flow.plain if targets is None else flow.field(targets[rows]), flow.path),
-            start[rows],
-            flow.condition(x0[rows], labels[rows]),
-            steps=steps,
-            solver=solver,
-            interval=(begin[rows], end[rows]),
-        )
+    levels, sources = start.shape[:2]
+
+    def in_rows(values: torch.Tensor) -> torch.Tensor:
+        return values.expand(levels, sources, *values.shape[2:]).flatten(0, 1)
+
+    start, x0, labels = in_rows(start), in_rows(x0[None]), in_rows(labels)
+    targets = None if targets is None else in_rows(targets)
+    begin, end = (in_rows(torch.as_tensor(at).expand(levels)[:, None].to(x0)) for at in interval)
+    ends, nfe, gradients = [], 0, 0
+    for rows in torch.arange(len(start), device=x0.device).split(flow.batch_size):
+        field = at_trained_times(flow.plain if targets is None else flow.field(targets[rows]), flow.path)
+        cond = flow.condition(x0[rows], labels[rows])
+        result = integrate(field, start[rows], cond, interval=(begin[rows], end[rows]), **how)
         ends.append(result.states[-1])
-        forwards += result.nfe * len(rows)
-        gradients += result.gradients * len(rows)
-    return torch.cat(ends), forwards, gradients
+        nfe, gradients = nfe + result.nfe * len(rows), gradients + result.gradients * len(rows)
+    return Result(torch.cat(ends).unflatten(0, (levels, sources)), round(nfe / sources), round(gradients / sources))
 
 
 def require_from_data(method: str, path: Path) -> None:

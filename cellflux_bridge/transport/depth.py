@@ -17,10 +17,9 @@ from cellflux_bridge.transport.base import Levels, Result, Rising, Solver, Trans
 class Depth(Transport):
     """Back from t = 1 to 1 - depth, once for all levels, and forward to 1 from each depth.
 
-    On the way back the condition is the source's label, without guidance. On the way forward the condition is
-    `conditions`, and a guide steers toward the same soft labels. With guidance of form `score` the velocity of the way
-    forward has no condition: the guide alone carries the label. Each way forward takes `steps` steps; the way back
-    about `steps` a unit of depth, and at least one between two depths.
+    On the way back the condition is the source's label, without guidance. On the way forward it is `conditions` (with
+    guidance of form `score` none), and a guide steers toward the same soft labels. Each way forward takes `steps`
+    steps; the way back about `steps` a unit of depth, and at least one between two depths.
 
     depths: how far back each level starts: rising (k / K), full (1), or numbers in (0, 1].
     conditions: the level of each frame: target (1), rising (k / K), or numbers in (0, 1].
@@ -35,7 +34,7 @@ class Depth(Transport):
         depths: Literal["rising", "full"] | Rising = "rising",
         conditions: Literal["target", "rising"] | Rising = "target",
     ):
-        self.steps, self.solver = steps, solver
+        self._steps, self._solver = steps, solver
         self._levels, self._depths, self._conditions = levels, depths, conditions
 
     def require(self, flow, *, given) -> None:
@@ -64,36 +63,20 @@ class Depth(Transport):
         return uniform_levels(self._levels)
 
     def carry(self, flow, x0, *, noise, levels, meter) -> Result:
-        labels = flow.labels(_numbers(self._conditions, levels, ones="target"))
-        source, depths = flow.labels(torch.zeros(())), _numbers(self._depths, levels, ones="full")
-        sources, how = len(x0), {"solver": self.solver}
-        starts, forwards_back, x, reached = [], 0, x0, 0.0
+        words = {"rising": levels, "full": torch.ones_like(levels), "target": torch.ones_like(levels)}
+        conditions, depths = (
+            torch.tensor(given) if isinstance(given, list) else words[given]
+            for given in (self._conditions, self._depths)
+        )
+        labels, source = flow.labels(conditions)[:, None], flow.labels(torch.zeros(1, 1))
+        starts, x, reached, nfe = [], x0[None], 0.0, 0
         for depth in depths.tolist():
             if depth > reached:
-                part, back = max(1, round(self.steps * (depth - reached))), (1 - reached, 1 - depth)
-                x, forwards, _ = carry_rows(
-                    flow, x, x0, source.expand(sources, -1), None, interval=back, steps=part, **how
-                )
-                forwards_back, reached = forwards_back + forwards, depth
+                how = {"interval": (1 - reached, 1 - depth), "steps": max(1, round(self._steps * (depth - reached)))}
+                x, forwards, *_ = carry_rows(flow, x, x0, source, None, **how, solver=self._solver)
+                nfe, reached = nfe + forwards, depth
             starts.append(x)
-        each = labels.repeat_interleave(sources, 0)
-        begin = (1 - depths).repeat_interleave(sources).to(x0)
-        frames, forwards, gradients = carry_rows(
-            flow,
-            torch.cat(starts),
-            x0.repeat(len(levels), 1, 1, 1),
-            each,
-            each,
-            interval=(begin, 1.0),
-            steps=self.steps,
-            **how,
-        )
-        frames = torch.cat([x0[None], frames.view(len(levels), *x0.shape)])
-        return Result(frames, round((forwards_back + forwards) / sources), round(gradients / sources))
-
-
-def _numbers(given: str | list[float], levels: torch.Tensor, *, ones: str) -> torch.Tensor:
-    """The numbers (K,) that a word or a list means."""
-    if isinstance(given, list):
-        return torch.tensor(given)
-    return torch.ones_like(levels) if given == ones else levels
+        how = {"interval": (1 - depths, 1.0), "steps": self._steps, "solver": self._solver}
+        found = carry_rows(flow, torch.cat(starts), x0, labels, labels, **how)
+        frames, depths = torch.cat([x0[None], found.frames]), torch.cat([torch.zeros(1), depths])
+        return Result(frames, nfe + found.nfe, found.gradients, depths)

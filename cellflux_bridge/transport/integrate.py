@@ -27,7 +27,7 @@ class Integration(NamedTuple):
 
 
 def _frame_steps(steps: int, frames: int) -> np.ndarray:
-    """The grid points, of 0..steps, that lie nearest to `frames` equally spaced ones."""
+    """The grid points, of 0..steps, that lie nearest to equal spacing."""
     return np.rint(np.linspace(0, steps, frames)).astype(int)
 
 
@@ -36,20 +36,15 @@ def frame_times(*, steps: int, frames: int, solver: str, interval: Interval = (0
 
     Raises UserError for more frames than a fixed-step solver has states.
     """
-    if frames < 2:
-        raise UserError(f"frames={frames}: expected at least 2, the source and the end")
-    if solver in ADAPTIVE:
-        fractions = np.linspace(0, 1, frames)
-    elif frames > steps + 1:
+    is_adaptive = solver in ADAPTIVE
+    if not is_adaptive and frames > steps + 1:
         raise UserError(
             f"frames={frames}: {steps} steps have {steps + 1} states; raise steps to at least {frames - 1} "
             "(states between steps would be interpolated, not integrated)"
         )
-    else:
-        fractions = _frame_steps(steps, frames) / steps
+    fractions = np.linspace(0, 1, frames) if is_adaptive else _frame_steps(steps, frames) / steps
     begin, end = (torch.as_tensor(e).cpu().double() for e in interval)
-    fractions = torch.from_numpy(fractions).view(-1, *(1,) * begin.ndim)
-    return begin + (end - begin) * fractions
+    return begin + (end - begin) * torch.from_numpy(fractions).view(-1, *(1,) * begin.ndim)
 
 
 @torch.no_grad()
@@ -64,14 +59,13 @@ def integrate(
     interval: Interval = (0.0, 1.0),
     tolerance: float = 1e-4,
 ) -> Integration:
-    """Carry states along dx/dt = velocity(t, x, cond) from interval[0] to interval[1], which may be the smaller.
+    """Carry states x (B, C, H, W) along dx/dt = velocity(t, x, cond) from interval[0] to interval[1], which may be the
+    smaller; `velocity`, a network or a field, is called with t (B,).
 
-    `x` (B, C, H, W) is the state at interval[0]; `velocity`, a network or a field, is called with t (B,). The ends of
-    the interval are two numbers, or two tensors (B,) where each sample has its own. Fixed-step solvers (euler,
-    midpoint, heun2, heun3, rk4) take `steps` equal steps whatever the frames; frames are states at the grid points
-    nearest to equal spacing, so the end is the same for any number of them. dopri5 chooses its steps from a norm over
-    the whole batch, so a sample depends on its batch up to `tolerance` (absolute and relative); prefer a fixed-step
-    solver. Raises UserError for more frames than grid points.
+    Fixed-step solvers (euler, midpoint, heun2, heun3, rk4) take `steps` equal steps whatever the frames; frames are
+    states at the grid points nearest to equal spacing, so the end is the same for any number of them (at least 2).
+    dopri5 chooses its steps from a norm over the whole batch, so a sample depends on its batch up to `tolerance`
+    (absolute and relative). Raises UserError for more frames than grid points.
     """
     times = frame_times(steps=steps, frames=frames, solver=solver, interval=interval)
     begin, end = (torch.as_tensor(e, dtype=torch.float32, device=x.device).expand(len(x)) for e in interval)
@@ -88,10 +82,9 @@ def integrate(
         return length * found.velocity.to(state.dtype)
 
     if solver in ADAPTIVE:
-        points = torch.linspace(0, 1, frames).to(x)
-        states = odeint(right_hand_side, x, points, method=solver, rtol=tolerance, atol=tolerance)
+        points, how = torch.linspace(0, 1, frames).to(x), {"rtol": tolerance, "atol": tolerance}
     else:
-        options = {"grid_constructor": lambda func, y0, t: grid}
         points = grid[_frame_steps(steps, frames)]
-        states = odeint(right_hand_side, x, points, method=solver, options=options)
+        how = {"options": {"grid_constructor": lambda func, y0, t: grid}}
+    states = odeint(right_hand_side, x, points, method=solver, **how)
     return Integration(states, times, nfe, gradients)

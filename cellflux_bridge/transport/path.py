@@ -30,7 +30,7 @@ class Path(Transport):
         frames: Annotated[int, Field(ge=2)] = 11,
         reverse: bool = False,
     ):
-        self.steps, self.solver, self.frames, self.reverse = steps, solver, frames, reverse
+        self._grid, self.reverse = {"steps": steps, "solver": solver, "frames": frames}, reverse
 
     @property
     def suffix(self) -> str:
@@ -52,8 +52,7 @@ class Path(Transport):
 
     def levels(self, flow, meter) -> tuple[float, ...]:
         """How far along each frame is."""
-        interval = self._interval(flow.path)
-        times = frame_times(steps=self.steps, frames=self.frames, solver=self.solver, interval=interval).tolist()
+        times = frame_times(**self._grid, interval=self._interval(flow.path)).tolist()
         return (0.0, *(round(1 - t if self.reverse else t, 6) for t in times[1:-1]), 1.0)
 
     def carry(self, flow, x0, *, noise, levels, meter) -> Result:
@@ -65,17 +64,9 @@ class Path(Transport):
     ) -> Result:
         """Carry states x0 (B, C, H, W) to the target of `cond`.
 
-        `noise` (B, C, H, W) is what a noised path starts with; frames are shown without the share of it that the state
-        still carries.
+        `noise`, like x0, is what a noised path starts with; frames are shown without the share of it that is left.
         """
-        result = integrate(
-            at_trained_times(velocity, path),
-            x0 if self.reverse else path.start(x0, noise),
-            cond,
-            steps=self.steps,
-            frames=self.frames,
-            solver=self.solver,
-            interval=self._interval(path),
-        )
+        start, interval = x0 if self.reverse else path.start(x0, noise), self._interval(path)
+        result = integrate(at_trained_times(velocity, path), start, cond, **self._grid, interval=interval)
         shown = [path.without_noise(x, t, noise) for x, t in zip(result.states, result.times, strict=True)]
         return Result(torch.stack([x0, *shown[1:]]), result.nfe, result.gradients)

@@ -17,7 +17,6 @@ from cellflux_bridge.transport.base import (
     Flow,
     LevelMeter,
     Levels,
-    Measured,
     Result,
     Solver,
     Transport,
@@ -55,7 +54,7 @@ class Progression(Transport):
         calibrate_each: bool = False,
         noise_resampling: Fraction | None = None,
     ):
-        self.steps, self.solver = steps, solver
+        self._steps, self._solver = steps, solver
         self._levels, self._spacing, self._calibrate = levels, spacing, calibrate
         self._each = calibrate != "none" and calibrate_each
         self._asks_each, self._resampling = calibrate_each, noise_resampling
@@ -87,18 +86,18 @@ class Progression(Transport):
         if self._spacing == "uniform":
             return uniform_levels(self._levels)
         # How far the way goes is known by condition; that of a level is the way to the condition for it.
-        measured = self._measured(flow, meter)
-        travelled = np.concatenate([[0.0], np.cumsum(measured.steps)])
-        grid = torch.linspace(0, 1, 10 * len(measured.steps) + 1)
-        way = np.interp(self._conditions(grid, flow, meter).numpy(), np.linspace(0, 1, len(travelled)), travelled)
-        chosen = equidistant_levels(grid, torch.from_numpy(np.diff(way)), self._levels)
-        levels = [round(level, 4) for level in chosen.tolist()]
-        if levels[0] == 0 or any(a >= b for a, b in pairwise(levels)):
+        measured = meter.measured(partial(self._to_conditions, flow))
+        travelled = np.cumsum([0.0, *measured.steps])
+        grid = np.linspace(0, 1, 10 * len(measured.steps) + 1)
+        conditions = self._conditions(torch.from_numpy(grid), flow, meter)
+        way = np.interp(conditions.numpy(), np.linspace(0, 1, len(travelled)), travelled)
+        levels = (0.0, *equidistant_levels(grid, way, self._levels).round(4).tolist())
+        if any(a >= b for a, b in pairwise(levels)):
             raise UserError(
                 f"translate.spacing=adaptive: the guide sees no {self._levels} levels apart in what this network "
                 "makes; set fewer levels, or spacing=uniform"
             )
-        return (0.0, *levels)
+        return levels
 
     def carry(self, flow, x0, *, noise, levels, meter) -> Result:
         inverted, forwards = self.inverted(flow, x0)
@@ -107,31 +106,26 @@ class Progression(Transport):
             forwards += coarse
         else:
             conditions = self._conditions(levels, flow, meter)
-        found = self.run(flow, x0, noise, conditions, targets=levels, inverted=inverted, steps=self.steps)
+        found = self.run(flow, x0, noise, conditions, targets=levels, inverted=inverted, steps=self._steps)
         return found._replace(nfe=found.nfe + forwards)
 
     def prepare(self, flow, meter) -> None:
         if self.is_calibrated and not self._each:
             meter.share(partial(self._to_conditions, flow))
 
-    def _measured(self, flow: Flow, meter: LevelMeter) -> Measured:
-        return meter.measured(partial(self._to_conditions, flow))
-
     def _to_conditions(self, flow, x0, *, noise, conditions) -> Result:
         """Carry validation patches x0 to conditions (G,), unguided, to learn which levels these give."""
         inverted, _ = self.inverted(flow, x0)
-        return self.run(flow, x0, noise, conditions, targets=None, inverted=inverted, steps=self.steps)
+        return self.run(flow, x0, noise, conditions, targets=None, inverted=inverted, steps=self._steps)
 
     def inverted(self, flow: Flow, x0: torch.Tensor) -> tuple[torch.Tensor | None, int]:
-        """The start states (B, C, H, W) from which the unguided flow, conditioned on the source's label, gives sources
-        x0 back, and forwards per source; only where noise is resampled."""
+        """The states (B, C, H, W) from which the unguided flow gives sources x0 back under their own label, and
+        forwards per source; only where noise is resampled."""
         if self._resampling is None:
             return None, 0
-        label = flow.labels(torch.zeros(())).expand(len(x0), -1)
-        interval = (1.0, flow.path.t_start)
-        how = {"steps": self.steps, "solver": self.solver}
-        states, forwards, _ = carry_rows(flow, x0, x0, label, None, interval=interval, **how)
-        return states, round(forwards / len(x0))
+        back, label = (1.0, flow.path.t_start), flow.labels(torch.zeros(1, 1))
+        found = carry_rows(flow, x0[None], x0, label, None, interval=back, steps=self._steps, solver=self._solver)
+        return found.frames[0], found.nfe
 
     def run(
         self,
@@ -149,82 +143,58 @@ class Progression(Transport):
         A classifier steers toward the soft labels of levels `targets` (K,), or not at all. All levels of a source
         start from the same noise, or from `inverted` states with a share of new noise.
         """
-        levels, sources = len(conditions), len(x0)
+        conditions = conditions.view(len(conditions), -1)
         random = flow.path.start(x0, noise)
-        start = random.repeat(levels, 1, 1, 1)
+        start = random.expand(len(conditions), *x0.shape)
         if inverted is not None:
-            turn = torch.pi / 2 * (self._resampling * conditions).to(x0).view(levels, -1, 1, 1, 1)
-            start = (x0 + torch.cos(turn) * (inverted - x0) + torch.sin(turn) * (random - x0)).flatten(0, 1)
-        labels = flow.labels(conditions)
-        each = labels if labels.ndim == 3 else labels[:, None].expand(-1, sources, -1)
-        frames, forwards, gradients = carry_rows(
-            flow,
-            start,
-            x0.repeat(levels, 1, 1, 1),
-            each.flatten(0, 1),
-            None if targets is None else flow.labels(targets).repeat_interleave(sources, 0),
-            interval=(flow.path.t_start, 1.0),
-            steps=steps,
-            solver=self.solver,
-        )
-        frames = torch.cat([x0[None], frames.view(levels, *x0.shape)])
-        return Result(frames, round(forwards / sources), round(gradients / sources))
+            turn = torch.pi / 2 * (self._resampling * conditions).to(x0)[..., None, None, None]
+            start = x0 + torch.cos(turn) * (inverted - x0) + torch.sin(turn) * (random - x0)
+        goals = None if targets is None else flow.labels(targets[:, None])
+        how = {"interval": (flow.path.t_start, 1.0), "steps": steps, "solver": self._solver}
+        found = carry_rows(flow, start, x0, flow.labels(conditions), goals, **how)
+        return found._replace(frames=torch.cat([x0[None], found.frames]))
 
     def _conditions(self, levels: torch.Tensor, flow: Flow, meter: LevelMeter) -> torch.Tensor:
         """The conditions (K,) in [0, 1] that reach levels (K,), as measured on validation patches."""
         if self._calibrate == "none":
             return levels
-        measured = self._measured(flow, meter)
-        reached = torch.tensor(measured.probability)
-        if self._calibrate == "distance":
-            reached = _share(torch.tensor(measured.distance))
-        return condition_for(levels, torch.linspace(0, 1, len(reached)), reached)
+        measured = meter.measured(partial(self._to_conditions, flow))
+        reached = measured.probability if self._calibrate == "probability" else _share(np.array(measured.distance))
+        return condition_for(levels, torch.linspace(0, 1, len(reached)), np.asarray(reached))
 
     def _conditions_of_each(self, flow, x0, noise, inverted, levels, meter) -> tuple[torch.Tensor, int]:
         """The conditions (K, B) that reach levels (K,) of each source, by what guides see in a coarse, unguided
         progression of it; and the forwards that it took."""
         grid = torch.linspace(0, 1, _NUM_OWN)
         coarse = self.run(flow, x0, noise, grid[1:], targets=None, inverted=inverted, steps=_OWN_STEPS)
-        probability, features = meter.see(coarse.frames)
-        reached = torch.from_numpy(probability)
+        reached, features = meter.see(coarse.frames)
         if self._calibrate == "distance":
-            reached = _share(torch.from_numpy(np.linalg.norm(features - features[0], axis=2)))
-        each = [condition_for(levels, grid, of) for of in reached.unbind(1)]
-        return torch.stack(each, dim=1), coarse.nfe
+            reached = _share(np.linalg.norm(features - features[0], axis=2))
+        return torch.stack([condition_for(levels, grid, of) for of in reached.T], dim=1), coarse.nfe
 
 
-def _share(distance: torch.Tensor) -> torch.Tensor:
-    return distance / distance[-1].clamp_min(1e-12)
+def _share(distance: np.ndarray) -> np.ndarray:
+    return distance / np.maximum(distance[-1], 1e-12)
 
 
-def condition_for(levels: torch.Tensor, grid: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
-    """Conditions c(s) (K,) for levels s (K,), such that s is reached.
+def condition_for(levels: torch.Tensor, grid: torch.Tensor, reached: np.ndarray) -> torch.Tensor:
+    """Conditions (K,) float32 that reach levels (K,), where images reach `reached` (G,) under conditions `grid` (G,).
 
-    `reached` (G,) is the level (a guide's mean probability, say) that images have under the conditions `grid` (G,),
-    which rise from 0 to 1; it is made monotone by isotonic regression and inverted. Conditions 0 and 1 give level 0
-    and level 1 by definition, however unsure a guide is of them, so that no two levels have the same condition.
+    The grid rises from 0 to 1; `reached` is made monotone by isotonic regression and inverted. Conditions 0 and 1 give
+    level 0 and level 1 by definition, however unsure a guide is, so that no two levels have the same condition.
     """
-    rising = torch.from_numpy(IsotonicRegression().fit_transform(grid.double().numpy(), reached.double().numpy()))
-    rising = rising.clamp(0, 1)
+    conditions = grid.double().numpy()
+    rising = IsotonicRegression().fit_transform(conditions, np.asarray(reached, float)).clip(0, 1)
     rising[0], rising[-1] = 0, 1
-    rising = rising + 1e-6 * torch.linspace(0, 1, len(grid), dtype=torch.float64)  # flat stretches keep an inverse
-    found = _interpolated(levels.double(), rising, grid, smallest=0)
-    return torch.where(levels == 1, torch.ones_like(found), found).float()
+    rising += 1e-6 * np.linspace(0, 1, len(grid))  # flat stretches keep an inverse
+    found = torch.from_numpy(np.interp(levels.double().numpy(), rising, conditions)).float()
+    return torch.where(levels == 1, 1.0, found)
 
 
-def equidistant_levels(grid: torch.Tensor, distances: torch.Tensor, num: int) -> torch.Tensor:
-    """`num` levels, the last one 1, between which a distance is equal; `distances` (G,) is how far level grid[i + 1]
-    lies from grid[i] (G + 1,), which rises from 0 to 1."""
-    travelled = torch.cat([torch.zeros(1), distances.cumsum(0)]).double()
-    goals = travelled[-1] * torch.arange(1, num + 1, dtype=torch.float64) / num
-    levels = _interpolated(goals, travelled, grid, smallest=1e-12).float()
+def equidistant_levels(grid: np.ndarray, travelled: np.ndarray, num: int) -> np.ndarray:
+    """`num` levels, the last one 1, between which the way is equal; `travelled` (G,) is the way to the levels `grid`
+    (G,), which rise from 0 to 1. Where nothing moves, a level lies at the beginning of the stretch."""
+    goals = travelled[-1] * np.arange(1, num + 1) / num
+    levels = np.interp(goals, travelled + 1e-12 * grid, grid)
     levels[-1] = 1
     return levels
-
-
-def _interpolated(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor, *, smallest: float) -> torch.Tensor:
-    """The piecewise linear function through (xs, ys) at x, where xs rises, in float64; no step of xs counts as less
-    than `smallest`."""
-    at = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
-    share = (x - xs[at - 1]) / (xs[at] - xs[at - 1]).clamp_min(smallest)
-    return torch.lerp(ys.double()[at - 1], ys.double()[at], share.clamp(0, 1))

@@ -49,12 +49,10 @@ class ADM(base.Velocity):
         base.require_levels(attention, multipliers)
         if channels % 32:
             raise UserError(f"velocity.channels: {channels}; the ADM U-Net has 32 groups: use a multiple of 32")
-        # The middle block of this network always attends.
-        undivided = [
-            channels * multipliers[level] for level in (*attention, -1) if channels * multipliers[level] % head_channels
-        ]
-        if undivided:
-            raise UserError(f"velocity.head_channels: {head_channels} does not divide the width {undivided[0]}")
+        for level in (*attention, -1):  # the middle block always attends
+            if channels * multipliers[level] % head_channels:
+                width = channels * multipliers[level]
+                raise UserError(f"velocity.head_channels: {head_channels} does not divide the width {width}")
         self.spec, self.stride, self._predict = spec, 2 ** (len(multipliers) - 1), predict
         self.condition = ConditionEmbedding(spec, 4 * channels, forms=("vector", "map"))
         self.net = _ConditionedUNet(
@@ -72,6 +70,5 @@ class ADM(base.Velocity):
         )
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
         vector, _, maps = self.condition(cond)
         return base.as_velocity(self.net(t, torch.cat([x, *maps], dim=1), vector), t, x, predict=self._predict)

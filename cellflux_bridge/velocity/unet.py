@@ -10,8 +10,7 @@ from cellflux_bridge.velocity import base
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if (channels % g == 0 and channels // g >= 4) or g == 1)
-    return nn.GroupNorm(groups, channels)
+    return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4), channels)
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:
@@ -95,49 +94,43 @@ class UNet(base.Velocity):
         base.require_levels(attention, multipliers)
         if spec.has("tokens") and not attention:
             raise UserError("velocity.attention: empty, but the condition has tokens; name a level to attend to them")
-        widths = [channels * m for m in multipliers]
-        self.spec, self._patch, self._predict = spec, patch, predict
-        self.stride = patch * 2 ** (len(multipliers) - 1)
-        dim = 4 * channels
+        widths, dim = [channels * m for m in multipliers], 4 * channels
+        deepest = len(widths) - 1
+        self.spec, self._patch, self._predict, self.stride = spec, patch, predict, patch * 2**deepest
         self._time_dim = 2 * channels
         self.time = nn.Sequential(nn.Linear(self._time_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.condition = ConditionEmbedding(spec, dim, forms=("vector", "tokens", "map"))
         self.stem = nn.Conv2d((image_channels + spec.map_channels) * patch**2, channels, 3, padding=1)
         token_dim = dim if spec.has("tokens") else None
 
-        def block(channels_in: int, level: int) -> _Block:
-            layers = [ResidualBlock(channels_in, widths[level], dim, dropout=dropout)]
-            if level in attention:
-                layers.append(Attention(widths[level], head_channels=head_channels, token_dim=token_dim))
-            return _Block(layers)
+        def stage(channels_in: list[int], level: int) -> nn.ModuleList:
+            """Blocks of a level; `channels_in` are what each of them takes."""
+            width, found = widths[level], nn.ModuleList()
+            for num in channels_in:
+                layers = [ResidualBlock(num, width, dim, dropout=dropout)]
+                if level in attention:
+                    layers.append(Attention(width, head_channels=head_channels, token_dim=token_dim))
+                found.append(_Block(layers))
+            return found
 
-        self.down, self.shrink, skips, width = nn.ModuleList(), nn.ModuleList(), [channels], channels
-        for level in range(len(widths)):
-            stage = nn.ModuleList()
-            for _ in range(blocks):
-                stage.append(block(width, level))
-                width = widths[level]
-                skips.append(width)
-            self.down.append(stage)
-            if level < len(widths) - 1:
+        self.down, self.shrink, skips = nn.ModuleList(), nn.ModuleList(), [channels]
+        for level, width in enumerate(widths):
+            self.down.append(stage([skips[-1], *[width] * (blocks - 1)], level))
+            skips += [width] * blocks
+            if level < deepest:
                 self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
                 skips.append(width)
-        deepest = len(widths) - 1
-        self.middle = nn.ModuleList([block(width, deepest), block(width, deepest)])
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            stage = nn.ModuleList()
-            for _ in range(blocks + 1):
-                stage.append(block(width + skips.pop(), level))
-                width = widths[level]
-            self.up.append(stage)
+        self.middle = stage([widths[-1]] * 2, deepest)
+        self.up, self.grow, below = nn.ModuleList(), nn.ModuleList(), widths[-1]
+        for level, width in reversed(list(enumerate(widths))):
+            self.up.append(stage([num + skips.pop() for num in (below, *[width] * blocks)], level))
+            below = width
             if level > 0:
                 self.grow.append(nn.Conv2d(width, width, 3, padding=1))
-        self.norm = _norm(width)
-        self.head = _zeroed(nn.Conv2d(width, image_channels * patch**2, 3, padding=1))
+        self.norm = _norm(widths[0])
+        self.head = _zeroed(nn.Conv2d(widths[0], image_channels * patch**2, 3, padding=1))
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
         vector, tokens, maps = self.condition(cond)
         embedding = F.silu(self.time(base.sinusoidal(t, self._time_dim)) + vector)
         h = self.stem(F.pixel_unshuffle(torch.cat([x, *maps], dim=1), self._patch))

@@ -3,10 +3,8 @@
 Frames are shown as they are, never cross-faded: a blended frame would be an image that no model made.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import replacing
 from cellflux_bridge.images import write_png
 from cellflux_bridge.images.panels import ACCENT, GREY, INK, PAPER, TRACK, Grid, draw_strip
 from cellflux_bridge.trajectory import Trajectory
@@ -30,44 +29,30 @@ def write_all(trajectory: Trajectory, folder: Path, video_config: VideoConfig) -
     """Write every format that the configuration names into `folder` and return the files, in its order."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / FILES[name] for name in dict.fromkeys(video_config.formats)]
-    settings = video_config.model_dump(exclude={"formats"})
     for path in paths:
-        write_video(trajectory, path, **settings)
+        write_video(trajectory, path, **video_config.model_dump())
     return paths
 
 
-def write_video(
-    trajectory: Trajectory,
-    path: Path,
-    *,
-    sequences: int = 12,
-    columns: int | None = None,
-    fps: float = 10.0,
-    hold: float = 0.8,
-    ping_pong: bool = True,
-    tile: int = 128,
-    caption: bool = True,
-    show_source: bool = True,
-) -> None:
-    """Write the first `sequences` of a trajectory in the format of the suffix: .mp4, .webp, .gif or .png.
+def write_video(trajectory: Trajectory, path: Path, **settings) -> None:
+    """Write the first sequences of a trajectory in the format of the suffix: .mp4, .webp, .gif or .png.
 
-    `tile` is the longer side of a shown frame in pixels (larger frames shrink to it), `hold` the seconds that
-    the first and last frame stay, `columns` the sequences in a row (by default the grid comes near 16:9). A
-    .png is the still strip, which heeds only `sequences`, `tile` and `caption`. The file appears whole or not
-    at all. Raises UserError for another suffix, a picture too large and a PyAV without H.264; OSError passes.
+    `settings` are keys of VideoConfig. A .png is the still strip, which heeds only `sequences`, `tile` and `caption`.
+    The file appears whole or not at all. Raises UserError for another suffix, a picture too large and a PyAV without
+    H.264; OSError passes.
     """
     encoders = {".mp4": _encode_mp4, ".webp": _encode_webp, ".gif": _encode_gif}
-    suffix = path.suffix.lower()
+    suffix, config = path.suffix.lower(), VideoConfig(**settings)
+    layout = config.model_dump(include={"sequences", "tile", "caption"})
     if suffix == ".png":
-        write_png(path, draw_strip(trajectory, sequences=sequences, tile=tile, caption=caption))
+        write_png(path, draw_strip(trajectory, **layout))
         return
     if suffix not in encoders:
         raise UserError(f"{path}: expected a suffix of {', '.join(encoders)} or .png (a still strip)")
-    layout = {"columns": columns, "tile": tile, "caption": caption, "show_source": show_source}
-    grid = Grid(trajectory, sequences=sequences, **layout)
-    shown = playback(len(trajectory.levels), fps=fps, hold=hold, ping_pong=ping_pong)
-    with _renamed(path) as temporary:
-        encoders[suffix](temporary, grid, shown, fps)
+    grid = Grid(trajectory, **layout, columns=config.columns, show_source=config.show_source)
+    shown = playback(len(trajectory.levels), fps=config.fps, hold=config.hold, ping_pong=config.ping_pong)
+    with replacing(path) as temporary:
+        encoders[suffix](temporary, grid, shown, config.fps)
 
 
 def playback(num_frames: int, *, fps: float, hold: float, ping_pong: bool) -> Playback:
@@ -78,19 +63,6 @@ def playback(num_frames: int, *, fps: float, hold: float, ping_pong: bool) -> Pl
     held, last = max(1, round(hold * fps)), num_frames - 1
     forward = [(k, held if k in (0, last) else 1) for k in range(num_frames)]
     return forward + (forward[-2:0:-1] if ping_pong else [])
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its real name when the body is through, or is removed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        # PyAV's own errors do not name the file.
-        temporary.touch()
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _encode_mp4(path: Path, grid: Grid, shown: Playback, fps: float) -> None:
@@ -105,19 +77,17 @@ def _encode_mp4(path: Path, grid: Grid, shown: Playback, fps: float) -> None:
             "(pip install --force-reinstall av) or choose webp or gif"
         ) from error
     rate = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1000))
-    bt709, limited = 1, 1
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "17", "preset": "slow"})
         (stream.height, stream.width), stream.pix_fmt = grid.shape, "yuv420p"
-        context, tick = stream.codec_context, 0
-        context.color_primaries = context.color_trc = context.colorspace = bt709
-        context.color_range = limited
-        for k, ticks in shown:
-            rgb = av.VideoFrame.from_ndarray(grid.draw(k), format="rgb24")
-            for _ in range(ticks):
-                frame = rgb.reformat(format="yuv420p", dst_colorspace=bt709, dst_color_range=limited)
-                frame.pts, frame.time_base, tick = tick, 1 / rate, tick + 1
-                container.mux(stream.encode(frame))
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = bt709 = 1
+        context.color_range = limited = 1
+        rgb = ((av.VideoFrame.from_ndarray(grid.draw(k), format="rgb24"), ticks) for k, ticks in shown)
+        for tick, picture in enumerate(chain.from_iterable(repeat(*pair) for pair in rgb)):
+            frame = picture.reformat(format="yuv420p", dst_colorspace=bt709, dst_color_range=limited)
+            frame.pts, frame.time_base = tick, 1 / rate
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 

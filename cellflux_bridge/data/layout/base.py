@@ -4,6 +4,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
@@ -44,6 +46,7 @@ class Layout(ABC):
         return []
 
 
+@lru_cache
 def split_of(word: str) -> str | None:
     """The split that a word names ("Training", "TEST", "val_set"), None where it names none."""
     compact = re.sub(r"[\W_]+", "", word.casefold())
@@ -55,11 +58,10 @@ def in_order(records: Iterable[PatchRecord], *, ignore: Collection[str]) -> list
 
     Raises UserError for two records of one file on disk, and for two labels that differ by letter case alone.
     """
-    kept = sorted((record for record in records if record.label not in ignore), key=lambda record: record.id)
+    kept = sorted((record for record in records if record.label not in ignore), key=attrgetter("id"))
     labels: dict[str, str] = {}
     for label in sorted({record.label for record in kept}):
-        first = labels.setdefault(label.casefold(), label)
-        if first != label:
+        if (first := labels.setdefault(label.casefold(), label)) != label:
             raise UserError(f"labels {first!r} and {label!r} differ by letter case only: write them alike")
     refuse_repeats(record.file for record in kept)
     return kept

@@ -36,11 +36,10 @@ class Folder(Manifest):
         others: Counter[str] = Counter()
         records = in_order((r for home in homes for r in self._patches(*home, others)), ignore=())
         alone, groups = sum(r.group is None for r in records), {r.group for r in records} - {None}
-        self._reading = [
-            f"read as {form}/{'<group>/...' if groups else '*'}: {len({r.label for r in records})} classes"
-        ]
+        reading = f"read as {form}/{'<group>/...' if groups else '*'}: {len({r.label for r in records})} classes"
         if groups:
-            self._reading[0] += f", {len(groups)} groups named by the folder below the class, {alone} patches in none"
+            reading += f", {len(groups)} groups named by the folder below the class, {alone} patches in none"
+        self._reading = [reading]
         if loose := _images_in(self.root):
             others["images beside the class folders"] = len(loose)
         if others:

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -15,6 +16,8 @@ from cellflux_bridge.data.layout.base import SPLITS, Layout, PatchRecord, in_ord
 COLUMNS = ("path", "label", "split", "group", "score", "mpp")
 # What R, pandas, Excel and people write where a value is not known.
 _ABSENT = {"", *"na n/a n.a. #n/a <na> nan none null nil (null) - -- ? missing unknown".split()}
+_NO_NUMBER = _ABSENT - {"nan"}  # nan is a calculation that failed
+_OUTSIDE = re.compile(r"/|\.\.(/|$)|\.$|[A-Za-z]:|.*\0", re.DOTALL)
 _MAX_CELL = 4096
 
 
@@ -31,17 +34,16 @@ class Manifest(Layout):
     def __init__(self, root: Path, *, ignore: list[str] = [], follow_links: bool = False):  # noqa: B006 -- read only
         self.root, self.ignore, self._follow_links = root, ignore, follow_links
         self._file = root / "manifest.csv"
-        self._reading: list[str] = []
-        self._real = {str(root): os.path.realpath(root)}
+        self._real_root, self._folders = os.path.join(os.path.realpath(root), ""), {}
 
     def records(self) -> list[PatchRecord]:
         """Every patch of every class that is not ignored, sorted by id."""
         absent, lines, found = [], {}, []
         for number, row in self._rows():
-            record = self._record(row, where=f"{self._file}, line {number}")
+            record, exists = self._record(row, where=f"{self._file}, line {number}")
             if (first := lines.setdefault(record.id, number)) != number:
                 raise UserError(f"{self._file}, line {number}: {record.id} stands already on line {first}")
-            if not os.path.isfile(record.file):
+            if not exists:
                 absent.append(record.id)
             found.append(record)
         if absent:
@@ -63,8 +65,9 @@ class Manifest(Layout):
                 delimiter = max(",;\t|", key=lambda d: len(set(COLUMNS).intersection(_columns(file, d)[0])))
                 columns, reader = _columns(file, delimiter)
                 self._check_columns(columns)
+                known = [(name, columns.index(name)) for name in COLUMNS if name in columns]
                 for cells in reader:
-                    if not any(cell.strip() for cell in cells):
+                    if not any(map(str.strip, cells)):
                         continue
                     where = f"{self._file}, line {reader.line_num}"
                     if len(cells) > len(columns):
@@ -72,7 +75,7 @@ class Manifest(Layout):
                             f"{where}: has {len(cells)} cells, the heading {len(columns)}; put a cell that holds the "
                             'delimiter in "quotes", and write numbers with a decimal point'
                         )
-                    row = {name: cell.strip() for name, cell in zip(columns, cells, strict=False) if name in COLUMNS}
+                    row = {name: cells[place].strip() for name, place in known if place < len(cells)}
                     if (longest := max(map(len, row.values()), default=0)) > _MAX_CELL:
                         raise UserError(f"{where}: a cell has {longest} characters, at most {_MAX_CELL} are read")
                     yield reader.line_num, row
@@ -81,56 +84,66 @@ class Manifest(Layout):
 
     def _check_columns(self, columns: list[str]) -> None:
         slips = [(name, known) for name in columns for known in COLUMNS if name != known and _one_slip(name, known)]
-        for name, known in slips:
-            raise UserError(f"{self._file}: column {name!r}: did you mean {known!r}? Rename it, whatever it holds")
-        for name in COLUMNS[:2]:
-            if name not in columns:
-                raise UserError(f"{self._file}: no column {name}; found: {abbreviate(columns, limit=10) or 'nothing'}")
-        for name in COLUMNS:
-            if columns.count(name) > 1:
-                raise UserError(f"{self._file}: {columns.count(name)} columns are called {name!r}; keep one")
+        found = abbreviate(columns, limit=10) or "nothing"
+        faults = [f"column {name!r}: did you mean {known!r}? Rename it, whatever it holds" for name, known in slips]
+        faults += [f"no column {name}; found: {found}" for name in COLUMNS[:2] if name not in columns]
+        faults += [f"{n} columns are called {name!r}; keep one" for name in COLUMNS if (n := columns.count(name)) > 1]
+        if faults:
+            raise UserError(f"{self._file}: {faults[0]}")
         ignored = [name for name in columns if name and name not in COLUMNS]
         self._reading = ["read from manifest.csv" + (f"; columns ignored: {abbreviate(ignored)}" if ignored else "")]
         self._has_groups = "group" in columns
 
-    def _record(self, row: dict[str, str], *, where: str) -> PatchRecord:
-        values = {key: row[key] if row.get(key, "").casefold() not in _ABSENT else None for key in COLUMNS}
-        path, label, split = row.get("path"), row.get("label"), values["split"]
+    def _record(self, row: dict[str, str], *, where: str) -> tuple[PatchRecord, bool]:
+        """The patch of a row, and whether its file exists."""
+        path, label = row.get("path"), row.get("label")
         if not path or not label:
             raise UserError(f"{where}: path and label must not be empty")
-        if values["label"] is None and label not in self.ignore and label.casefold() != "unknown":
+        if _is_absent(label) and label not in self.ignore and label.casefold() != "unknown":
             raise UserError(
                 f"{where}: label {label!r} means that no label is given; name the class otherwise, remove the row, or "
                 f"list {label!r} in data.layout.ignore"
             )
+        relative, file, exists = self._find(path, where=where)
+        word, group = (None if _is_absent(cell := row.get(name, "")) else cell for name in ("split", "group"))
+        split = word and split_of(word)
+        if word and not split:
+            raise UserError(
+                f"{where}: unknown split {word!r}; expected one of {', '.join(SPLITS)}{nearest(word, SPLITS)}"
+            )
+        score = _number(row.get("score", ""), where=f"{where}, score", low=0, high=1)
+        mpp = _number(row.get("mpp", ""), where=f"{where}, mpp", low=0.001, high=1000)
+        return PatchRecord(relative, Path(file), label, split, group, score, mpp), exists
+
+    def _find(self, path: str, *, where: str) -> tuple[str, str, bool]:
+        """A path relative to the root in its shortest form, that of its file, and whether this exists."""
         relative = os.path.normpath(path.replace("\\", "/"))
-        file = self.root / relative
-        if os.path.isabs(relative) or re.match(r"\.\.(/|$)|\.$|[A-Za-z]:", relative):
+        if _OUTSIDE.match(relative):
             raise UserError(
                 f"{where}: {path} names no file inside {self.root}; paths are relative to the manifest's folder"
             )
-        if hidden := [part for part in relative.split("/") if is_hidden(part)]:
-            raise UserError(f"{where}: {path}: {hidden[0]} is hidden or a system's, no patch; remove the row")
-        if not self._follow_links and not self._is_inside(file):
+        file = f"{self.root}/{relative}"
+        folder, _, name = relative.rpartition("/")
+        if folder not in self._folders or is_hidden(name):
+            if hidden := [part for part in relative.split("/") if is_hidden(part)]:
+                raise UserError(f"{where}: {path}: {hidden[0]} is hidden or a system's, no patch; remove the row")
+            self._folders[folder] = os.path.realpath(f"{self.root}/{folder}")  # takes long, so once a folder
+        try:
+            mode = os.lstat(file).st_mode
+        except OSError:
+            mode = 0
+        is_link = stat.S_ISLNK(mode)
+        real = os.path.realpath(file) if is_link else f"{self._folders[folder]}/"
+        if not self._follow_links and not real.startswith(self._real_root):
             raise UserError(
                 f"{where}: {path} leads outside of {self.root} by a symbolic link; set data.layout.follow_links=true "
                 "where you made that link yourself"
             )
-        if split is not None and split_of(split) is None:
-            raise UserError(
-                f"{where}: unknown split {split!r}; expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}"
-            )
-        score = _number(row.get("score", ""), where=f"{where}, score", low=0, high=1)
-        mpp = _number(row.get("mpp", ""), where=f"{where}, mpp", low=0.001, high=1000)
-        return PatchRecord(relative, file, label, split and split_of(split), values["group"], score, mpp)
+        return relative, file, os.path.isfile(file) if is_link else stat.S_ISREG(mode)
 
-    def _is_inside(self, file: Path) -> bool:
-        """Whether the file that a path leads to, links followed, lies inside the root."""
-        folder, name = os.path.split(file)
-        if folder not in self._real:  # to resolve every path takes ten times as long
-            self._real[folder] = os.path.realpath(folder)
-        real = os.path.realpath(file) if os.path.islink(file) else os.path.join(self._real[folder], name)
-        return real.startswith(os.path.join(self._real[str(self.root)], ""))
+
+def _is_absent(cell: str) -> bool:
+    return cell.casefold() in _ABSENT
 
 
 def _columns(file: TextIO, delimiter: str) -> tuple[list[str], Iterator[list[str]]]:
@@ -155,7 +168,7 @@ def _one_slip(a: str, b: str) -> bool:
 
 
 def _number(text: str, *, where: str, low: float, high: float) -> float | None:
-    if text.casefold() in _ABSENT - {"nan"}:  # nan is a calculation that failed
+    if text.casefold() in _NO_NUMBER:
         return None
     try:
         value = float(text.replace("_", "?"))  # Python would skip the _

@@ -1,6 +1,6 @@
 """Phantom tissue: drawn H&E patches whose architecture moves with a severity, and the nuclei they show.
 
-`phantom_tissue` places glands and cells; here they reach the pixel grid, are stained and exposed. The stain has a
+`tissue` places glands and cells; here they reach the pixel grid, are stained and exposed. The stain has a
 random stream of its own, so that it is independent of severity.
 """
 

@@ -1,0 +1,185 @@
+"""Networks from the folders of their runs, or by name: any timm model with its weights, which prepares images as it
+knows them. And the check that sequences and the classifiers that judge them come from the same patches.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn import functional as F
+
+from cellflux_bridge import checkpoint
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.classifier import inference
+from cellflux_bridge.config import Config, load_config, parse_overrides
+from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.metrics.networks import Network
+
+USES = ("judge", "features", "scores")
+PREFIXES = ("timm:", "hf-hub:", "local-dir:")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text names an extractor; else it is the folder of a classifier's run."""
+    return text.startswith(PREFIXES)
+
+
+class NamedExtractor(nn.Module):
+    """The pretrained model of `timm:NAME`, `timm:NAME@WEIGHTS_FILE`, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
+
+    Images are resized to the side that its configuration names (bicubic, antialiased) and get its mean and standard
+    deviation. Raises UserError for an unknown model, and for weights that are missing or do not fit.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        model, _, file = name.removeprefix("timm:").partition("@" if name.startswith("timm:") else "\0")
+        overlay = {"pretrained_cfg_overlay": {"file": file}} if file else {}
+        if file and not Path(file).is_file():
+            raise UserError(f"--features {name}: {file}: no such file; expected weights of {model}")
+        try:
+            self.net = timm.create_model(model, pretrained=True, num_classes=0, **overlay)
+        except (OSError, RuntimeError, ValueError, KeyError, AssertionError, SafetensorError) as error:
+            reason = str(error) or type(error).__name__
+            raise UserError(
+                f"--features {name}: cannot be loaded ({reason}); expected timm:NAME, timm:NAME@WEIGHTS_FILE, "
+                "hf-hub:OWNER/NAME or local-dir:FOLDER (config.json and weights of a timm model), or a run's folder; "
+                "weights that are not here already are fetched, which takes a connection"
+            ) from error
+        data = timm.data.resolve_model_data_config(self.net)
+        self.size: int = data["input_size"][-1]
+        self.register_buffer("mean", torch.tensor(data["mean"]).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(data["std"]).view(-1, 1, 1))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (B, D), pooled over space, of patches (B, 3, H, W) in [-1, 1]."""
+        return self.net(self._input(x))
+
+    def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs (B, C, h, w) of its stages, finest first."""
+        return self.net.forward_intermediates(self._input(x), intermediates_only=True)
+
+    def _input(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+        return ((x.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+
+
+def load_networks(
+    runs: Sequence[tuple[str, Path | str]],
+    *,
+    source: str,
+    target: str,
+    overrides: Sequence[str] = (),
+    device: torch.device,
+    cache: Path | None = None,
+) -> list[Network]:
+    """The newest checkpoints of (use, run folder), in the order of `USES`. `overrides` apply to all but a severity
+    estimator. An extractor may be a name (`NamedExtractor`) instead of a folder: its patches are the first judge's.
+
+    Raises UserError for a guide, for a run that is named twice, and for one that does not know the classes.
+    """
+    networks: dict[str, Network] = {}
+    for use, run in sorted(runs, key=lambda each: USES.index(each[0])):
+        if use == "features" and is_name(str(run)):
+            network = _load_named(str(run), next(iter(networks.values())))
+        else:
+            folder, given = checkpoint.latest(Path(run)), () if use == "scores" else overrides
+            network = _load(use, folder, source, target, given, device, cache)
+        if other := networks.get(network.digest):
+            twice = network.checkpoint == other.checkpoint
+            raise UserError(
+                f"{run}: {'is named twice' if twice else 'has the very weights of another network here'}; judges, "
+                "--features and --scores must be separately trained networks, each with a classifier.seed of its own"
+            )
+        networks[network.digest] = network
+    names = [network.name for network in networks.values()]
+    return [
+        replace(network, name=str(_run_of(network.checkpoint))) if names.count(network.name) > 1 else network
+        for network in networks.values()
+    ]
+
+
+def _run_of(folder: Path) -> Path:
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
+def _load_named(name: str, judge: Network) -> Network:
+    model = NamedExtractor(name).to(judge.device).eval()
+    view = f"{type(model.net).__name__} at {model.size} px"
+    digest = checkpoint.weights_digest(model, view=view)
+    return replace(
+        judge, name=name, use="features", view=view, checkpoint=name, weights=None, model=model, digest=digest
+    )
+
+
+def _load(use: str, folder: Path, source: str, target: str, overrides, device, cache) -> Network:
+    config = load_config(folder / checkpoint.CONFIG, overrides)
+    if config.classifier.role == "guide":
+        raise UserError(
+            f"{folder}: is a guide (classifier.role=guide), whose opinion the frames were made to please; judge them "
+            "with a classifier trained apart, with classifier.role=judge"
+        )
+    classes = tuple(config.data.classes)
+    for label in (source, target):
+        if label not in classes:
+            trained = f"it was trained on {', '.join(classes)}"
+            raise UserError(f"{folder}: does not know the class {label!r} of the sequences; {trained}")
+    weights = np.array([label == target for label in classes], np.float32)
+    if use == "scores":
+        if config.classifier.labels != "score" or {source, target} != {classes[0], classes[-1]}:
+            raise UserError(
+                f"--scores {folder}: expected a classifier trained with classifier.labels=score from {source} to "
+                f"{target}; found labels={config.classifier.labels} and the classes {', '.join(classes)}"
+            )
+        weights = np.linspace(0, 1, len(classes), dtype=np.float32)
+        weights = weights if target == classes[-1] else 1 - weights
+    model = inference.load(folder, device)
+    return Network(
+        name="/".join(_run_of(folder).resolve().parts[-2:]),
+        use=use,
+        view=config.classifier.view,
+        checkpoint=folder,
+        patches=load_patches(config.data, seed=config.seed),
+        source=source,
+        target=target,
+        weights=weights,
+        model=model,
+        digest=checkpoint.weights_digest(model, view=config.classifier.view),
+        device=device,
+        cache=cache,
+    )
+
+
+def require_same_data(folders: Sequence[Path], runs: Sequence[Path], overrides: Sequence[str]) -> None:
+    """UserError if the config.yaml of a trajectory folder names another data.root or data.layout than a classifier's
+    run, whose real patches the frames would be compared with. A key in `overrides` is not checked, nor are frames
+    without a configuration."""
+    given = parse_overrides(overrides).get("data", {})
+    for folder in folders:
+        if not (folder / checkpoint.CONFIG).exists():
+            continue
+        theirs = load_config(folder / checkpoint.CONFIG)
+        for run in runs:
+            ours = checkpoint.read_config(checkpoint.latest(run))
+            for key in ("root", "layout"):
+                if key not in given and _place(theirs, key) != _place(ours, key):
+                    found = (config.value(f"data.{key}") for config in (theirs, ours))
+                    there, here = (value if isinstance(value, str) else json.dumps(value) for value in found)
+                    raise UserError(
+                        f"{folder}: was made from data.{key}={there}, but {run} would compare it with real patches of "
+                        f"data.{key}={here}; say which are meant: data.{key}={there} or data.{key}={here}"
+                    )
+
+
+def _place(config: Config, key: str):
+    if key == "root":
+        return config.data.root.expanduser().resolve()
+    # Which classes are left out is no other place: an extractor may have learned more of them than are compared.
+    return {name: value for name, value in config.value("data.layout").items() if name != "ignore"}
