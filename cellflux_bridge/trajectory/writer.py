@@ -33,9 +33,11 @@ class TrajectoryWriter:
             found = read_header(folder)
             differing = [f.name for f in fields(header) if getattr(found, f.name) != getattr(header, f.name)]
             if differing:
+                hashes = f": {found.config_hash} there, {header.config_hash} here" * ("config_hash" in differing)
                 raise UserError(
-                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's), made with other "
-                    "settings or networks; choose another --output, or replace it with --overwrite"
+                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's{hashes}), made "
+                    "with other settings, or before a network or guide was trained again; choose another --output, or "
+                    "replace it with --overwrite"
                 )
             for path in folder.rglob("*"):
                 if path.is_symlink():
