@@ -42,8 +42,8 @@ class Trajectory:
 
     frames (K+1, B, C, H, W) uint8; soft_labels (K+1, B, num_classes) float32, rows sum to 1; source_ids (B,) text; nfe
     and gradients (B,) count network forwards and classifier gradients of a sequence. depths (K+1, B) float, of methods
-    that go back towards noise: how far, in the method's own unit (respaced steps for "ddim"), 0 for frame 0; None for
-    other methods, and NaN for sequences that were written without them.
+    that go back towards noise: how far, in the method's own unit (respaced steps for "ddim", 1 - t for "depth"), 0 for
+    frame 0; None for other methods, and NaN for sequences that were written without them.
     """
 
     header: TrajectoryHeader
