@@ -80,8 +80,6 @@ def test_what_training_would_refuse_is_refused_or_said(patch_folder, tmp_path, w
         return capsys.readouterr().out.splitlines()[-1]
 
     assert printed() == "the cache is filled: training can start"
-    assert "before training mend this: train.batch_size=64 draws" in printed(train={"batch_size": 64})
-    assert "before training mend this: data.image_size=15: not divisible" in printed(data={"image_size": 15})
     score = {"target": "level", "level": "score"}
     for sections, expected in (
         ({"pairs": {"transitions": [["A", "C"]]}}, "no class 'C' here"),
@@ -91,6 +89,8 @@ def test_what_training_would_refuse_is_refused_or_said(patch_folder, tmp_path, w
             {"condition": score | {"level": "crossfit"}, "classifier": {"folds": 39}},
             "classifier.folds=39: the training",
         ),
+        ({"train": {"batch_size": 64}}, "before training mend this: train.batch_size=64 draws"),
+        ({"data": {"image_size": 15}}, "before training mend this: data.image_size=15: not divisible"),
     ):
         with pytest.raises(SystemExit, match=re.escape(expected)):
             printed(**sections)

@@ -395,6 +395,12 @@ def test_states_stand_at_the_time_that_is_asked_for(configured):
     assert states.batch(0, time=0.0).t.unique().item() == pytest.approx(0.1)
 
 
+def test_a_batch_of_states_that_the_patches_cannot_fill_is_refused_by_its_own_key(configured):
+    config, patches = configured(*STATE, "path=brownian", "classifier.train.batch_size=640")
+    with pytest.raises(UserError, match=r"classifier\.train\.batch_size=640 .*lower classifier\.train\.batch_size"):
+        ClassifierTask(config, patches)
+
+
 @pytest.mark.parametrize("options", [(), ("classifier.role=guide", "classifier.mixup=0.5")], ids=["judge", "mixed"])
 def test_stain_is_jittered_in_training_and_nothing_else_is_drawn_anew(configured, options):
     config, patches = configured(*options)

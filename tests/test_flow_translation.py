@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -543,7 +544,7 @@ def test_levels_outside_their_range_or_order_are_named(flow, key, values):
             {"method": "progression", "calibrate": "distance", "calibrate_each": True, "spacing": "adaptive"},
             "adaptive levels are those of validation patches",
         ),
-        ({"method": "progression", "levels": 0}, r"translate\.levels"),
+        ({"method": "progression", "levels": 0}, r"translate\.levels(?s:.*)arguments of transport 'progression'"),
         ({"method": "stair"}, r"translate\.method: .*'stair'"),
         ({"method": "progression", "calibrate": "p"}, r"translate\.calibrate: .*'p'"),
         ({"guidance": {"form": "score"}}, r"translate\.guidance\.form=score: needs path.name=gaussian_source"),
@@ -563,6 +564,20 @@ def test_what_a_flow_cannot_do_is_refused(flow, options, message, tmp_path):
     bridge = load(flow)
     with pytest.raises(UserError, match=message):
         bridge.translate(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("a.png", r"expected a list of files or arrays, found 'a.png'"),
+        ([Image.new("RGB", (16, 16))], r"images\[0\]: expected a file or an RGB uint8 array .*found Image"),
+        ([np.zeros((16, 16))], r"images\[0\]: expected RGB uint8 \(H, W, 3\), found float64"),
+        ([], "images: none given"),
+    ],
+)
+def test_what_is_no_image_is_refused(flow, images, message):
+    with pytest.raises(UserError, match=message):
+        load(flow).translate(images)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ class States:
         self.path: Path = registry.build("path", config.path)
         self._codec = build_codec(config)
         size = config.classifier.train.batch_size
-        self._pairs = build_pairs(config, patches, split=split, batch_size=size, seed=self._seed, levels=levels)
+        sizes = {"batch_size": size, "key": "classifier.train.batch_size"}
+        self._pairs = build_pairs(config, patches, split=split, seed=self._seed, levels=levels, **sizes)
         if levels is None:  # by level, any source goes to any target
             _require_choice(self._pairs.transitions, patches.classes, from_data=self.path.from_data)
 

@@ -32,7 +32,6 @@ def run(args: argparse.Namespace) -> None:
         require_pairs(patches, config, batch_size=config.train.batch_size)
         data = config.data.model_copy(update={"classes": list(patches.classes)})
         build_flow(config.model_copy(update={"data": data}))
-    except UserError as error:  # the data are well
-        print(f"the cache is filled; before training mend this: {error}")
-    else:
-        print("the cache is filled: training can start")
+    except UserError as error:
+        raise UserError(f"the cache is filled; before training mend this: {error}") from error
+    print("the cache is filled: training can start")

@@ -20,8 +20,9 @@ def run(args: argparse.Namespace) -> None:
     from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
 
     config = configuration(args.config, args.overrides)
-    if config.data.classes is not None:
-        build_flow(config)  # what cannot fit is said before anything is decoded
+    # What cannot fit is said before anything is decoded; for that, any classes will do.
+    data = config.data.model_copy(update={"classes": config.data.classes or ["A", "B"]})
+    build_flow(config.model_copy(update={"data": data}))
     fabric, config, patches = start(config, config.train, section="train")
     by_level = config.condition.target == "level"
     crossfit = by_level and config.condition.level == "crossfit"

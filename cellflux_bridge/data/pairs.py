@@ -85,9 +85,11 @@ class Pairs:
         data: DataConfig,
         levels: np.ndarray | None = None,
         level_bins: int = 4,
+        key: str = "train.batch_size",
     ):
         self._patches, self._coupling, self._split = patches, coupling, split
         self._batch_size, self._seed, self._config, self._data = batch_size, seed, pairs, data
+        self._key = key
         self._by_level = levels is not None
         self._levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels] if levels is None else levels
         self.transitions = [
@@ -123,8 +125,8 @@ class Pairs:
                 )
             if self._split == "train" and have < rows:
                 raise UserError(
-                    f"train.batch_size={self._batch_size} draws {rows} patches of class {label!r} at once, but the "
-                    f"training split has {have}: lower train.batch_size to at most {have * len(self.transitions)}, or "
+                    f"{self._key}={self._batch_size} draws {rows} patches of class {label!r} at once, but the "
+                    f"training split has {have}: lower {self._key} to at most {have * len(self.transitions)}, or "
                     "add patches"
                 )
         return members
@@ -241,10 +243,17 @@ class Pairs:
 
 
 def build_pairs(
-    config: Config, patches: Patches, *, split: str, batch_size: int, seed: int, levels: np.ndarray | None
+    config: Config,
+    patches: Patches,
+    *,
+    split: str,
+    batch_size: int,
+    seed: int,
+    levels: np.ndarray | None,
+    key: str = "train.batch_size",
 ) -> Pairs:
-    """The pairs of a resolved configuration, coupled as it says."""
-    options = {"pairs": config.pairs, "data": config.data, "level_bins": config.condition.level_bins}
+    """The pairs of a resolved configuration, coupled as it says; `key` gave the batch size, for messages."""
+    options = {"pairs": config.pairs, "data": config.data, "level_bins": config.condition.level_bins, "key": key}
     coupling = registry.build("coupling", config.coupling)
     return Pairs(patches, coupling, split=split, batch_size=batch_size, seed=seed, levels=levels, **options)
 

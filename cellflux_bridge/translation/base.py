@@ -158,11 +158,18 @@ class Translator(ABC):
                     "give files or (H, W, 3) arrays to have them scaled"
                 )
             return images
+        if isinstance(images, (str, Path)):
+            raise UserError(f"images: expected a list of files or arrays, found {images!r}; write [{str(images)!r}]")
         patches = []
         for number, image in enumerate(images):
             rgb, name = image, f"images[{number}]"
-            if not isinstance(image, np.ndarray):
+            if isinstance(image, (str, Path)):
                 rgb, name = image_io.read_rgb(Path(image)), str(image)
+            if not isinstance(rgb, np.ndarray):
+                found = type(rgb).__name__
+                raise UserError(
+                    f"{name}: expected a file or an RGB uint8 array (H, W, 3), found {found}; use np.asarray"
+                )
             if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
                 raise UserError(f"{name}: expected RGB uint8 (H, W, 3), found {rgb.dtype} {rgb.shape}")
             patches.append(self.preprocessing(rgb, name=name))

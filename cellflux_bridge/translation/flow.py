@@ -108,7 +108,7 @@ class FlowTranslator(Translator):
         if guidance.form in EXACT and method.is_calibrated:
             raise UserError(
                 f"translate.guidance.form={guidance.form}: calls the network without a condition, so there is none to "
-                "calibrate; set translate.calibrate=none and spacing=uniform, or form=sharpen"
+                "calibrate; set translate.calibrate=none and translate.spacing=uniform, or form=sharpen"
             )
         self._guides.load(guidance, sees=seen_by(guidance))
 

@@ -63,9 +63,9 @@ class TranslateConfig(Section):
             lines = [f"translate.{key}: unknown key{hint}" for key, hint in zip(unknown, hints, strict=True)]
             raise UserError("\n".join(f"{line}; valid here: {', '.join(valid)}" for line in lines))
         complete = {key: value for key, value in data.items() if key in cls.model_fields}
-        for name in (*known, method):  # the chosen method is the last
+        for name in dict.fromkeys((method, *known)):  # the chosen method tells its faults first
             found = method_keys(name, {key: data[key] for key in method_keys(name) if key in data})
-            complete |= {key: value for key, value in found.items() if name == method or key in data}
+            complete = {key: value for key, value in found.items() if name == method or key in data} | complete
         return complete
 
     def of(self, method: str) -> dict[str, Any]:

@@ -39,8 +39,8 @@ def frame_times(*, steps: int, frames: int, solver: str, interval: Interval = (0
     is_adaptive = solver in ADAPTIVE
     if not is_adaptive and frames > steps + 1:
         raise UserError(
-            f"frames={frames}: {steps} steps have {steps + 1} states; raise steps to at least {frames - 1} "
-            "(states between steps would be interpolated, not integrated)"
+            f"translate.frames={frames}: {steps} steps have {steps + 1} states; raise translate.steps to at least "
+            f"{frames - 1}, or lower translate.frames (states between steps would be interpolated, not integrated)"
         )
     fractions = np.linspace(0, 1, frames) if is_adaptive else _frame_steps(steps, frames) / steps
     begin, end = (torch.as_tensor(e).cpu().double() for e in interval)
