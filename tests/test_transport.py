@@ -191,7 +191,7 @@ def test_network_forwards_are_counted(network, solver, scale):
 
 
 def test_more_frames_than_states_are_refused():
-    with pytest.raises(UserError, match=r"frames=9: 7 steps have 8 states; raise steps to at least 8"):
+    with pytest.raises(UserError, match=r"frames=9: 7 steps have 8 states; raise translate.steps to at least 8"):
         integrate(linear, state(), None, steps=7, frames=9)
     assert len(frame_times(steps=7, frames=9, solver="dopri5")) == 9
 
