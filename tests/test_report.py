@@ -293,6 +293,7 @@ def test_a_run_from_somebody_else_runs_no_code_and_shows_no_other_file(tmp_path,
         (lambda c: c["methods"][0].update(trajectory="a\0b"), "match pattern"),
         (lambda c: c["values"][0].update(level=7), "less than or equal to 1"),
         (lambda c: c["values"][0].update(value="much"), "valid number"),
+        (lambda c: c["methods"][0]["frame_levels"].pop(), r"\d frame_levels for \d levels"),
     ],
 )
 def test_numbers_and_paths_out_of_range_are_refused(run, tmp_path, change, message):
@@ -300,6 +301,16 @@ def test_numbers_and_paths_out_of_range_are_refused(run, tmp_path, change, messa
     change(metrics)
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(UserError, match=rf"metrics\.json: .*{message}"):
+        load_chapters([tmp_path])
+
+
+def test_counts_that_lack_a_level_are_refused(run, tmp_path):
+    for name in ("metrics.json", "cellularity.json"):
+        shutil.copy(run / name, tmp_path)
+    counted = json.loads((run / "cellularity.json").read_text())
+    counted["trajectories"][0]["per_source"][0]["area_fraction"].pop()
+    (tmp_path / "cellularity.json").write_text(json.dumps(counted))
+    with pytest.raises(UserError, match=r"cellularity\.json: .*numbers of .* for \d levels"):
         load_chapters([tmp_path])
 
 

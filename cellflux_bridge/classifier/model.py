@@ -28,7 +28,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         layers = []
-        for before, width in zip((widths[0], *widths), widths, strict=False):
+        for before, width in zip((widths[0], *widths[:-1]), widths, strict=True):
             layers += [_Residual(before, width, stride=2), _Residual(width, width, stride=1)]
         self.body = nn.Sequential(*layers, nn.GroupNorm(_GROUPS, widths[-1]), nn.ReLU())
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(widths[-1], num_classes))

@@ -50,7 +50,7 @@ class Preprocessing:
         """A (height, width) part of a prepared image, both at least `image_size`; its middle patch is the image's."""
         top, left = (
             (whole - self.image_size) // 2 - (part - self.image_size) // 2
-            for whole, part in zip(prepared.shape, (height, width), strict=False)
+            for whole, part in zip(prepared.shape[:2], (height, width), strict=True)
         )
         return prepared[top : top + height, left : left + width]
 

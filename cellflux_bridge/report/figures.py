@@ -69,7 +69,7 @@ def _panels(charts: Sequence[Chart]) -> Figure:
     size = (_COLUMN if columns == 1 else _PAGE) / _INCH, rows * 52 / _INCH + 0.35
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, chart in zip(axes, charts, strict=False):
+    for axis, chart in zip(axes[: len(charts)], charts, strict=True):
         _panel(axis, chart)
     for axis in axes[len(charts) :]:
         axis.axis("off")

@@ -227,7 +227,7 @@ def _curves(chapter, method: Method, source_id: str, levels: Sequence[float], ma
     own = next((s for s in counted.per_source if s.source_id == source_id), None) if counted else None
     for quantity in _COUNTED:
         if values := getattr(own, quantity, None):
-            by_level[quantity] = dict(zip(counted.levels, values, strict=False))
+            by_level[quantity] = dict(zip(counted.levels, values, strict=True))
     for judge in method.run.judges:
         found = method.run.probabilities.get((method.record.trajectory, source_id, judge))
         if found is not None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cellularity.along import FORMAT as CELLULARITY_FORMAT
@@ -61,6 +61,12 @@ class MethodRecord(_Part):
     levels: _Levels
     frame_levels: _Levels
     device: str | None = None
+
+    @model_validator(mode="after")
+    def _one_frame_a_level(self) -> "MethodRecord":
+        if len(self.levels) != len(self.frame_levels):
+            raise ValueError(f"{len(self.frame_levels)} frame_levels for {len(self.levels)} levels")
+        return self
 
 
 class Difference(_Part):
@@ -118,6 +124,14 @@ class CountedTrajectory(_Part):
     curves: tuple[Figure, ...]
     spearman: tuple[Figure, ...]
     per_source: tuple[SourceCurves, ...]
+
+    @model_validator(mode="after")
+    def _one_number_a_level(self) -> "CountedTrajectory":
+        for source in self.per_source:
+            for values in (source.area_fraction, source.count):
+                if values is not None and len(values) != len(self.levels):
+                    raise ValueError(f"{len(values)} numbers of {source.source_id!r} for {len(self.levels)} levels")
+        return self
 
 
 class Cellularity(_Part):

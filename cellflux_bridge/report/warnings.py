@@ -60,7 +60,7 @@ def _recolouring(chapter: Chapter) -> Iterator[str]:
 
 def _missed(chapter: Chapter) -> Iterator[str]:
     for method in chapter.methods:
-        pairs = zip(method.record.levels, method.record.frame_levels, strict=False)
+        pairs = zip(method.record.levels, method.record.frame_levels, strict=True)
         far = [f"{level:g} (shown by {frame:.2f})" for level, frame in pairs if abs(level - frame) > _FAR_FRAME]
         if far:
             yield f"{method.name}: no frame was made at level {', '.join(far)}; the nearest one stands for it."

@@ -76,8 +76,9 @@ def read_whole(path: Path, header: TrajectoryHeader) -> tuple[dict[str, list[Fra
         frames.sort(key=lambda frame: frame.level)
         if extra := frames[num:]:
             raise UserError(f"{path}, line {extra[0].line}: more frames of {source_id!r} than the run has levels")
-        for frame, level in zip(frames, header.levels, strict=False):
-            if len(frames) == num and abs(frame.level - level) > 1e-6:
+        whole = frames if len(frames) == num else []
+        for frame, level in zip(whole, header.levels[: len(whole)], strict=True):
+            if abs(frame.level - level) > 1e-6:
                 raise UserError(f"{path}, line {frame.line}: expected level {level:g} of {source_id!r}")
     return {source_id: frames for source_id, frames in grouped.items() if len(frames) == num}, set(grouped)
 
