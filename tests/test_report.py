@@ -708,6 +708,15 @@ def test_the_slider_moves_picture_markers_and_outlines(tab):
     assert tab.get_attribute(".level", "aria-valuetext") == "level 1.00 of 1"
 
 
+def test_the_strip_scrolls_to_the_chosen_level_on_a_phone(tab):
+    tab.set_viewport_size({"width": 390, "height": 800})
+    for level in ("4", "0", "4"):
+        tab.locator(".level").fill(level)
+        box = tab.locator(".ladder th.here").bounding_box()
+        assert 0 <= box["x"]
+        assert box["x"] + box["width"] <= 390
+
+
 def test_the_picture_shows_the_pixels_of_its_frame(tab):
     tab.locator(".outlines").uncheck()
     seen = {}

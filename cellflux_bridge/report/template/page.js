@@ -185,6 +185,8 @@ function viewer(root) {
     find(".ladder").querySelectorAll("tr").forEach((row) => {
       [...row.children].forEach((cell, place) => cell.classList.toggle("here", place === state.level + 1));
     });
+    const [here, wide] = [find(".ladder .here"), find(".ladder").parentElement];
+    wide.scrollLeft = here.offsetLeft + (here.offsetWidth - wide.clientWidth) / 2;
     moveMarkers();
     readout();
     showReal();
