@@ -7,7 +7,7 @@ from lightning_fabric import Fabric
 
 from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.config import load_config, parse_overrides
+from cellflux_bridge.config import load_config, parse_overrides, registry
 from cellflux_bridge.config.registry import trusting
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.flow.network import build_flow
@@ -32,8 +32,7 @@ class Bridge(FlowTranslator):
         with trusting(trust):
             folder = checkpoint.latest(Path(run))
             trained = checkpoint.read_config(folder)
-            path, network = build_flow(trained)
-            checkpoint.load_weights(folder, network)
+            network = checkpoint.load_network(folder, lambda: build_flow(trained)[1])
             # The run's own file may have newer settings of translation than its last checkpoint, and may have moved.
             moved = {} if folder == Path(run) else {"output": Path(run)}
             config = load_config(Path(run) / checkpoint.CONFIG, overrides, **moved)
@@ -41,7 +40,7 @@ class Bridge(FlowTranslator):
                 raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
             return cls(
                 config=config,
-                path=path,
+                path=registry.build("path", trained.path),
                 network=network,
                 step=checkpoint.step_of(folder),
                 preprocessing=Preprocessing.load(folder / checkpoint.PREPROCESSING),

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,23 +95,62 @@ def weights_digest(model: nn.Module, *, view: str = "") -> str:
     return digest.hexdigest()
 
 
+def without_memory(build: Callable[[], nn.Module], *, origin: Path | str) -> dict[str, torch.Tensor]:
+    """The state of the network that `build` makes, as tensors that have shapes alone (torch's meta device).
+
+    Sizes that come from somebody else are weighed with it before they take memory. Raises UserError, with `origin` in
+    front, for sizes of which no network can be made.
+    """
+    try:
+        with torch.device("meta"):
+            return build().state_dict()
+    except UserError:
+        raise
+    except Exception as error:  # torch stumbles over sizes that it cannot count in many ways
+        raise UserError(f"{origin}: describes no network that can be built ({error!s:.200})") from error
+
+
+def load_network(checkpoint: Path, build: Callable[[], nn.Module]) -> nn.Module:
+    """The network that `build` makes of a checkpoint's configuration, with the EMA weights.
+
+    UserError where the weights are truncated, or of another architecture: the latter before the network takes memory.
+    """
+    _require_shapes(checkpoint / WEIGHTS, without_memory(build, origin=checkpoint / CONFIG))
+    model = build()
+    load_weights(checkpoint, model)
+    return model
+
+
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load EMA weights strictly; UserError for a truncated file or another architecture."""
-    path, own = checkpoint / WEIGHTS, {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    path = checkpoint / WEIGHTS
+    _require_shapes(path, model.state_dict())
     try:
-        with safe_open(path, framework="numpy") as file:  # reads names and shapes alone
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        differing = {
-            "tensors missing": own.keys() - found.keys(),
-            "unknown": found.keys() - own.keys(),
-            "of another shape": {name for name in own.keys() & found.keys() if own[name] != found[name]},
-        }
-        if any(differing.values()):
-            counts = ", ".join(f"{len(names)} {what} {sorted(names)[:3]}" for what, names in differing.items())
-            raise UserError(f"{path}: of another architecture than its config.yaml describes: {counts}")
         model.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: truncated or not a weights file ({error}); train again, or bring it back") from error
+        raise _unreadable(path, error) from error
+
+
+def _require_shapes(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """UserError where a weights file, of which names and shapes are read, is truncated or has others than `state`."""
+    own = {name: list(tensor.shape) for name, tensor in state.items()}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+    differing = {
+        "tensors missing": own.keys() - found.keys(),
+        "unknown": found.keys() - own.keys(),
+        "of another shape": {name for name in own.keys() & found.keys() if own[name] != found[name]},
+    }
+    if any(differing.values()):
+        counts = ", ".join(f"{len(names)} {what} {sorted(names)[:3]}" for what, names in differing.items())
+        raise UserError(f"{path}: of another architecture than its config.yaml describes: {counts}")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: truncated or not a weights file ({error}); train again, or bring it back")
 
 
 def load_state(checkpoint: Path, *, most: int | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 import zipfile
 from pathlib import Path
@@ -12,11 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from cellflux_bridge import checkpoint
+from cellflux_bridge import Bridge, checkpoint
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.classifier import inference
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.ddim.task import build_denoiser
+from cellflux_bridge.flow.network import build_flow
 from cellflux_bridge.images.stain import StainReference
+from cellflux_bridge.translation.ddim import DDIMTranslator
 
 
 @pytest.fixture
@@ -214,3 +219,83 @@ def test_older_checkpoints_go_only_when_the_new_one_stands(save, tmp_path, monke
     monkeypatch.undo()
     assert save(3).name == "step-00000003"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+# What comes from somebody else: a small weights file beside a configuration that asks for a huge network
+
+_KINDS = {  # where its checkpoint lies in a run, how it is built, how it is loaded
+    "flow": ("", lambda config: build_flow(config)[1], Bridge.load),
+    "classifier": (
+        "",
+        inference.build_classifier,
+        lambda run: inference.load(checkpoint.latest(run), torch.device("cpu")),
+    ),
+    "ddim": ("denoiser", build_denoiser, DDIMTranslator.load),
+}
+
+
+@pytest.fixture
+def received(tmp_path, write_config):
+    """`received(kind, "key=value", ...)`: an untrained run whose configuration says otherwise since it was saved."""
+
+    def make(kind: str, *overrides: str) -> Path:
+        small = {"channels": 32, "multipliers": [1, 1], "attention": [], "head_channels": 16}
+        ddim = {"denoiser": small, "guidance": "none"}
+        config = load_config(write_config(tmp_path, data={"classes": ["A", "B"]}, ddim=ddim))
+        run, part = config.output, config.output / _KINDS[kind][0]
+        weights, preprocessing = _KINDS[kind][1](config).state_dict(), Preprocessing(16, None)
+        options = {"state": {}, "preprocessing": preprocessing, "keep": 1}
+        folder = checkpoint.save(part, step=1, weights=weights, config=config, **options)
+        (run / "config.yaml").write_text(config.to_yaml())
+        for file in (run / "config.yaml", folder / "config.yaml"):
+            file.write_text(load_config(file, overrides).to_yaml())
+        return run
+
+    return make
+
+
+_HUGE = {
+    "flow": ("velocity.channels=200000",),
+    "classifier": ("classifier.backbone=vit_giant_patch14_224", "data.image_size=224"),
+    "ddim": ("ddim.denoiser.channels=320000",),
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_network_larger_than_its_weights_is_refused_before_it_takes_memory(received, kind):
+    run = received(kind, *_HUGE[kind])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"model\.safetensors: of another architecture than its config\.yaml describes"):
+        _KINDS[kind][2](run)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("flow", "velocity.channels"), ("flow", "velocity.patch"), ("ddim", "ddim.denoiser.channels")]
+)
+def test_sizes_that_torch_cannot_count_are_a_mistake_in_the_configuration(received, kind, key):
+    run = received(kind, f"{key}={32 * 10**15}")
+    with pytest.raises(UserError, match=r"config\.yaml: describes no network that can be built"):
+        _KINDS[kind][2](run)
+
+
+@pytest.mark.parametrize("key", ["velocity.blocks", "ddim.denoiser.blocks"])
+def test_layers_are_few(received, key):
+    with pytest.raises(UserError, match=rf"{key}.*less than or equal to 128"):
+        received("flow", f"{key}=1000000000")
+
+
+def test_a_network_that_fits_is_the_one_that_was_built(save):
+    """Also what the weights do not hold: buffers that the constructor computes."""
+
+    def build() -> nn.Module:
+        model = network()
+        model.register_buffer("scale", torch.rand(3), persistent=False)
+        return model
+
+    model = build()
+    loaded = checkpoint.load_network(save(3, model=model), build)
+    for own, other in zip(
+        [*model.parameters(), *model.buffers()], [*loaded.parameters(), *loaded.buffers()], strict=True
+    ):
+        assert torch.equal(own, other)

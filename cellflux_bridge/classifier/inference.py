@@ -26,9 +26,8 @@ def build_classifier(config: Config, *, download: bool = True) -> PatchClassifie
 
 def load(folder: Path, device: torch.device) -> PatchClassifier:
     """The classifier of a checkpoint folder, temperature included, in evaluation mode."""
-    model = build_classifier(checkpoint.read_config(folder), download=False)
-    checkpoint.load_weights(folder, model)
-    return model.to(device).eval()
+    config = checkpoint.read_config(folder)
+    return checkpoint.load_network(folder, lambda: build_classifier(config, download=False)).to(device).eval()
 
 
 @torch.no_grad()

@@ -29,6 +29,9 @@ class Keys(BaseModel):
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+# Of a network's layers and levels: their number alone takes memory, before there is a weight to weigh.
+Blocks = Annotated[int, Field(ge=1, le=128)]
+FewLevels = Field(min_length=1, max_length=16)
 NonNegative = Annotated[float, Field(ge=0)]
 
 

@@ -4,6 +4,7 @@ Their parameters carry guided-diffusion's own names (Dhariwal & Nichol 2021), so
 load into `net`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torchcfm.models.unet.unet import EncoderUNetModel, UNetModel
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.checkpoint import without_memory
 from cellflux_bridge.ddim.settings import ADMConfig
 
 
@@ -81,8 +83,9 @@ def _arguments(config: ADMConfig, image_size: int, channels: int, *, key: str) -
     }
 
 
-def load_foreign(net: nn.Module, path: Path, *, key: str) -> None:
-    """Load a guided-diffusion or Cellflow `.pt` file of tensors into `net`, strictly; nothing is unpickled.
+def load_foreign(build: Callable[[], nn.Module], path: Path, *, key: str) -> nn.Module:
+    """The network that `build` makes, with a guided-diffusion or Cellflow `.pt` file of tensors in its `net`, strictly;
+    nothing is unpickled, and a network that does not fit the file takes no memory.
 
     Shapes do not tell `new_attention_order` and `head_channels`: weights loaded under a wrong one give wrong images
     without an error. Raises UserError for a file that is absent, damaged or holds other things than tensors, and one
@@ -100,10 +103,13 @@ def load_foreign(net: nn.Module, path: Path, *, key: str) -> None:
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{key}.weights: {path}: expected a flat state dict of tensors (model*.pt or ema_*.pt)")
     weights = _with_null_row(weights)
-    if differing := list(_differences(net.state_dict(), weights)):
+    own = without_memory(lambda: build().net, origin=key)
+    if differing := list(_differences(own, weights)):
         found = f"{'; '.join(differing[:6])}{' and more' * (len(differing) > 6)}"
         raise UserError(f"{key}.weights: {path} is of another architecture than {key} describes: {found}")
-    net.load_state_dict(weights, strict=True)
+    network = build()
+    network.net.load_state_dict(weights, strict=True)
+    return network
 
 
 def _with_null_row(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cellflux_bridge.classifier.settings import ClassifierTrainConfig
-from cellflux_bridge.config.schema import Count, Fraction, NonNegative, Section
+from cellflux_bridge.config.schema import Blocks, Count, FewLevels, Fraction, NonNegative, Section
 from cellflux_bridge.training.settings import TrainConfig
 
 
@@ -17,7 +17,7 @@ class DenoiserTrainConfig(TrainConfig):
 
 
 # A map is channels times its multiplier wide, as 0.5 x 256 in ADM's networks of 512 px.
-Multipliers = Annotated[tuple[Annotated[int | float, Field(gt=0)], ...], Field(min_length=1)]
+Multipliers = Annotated[tuple[Annotated[int | float, Field(gt=0)], ...], FewLevels]
 
 
 class ADMConfig(Section):
@@ -25,7 +25,7 @@ class ADMConfig(Section):
 
     channels: Annotated[int, Field(ge=32, multiple_of=32)] = 32
     multipliers: Multipliers = (1, 2, 4, 4)
-    blocks: Count = 1
+    blocks: Blocks = 1
     attention: tuple[Count, ...] = (8,)
     head_channels: Count = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -163,8 +163,7 @@ def _load_networks(config: Config) -> tuple[dict[str, nn.Module], dict[str, Path
         settings = getattr(ddim, name)
         build = build_noisy_classifier if name == "classifier" else partial(build_denoiser, size=settings)
         if settings.weights is not None:
-            networks[name] = build(config)
-            load_foreign(networks[name].net, settings.weights.expanduser(), key=f"ddim.{name}")
+            networks[name] = load_foreign(partial(build, config), settings.weights.expanduser(), key=f"ddim.{name}")
         else:
             networks[name], folders[name] = _load_trained(config, name)
     return networks, folders
@@ -178,8 +177,7 @@ def _load_trained(config: Config, name: str) -> tuple[nn.Module, Path]:
     differing = differences(trained, config, ignore=(*STAGES[stage].unused, "ddim.guidance", f"ddim.{name}.train"))
     if differing:
         raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
-    network = STAGES[stage].build(trained)
-    checkpoint.load_weights(folder, network)
+    network = checkpoint.load_network(folder, lambda: STAGES[stage].build(trained))
     if name == "denoiser" and config.ddim.guidance == "classifier_free" and network.null_class is None:
         raise UserError(f"{folder}: has no null class; train with ddim.guidance=classifier_free, into another output")
     return network, folder

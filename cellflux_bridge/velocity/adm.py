@@ -6,6 +6,7 @@ from torchcfm.models.unet.unet import UNetModel
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec
+from cellflux_bridge.config.schema import Blocks, Count
 from cellflux_bridge.velocity import base
 
 
@@ -38,9 +39,9 @@ class ADM(base.Velocity):
         *,
         channels: base.Width = 128,
         multipliers: base.Multipliers = (1, 2, 2),
-        blocks: base.Count = 2,
+        blocks: Blocks = 2,
         attention: tuple[int, ...] = (2,),
-        head_channels: base.Count = 64,
+        head_channels: Count = 64,
         dropout: base.Dropout = 0.0,
         resblock_updown: bool = True,
         predict: base.Prediction = "velocity",

@@ -9,11 +9,11 @@ from torch import nn
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.config.schema import Count, FewLevels
 
 # Bounds of the networks' arguments, which become the schema of their YAML.
-Count = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=4, multiple_of=4)]
-Multipliers = Annotated[tuple[Count, ...], Field(min_length=1)]
+Multipliers = Annotated[tuple[Count, ...], FewLevels]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Prediction = Literal["velocity", "target"]
 
@@ -22,7 +22,8 @@ class Velocity(nn.Module):
     """A network v(t, x, cond). It is constructed with the number of a state's channels, a `ConditionSpec` and its
     settings.
 
-    `spec` says what the network is conditioned on. Both sides of a state must be divisible by `stride`.
+    `spec` says what the network is conditioned on. Both sides of a state must be divisible by `stride`. A constructor
+    reads no tensor's values: before a run is loaded, its network is built without memory (torch's meta device).
     """
 
     spec: ConditionSpec

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec
+from cellflux_bridge.config.schema import Blocks, Count
 from cellflux_bridge.velocity import base
 
 
@@ -83,11 +84,11 @@ class UNet(base.Velocity):
         *,
         channels: base.Width = 64,
         multipliers: base.Multipliers = (1, 2, 3),
-        blocks: base.Count = 2,
+        blocks: Blocks = 2,
         attention: tuple[int, ...] = (2,),
-        head_channels: base.Count = 32,
+        head_channels: Count = 32,
         dropout: base.Dropout = 0.0,
-        patch: base.Count = 1,
+        patch: Count = 1,
         predict: base.Prediction = "target",
     ):
         super().__init__()
