@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,15 @@ from cellflux_bridge.images import write_png
 torch.set_num_threads(1)
 
 _COLOURS = {"A": (225.0, 165.0, 205.0), "B": (140.0, 90.0, 170.0)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """Tests leave nothing in their user's home, where caches of received runs go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # its list of fonts takes seconds to make
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 def _smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

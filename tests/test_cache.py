@@ -14,7 +14,7 @@ from PIL import Image
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.config import registry
+from cellflux_bridge.config import load_config, registry
 from cellflux_bridge.data import cache as cache_module
 from cellflux_bridge.data.check import check_data
 from cellflux_bridge.data.index import patch_index, taken_from_training
@@ -472,3 +472,37 @@ def test_the_reference_comes_from_the_training_split_alone(stained_folder, data_
         write_png(stained_folder / raw.ids[i], np.full((32, 32, 3), 40, np.uint8))
     again = load_patches(data_config(stained_folder, stain=settings), seed=0)
     assert again.preprocessing.reference == expected
+
+
+# Caches of somebody else's configuration
+
+
+@pytest.fixture
+def received(patch_folder, tmp_path, write_config, monkeypatch):
+    """The config.yaml of a received run whose cache_dir is tmp_path/cache, and where caches belong by default."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = write_config(tmp_path, file="config.yaml")
+    return path, tmp_path / "home" / ".cache" / "cellflux_bridge"
+
+
+def test_a_received_configuration_makes_no_cache_where_it_says(received, tmp_path):
+    path, default = received
+    load_patches(load_config(path).data, seed=0)
+    assert len(list(default.iterdir())) == 1
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("allow", ["own file", "override", "trust", "block"])
+def test_the_user_decides_where_a_cache_is_made_and_a_run_uses_it_afterwards(received, tmp_path, allow):
+    path, default = received
+    options = {
+        "own file": lambda: load_config(shutil.copy(path, tmp_path / "own.yaml")),
+        "override": lambda: load_config(path, [f"data.cache_dir={tmp_path}/cache"]),
+        "trust": lambda: load_config(path, trust=True),
+        "block": lambda: load_config(path),
+    }
+    with registry.trusting(allow == "block"):
+        load_patches(options[allow]().data, seed=0)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    load_patches(load_config(path).data, seed=0)
+    assert not default.exists()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import derive_seed
+from cellflux_bridge.config import load_config
 from cellflux_bridge.data.check import check_data
 from cellflux_bridge.data.index import frame_mpp, list_records, patch_index, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
@@ -402,6 +403,19 @@ def test_phantoms_are_not_made_over_something_else(tmp_path, data_config):
     with pytest.raises(UserError, match="is not empty and holds no phantoms"):
         list_records(data_config(tmp_path, layout=PHANTOM), seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_received_configuration_makes_no_phantoms_where_it_says(tmp_path, write_config):
+    root = tmp_path / "patches"
+    path = write_config(tmp_path, file="config.yaml", data={"layout": PHANTOM})
+    with pytest.raises(UserError, match=r"data\.root=.*patches: holds no phantoms, and none are made .*--trust"):
+        list_records(load_config(path).data, seed=0)
+    assert not root.exists()
+    named = load_config(path, [f"data.root={root}"])
+    assert list_records(named.data, seed=0) == list_records(load_config(path).data, seed=0)
+    list_records(load_config(path, ["data.root=" + str(tmp_path / "other")]).data, seed=0)
+    shutil.rmtree(root)
+    list_records(load_config(path, trust=True).data, seed=0)
 
 
 # Check

@@ -31,7 +31,9 @@ def _path(name: str, help: str, **options: Any) -> Flag:
 
 
 _TRUST = _flag(
-    "--trust", "import the modules that a run or trajectory names (package.module:Class)", action="store_true"
+    "--trust",
+    "import the modules that a run or trajectory names (package.module:Class), make caches and phantoms where it says",
+    action="store_true",
 )
 _FOLDER = _path("--output", "folder to write to instead of the default")
 COMMANDS = {

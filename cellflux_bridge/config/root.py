@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.classifier.settings import ClassifierConfig
 from cellflux_bridge.condition.settings import ConditionConfig
-from cellflux_bridge.config.registry import component, trusting
-from cellflux_bridge.config.schema import Section, dump_yaml, explain, parse_yaml, read_yaml
+from cellflux_bridge.config.registry import component, trusting, trusts_everything
+from cellflux_bridge.config.schema import ReceivedPath, Section, dump_yaml, explain, parse_yaml, read_yaml
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.ddim.settings import DDIMConfig
 from cellflux_bridge.training.settings import TrainConfig
@@ -133,8 +133,9 @@ def load_config(
     `name` defaults to the file's own name and `output` to `runs/<name>`; the argument `output`, where a run was found,
     replaces what its file says. `trust` says whether `name: package.module:Class` in the file may import that module.
     By default it may, except in a config.yaml: that of a run, a checkpoint or a trajectory, which may come from
-    somebody else. Overrides are the user's own and always trusted. Raises UserError that lists every unknown key (with
-    the nearest valid one) and every wrong value.
+    somebody else. At the data.root and data.cache_dir of such a file nothing is made, either: see `ReceivedPath`.
+    Overrides are the user's own and always trusted. Raises UserError that lists every unknown key (with the nearest
+    valid one) and every wrong value.
     """
     path = Path(path)
     data = read_yaml(path) | ({} if output is None else {"output": output})
@@ -148,7 +149,10 @@ def load_config(
     named = re.findall(r"[\w.]+:\w+", " ".join(overrides))
     try:
         with trusting(path.name != "config.yaml" if trust is None else trust, names=named):
-            return Config.model_validate(data)
+            config, received = Config.model_validate(data), not trusts_everything()
     except ValidationError as error:
         shown = f" with {' '.join(overrides)}" if overrides else ""
         raise UserError(f"{path}{shown}:\n{explain(error, Config)}") from error
+    keys = [key for key in ("root", "cache_dir") if received and key not in given.get("data", {})]
+    places = {key: ReceivedPath(getattr(config.data, key)) for key in keys}
+    return config.model_copy(update={"data": config.data.model_copy(update=places)})

@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from cellflux_bridge.base.errors import UserError
 
 
+class ReceivedPath(type(Path())):
+    """A path that somebody else's configuration names: what is there is read, and nothing is made there."""
+
+
 class Keys(BaseModel):
     """A mapping whose keys are known: anything else is refused, and so is true or false for a number."""
 

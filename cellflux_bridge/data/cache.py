@@ -20,6 +20,7 @@ from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.config.schema import ReceivedPath
 from cellflux_bridge.data.index import Index, remembered
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.preprocessing import Preprocessing
@@ -81,7 +82,8 @@ def _file_stats(index: Index) -> np.ndarray:
 def _folders(
     config: DataConfig, index: Index, stats: np.ndarray, *, seed: int, reference: stain.StainReference | None
 ) -> tuple[Path, Path]:
-    """Where the cache belongs and where it is built. The names are keys of the content; the second does not depend on
+    """Where the cache belongs and where it is built: in `cache_dir`, or in its default where somebody else named it and
+    the cache is not there. The names are keys of the content; the second does not depend on
     the files' sizes and times, so that a build goes on after some of its files were mended."""
     normalised = config.stain.mode == "normalise"
     settings = {
@@ -98,7 +100,10 @@ def _folders(
         key.update(repr(seed).encode() + index.splits.tobytes())
     building = f"{key.hexdigest()[:24]}.building"
     key.update(stats.tobytes())
-    return tuple(config.cache_dir.expanduser() / name for name in (key.hexdigest()[:24], building))
+    place, name = config.cache_dir.expanduser(), key.hexdigest()[:24]
+    if isinstance(place, ReceivedPath) and not (place / name).exists():
+        place = DataConfig.model_fields["cache_dir"].default.expanduser()
+    return place / name, place / building
 
 
 def _only_process(building: Path) -> AcquireReturnProxy:

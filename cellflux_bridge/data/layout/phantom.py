@@ -14,6 +14,7 @@ from cellflux_bridge.base.files import csv_text
 from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.seeds import derive_seed, numpy_generator
+from cellflux_bridge.config.schema import ReceivedPath
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.data.layout.folder import Folder
 from cellflux_bridge.data.phantom import make_phantom
@@ -57,7 +58,10 @@ class Phantom(Folder):
         self._settings = {"size": size, **nums, "seed": seed} | ({"whole_range": True} if whole_range else {})
 
     def records(self) -> list[PatchRecord]:
-        """Every patch of the two classes, with its severity as score; makes the files if they are not there."""
+        """Every patch of the two classes, with its severity as score; makes the files if they are not there.
+
+        UserError where they would be made at a root that somebody else named, and for files of other settings.
+        """
         stamp = self.root / "phantom.json"
         if not stamp.exists():
             self._make()
@@ -73,6 +77,11 @@ class Phantom(Folder):
         return super().records()
 
     def _make(self) -> None:
+        if isinstance(self.root, ReceivedPath):
+            raise UserError(
+                f"data.root={self.root}: holds no phantoms, and none are made where a saved configuration says, which "
+                "may come from somebody else; name the folder yourself (data.root=...), or pass --trust (trust=True)"
+            )
         if self.root.exists() and any(self.root.iterdir()):
             raise UserError(f"{self.root}: is not empty and holds no phantoms; choose another data.root")
         building = self.root.with_name(f"{self.root.name}.making")
