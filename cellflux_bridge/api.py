@@ -7,6 +7,7 @@ from lightning_fabric import Fabric
 
 from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import run_of
 from cellflux_bridge.config import load_config, parse_overrides, registry
 from cellflux_bridge.config.registry import trusting
 from cellflux_bridge.data.preprocessing import Preprocessing
@@ -34,8 +35,7 @@ class Bridge(FlowTranslator):
             trained = checkpoint.read_config(folder)
             network = checkpoint.load_network(folder, lambda: build_flow(trained)[1])
             # The run's own file may have newer settings of translation than its last checkpoint, and may have moved.
-            moved = {} if folder == Path(run) else {"output": Path(run)}
-            config = load_config(Path(run) / checkpoint.CONFIG, overrides, **moved)
+            config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=run_of(Path(run)))
             if differing := differences(trained, config, ignore=("train", "classifier", "ddim")):
                 raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
             return cls(

@@ -467,3 +467,16 @@ def test_a_refused_training_leaves_the_runs_configuration_as_it_was(train, tmp_p
     with pytest.raises(SystemExit, match="was begun with other patches"):
         cli.main(["train", str(run), f"data.root={other}", "train.steps=3"])
     assert (run / "config.yaml").read_text() == before
+
+
+def test_sequences_of_a_received_checkpoint_are_written_where_it_lies(train, tmp_path):
+    run = train()
+    (step,) = (run / "checkpoints").iterdir()
+    alone = Path(shutil.copytree(step, tmp_path / "alone"))
+    for folder in (step, alone):
+        file = folder / "config.yaml"
+        file.write_text(load_config(file, [f"output={tmp_path / 'elsewhere'}"]).to_yaml())
+    assert Bridge.load(step, ["translate.num=1"]).translate_split()[0].parents[1] == run
+    assert Bridge.load(alone, ["translate.num=1"]).translate_split()[0].parents[1] == alone
+    cli.main(["data", "check", str(alone)])
+    assert not (tmp_path / "elsewhere").exists()

@@ -96,3 +96,8 @@ def csv_rows(path: Path) -> Iterator[dict[str, str]]:
                 yield {name: unguarded(cell) for name, cell in zip(header, row, strict=True)}
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def run_of(folder: Path) -> Path:
+    """The run that a checkpoint's folder belongs to; any other folder is its own."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import run_of
 
 # What the run folder of a reference bridge holds: its two trainings.
 DDIM_PARTS = ("denoiser", "noisy_classifier")
@@ -20,12 +21,13 @@ def is_run(folder: Path) -> bool:
 
 
 def configuration(where: Path | str, overrides: Sequence[str]):
-    """The configuration of a YAML file, a run folder or a trajectory folder."""
+    """The configuration of a YAML file, or of the folder of a run, a checkpoint or a trajectory, whose output is where
+    that folder is, whatever it says: it may have moved, or come from somebody else."""
     from cellflux_bridge.config import load_config
 
     path = Path(where)
-    moved_to = path if is_run(path) else None
-    return load_config(path / "config.yaml" if path.is_dir() else path, overrides, output=moved_to)
+    file, output = (path / "config.yaml", run_of(path)) if path.is_dir() else (path, None)
+    return load_config(file, overrides, output=output)
 
 
 def trajectory_folder(where: Path | str) -> Path:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import run_of
 from cellflux_bridge.classifier import inference
 from cellflux_bridge.config import Config, load_config, parse_overrides
 from cellflux_bridge.data.patches import load_patches
@@ -101,13 +102,9 @@ def load_networks(
         networks[network.digest] = network
     names = [network.name for network in networks.values()]
     return [
-        replace(network, name=str(_run_of(network.checkpoint))) if names.count(network.name) > 1 else network
+        replace(network, name=str(run_of(network.checkpoint))) if names.count(network.name) > 1 else network
         for network in networks.values()
     ]
-
-
-def _run_of(folder: Path) -> Path:
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def _load_named(name: str, judge: Network) -> Network:
@@ -142,7 +139,7 @@ def _load(use: str, folder: Path, source: str, target: str, overrides, device, c
         weights = weights if target == classes[-1] else 1 - weights
     model = inference.load(folder, device)
     return Network(
-        name="/".join(_run_of(folder).resolve().parts[-2:]),
+        name="/".join(run_of(folder).resolve().parts[-2:]),
         use=use,
         view=config.classifier.view,
         checkpoint=folder,
