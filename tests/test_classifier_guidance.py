@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from toy_flow import sample
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition
@@ -141,7 +142,7 @@ def test_the_closed_form_is_the_mean_of_the_paths_own_velocities(name):
     means = exact.means + 0.4 * x0 * exact.sees_source
     x1 = means.view(-1, 2)[component] + exact.deviations.flatten()[component, None] * normal(num, 2, seed=7)
     t = torch.full((num,), 0.4, dtype=torch.float64)
-    x_t, u_t = PATHS[name].sample(image(x0).expand(num, 1, 1, 2), image(x1), t, generator=generator(5))
+    x_t, u_t = sample(PATHS[name], image(x0).expand(num, 1, 1, 2), image(x1), t, generator(5))
     here = x_t.mean(0)
     near = (x_t - here).flatten(1).norm(dim=1) < 0.08
     assert near.sum() > 3000
@@ -220,7 +221,7 @@ def test_a_velocity_with_condition_reaches_its_class_by_the_exact_forms_and_over
     )
     begin = PATHS[name].t_start
     x1 = image(exact.means[1] + 0.6 * normal(num, 2, seed=3))
-    start = PATHS[name].sample(x0, x1, torch.full((num,), begin), generator=generator()).x_t
+    start = sample(PATHS[name], x0, x1, torch.full((num,), begin), generator()).x_t
     end = integrate(field, start, cond, steps=50, interval=(begin, 1.0)).states[-1][..., 0]
     assert end.mean().item() == pytest.approx(mean, abs=0.05)
     assert end.std().item() == pytest.approx(deviation, abs=0.03)

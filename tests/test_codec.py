@@ -96,7 +96,7 @@ def test_a_flow_in_another_space_told_a_part_of_the_users_own_is_trained_and_tra
 def test_a_flow_in_another_space_is_trained_and_translates(folded, tmp_path):
     config = load_config(folded(), ["data.classes=[A, B]"])
     task = FlowTask(config, load_patches(config.data, seed=0))
-    batch = task.batch(0, rank=0)
+    batch = task.states(task.batch(0, rank=0))
     assert batch.x_t.shape == batch.cond.source_image.shape == (4, 12, 8, 8)
     cli.main(["train", str(folded())])
     run = tmp_path / "runs/tiny"

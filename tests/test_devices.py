@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pretended_gpu import GPU, PretendedGPU
+from torch.utils._pytree import tree_map_only
 from toy_ddim import shuffled
 
 from cellflux_bridge import cli
@@ -107,7 +108,7 @@ def test_training_and_validation_stay_on_their_device(patch_folder, tmp_path, wr
     batch = task.batch(0, rank=0)
     with PretendedGPU():
         task.model.to(GPU)
-        moved = type(batch)(*(value if value is None else value.to(GPU) for value in batch))
+        moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(GPU), batch)
         assert task.loss(task.model, moved).device == GPU
         assert task.validate(task.model.eval(), GPU)
         task.sheet(task.model, GPU)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torchcfm import SchrodingerBridgeConditionalFlowMatcher
+from toy_flow import sample
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.config import registry
@@ -49,9 +50,9 @@ def test_u_t_is_the_derivative_of_x_t(path):
     x0, x1 = pair(16)
     low, high = max(path.t_start, 1e-4), 1 - max(path.margin, 1e-4)
     t, h = torch.linspace(low, high, 16, dtype=torch.float64), 1e-6
-    before = path.sample(x0, x1, t - h, generator=generator()).x_t
-    after = path.sample(x0, x1, t + h, generator=generator()).x_t
-    u_t = path.sample(x0, x1, t, generator=generator()).u_t
+    before = sample(path, x0, x1, t - h, generator()).x_t
+    after = sample(path, x0, x1, t + h, generator()).x_t
+    u_t = sample(path, x0, x1, t, generator()).u_t
     torch.testing.assert_close((after - before) / (2 * h), u_t, rtol=1e-5, atol=1e-5)
 
 
@@ -60,7 +61,7 @@ def test_noise_has_the_deviation_that_noise_scale_says(path):
     x0, x1 = (x[:1].expand(20_000, -1, -1, -1) for x in pair(1, size=1))
     for t in (0.1, 0.5, 0.85):
         times = torch.full((len(x0),), t, dtype=torch.float64)
-        x_t = path.sample(x0, x1, times, generator=generator()).x_t
+        x_t = sample(path, x0, x1, times, generator()).x_t
         mean = t * x1[0] + (1 - t) * x0[0] * (0 if not path.from_data else 1)
         scale = path.noise_scale(torch.tensor(t, dtype=torch.float64)).item()
         torch.testing.assert_close(x_t.mean(0), mean, atol=0.02, rtol=0)
@@ -84,16 +85,16 @@ def test_the_noise_of_a_clean_start_has_no_slope():
 def test_ends_of_a_path_are_source_and_target():
     x0, x1 = pair(4)
     for name in ("straight", "smooth"):
-        start = PATHS[name].sample(x0, x1, torch.zeros(4, dtype=torch.float64), generator=generator())
+        start = sample(PATHS[name], x0, x1, torch.zeros(4, dtype=torch.float64), generator())
         torch.testing.assert_close(start.x_t, x0)
     for name in ("straight", "noised_source", "noised_source_coin", "smooth", "gaussian_source"):
-        end = PATHS[name].sample(x0, x1, torch.ones(4, dtype=torch.float64), generator=generator())
+        end = sample(PATHS[name], x0, x1, torch.ones(4, dtype=torch.float64), generator())
         torch.testing.assert_close(end.x_t, x1)
 
 
 def test_the_coin_of_noised_source_falls_for_each_sample():
     x0, x1 = pair(2000)
-    x_t = PATHS["noised_source_coin"].sample(x0, x1, torch.zeros(2000, dtype=torch.float64), generator=generator()).x_t
+    x_t = sample(PATHS["noised_source_coin"], x0, x1, torch.zeros(2000, dtype=torch.float64), generator()).x_t
     noised = (x_t - x0).abs().amax(dim=(1, 2, 3)) > 0
     assert 0.45 < noised.double().mean() < 0.55
     assert (x_t - x0)[noised].std().item() == pytest.approx(0.7, rel=0.02)
@@ -109,7 +110,7 @@ def test_brownian_follows_its_formula():
     scale, path = 0.7, PATHS["brownian"]
     x0, x1 = pair(8)
     t = torch.linspace(0.05, 0.95, 8, dtype=torch.float64)
-    x_t, u_t = path.sample(x0, x1, t, generator=generator())
+    x_t, u_t = sample(path, x0, x1, t, generator())
     s = t.view(-1, 1, 1, 1)
     mu = (1 - s) * x0 + s * x1
     z = torch.randn(x0.shape, generator=generator()).double()
@@ -120,7 +121,7 @@ def test_brownian_follows_its_formula():
 def test_smooth_follows_its_formula():
     x0, x1 = pair(8)
     t = torch.linspace(0, 1, 8, dtype=torch.float64)
-    x_t, u_t = PATHS["smooth"].sample(x0, x1, t, generator=generator())
+    x_t, u_t = sample(PATHS["smooth"], x0, x1, t, generator())
     s, z = t.view(-1, 1, 1, 1), torch.randn(x0.shape, generator=generator()).double()
     torch.testing.assert_close(x_t, (1 - s) * x0 + s * x1 + 0.7 * torch.sin(math.pi * s) ** 2 * z)
     torch.testing.assert_close(u_t, x1 - x0 + 0.7 * math.pi * torch.sin(2 * math.pi * s) * z)
@@ -145,7 +146,7 @@ def test_one_batch_of_times_covers_the_interval_in_random_order(path):
 def test_draws_repeat_with_their_generator_and_differ_without(path):
     x0, x1 = (x.float() for x in pair(4))
     t = path.times(4, generator=generator())
-    first, again, other = (path.sample(x0, x1, t, generator=generator(seed)) for seed in (0, 0, 1))
+    first, again, other = (sample(path, x0, x1, t, generator(seed)) for seed in (0, 0, 1))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert first.x_t.dtype == first.u_t.dtype == torch.float32
     assert torch.equal(first.x_t, other.x_t) == (path is PATHS["straight"])
@@ -156,7 +157,7 @@ def test_start_is_the_conditional_paths_own_state_at_t_start(path):
     x0, x1 = pair(4)
     noise = torch.randn(x0.shape, generator=generator()).double()
     t = torch.full((4,), path.t_start, dtype=torch.float64)
-    x_t = path.sample(x0, x1, t, generator=generator()).x_t
+    x_t = sample(path, x0, x1, t, generator()).x_t
     torch.testing.assert_close(path.start(x0, noise), x_t - path.t_start * (x1 - x0), rtol=1e-6, atol=1e-6)
 
 
@@ -166,7 +167,7 @@ def test_without_noise_leaves_the_blend_along_a_conditional_path(name):
     noise = torch.randn(x0.shape, generator=generator()).double()
     for t in (path.t_start, 0.3, 0.8, 1.0):
         time = torch.tensor(t, dtype=torch.float64)
-        x_t = path.sample(x0, x1, time.expand(4), generator=generator()).x_t
+        x_t = sample(path, x0, x1, time.expand(4), generator()).x_t
         blend = t * x1 + (1 - t) * x0 * path.from_data
         torch.testing.assert_close(path.without_noise(x_t, time, noise), blend, rtol=0, atol=1e-9)
 
@@ -213,7 +214,7 @@ def test_the_brownian_path_is_that_of_torchcfm():
     x0, x1 = (torch.randn(6, 3, 4, 4, generator=generator) for _ in range(2))
     t = path.times(6, generator=generator)
     state = generator.get_state()
-    x_t, u_t = path.sample(x0, x1, t, generator=generator)
+    x_t, u_t = sample(path, x0, x1, t, generator)
     eps = torch.randn(x0.shape, generator=generator.set_state(state))
     torch.testing.assert_close(x_t, matcher.sample_xt(x0, x1, t, eps))
     torch.testing.assert_close(u_t, matcher.compute_conditional_flow(x0, x1, t, x_t), rtol=1e-4, atol=1e-4)

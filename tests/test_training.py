@@ -555,10 +555,10 @@ def task(patch_folder, tmp_path, write_config) -> FlowTask:
 
 
 def test_a_batch_depends_on_its_number_and_rank_alone(task):
-    one, again = task.batch(3, rank=0), task.batch(3, rank=0)
+    one, again = (task.states(task.batch(3, rank=0)) for _ in range(2))
     for name in ("t", "x_t", "u_t"):
         assert torch.equal(getattr(one, name), getattr(again, name))
-    for other in (task.batch(4, rank=0), task.batch(3, rank=1)):
+    for other in map(task.states, (task.batch(4, rank=0), task.batch(3, rank=1))):
         assert not torch.equal(one.x_t, other.x_t)
         assert not torch.equal(one.t, other.t)
 
@@ -566,13 +566,13 @@ def test_a_batch_depends_on_its_number_and_rank_alone(task):
 def test_the_condition_is_dropped_for_samples_not_for_batches(patch_folder, tmp_path, write_config):
     file = write_config(tmp_path, condition={"dropout": 0.1}, train={"validate_pairs": 8, "batch_size": 16})
     task = FlowTask(*resolved(file))
-    shares = [task.batch(i, rank=0).cond.dropped.float().mean().item() for i in range(60)]
+    shares = [task.batch(i, rank=0).dropped.float().mean().item() for i in range(60)]
     assert sum(shares) / 60 == pytest.approx(0.1, abs=0.04)  # five standard deviations: .05
     assert sum(0 < share < 1 for share in shares) > 30
 
 
 def test_figures_of_a_perfect_an_empty_and_a_blind_velocity(task):
-    cpu, batches = torch.device("cpu"), list(task.validation_batches())
+    cpu, batches = torch.device("cpu"), list(task.validation_batches(torch.device("cpu")))
 
     def perfect(t, x, cond):
         return next(batch.u_t for batch in batches if torch.equal(batch.x_t, x))
@@ -629,10 +629,11 @@ def test_a_network_that_fits_nothing_else_is_refused(patch_folder, tmp_path, wri
 def test_levels_of_three_classes_are_soft_labels(tmp_path, make_patches, write_config):
     make_patches(tmp_path / "patches", num={"A": 12, "B": 12, "C": 12})
     config, patches = resolved(write_config(tmp_path, condition={"target": "level"}))
-    told = torch.cat([FlowTask(config, patches).batch(step, rank=0).cond.level for step in range(20)])
+    told = torch.cat([FlowTask(config, patches).batch(step, rank=0).pairs.target_level for step in range(20)])
     assert {tuple(row) for row in told.tolist()} == {(1, 0, 0), (0, 1, 0), (0, 0, 1)}
     mixed = np.full((len(patches.labels), 3), 1 / 3, np.float32)
-    given = FlowTask(config, patches, levels=mixed).batch(0, rank=0).cond
+    task = FlowTask(config, patches, levels=mixed)
+    given = task.states(task.batch(0, rank=0)).cond
     torch.testing.assert_close(given.level, torch.full((8, 3), 1 / 3))
     assert given.target_class is None
 
@@ -641,8 +642,9 @@ def test_a_part_of_the_users_own_is_one_class_and_one_line_of_the_configuration(
     file = write_config(tmp_path, condition={"parts": [{"name": "test_velocity:Darkness"}], "dropout": 0.5})
     task = FlowTask(*resolved(file))
     batch = task.batch(0, rank=0)
-    assert batch.cond.darkness.shape == (8, 1)
-    assert torch.equal(batch.cond.present["darkness"], batch.cond.darkness[:, 0] < 0)
+    cond = task.states(batch).cond
+    assert cond.darkness.shape == (8, 1)
+    assert torch.equal(cond.present["darkness"], cond.darkness[:, 0] < 0)
     task.loss(task.model, batch).backward()
     assert task.model.condition.darkness.weight.grad is not None
     assert train(file, tmp_path / "run", "train.steps=1").name == "step-00000001"

@@ -30,6 +30,11 @@ def sources(num: int = 5) -> torch.Tensor:
     return torch.randn(num, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
 
+def sample(path, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, generator: torch.Generator):
+    """States and targets of a path, with the noise that it draws."""
+    return path.sample(x0, x1, t, path.draw_noise(x0.shape, generator=generator).to(x0))
+
+
 def noise_of(num: int = 5) -> torch.Tensor:
     return source_noise((3, 4, 4), [str(i) for i in range(num)], seed=1)
 

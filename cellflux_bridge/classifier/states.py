@@ -48,12 +48,12 @@ class States:
     def batch(self, index: int, *, rank: int = 0, time: float | None = None) -> LabelledBatch:
         """The states of a batch of pairs, at the path's training times or all at one `time`."""
         pairs = self._pairs.batch(index, rank=rank)
-        x0, x1 = self._codec.encode(pairs.x0), self._codec.encode(pairs.x1)
+        x0, x1 = map(self._codec.encode, pairs.patches())
         generator = torch_generator(self._seed, "path", self._split, index, rank)
         t = self.path.times(len(x0), generator=generator)
         if time is not None:
             t = torch.full_like(t, min(max(time, self.path.t_start), 1 - self.path.margin))
-        x_t = self.path.sample(x0, x1, t, generator=generator).x_t
+        x_t = self.path.sample(x0, x1, t, self.path.draw_noise(x0.shape, generator=generator)).x_t
         return LabelledBatch(x_t, self._labels[pairs.target_index], t, x0 if self._source_image else None)
 
 

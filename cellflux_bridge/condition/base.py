@@ -107,7 +107,7 @@ class Part(ABC):
 
         `fields` are what is known of the samples: x0 (B, C, H, W), the clean source states; source_class and
         target_class (B,) int64; target_level (B, num_classes) float32, the soft label of the target; in training also
-        source_index and target_index (B,), the patches' numbers in the data set.
+        source_index and target_index (B,), the patches' numbers in the data set. All lie on the network's device.
         """
         return fields[self.field or self.name]
 

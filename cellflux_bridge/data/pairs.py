@@ -26,8 +26,9 @@ _NUM_POOLS = 32
 
 
 class PairBatch(NamedTuple):
-    """x0, x1 (B, 3, S, S) float32 in [-1, 1]; class numbers (B,) int64; the targets' soft labels (B, num_classes)
-    float32, one-hot where pairs are drawn by class; and the patches' numbers in the data set, (B,) int64."""
+    """x0, x1 (B, 3, S, S) uint8; class numbers (B,) int64; the targets' soft labels (B, num_classes) float32, one-hot
+    where pairs are drawn by class; the patches' numbers in the data set, (B,) int64; and where stain is jittered, what
+    was drawn for each pair (B, 4, 3)."""
 
     x0: torch.Tensor
     x1: torch.Tensor
@@ -36,6 +37,12 @@ class PairBatch(NamedTuple):
     target_level: torch.Tensor
     source_index: torch.Tensor
     target_index: torch.Tensor
+    jitter: torch.Tensor | None = None
+
+    def patches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sources and targets (B, 3, S, S) float32 in [-1, 1], their stain jittered, on the device of this batch."""
+        x0, x1 = images.encode(self.x0), images.encode(self.x1)
+        return (x0, x1) if self.jitter is None else stain.jitter(torch.stack([x0, x1], dim=1), self.jitter).unbind(1)
 
 
 class _Rows(NamedTuple):
@@ -167,14 +174,13 @@ class Pairs:
         rows = pool.result()[place]
         shown = np.where(rows.stays, rows.source, rows.target)
         target_place = np.where((rows.source == shown)[:, None], rows.source_place, rows.target_place)
-        x0 = images.encode(self._patches.cut(rows.source, rows.source_place))
-        x1 = images.encode(self._patches.cut(shown, target_place))
+        x0, x1 = self._patches.cut(rows.source, rows.source_place), self._patches.cut(shown, target_place)
+        jitter = None
         if self._split == "train" and self._data.stain.mode == "augment":
             generator = torch_generator(self._seed, "stain", step, rank)
-            both = stain.augment(torch.stack([x0, x1], dim=1), strength=self._data.stain.strength, generator=generator)
-            x0, x1 = both.unbind(1)
+            jitter = stain.draw_jitter(len(x0), strength=self._data.stain.strength, generator=generator)
         columns = (self._patches.labels[rows.source], self._patches.labels[shown], self._levels[rows.target])
-        return PairBatch(x0, x1, *map(torch.from_numpy, (*columns, rows.source, shown)))
+        return PairBatch(x0, x1, *map(torch.from_numpy, (*columns, rows.source, shown)), jitter)
 
     def _coupled(self, number: int, rank: int) -> list[_Rows]:
         """The batches of a pool, each with the targets that the coupling gave to its sources."""

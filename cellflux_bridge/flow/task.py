@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +22,16 @@ from cellflux_bridge.transport.base import source_noise
 from cellflux_bridge.transport.path import Path as PathTransport
 
 _SHEET_ROWS, _SHEET_STEPS, _SHEET_FRAMES = 8, 12, 7
+
+
+class FlowDraw(NamedTuple):
+    """What is drawn for a batch and travels to the device: pairs of uint8 patches, times t (B,), the path's noise
+    (B, C, H, W) in the shape of states, and in training which samples lose their condition, (B,) bool."""
+
+    pairs: PairBatch
+    t: torch.Tensor
+    noise: torch.Tensor
+    dropped: torch.Tensor | None = None
 
 
 class FlowBatch(NamedTuple):
@@ -57,35 +68,42 @@ class FlowTask:
         self._num_val_batches = -(-train.validate_pairs // val_size)
 
     def _encoded(self, pairs: PairBatch) -> PairBatch:
-        return pairs._replace(x0=self.codec.encode(pairs.x0), x1=self.codec.encode(pairs.x1))
+        x0, x1 = map(self.codec.to(pairs.x0.device).encode, pairs.patches())
+        return pairs._replace(x0=x0, x1=x1)
 
-    def _flow_batch(self, pairs: PairBatch, *purpose: str | int) -> FlowBatch:
-        generator, pairs = torch_generator(self._config.seed, "path", *purpose), self._encoded(pairs)
-        t = self.path.times(len(pairs.x0), generator=generator)
-        x_t, u_t = self.path.sample(pairs.x0, pairs.x1, t, generator=generator)
-        return FlowBatch(t, x_t, u_t, self.model.spec.read(pairs._asdict()))
+    def _draw(self, pairs: PairBatch, *purpose: str | int) -> FlowDraw:
+        generator, (num, _, *sides) = torch_generator(self._config.seed, "path", *purpose), pairs.x0.shape
+        t = self.path.times(num, generator=generator)
+        shape = (num, self.codec.channels, *(side // self.codec.stride for side in sides))
+        return FlowDraw(pairs, t, self.path.draw_noise(shape, generator=generator))
 
-    def batch(self, index: int, *, rank: int) -> FlowBatch:
-        flow = self._flow_batch(self._train.batch(index, rank=rank), "train", index, rank)
+    def batch(self, index: int, *, rank: int) -> FlowDraw:
+        drawn = self._draw(self._train.batch(index, rank=rank), "train", index, rank)
         generator = torch_generator(self._config.seed, "condition dropout", index, rank)
-        dropped = torch.rand(len(flow.t), generator=generator) < self._config.condition.dropout
-        return flow._replace(cond=flow.cond.drop(dropped))
+        dropped = torch.rand(len(drawn.t), generator=generator) < self._config.condition.dropout
+        return drawn._replace(dropped=dropped)
 
-    def validation_batches(self) -> Iterator[FlowBatch]:
+    def states(self, drawn: FlowDraw) -> FlowBatch:
+        """The states of a batch, on the device where it lies."""
+        pairs, t = self._encoded(drawn.pairs), drawn.t
+        cond = self.model.spec.read(pairs._asdict())
+        cond = cond if drawn.dropped is None else cond.drop(drawn.dropped)
+        return FlowBatch(t, *self.path.sample(pairs.x0, pairs.x1, t, drawn.noise), cond)
+
+    def validation_batches(self, device: torch.device) -> Iterator[FlowBatch]:
         """Held-out pairs, the same on every call; drawn anew, so that large patches do not lie in memory."""
         for number in range(self._num_val_batches):
-            yield self._flow_batch(self._val.batch(number), "val", number)
+            yield self.states(move_data_to_device(self._draw(self._val.batch(number), "val", number), device))
 
-    def loss(self, model: nn.Module, batch: FlowBatch) -> torch.Tensor:
-        return F.mse_loss(model(batch.t, batch.x_t, batch.cond).float(), batch.u_t)
+    def loss(self, model: nn.Module, batch: FlowDraw) -> torch.Tensor:
+        return velocity_error(model, self.states(batch))
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """On held-out pairs: the velocity's mean squared error, the share of u_t's power that it explains, and how
         far the output moves, relative to its norm, when source and target class change places ("condition swap";
         near 0 means that the network ignores its condition)."""
         squares = []
-        for batch in self.validation_batches():
-            t, x_t, u_t, cond = (value.to(device) for value in batch)
+        for t, x_t, u_t, cond in self.validation_batches(device):
             v, other = model(t, x_t, cond).float(), model(t, x_t, _swapped(cond)).float()
             squares.append([part.square().mean().item() for part in (v - u_t, u_t, other - v, v)])
         error, power, moved, size = np.mean(squares, axis=0).tolist()
@@ -99,22 +117,28 @@ class FlowTask:
         """Held-out sources carried along the path: rows are sources, the last column is their coupled target."""
         if not self.path.from_data:
             return None
-        pairs = self._val.batch(0)
+        pairs = self._val.batch(0)._asdict()
         # Rows come in blocks, one a transition; a stride shows all of them.
-        rows = torch.linspace(0, len(pairs.x0) - 1, min(_SHEET_ROWS, len(pairs.x0))).long()
-        chosen = self._encoded(PairBatch(*(value[rows] for value in pairs)))
+        rows = torch.linspace(0, len(pairs["x0"]) - 1, min(_SHEET_ROWS, len(pairs["x0"]))).long()
+        chosen = {name: value[rows].to(device) for name, value in pairs.items() if value is not None}
+        chosen = self._encoded(PairBatch(**chosen))
         names = [str(i) for i in chosen.source_index.tolist()]
         transport = PathTransport(steps=_SHEET_STEPS, frames=_SHEET_FRAMES, solver="euler")
         result = transport.along(
             model,
             self.path,
-            chosen.x0.to(device),
-            self.model.spec.read(chosen._asdict()).to(device),
+            chosen.x0,
+            self.model.spec.read(chosen._asdict()),
             noise=source_noise(chosen.x0.shape[1:], names, seed=self._config.seed).to(device),
         )
-        states = torch.cat([result.frames.cpu(), chosen.x1[None]]).transpose(0, 1)
-        table = images.to_rgb(self.codec.to_uint8(states).numpy().transpose(0, 1, 3, 4, 2))
+        states = torch.cat([result.frames, chosen.x1[None]]).transpose(0, 1)
+        table = images.to_rgb(self.codec.to_uint8(states).cpu().numpy().transpose(0, 1, 3, 4, 2))
         return images.sheet(table, scale=max(1, 96 // table.shape[2]))
+
+
+def velocity_error(model: nn.Module, batch: FlowBatch) -> torch.Tensor:
+    """The mean squared error of a velocity, a number: the loss of conditional flow matching."""
+    return F.mse_loss(model(batch.t, batch.x_t, batch.cond).float(), batch.u_t)
 
 
 def _swapped(cond: Condition) -> Condition:

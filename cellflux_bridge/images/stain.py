@@ -247,24 +247,36 @@ def normalise(rgb: np.ndarray, reference: StainReference) -> np.ndarray:
     return out
 
 
-def augment(images: torch.Tensor, *, strength: float, generator: torch.Generator) -> torch.Tensor:
+def draw_jitter(num: int, *, strength: float, generator: torch.Generator) -> torch.Tensor:
     """Stain jitter in optical density (Tellez et al. 2018): every stain's concentration scaled and shifted.
 
-    `images`: (N, ..., 3, H, W) float in [-1, 1]; the leading index is what shares one draw, so a (source, target)
-    pair stacked to (N, 2, 3, H, W) keeps the stain difference that the flow has to learn. Scale is uniform in
-    1 +- strength, shift uniform in +- strength / 4 (natural-log density). Returns the same shape and range.
+    Returns (num, 4, 3) float32 for `jitter`: of each draw the map of density, a 3x3 matrix and an offset. Scale is
+    uniform in 1 +- strength, shift uniform in +- strength / 4 (natural-log density).
     """
-    stains = torch.tensor(RUIFROK_HE, dtype=images.dtype)
+    stains = torch.tensor(RUIFROK_HE, dtype=torch.float32)
     residual = torch.linalg.cross(stains[0], stains[1])
     basis = torch.cat([stains, residual[None] / residual.norm()])
-    draws = torch.rand(len(images), 2, 2, generator=generator, dtype=images.dtype) * 2 - 1
-    scale, shift = torch.ones(len(images), 3), torch.zeros(len(images), 3)
+    draws = torch.rand(num, 2, 2, generator=generator) * 2 - 1
+    scale, shift = torch.ones(num, 3), torch.zeros(num, 3)
     scale[:, :2] += strength * draws[:, 0]
     shift[:, :2] = strength / 4 * draws[:, 1]
     # OD' = ((OD B^-1) * scale + shift) B, written as one 3x3 matrix and an offset for each draw.
     matrix = torch.linalg.inv(basis) @ (scale[:, :, None] * basis)
-    offset = shift @ basis
+    return torch.cat([matrix, (shift @ basis)[:, None]], dim=1)
+
+
+def jitter(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Images (N, ..., 3, H, W) float in [-1, 1] with the jitter (N, 4, 3) that `draw_jitter` drew, in the same range.
+
+    The leading index is what shares one draw, so a (source, target) pair stacked to (N, 2, 3, H, W) keeps the stain
+    difference that the flow has to learn.
+    """
     density = -torch.log(((images + 1) / 2).clamp(1 / 255, 1))
-    density = torch.einsum("n...chw,ncd->n...dhw", density, matrix.to(density))
-    density = density + offset.to(density).view(len(images), *[1] * (images.dim() - 4), 3, 1, 1)
+    density = torch.einsum("n...chw,ncd->n...dhw", density, drawn[:, :3])
+    density = density + drawn[:, 3].view(len(images), *[1] * (images.dim() - 4), 3, 1, 1)
     return torch.exp(-density).clamp(0, 1) * 2 - 1
+
+
+def augment(images: torch.Tensor, *, strength: float, generator: torch.Generator) -> torch.Tensor:
+    """Images (N, ..., 3, H, W) float in [-1, 1] with a stain jitter drawn for each: see `draw_jitter` and `jitter`."""
+    return jitter(images, draw_jitter(len(images), strength=strength, generator=generator).to(images))

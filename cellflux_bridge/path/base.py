@@ -1,6 +1,7 @@
 """What every path from source to target has."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
@@ -48,13 +49,16 @@ class Path(ABC):
         """The times nearest to t, of any shape, for which networks were trained."""
         return t.clamp(self.t_start, 1 - self.margin)
 
-    def sample(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, *, generator: torch.Generator) -> PathSample:
-        """A state and its target for each pair; x0, x1 (B, C, H, W) in [-1, 1], t (B,)."""
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
+    def draw_noise(self, shape: Sequence[int], *, generator: torch.Generator) -> torch.Tensor:
+        """What `sample` lays on states of a shape (B, C, H, W): unit noise."""
+        return torch.randn(shape, generator=generator)
+
+    def sample(self, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> PathSample:
+        """A state and its target for each pair; x0, x1 (B, C, H, W) in [-1, 1], t (B,), `noise` from `draw_noise`."""
         x0, s = x0 if self.from_data else torch.zeros_like(x0), t.view(-1, 1, 1, 1)
         mean = MATCHER.compute_mu_t(x0, x1, t)
         flow = MATCHER.compute_conditional_flow(x0, x1, t, mean)
-        return PathSample(mean + self.noise_scale(s) * eps, flow + self.noise_rate(s) * eps)
+        return PathSample(mean + self.noise_scale(s) * noise, flow + self.noise_rate(s) * noise)
 
     @abstractmethod
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:

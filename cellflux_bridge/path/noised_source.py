@@ -28,9 +28,11 @@ class NoisedSource(Path):
     def noise_rate(self, t: torch.Tensor) -> torch.Tensor:
         return torch.full_like(t, -self._scale * self._noisy_start)
 
-    def sample(self, x0, x1, t, *, generator) -> PathSample:
-        eps = torch.randn(x0.shape, generator=generator)
-        coin = (torch.rand(len(x0), generator=generator) < self._probability).float()
-        noised = x0 + self._scale * (coin.view(-1, 1, 1, 1) * eps).to(x0)
+    def draw_noise(self, shape, *, generator) -> torch.Tensor:
+        eps = super().draw_noise(shape, generator=generator)
+        return (torch.rand(len(eps), generator=generator) < self._probability).float().view(-1, 1, 1, 1) * eps
+
+    def sample(self, x0, x1, t, noise) -> PathSample:
+        noised = x0 + self._scale * noise
         x_t = MATCHER.compute_mu_t(noised, x1, t)
         return PathSample(x_t, MATCHER.compute_conditional_flow(noised, x1, t, x_t))

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_utilities import apply_to_collection
 from torch import nn
 
 from cellflux_bridge import checkpoint
@@ -30,7 +31,8 @@ __all__ = ["Stopped", "Task", "fit", "from_rank_zero", "make_fabric", "on_rank_z
 
 
 class Task(Protocol):
-    """What is trained. `batch` runs in several threads at once and depends on its arguments alone."""
+    """What is trained. `batch` runs in several threads at once and depends on its arguments alone; `loss` gets what it
+    returned on the device, so a batch is small (uint8 patches), and what is large is made of it there."""
 
     model: nn.Module
     preprocessing: Preprocessing
@@ -144,7 +146,10 @@ class _Trainer:
 
     def _batches(self, step: int) -> list[Any]:
         num, rank = self.train.accumulate, self.fabric.global_rank
-        return [self.task.batch(index, rank=rank) for index in range(step * num, (step + 1) * num)]
+        batches = [self.task.batch(index, rank=rank) for index in range(step * num, (step + 1) * num)]
+        if self.fabric.device.type != "cuda":
+            return batches
+        return apply_to_collection(batches, torch.Tensor, torch.Tensor.pin_memory)  # so that copies do not wait
 
     def _update(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         train, step, optimiser = self.train, self.state.step, self.state.optimiser
