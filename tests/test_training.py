@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
 
-from cellflux_bridge import checkpoint, cli
+from cellflux_bridge import checkpoint, cli, images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.parallel import prefetch
 from cellflux_bridge.config import load_config
@@ -561,6 +562,19 @@ def test_a_batch_depends_on_its_number_and_rank_alone(task):
     for other in map(task.states, (task.batch(4, rank=0), task.batch(3, rank=1))):
         assert not torch.equal(one.x_t, other.x_t)
         assert not torch.equal(one.t, other.t)
+
+
+def test_uint8_travels_to_the_device(task):
+    """Of images and states only the noise is float."""
+    batch = task.batch(0, rank=0)
+    assert (batch.pairs.x0.dtype, batch.pairs.x1.dtype, batch.pairs.jitter) == (torch.uint8, torch.uint8, None)
+    tensors = tree_leaves(batch)
+    assert sum(value.nbytes for value in tensors if value is not None) < 8 * 3 * 16 * 16 * (1 + 1 + 4) + 1000
+    states = task.states(batch)
+    x0, x1 = (images.encode(x) for x in (batch.pairs.x0, batch.pairs.x1))
+    expected = task.path.sample(x0, x1, batch.t, batch.noise)
+    assert torch.equal(states.x_t, expected.x_t)
+    assert torch.equal(states.u_t, expected.u_t)
 
 
 def test_the_condition_is_dropped_for_samples_not_for_batches(patch_folder, tmp_path, write_config):
