@@ -28,7 +28,8 @@ class Bridge(FlowTranslator):
 
         `overrides` are `key.sub=value` settings of this use, such as translate.steps=50; the network's architecture
         always comes from the checkpoint. With `trust`, classes of foreign modules that the run names are imported,
-        which runs their code. Raises UserError for a folder without checkpoint, and for weights that do not fit.
+        which runs their code, and caches and phantoms are made where it says. Raises UserError for a folder without
+        checkpoint, and for weights that do not fit.
         """
         with trusting(trust):
             folder = checkpoint.latest(Path(run))
