@@ -27,8 +27,7 @@ _NUM_POOLS = 32
 
 class PairBatch(NamedTuple):
     """x0, x1 (B, 3, S, S) uint8; class numbers (B,) int64; the targets' soft labels (B, num_classes) float32, one-hot
-    where pairs are drawn by class; the patches' numbers in the data set, (B,) int64; and where stain is jittered, what
-    was drawn for each pair (B, 4, 3)."""
+    by class; the patches' numbers in the data set, (B,) int64; and each pair's stain jitter (B, 4, 3), if any."""
 
     x0: torch.Tensor
     x1: torch.Tensor
@@ -94,10 +93,8 @@ class Pairs:
         level_bins: int = 4,
         key: str = "train.batch_size",
     ):
-        self._patches, self._coupling, self._split = patches, coupling, split
-        self._batch_size, self._seed, self._config, self._data = batch_size, seed, pairs, data
-        self._key = key
-        self._by_level = levels is not None
+        self._patches, self._coupling, self._split, self._by_level = patches, coupling, split, levels is not None
+        self._batch_size, self._seed, self._config, self._data, self._key = batch_size, seed, pairs, data, key
         self._levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels] if levels is None else levels
         self.transitions = [
             tuple(patches.class_index(label) for label in pair) for pair in named_transitions(patches.classes, pairs)
@@ -175,10 +172,9 @@ class Pairs:
         shown = np.where(rows.stays, rows.source, rows.target)
         target_place = np.where((rows.source == shown)[:, None], rows.source_place, rows.target_place)
         x0, x1 = self._patches.cut(rows.source, rows.source_place), self._patches.cut(shown, target_place)
-        jitter = None
-        if self._split == "train" and self._data.stain.mode == "augment":
-            generator = torch_generator(self._seed, "stain", step, rank)
-            jitter = stain.draw_jitter(len(x0), strength=self._data.stain.strength, generator=generator)
+        how, generator = self._data.stain, torch_generator(self._seed, "stain", step, rank)
+        is_jittered = self._split == "train" and how.mode == "augment"
+        jitter = stain.draw_jitter(len(x0), strength=how.strength, generator=generator) if is_jittered else None
         columns = (self._patches.labels[rows.source], self._patches.labels[shown], self._levels[rows.target])
         return PairBatch(x0, x1, *map(torch.from_numpy, (*columns, rows.source, shown)), jitter)
 

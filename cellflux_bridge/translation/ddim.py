@@ -80,7 +80,8 @@ class DDIMTranslator(Translator):
         `overrides` are `key.sub=value` settings of this use, such as ddim.depths=fourier or translate.num=10. Where
         ddim.denoiser.weights or ddim.classifier.weights is set, that file takes the place of the trained network.
         With `trust`, classes of foreign modules that the run names are imported, which runs their code, and caches and
-        phantoms are made where it says. Raises UserError for a network that is missing, was trained otherwise, or does not fit the configuration.
+        phantoms are made where it says. Raises UserError for a network that is missing, was trained otherwise, or does
+        not fit the configuration.
         """
         path = Path(run)
         where, output = (path / checkpoint.CONFIG, path) if path.is_dir() else (path, None)
