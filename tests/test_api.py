@@ -375,7 +375,7 @@ def test_another_translation_is_overwritten_only_when_asked(train, tmp_path):
     run, output = train(), tmp_path / "out"
     Bridge.load(run, ["translate.num=3"]).translate_split(output=output)
     other = Bridge.load(run, ["translate.num=2", "translate.guidance_scale=2.0"])
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match=r"what differs: translate\.guidance_scale \(1\.0 there, 2\.0 here\)\. Choose"):
         other.translate_split(output=output)
     assert len(load_trajectory(output).source_ids) == 3
     other.translate_split(output=output, overwrite=True)
@@ -395,7 +395,7 @@ def test_a_further_trained_run_is_another_translation(train, tmp_path):
     run = train()
     Bridge.load(run, ["translate.num=2"]).translate_split(output=tmp_path / "out")
     cli.main(["train", str(run), "train.steps=3"])
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="holds another translation; what differs: settings or weights"):
         Bridge.load(run, ["translate.num=2"]).translate_split(output=tmp_path / "out")
 
 

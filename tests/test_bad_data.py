@@ -136,8 +136,8 @@ def test_a_class_asked_for_by_another_name_is_refused_with_the_nearest(patch_fol
 
 def test_a_missing_root_and_a_file_as_root_are_refused(tmp_path, data_config):
     (tmp_path / "file").touch()
-    for name in ("nowhere", "file"):
-        refusal(data_config(tmp_path / name), f"{tmp_path / name}: no such folder; set data.root")
+    for name, fault in (("nowhere", "no such folder"), ("file", "is a file")):
+        refusal(data_config(tmp_path / name), f"{tmp_path / name}: {fault}; set data.root")
 
 
 def test_split_folders_beside_other_folders_are_refused(tmp_path, make_patches, data_config):
@@ -191,8 +191,8 @@ GOOD = "path,label,split,group,score,mpp\nA/A000.png,A,train,p1,0.5,\nB/B000.png
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ("A/gone.png,A,train,p3,0.5,", "1 listed files do not exist: A/gone.png"),
-        ("A,A,train,p3,0.5,", "1 listed files do not exist: A"),
+        ("A/gone.png,A,train,p3,0.5,", "names files that do not exist (1): A/gone.png"),
+        ("A,A,train,p3,0.5,", "names files that do not exist (1): A"),
         ("../x.png,A,train,p3,0.5,", "line 4: ../x.png names no file inside"),
         ("A/../../x.png,A,train,p3,0.5,", "line 4: A/../../x.png names no file inside"),
         ("..\\x.png,A,train,p3,0.5,", "line 4: ..\\x.png names no file inside"),
@@ -226,7 +226,7 @@ def test_the_line_is_right_after_blank_lines_and_quoted_breaks(manifest):
 
 def test_of_many_missing_files_and_leaking_groups_some_are_listed(manifest):
     missing = "".join(f"A/gone{n}.png,A,,,,\n" for n in range(9))
-    refusal(manifest(GOOD + missing), "9 listed files do not exist: A/gone0.png", "A/gone4.png and 4 more")
+    refusal(manifest(GOOD + missing), "names files that do not exist (9): A/gone0.png", "A/gone4.png and 4 more")
     leaking = "".join(
         f"{c}/{c}{n:03d}.png,{c},{split},q{n % 7},,\n"
         for c, split in (("A", "train"), ("B", "val"))

@@ -207,3 +207,22 @@ def test_near_copies_across_splits_and_classes_are_listed_and_drawn(tmp_path, da
     ]
     (root / "manifest.csv").write_text("path,label,group\n" + "\n".join(rows))
     assert "of different groups: 0 pairs" in check(data_config(root), tmp_path)[0]
+
+
+def test_patients_read_as_classes_are_told(tmp_path, data_config):
+    root = data_set(tmp_path / "root", [f"P00{p}/{n}" for p in range(4) for n in range(4)])
+    report, _ = check(data_config(root), tmp_path)
+    assert "WARNING: 4 classes: P000, P001, P002, P003. If these are patients or slides, data.root is not" in report
+    assert f"(is it {tmp_path}?)" in report
+    report, _ = check(data_config(root, classes=[f"P00{p}" for p in range(4)]), tmp_path)
+    assert "patients or slides" not in report
+
+
+def test_a_split_by_patch_is_told(tmp_path, data_config):
+    patches = [f"{c}/{n}" for c in "AB" for n in range(9)]
+    warning = "WARNING: patches are split one by one, because no groups are named"
+    assert warning in check(data_config(data_set(tmp_path / "alone", patches)), tmp_path)[0]
+    grouped = [f"{c}/{c}{p}/{n}" for c in "AB" for p in range(5) for n in range(3)]
+    assert warning not in check(data_config(data_set(tmp_path / "grouped", grouped)), tmp_path)[0]
+    named = [f"{split}/{name}" for split in ("train", "val", "test") for name in patches]
+    assert warning not in check(data_config(data_set(tmp_path / "named", named)), tmp_path)[0]

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -79,7 +80,8 @@ def test_a_users_mistake_ends_with_its_message_and_status_1(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "x.yaml"], "unknown command 'trian'; known: data, config, train"),
+        (["trian", "x.yaml"], "unknown command 'trian'; did you mean 'train'.; known: data, config, train"),
+        (["train", "x.yaml", "--data.root=y"], "--data.root=y: settings are written without dashes, as in data.root=y"),
         (["train", "nowhere.yaml"], "nowhere.yaml: cannot read"),
         (["translate", "nowhere"], "nowhere: holds no checkpoint"),
         (["video", "nowhere"], r"nowhere: no trajectory\.json here"),
@@ -122,6 +124,8 @@ def test_config_show_fills_in_and_overrides(tmp_path, write_config, capsys):
     assert config.path == {"name": "brownian", "scale": 0.3, "margin": 0.02}
     cli.main(["config", "show", str(file), "--key", "train.batch_size"])
     assert capsys.readouterr().out == "8\n"
+    cli.main(["config", "show", str(file), "--key", "data.split"])
+    assert capsys.readouterr().out == "val: 0.1\ntest: 0.2\n"
     with pytest.raises(SystemExit, match=r"train\.bath_size: no such key"):
         cli.main(["config", "show", str(file), "--key", "train.bath_size"])
     with pytest.raises(SystemExit, match=r"train\.bath_size: unknown key; did you mean 'train\.batch_size'"):
@@ -151,7 +155,7 @@ def test_from_patches_to_figures(patch_folder, tmp_path, write_config, capsys):
     assert f"sequences: {folder} (4, 4 made now" in capsys.readouterr().out
     cli.main(["translate", str(run), "--source", "A", "--target", "B", *options])
     assert "(4, 0 made now)" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds another run"):
+    with pytest.raises(SystemExit, match=r"what differs: translate\.steps \(4 there, 5 here\)"):
         cli.main(["translate", str(run), *options, "translate.steps=5"])
     cli.main(["translate", str(run), *options, "translate.steps=5", "--overwrite"])
     assert "(4, 4 made now" in capsys.readouterr().out
@@ -163,6 +167,14 @@ def test_from_patches_to_figures(patch_folder, tmp_path, write_config, capsys):
         wrote = [line.removeprefix("wrote: ") for line in capsys.readouterr().out.splitlines()]
         assert len(wrote) == 2
         assert all(Path(path).stat().st_size > 100 for path in wrote)
+
+    cli.main(["translate", str(run), *options, "translate.frames=5", "--output", str(run / "trajectories" / "more")])
+    capsys.readouterr()
+    cli.main(["video", str(run), "video.formats=[strip]", "--output", str(tmp_path / "shown")])
+    assert f"newest translation, {run / 'trajectories' / 'more'}; to choose another (A_to_B_path)" in (
+        capsys.readouterr().out
+    )
+    shutil.rmtree(run / "trajectories" / "more")
 
     with pytest.raises(SystemExit, match="none given, and the run has none"):
         cli.main(["classify", str(run)])
@@ -239,6 +251,8 @@ def test_a_training_that_takes_patches_from_a_named_split_says_so(tmp_path, make
     file = str(write_config(tmp_path, train={"steps": 1, "validate_pairs": 8}))
     cli.main(["train", file])
     assert capsys.readouterr().out.count("the data names 32 patches train and none test: of these 8 test") == 1
+    cli.main(["train-classifier", file, "classifier.train.steps=1"])
+    assert "the data names" not in capsys.readouterr().out  # it was said when the run was begun
 
 
 def test_data_that_cannot_be_used_fails_the_check(patch_folder, tmp_path, write_config, capsys):

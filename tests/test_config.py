@@ -136,6 +136,23 @@ def test_a_wrong_value_is_refused_with_its_key_and_what_was_found(load, text, ke
     assert any(line.startswith(key) and found in line for line in message.splitlines()), message
 
 
+@pytest.mark.parametrize(
+    ("levels", "line"),
+    [
+        ("many", "translate.levels: input should be a valid integer or a valid list, found 'many'"),
+        ("0", "translate.levels: input should be greater than or equal to 1, found 0"),
+        ("[0.5, 2]", "translate.levels.1: input should be less than or equal to 1, found 2"),
+    ],
+)
+def test_a_key_of_two_types_gets_one_line(load, levels, line):
+    _, told, note = refusal(load, f"translate: {{method: progression, levels: {levels}}}").splitlines()
+    assert (told, note) == (line, "(arguments of transport 'progression')")
+
+
+def test_the_reference_bridges_method_names_its_own_command(load):
+    assert "cellflux-bridge train-ddim" in refusal(load, "translate: {method: ddim}")
+
+
 def test_wrong_values_of_the_data_section_are_refused(load):
     message = refusal(load, root="data: {root: x, split: {val: 0.5, test: 0.5}}")
     assert "data.split: val + test must stay below 1" in message

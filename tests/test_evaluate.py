@@ -646,7 +646,9 @@ def test_frames_of_few_sources_have_what_can_be_computed(full):
     assert np.isfinite(found(full, name, "precision_target", 1.0).value)
     assert np.isfinite(found(full, name, "kid_target", 1.0).value)
     assert np.isnan(found(full, name, "recall_target", 1.0).value)
-    assert any(w.startswith(f"recall_target of {name} at level 1 is undefined: 3 images") for w in full.warnings)
+    assert any(
+        w.startswith("Not known: ") and f"recall of real target of {name} at level 1" in w for w in full.warnings
+    )
 
 
 def test_sequences_that_lack_rows_are_left_out_with_a_warning(tiny, full):
@@ -679,6 +681,16 @@ def test_a_guide_is_refused_wherever_it_is_named(tiny, judged, path):
     for wrong in ({"judges": [guide]}, {"features": guide}, {"scores": guide}):
         with pytest.raises(UserError, match=r"guide/.*is a guide .*classifier\.role=judge"):
             evaluate([path], **{**judged, **wrong})
+
+
+def test_unfit_runs_are_refused_before_a_missing_flag(tiny, judged, path):
+    guide, judge = tiny.classifier("guide", "classifier.role=guide", seed=5), str(judged["judges"][0])
+    with pytest.raises(SystemExit, match=r"guide/.*is a guide"):
+        main(["evaluate", str(path), "--judge", judge, "--judge", str(guide)])
+    with pytest.raises(SystemExit, match="nowhere: holds no checkpoint"):
+        main(["evaluate", str(path), "--judge", "nowhere"])
+    with pytest.raises(SystemExit, match=r"nowhere: no trajectory\.json here"):
+        main(["evaluate", "nowhere", "--judge", judge])
 
 
 def test_a_network_named_twice_is_refused(judged, path, tmp_path):

@@ -153,12 +153,25 @@ def test_too_few_images_are_warned_of():
     )
     assert "as few as 2047 images" in few
     assert undefined == (
-        "recall_own of path at level 0.5, 1 is undefined: 3 images against 40; it needs 4 frames and 4 real patches of "
-        "different groups."
+        "Not known: recall, own level of path at level 0.5 and 1. This rests on 3 images against 40; it needs 4 frames "
+        "and 4 real patches of different groups."
     )
     assert list(figure_warnings([value("frechet_own", 3.0, 2048, 2048)])) == []
     (floor,) = figure_warnings([value("kid_floor", np.nan, 2, 2), value("kid_floor_spread", np.nan, 2, 2)])
-    assert floor == "kid_floor of path is undefined: 2 images against 2; it needs 4 groups."
+    assert floor == "Not known: floor of KID of path. This rests on 2 images against 2; it needs 4 groups."
+
+
+def test_a_judge_that_is_no_better_than_chance_is_warned_of_first():
+    def value(method, number, judge):
+        return Value("", method, "flip_rate", None, judge, 40, None, "test", number, np.nan, np.nan)
+
+    few = Value("", "path", "frechet_own", 0.5, "x", 5, 5, "test", 3.0, np.nan, np.nan)
+    judged = [value("real target", 0.95, "good"), value("real source", 0.05, "good")]
+    judged += [value("real target", 1.0, "poor"), value("real source", 0.95, "poor")]
+    first, second = figure_warnings([few, *judged])
+    assert first.startswith("poor recognises only 5% of the real source patches and 100% of the real target patches")
+    assert "accuracy 0.53" in first
+    assert "as few as 5 images" in second
 
 
 def test_the_benchmark_times_every_part(capsys):

@@ -287,7 +287,7 @@ def test_a_label_that_is_not_given_is_refused_or_left_out(manifest):
         ("A/1\0.png,A,", "names no file inside"),
         ("A/.ipynb_checkpoints/1.png,A,", "line 2: A/.ipynb_checkpoints/1.png: .ipynb_checkpoints is hidden"),
         (f"{'x' * 5000}.png,A,", "line 2: a cell has 5004 characters"),
-        (f"{'x' * 300}.png,A,", "1 listed files do not exist"),
+        (f"{'x' * 300}.png,A,", "names files that do not exist (1)"),
         ('"A/1.png,A,\nB/1.png,B,', "cannot be read as CSV in UTF-8"),
         ("A/1.png,A,NA\nA/2.png,a,NA", "'A' and 'a' differ by letter case only"),
     ],

@@ -335,7 +335,7 @@ def test_warnings_are_given_where_they_are_due_and_only_there(run, tmp_path):
 
     sound = shown(run)
     assert "as few as 6 images" in sound
-    for reason in ("recolouring", "misses levels", "no real-versus-real floor", "not counted", "made again"):
+    for reason in ("recolouring", "misses levels", "Not known: the floor", "not counted", "made again"):
         assert reason not in sound
     tinted = shown(write_run(tmp_path / "tinted", flips=(0.95, 0.3), cellularity=False))
     assert "looks like a recolouring" in tinted
@@ -360,11 +360,17 @@ def test_warnings_are_given_where_they_are_due_and_only_there(run, tmp_path):
     assert re.search("one: the sequences in .* made again after their nuclei were counted", found)
     assert "0.70 at 0.25" in found
     assert "no frame was made at level 0.5 (shown by 0.61)" in found
-    assert "has no real-versus-real floor" in found
+    assert "Not known: the floor (real patches against real patches) of KID" in found.splitlines()[-1]
     assert "Look at the near copies." in found  # what evaluate warned of
     assert "two: the sequences in" in found
     assert "is not that of real B, 0.16" in found
     assert "one 0.08 (" in found
+
+
+def test_names_of_bands_that_lie_together_stand_as_one():
+    bands = [Band("real A", 0.53), Band("real B", 0.54), Band("floor", 0.1)]
+    names = plot(Chart("p:judge", "p", (), tuple(bands), diagonal=True)).band_names()
+    assert [name for name, _, _ in names] == ["real B, real A", "floor"]
 
 
 def test_distances_to_a_levels_own_patches_stand_beside_that_levels_floor(run):

@@ -143,5 +143,5 @@ def test_near_copies_and_mere_recolouring_are_warned_of():
         ]
     )
     assert copies.startswith("5.0% of the frames of path lie nearer")
-    assert "about 1.0% would by chance" in copies
-    assert "the change that x sees: 70% in path; use judges of structure" in stain
+    assert "By chance it would be about 1.0%" in copies
+    assert "the change that x sees: 70% in path. Use judges of structure" in stain

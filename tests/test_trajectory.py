@@ -193,7 +193,8 @@ def test_a_merge_stopped_half_way_counts_nothing_twice(tmp_path):
 )
 def test_another_run_is_refused_with_what_differs(tmp_path, change):
     write(tmp_path, "a")
-    with pytest.raises(UserError, match=f"holds another run .its {next(iter(change))} differ"):
+    told = next(iter(change)).replace("config_hash", "settings or weights")
+    with pytest.raises(UserError, match=f"what differs: {told}"):
         TrajectoryWriter(tmp_path, replace(HEADER, **change))
 
 

@@ -3,12 +3,7 @@
 import argparse
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cli.places import (
-    configuration,
-    tell_written,
-    trajectories_and_overrides,
-    trajectory_folder,
-)
+from cellflux_bridge.cli.places import tell_written, trajectories_and_overrides, trajectory_folder
 
 
 def run(args: argparse.Namespace) -> None:
@@ -16,17 +11,24 @@ def run(args: argparse.Namespace) -> None:
     from cellflux_bridge import checkpoint
     from cellflux_bridge.base.files import require_json
     from cellflux_bridge.metrics.evaluate import evaluate
+    from cellflux_bridge.metrics.loading import judge_config
     from cellflux_bridge.metrics.results import write_results
     from cellflux_bridge.training.processes import make_fabric
+    from cellflux_bridge.trajectory import read_header
 
     folders, overrides = trajectories_and_overrides(args)
-    for flag, given in (("--judge", args.judge), ("--features", args.features)):
+    for folder in folders:  # runs that are missing or unfit are told before flags that are
+        read_header(folder)
+    judges = [judge_config(checkpoint.latest(run), overrides) for run in args.judge or ()]
+    for flag, given in (("--judge", judges), ("--features", args.features)):
         if not given:
-            raise UserError(f"{flag}: none given; name the run of a classifier (cellflux-bridge train-classifier)")
+            raise UserError(
+                f"{flag}: none given; name the run of a classifier (cellflux-bridge train-classifier). Guide, judges "
+                "and --features must be different networks"
+            )
     output = args.output or folders[0] / "metrics.json"
     require_json(output)
-    judge = configuration(checkpoint.latest(args.judge[0]), overrides)
-    fabric = make_fabric(judge.classifier.train, section="classifier.train")
+    fabric = make_fabric(judges[0].classifier.train, section="classifier.train")
     evaluation = evaluate(
         folders,
         judges=args.judge,

@@ -1,6 +1,7 @@
 """The table of commands: what each takes. A command is a module of this folder with a function `run(args)`."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -129,8 +130,12 @@ def parse(argv: Sequence[str]) -> tuple[Command, Callable[[argparse.Namespace], 
 
         print(__version__)
         raise SystemExit(0)
+    from cellflux_bridge.config.schema import nearest
+
     if argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}; known: {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; known: {', '.join(COMMANDS)}")
+    if dashed := [text for text in argv if re.match(r"--?\w+\.[\w.]+(=|$)", text)]:
+        raise UserError(f"{dashed[0]}: settings are written without dashes, as in {dashed[0].lstrip('-')}")
     command, function = COMMANDS[argv[0]], _function(argv[0])
     parser = argparse.ArgumentParser(prog=f"cellflux-bridge {argv[0]}", description=function.__doc__)
     if command.word is not None:

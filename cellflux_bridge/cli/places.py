@@ -38,6 +38,11 @@ def trajectory_folder(where: Path | str) -> Path:
     found = sorted((folder / "trajectories").glob("*/manifest.csv"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"{folder}: holds no sequences yet; make them with: cellflux-bridge translate {folder}")
+    if len(found) > 1:
+        others = ", ".join(path.parent.name for path in found[:-1])
+        print(
+            f"using the newest translation, {found[-1].parent}; to choose another ({others}), name its folder instead"
+        )
     return found[-1].parent
 
 
@@ -60,7 +65,8 @@ def start(config, train, *, section: str):
     fabric.seed_everything(config.seed, verbose=False)
 
     def fill_cache() -> None:
-        if taken := taken_from_training(patch_index(config.data, seed=config.seed)):
+        taken = taken_from_training(patch_index(config.data, seed=config.seed))
+        if taken and not (config.output / "splits.csv").exists():  # said when the run was begun
             print(taken)
         load_patches(config.data, seed=config.seed)
 

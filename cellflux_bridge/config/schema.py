@@ -149,19 +149,33 @@ def _locate(model: type[BaseModel], loc: tuple) -> tuple[list[str], type[BaseMod
 
 def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "", note: str = "") -> str:
     """What a pydantic error means, a line a problem: key, what was found, what was expected, the nearest valid key."""
-    lines = []
+    lines: dict[str, dict[str, bool]] = {}  # of each key what is said, and whether that is but another type's name
     for problem in error.errors():
         keys, at = _locate(model, problem["loc"])
         *parents, last = keys = [prefix, *keys] if prefix else keys or [""]
         key = ".".join(keys)
         cause = problem.get("ctx", {}).get("error")
         if isinstance(cause, UserError):
-            lines.append(str(cause))
+            text = str(cause)
         elif problem["type"] == "extra_forbidden":
             hint = nearest(last, at.model_fields).replace("mean '", "mean '" + "".join(f"{key}." for key in parents))
-            lines.append(f"{key}: unknown key{hint}; valid here: {', '.join(at.model_fields) or 'none'}")
+            text = f"{key}: unknown key{hint}; valid here: {', '.join(at.model_fields) or 'none'}"
         else:
             found = "" if problem["type"] == "missing" else f", found {problem['input']!r:.200}"
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message[:1].lower()}{message[1:]}{found}")
-    return "\n".join(lines) + (f"\n({note})" if note else "")
+            message = problem["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
+            text = f"{key}: {message[:1].lower()}{message[1:]}{found}"
+        lines.setdefault(key, {})[text] = problem["type"].endswith(("_type", "_parsing", "literal_error"))
+    told = [text for key, texts in lines.items() for text in _of_union(key, texts, lines)]
+    return "\n".join(told) + (f"\n({note})" if note else "")
+
+
+def _of_union(key: str, texts: dict[str, bool], others: Iterable[str]) -> list[str]:
+    """One line for a key whose type is a union: each of its members says what is wrong, but only the member that the
+    value was meant for says more than that it is another type."""
+    if apt := [text for text, is_type in texts.items() if not is_type]:
+        return apt
+    if any(other.startswith(f"{key}.") for other in others):
+        return []
+    *others, last = texts
+    first, *more = [*(text.partition(", found")[0] for text in others), last]
+    return [" or ".join([first, *(text.removeprefix(f"{key}: input should be ") for text in more)])]

@@ -1,6 +1,7 @@
 """What a researcher wants to know of a folder of patches before training on it."""
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,11 +58,16 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
     lines.append("  " + " " * width + "".join(f"{split:>9}" for split in SPLITS))
     lines += [f"  {c:<{width}}" + "".join(f"{counts[c, split]:>9}" for split in SPLITS) for c in classes]
-    lines += index.reading
+    lines += [*index.reading, *_ids_for_classes(classes, config)]
     if taken := taken_from_training(index):
         lines.append(taken)
     groups = {record.group for record in records} - {None}
     lines.append(f"groups: {len(groups) or 'none named; every patch counts as its own'}")
+    if not groups and not given.issuperset(SPLITS):
+        lines.append(
+            "WARNING: patches are split one by one, because no groups are named. If a patient has several patches, "
+            "some train and some test, and every figure is too good. Put them into root/<class>/<patient>/"
+        )
     lines += describe_shares(records, given=given, val=config.split.val, test=config.split.test)
     lines += _sizes([one.size for one in facts], config, preprocessing)
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
@@ -83,6 +89,18 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
         lines.append(f"contact sheet: {sheet}")
     lacking = _lacking(counts, classes, config, given=given)
     return "\n".join(lines + lacking), not unreadable and not lacking
+
+
+def _ids_for_classes(classes: Sequence[str], config: DataConfig) -> list[str]:
+    """A warning where folders were read as classes that look like patients or slides."""
+    are_ids = len(classes) > 10 or (len(classes) > 3 and all(re.search(r"\d", name) for name in classes))
+    if config.classes is not None or not are_ids:
+        return []
+    return [
+        f"WARNING: {len(classes)} classes: {abbreviate(classes)}. If these are patients or slides, data.root is not "
+        f"the folder that holds the classes (is it {config.root.absolute().parent}?). If they are classes, name them "
+        "in data.classes"
+    ]
 
 
 def require_pairs(patches: Patches, config: Config, *, batch_size: int) -> None:

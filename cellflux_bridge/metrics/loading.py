@@ -116,13 +116,19 @@ def _load_named(name: str, judge: Network) -> Network:
     )
 
 
-def _load(use: str, folder: Path, source: str, target: str, overrides, device, cache) -> Network:
+def judge_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a classifier's checkpoint; UserError for a guide, which is no judge."""
     config = load_config(folder / checkpoint.CONFIG, overrides)
     if config.classifier.role == "guide":
         raise UserError(
             f"{folder}: is a guide (classifier.role=guide), whose opinion the frames were made to please; judge them "
             "with a classifier trained apart, with classifier.role=judge"
         )
+    return config
+
+
+def _load(use: str, folder: Path, source: str, target: str, overrides, device, cache) -> Network:
+    config = judge_config(folder, overrides)
     classes = tuple(config.data.classes)
     for label in (source, target):
         if label not in classes:

@@ -112,11 +112,25 @@ class Plot(NamedTuple):
         corners = [(p.level, p.high) for p in found] + [(p.level, p.low) for p in reversed(found)]
         return "M" + "L".join(f"{self.x(a)} {self.y(b)}" for a, b in corners) + "z" if len(found) > 1 else ""
 
-    def band(self, band: Band) -> tuple[float, float, float, float]:
-        """Top, height and line of a band, and where its name stands: below its line if it would leave the picture."""
+    def band(self, band: Band) -> tuple[float, float, float]:
+        """Top, height and line of a band."""
         low, high = (band.value if v is None else v for v in (band.low, band.high))
-        line, top = self.y(band.value), self.y(high)
-        return top, max(0.0, round(self.y(low) - top, 1)), line, line + (11 if line < TOP + 12 else -4)
+        top = self.y(high)
+        return top, max(0.0, round(self.y(low) - top, 1)), self.y(band.value)
+
+    def band_names(self) -> list[tuple[str, float, float]]:
+        """What stands at the bands' lines, at which value, and where: below its line if it would leave the picture.
+        Names that would overlap stand as one."""
+        found: list[tuple[str, float, float]] = []
+        for band in sorted(self.chart.bands, key=lambda band: -band.value):
+            line = self.y(band.value)
+            at = line + (11 if line < TOP + 12 else -4)
+            if found and at - found[-1][2] < 11:
+                name, *place = found.pop()
+                found.append((f"{name}, {band.name}", *place))
+            else:
+                found.append((band.name, band.value, at))
+        return found
 
     def in_words(self) -> str:
         """The curves in words, for those who cannot see them."""

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from cellflux_bridge.base.files import csv_text, replace_text, replacing
 from cellflux_bridge.report import tables
-from cellflux_bridge.report.charts import Chart
+from cellflux_bridge.report.charts import Chart, plot
 from cellflux_bridge.report.gallery import Gallery, Shown
 from cellflux_bridge.report.runs import Chapter, Method
 
@@ -85,8 +85,9 @@ def _panel(axis, chart: Chart) -> None:
         axis.axhline(band.value, color="#8a8a8a", linewidth=0.7)
         if band.low is not None and band.high is not None:
             axis.axhspan(band.low, band.high, color="#8a8a8a", alpha=0.25, linewidth=0)
-        place = {"xy": (0.99, band.value), "xycoords": ("axes fraction", "data"), "fontsize": 5.5, "color": "#555555"}
-        axis.annotate(band.name, xytext=(0, 1.5), textcoords="offset points", ha="right", **place)
+    for name, value, _ in plot(chart).band_names():
+        place = {"xy": (0.99, value), "xycoords": ("axes fraction", "data"), "fontsize": 5.5, "color": "#555555"}
+        axis.annotate(name, xytext=(0, 1.5), textcoords="offset points", ha="right", **place)
     for series in (s for s in chart.series if s.style.startswith("m")):
         slot, values = int(series.style[1:]), np.array(series.points, dtype=np.float64)
         style = {"color": COLOURS[slot], "marker": MARKERS[slot], "linestyle": DASHES[slot]}

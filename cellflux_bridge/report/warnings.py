@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from cellflux_bridge.config import Config
 from cellflux_bridge.config.registry import trusts_everything
+from cellflux_bridge.metrics.warnings import UNKNOWN
 from cellflux_bridge.metrics.words import floor_of, interval, number
 from cellflux_bridge.report.gallery import Gallery
 from cellflux_bridge.report.runs import CELLULARITY, Chapter, Method
@@ -14,16 +15,15 @@ from cellflux_bridge.report.tables import find, levels_of, words_of
 _MISSED, _FAR_FRAME = 0.15, 0.05
 # A structure judge that follows a colour judge less closely than this speaks of recolouring.
 _RECOLOURED = 0.15
-_GOOD_JUDGE = 0.8
 
 
 def warnings_of(chapter: Chapter, gallery: Gallery | None) -> list[str]:
-    """Every warning of a chapter, the gravest first."""
-    parts = (_outdated, _recolouring, _missed, _floors, _of_evaluate, _judges, _uncounted, _nuclei, _networks)
+    """Every warning of a chapter: the gravest first, last what is not known."""
+    parts = (_outdated, _networks, _of_evaluate, _recolouring, _missed, _nuclei, _uncounted, _floors)
     found = [text for part in parts for text in part(chapter)]
     if gallery is None:
         found.append("No sequence folder named in metrics.json is here, so no images are shown, only figures.")
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda text: UNKNOWN in text)
 
 
 def _outdated(chapter: Chapter) -> Iterator[str]:
@@ -86,39 +86,28 @@ def _missed_levels(chapter: Chapter, method: Method, judge: str) -> Iterator[str
 
 
 def _floors(chapter: Chapter) -> Iterator[str]:
-    missing = {}
+    missing: dict[str, dict[str, None]] = {}
     for run in chapter.runs:
         for figure in (figure for figure in run.metrics.values if not figure.method.startswith("real ")):
             floor = floor_of(figure.quantity)
             at = figure.level if floor and floor[0] == "own" else None
             beside = floor and run.real(*floor, figure.extractor, at)
             if floor and (beside is None or beside.value is None):
-                called = chapter.called(run.network(figure.extractor))
-                missing[words_of(figure.quantity).label.removesuffix(", worst"), called] = None
-    for label, by in missing:
-        yield f"{label} ({by}) has no real-versus-real floor: how near real patches come to each other is not known."
+                label = words_of(figure.quantity).label.removesuffix(", worst")
+                missing.setdefault(chapter.called(run.network(figure.extractor)), {})[label] = None
+    for by, labels in missing.items():
+        yield (
+            f"{UNKNOWN} the floor (real patches against real patches) of {', '.join(labels)} by {by}. So nobody can "
+            "say which values real patches would reach."
+        )
     if not chapter.baselines:
-        yield "No baselines (copy the source, nearest real target) stand beside the methods; evaluate again."
+        yield "No baselines (copy the source, nearest real target) stand beside the methods. Evaluate again."
 
 
 def _of_evaluate(chapter: Chapter) -> Iterator[str]:
-    """Warnings of evaluate: few images, near copies, stain, undefined figures."""
+    """Warnings of evaluate: poor judges, near-copies, stain, few images, undefined figures."""
     for run in chapter.runs:
         yield from (chapter.of_run(run) + text for text in run.metrics.warnings)
-
-
-def _judges(chapter: Chapter) -> Iterator[str]:
-    for run, judge in [(of, judge) for of in chapter.runs for judge in of.judges]:
-        for which, label in (("target", chapter.target), ("source", chapter.source)):
-            figure = run.real(which, "flip_rate", judge)
-            if figure is None or figure.value is None:
-                continue
-            share = figure.value if which == "target" else 1 - figure.value
-            if share < _GOOD_JUDGE:
-                yield (
-                    f"{chapter.called(run.network(judge))} recognises only {share:.0%} of the real {label} patches "
-                    f"(n = {figure.n}), so its word on made ones is worth no more."
-                )
 
 
 def _uncounted(chapter: Chapter) -> Iterator[str]:

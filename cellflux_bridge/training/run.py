@@ -14,7 +14,7 @@ from cellflux_bridge.data.patches import Patches
 
 def differences(before: Config, now: Config, *, ignore: tuple[str, ...]) -> list[str]:
     """The keys, with both values, in which two configurations describe different runs; `ignore` names sections."""
-    skip = (*PLACES_AND_PACE, "translate", "video", *ignore)
+    skip = (*PLACES_AND_PACE, "video", *ignore)
     flat_before, flat_now = before.flat(without=skip), now.flat(without=skip)
     return [
         f"{key} ({flat_before.get(key)!r} there, {flat_now.get(key)!r} here)"
@@ -34,7 +34,7 @@ def require_free(folder: Path, config: Config, *, ignore: tuple[str, ...], resum
             raise UserError(f"{folder}: holds checkpoints without a config.yaml; choose another output")
     elif resume == "never":
         raise UserError(f"{folder}: holds a run already; set train.resume=auto, another output, or remove it")
-    elif differing := differences(load_config(saved), config, ignore=ignore):
+    elif differing := differences(load_config(saved), config, ignore=("translate", *ignore)):
         found = abbreviate(differing)
         raise UserError(f"{folder}: holds another run; they differ in {found}. Choose another output or remove it")
 

@@ -33,11 +33,10 @@ class TrajectoryWriter:
             found = read_header(folder)
             differing = [f.name for f in fields(header) if getattr(found, f.name) != getattr(header, f.name)]
             if differing:
-                hashes = f": {found.config_hash} there, {header.config_hash} here" * ("config_hash" in differing)
+                told = ", ".join(differing).replace("config_hash", "settings or weights")
                 raise UserError(
-                    f"{folder}: holds another run (its {', '.join(differing)} differ from this one's{hashes}), made "
-                    "with other settings, or before a network or guide was trained again; choose another --output, or "
-                    "replace it with --overwrite"
+                    f"{folder}: holds another translation; what differs: {told}. Perhaps a network or guide was "
+                    "trained again since. Choose another --output, or replace it with --overwrite"
                 )
             for path in folder.rglob("*"):
                 if path.is_symlink():

@@ -15,10 +15,10 @@ from lightning_fabric import Fabric
 from pydantic import ValidationError
 
 from cellflux_bridge import images as image_io
-from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.files import replace_text, safe_name
 from cellflux_bridge.base.progress import progress
-from cellflux_bridge.config import Config, merged
+from cellflux_bridge.config import Config, load_config, merged
 from cellflux_bridge.config.registry import trusting
 from cellflux_bridge.config.schema import explain, nearest
 from cellflux_bridge.data.index import frame_mpp, list_records
@@ -26,7 +26,7 @@ from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.training.loop import from_rank_zero, make_fabric, on_rank_zero
-from cellflux_bridge.training.run import require_held_out
+from cellflux_bridge.training.run import differences, require_held_out
 from cellflux_bridge.training.settings import TrainConfig
 from cellflux_bridge.trajectory import (
     Trajectory,
@@ -207,6 +207,8 @@ class Translator(ABC):
             raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
         folder = output or self.config.output / "trajectories" / self._name(settings)
 
+        made_with = self.config.model_copy(update={"translate": settings})
+
         def make_header() -> TrajectoryHeader:
             records, _ = list_records(self.config.data, seed=seed)
             return replace(self._header(settings), mpp=frame_mpp(records, self.preprocessing))
@@ -217,6 +219,13 @@ class Translator(ABC):
             is_trajectory = overwrite and (folder / "trajectory.json").exists()
             if is_trajectory and (read_header(folder) != header or not _begins_with(folder, patches, chosen)):
                 shutil.rmtree(folder)
+            if (folder / "config.yaml").exists() and read_header(folder) != header:
+                ignore = ("classifier", "translate.num", "translate.batch_size")
+                if differing := differences(load_config(folder / "config.yaml"), made_with, ignore=ignore):
+                    raise UserError(
+                        f"{folder}: holds another translation; what differs: {abbreviate(differing)}. Choose another "
+                        "--output, or replace it with --overwrite"
+                    )
             TrajectoryWriter(folder, header)
             if not _begins_with(folder, patches, chosen):
                 raise UserError(
@@ -243,7 +252,7 @@ class Translator(ABC):
         fabric.barrier()
         if fabric.is_global_zero:
             writer.finish()
-            replace_text(folder / "config.yaml", self.config.model_copy(update={"translate": settings}).to_yaml())
+            replace_text(folder / "config.yaml", made_with.to_yaml())
             if todo:  # of this process, and of its last call where it was stopped and went on
                 gpu = fabric.device.type == "cuda"
                 device = f"cuda: {torch.cuda.get_device_name(fabric.device)}" if gpu else fabric.device.type

@@ -175,8 +175,8 @@ def _load_trained(config: Config, name: str) -> tuple[nn.Module, Path]:
     stage = "denoiser" if name == "denoiser" else "noisy_classifier"
     folder = checkpoint.latest(config.output / stage)
     trained = checkpoint.read_config(folder)
-    differing = differences(trained, config, ignore=(*STAGES[stage].unused, "ddim.guidance", f"ddim.{name}.train"))
-    if differing:
+    ignore = (*STAGES[stage].unused, "translate", "ddim.guidance", f"ddim.{name}.train")
+    if differing := differences(trained, config, ignore=ignore):
         raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
     network = checkpoint.load_network(folder, lambda: STAGES[stage].build(trained))
     if name == "denoiser" and config.ddim.guidance == "classifier_free" and network.null_class is None:

@@ -53,10 +53,10 @@ class TranslateConfig(Section):
             return data
         method, known = data.get("method", "path"), registry.names("transport")
         if not isinstance(method, str) or (":" not in method and method not in known):
-            raise UserError(
-                f"translate.method: no method called {method!r}{nearest(str(method), known)}; known: "
-                f"{', '.join(known)}, or package.module:Class of your own"
-            )
+            way = f"{nearest(str(method), known)}; known: {', '.join(known)}, or package.module:Class of your own"
+            if method == "ddim":
+                way = " of a flow; train the reference bridge with `cellflux-bridge train-ddim` and translate its run"
+            raise UserError(f"translate.method: no method called {method!r}{way}")
         valid = _known_keys(method)
         if unknown := [key for key in data if key not in valid]:
             hints = [nearest(key, valid).replace("mean '", "mean 'translate.") for key in unknown]

@@ -27,7 +27,8 @@ class Folder(Manifest):
     def records(self) -> list[PatchRecord]:
         """Every patch of every class that is not ignored, sorted by id."""
         if not self.root.is_dir():
-            raise UserError(f"{self.root}: no such folder; set data.root to the folder that holds the patches")
+            fault = "is a file" if self.root.exists() else "no such folder"
+            raise UserError(f"{self.root}: {fault}; set data.root to the folder that holds the patches")
         if (self.root / "manifest.csv").exists():
             return super().records()
         if near := [path.name for path in self.root.iterdir() if re.fullmatch(_MANIFESTS, path.name.casefold())]:

@@ -47,7 +47,7 @@ class Manifest(Layout):
                 absent.append(record.id)
             found.append(record)
         if absent:
-            raise UserError(f"{self._file}: {len(absent)} listed files do not exist: {abbreviate(absent)}")
+            raise UserError(f"{self._file}: names files that do not exist ({len(absent)}): {abbreviate(absent)}")
         records = in_order(found, ignore=self.ignore)
         alone = sum(record.group is None for record in records)
         if self._has_groups and alone:
