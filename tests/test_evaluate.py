@@ -384,7 +384,7 @@ def test_every_number_of_the_table_stands_in_its_row_and_column(plain):
     extractor, columns = extractor_of(plain).name, [name.partition(" (n")[0] for name in rows[""]]
     assert columns == ["path", "copy the source", "stain transfer", "nearest real target", "real A", "real B"]
     kids = [found(plain, "path", "kid_own", level).value for level in (0.25, 0.5, 0.75, 1.0)]
-    assert rows[f"KID to real of the own level, mean over levels, {extractor}"][0] == (
+    assert rows[f"KID to real of the same level, mean over levels, {extractor}"][0] == (
         f"{np.mean(kids):.3g} (against 12 to 24)".replace("-", "\N{MINUS SIGN}")
     )
     inner = max((found(plain, "path", "preservation", s, extractor) for s in (0.25, 0.5, 0.75)), key=lambda v: v.value)

@@ -30,67 +30,67 @@ class Words(NamedTuple):
 # Sections, and in each: quantity | where, or where/table | label | reading
 _TEXT = """
 arrival: Does it arrive?
-flip_rate | end | called the target class (flip rate) | share of images; real target patches beside
-probability | end | mean p(target) | what real target patches get is the aim
+flip_rate | end | called the target class (flip rate) | share of images; compare with real target patches
+probability | end | mean p(target) | p: probability of the target class; the aim is what real target patches get
 
 levels: Do the levels mean what they say?
 calibration_mean | whole | error of the mean p | mean over levels of |mean p - level|; 0 is exact
-calibration_image | whole | error of each image's p | mean over images and levels of |p - level|
-monotone_share | whole | never falls back | share of sequences whose p never falls by over 0.02 from frame to frame
-rank_correlation | whole | rank correlation with the level | Spearman, of p, mean over sequences
-severity_error | whole | severity error | mean |estimated severity - level|; real: its own error
+calibration_image | whole | error of each image's p | mean over images and levels of |p - level|; 0 is exact
+monotone_share | whole | p never falls | share of sequences in which p never falls by over 0.02 from frame to frame
+rank_correlation | whole | rank correlation of p with the level | Spearman, mean over sequences; 1 is best
+severity_error | whole | severity error | mean |estimated severity - level|; real patches: the estimator's own error
 
 likeness: Do the images look like real ones?
-kid_target | end | KID to real target | unbiased; beside the floor between real halves
-kid_own | largest/mean | KID to real of the own level, worst | against real patches of that level
-kid_pooled | largest | KID to real, pooled, worst | both classes together
-kid_pooled_over_floor | whole/inner whole | KID pooled, over the floor, worst | less the mean floor; 0: as near as real
-frechet_target | end | Fréchet distance to real target | biased upwards for small n: read KID first
-frechet_own | largest/mean | Fréchet, own level, worst | biased upwards for small n
-frechet_pooled | whole | Fréchet of all frames, pooled | biased upwards for small n
-precision_target | end | precision at real target | share of frames among real target patches
-recall_target | end | recall of real target | share of real target patches among frames
-density_target | end | density at real target | like precision, steadier; may exceed 1
-coverage_target | end | coverage of real target | share of real patches with a frame near
-precision_own | smallest/mean | precision, own level, worst | share of frames among the level's real patches
-recall_own | smallest/mean | recall, own level, worst | share of the level's real patches among frames
-density_own | smallest/mean | density, own level, worst | like precision, steadier; may exceed 1
-coverage_own | smallest/mean | coverage, own level, worst | share of the level's real patches with a frame near
-precision_pooled | whole | precision of all frames, pooled | both classes together
-recall_pooled | whole | recall of all frames, pooled | both classes together
-density_pooled | whole | density of all frames, pooled | both classes together
-coverage_pooled | whole | coverage of all frames, pooled | both classes together
-guidance_kid_ratio | whole | KID guided / unguided | kid_own on common sources; mean of the levels' ratios
-guidance_kid_ratio_of_means | whole | KID guided / unguided, of means | below 1: guidance helps
-guidance_frechet_ratio | whole | Fréchet guided / unguided | mean of the levels' ratios
-guidance_frechet_ratio_of_means | whole | Fréchet guided / unguided, of means | below 1: helps
+kid_target | end | KID to real target | a distance, unbiased; the floor is that between halves of real patches
+kid_own | largest/mean | KID to real of the same level, worst | distance at the worst level
+kid_pooled | largest | KID to all real, worst | to both classes together
+kid_pooled_over_floor | whole/inner whole | KID to all real, minus the floor, worst | 0: as near as real patches
+frechet_target | end | Fréchet distance to real target | too large where n is small: read KID first
+frechet_own | largest/mean | Fréchet distance to real of the same level, worst | too large where n is small
+frechet_pooled | whole | Fréchet distance of all frames to all real | too large where n is small
+precision_target | end | precision at real target | share of frames that lie among real target patches
+recall_target | end | recall of real target | share of real target patches that lie among frames
+density_target | end | density at real target | like precision, but steadier; may exceed 1
+coverage_target | end | coverage of real target | share of real target patches that have a frame near them
+precision_own | smallest/mean | precision, same level, worst | share of frames that lie among the level's real patches
+recall_own | smallest/mean | recall, same level, worst | share of the level's real patches that lie among frames
+density_own | smallest/mean | density, same level, worst | like precision, but steadier; may exceed 1
+coverage_own | smallest/mean | coverage, same level, worst | share of the level's real patches that have a frame near
+precision_pooled | whole | precision of all frames, all real | both classes together
+recall_pooled | whole | recall of all frames, all real | both classes together
+density_pooled | whole | density of all frames, all real | both classes together
+coverage_pooled | whole | coverage of all frames, all real | both classes together
+guidance_kid_ratio | whole | KID guided / unguided | same level, common sources; mean over levels of the ratio
+guidance_kid_ratio_of_means | whole | KID guided / unguided, ratio of means | below 1: guidance helps
+guidance_frechet_ratio | whole | Fréchet distance guided / unguided | mean over levels of the ratio
+guidance_frechet_ratio_of_means | whole | Fréchet distance guided / unguided, ratio of means | below 1: guidance helps
 
-kept: Is it still the same tissue, and is the way even?
-preservation | end/inner | distance to own source | relative to a random real source: 0 same, 1 unrelated
-path_over_straight | whole | way / straight distance | in features; 1 is a straight way
-largest_over_mean_step | whole | largest / mean step | in features; 1 is even, K one single jump
-ms_ssim | end | MS-SSIM to own source | haematoxylin; real: between different source patches
-layer_distance | end | layer distance to own source | LPIPS-like; real: between different patches
-cycle_preservation | whole | there and back: distance | to the own source, over that to others
-cycle_ms_ssim | whole | there and back: MS-SSIM | 1 returns to the source
-cycle_layer_distance | whole | there and back: layer distance | 0 returns to the source
+kept: Is it still the same tissue, and are the steps even?
+preservation | end/inner | distance to own source | 0: the same; 1: as far as a random real source patch
+path_over_straight | whole | length of the way / straight distance | in features; 1 is a straight way
+largest_over_mean_step | whole | largest / mean step | in features; 1: even steps; K: one single jump
+ms_ssim | end | MS-SSIM to own source | of haematoxylin; 1: equal; real: between different source patches
+layer_distance | end | layer distance to own source | like LPIPS; 0: equal; real: between different patches
+cycle_preservation | whole | there and back: distance to own source | 0: the same; 1: as far as other sources
+cycle_ms_ssim | whole | there and back: MS-SSIM | 1: it returns to its source
+cycle_layer_distance | whole | there and back: layer distance | 0: it returns to its source
 
 memory: Are images copied from the training set?
-nearest_training_ratio | end | distance to training | median, over that of held-out real patches near the same class
-nearest_training_closer | end | nearer to training than held-out | chance of it; 0.5: nothing is memorised
+nearest_training_ratio | end | distance to training | median, divided by that of held-out real patches of the class
+nearest_training_closer | end | nearer to training than held-out | how probable that is; 0.5: nothing is memorised
 near_copy_share | whole | near-copies | share of frames nearer than all M held-out patches; by chance 1 / (M + 1)
 
 tissue: Stain and texture
-stain_share | end | change explained by stain | share of the squared feature change that a Reinhard transfer explains
-haematoxylin_area | end | haematoxylin area | share of pixels; real target patches are the aim
+stain_share | end | change explained by stain | share of the squared feature change that a colour transfer explains
+haematoxylin_area | end | haematoxylin area | share of pixels; the aim is what real target patches have
 contrast | end | contrast | standard deviation of pixels
 fine_detail | end | fine detail | mean difference of neighbouring pixels, grey levels
 
 cost: What does it cost?
-nfe | whole | network forwards | a sequence
-gradients | whole | classifier gradients | a sequence
-seconds | whole | seconds | a sequence, by the clock, on the method's device
-cpu_seconds | whole | CPU seconds | a sequence, of a CPU alone
+nfe | whole | network forwards | per sequence
+gradients | whole | classifier gradients | per sequence
+seconds | whole | seconds | per sequence, by the clock, on the method's device
+cpu_seconds | whole | CPU seconds | per sequence, on a CPU only
 
 other: Further figures
 """

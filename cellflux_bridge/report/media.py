@@ -55,8 +55,8 @@ def stills(chapter: Chapter, *, budget: int) -> Stills:
     missing = sum(min(len(run.near_copies), _PICTURED) for run in chapter.runs) - len(pairs)
     if missing:
         warnings.append(
-            f"{missing} of the worst near copies that evaluate listed are not pictured: their sequences were made "
-            "again or are gone, their training patches are not in the cache, or they do not fit into the page."
+            f"{missing} of the worst near-copies that evaluate listed are not pictured. Their sequences were made "
+            "again or are gone, or their training patches are not in the cache, or the page has no room for them."
         )
     pictured = list(zip(copies, pairs, strict=False))
     header = next((method.header for method in chapter.methods if method.header is not None), None)
@@ -66,7 +66,7 @@ def stills(chapter: Chapter, *, budget: int) -> Stills:
     real, rule = _real_patches(chapter, levels)
     rows = dict(zip(real, encode_rows(list(real.values()), budget - sum(map(len, pairs))), strict=False))
     if not rows:
-        why = "they do not fit into the page" if real else rule
+        why = "the page has no room for them" if real else rule
         warnings.append(f"Real patches are not shown beside the made ones: {why}.")
     return Stills(real, rows, rule if rows else "", pictured, warnings)
 
@@ -157,6 +157,8 @@ def _by_level(chapter, patches, levels) -> tuple[dict[int, list[np.ndarray]], st
         if len(chosen):
             found[k] = _pictures(patches, draw.permutation(chosen)[:_PICTURED])
     rule = (
-        f"score within {SCORE_WINDOW} of the level" if scored else "of the two classes; the data has no scores between"
+        f"with a score within {SCORE_WINDOW} of the level"
+        if scored
+        else "of the two classes, since the data has no scores"
     )
     return found, f"random patches of the test split, {rule}"

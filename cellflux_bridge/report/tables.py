@@ -59,10 +59,10 @@ def words_of(quantity: str) -> Words:
     if not quantity.startswith(OF_NUCLEI):
         return words(quantity)
     kind = quantity.removeprefix(OF_NUCLEI).removesuffix(RANK)
-    label, ranked = NUCLEI.get(kind, kind), "Spearman with the level, mean over sequences"
+    label, ranked = NUCLEI.get(kind, kind), "Spearman, mean over sequences"
     if quantity.endswith(RANK):
-        return Words("nuclei", f"{label}: rank correlation", ranked, "whole")
-    return Words("nuclei", label, "at level 1; real target patches are the aim")
+        return Words("nuclei", f"{label}: rank correlation with the level", ranked, "whole")
+    return Words("nuclei", label, "at level 1; the aim is what real target patches have")
 
 
 def find(method: Method, quantity: str, by: Network, level: float | None) -> Figure | None:
@@ -137,7 +137,7 @@ def _lines(chapter: Chapter, quantity: str, by: Network) -> list[_Line]:
     columns = [(m, style_of(m.slot)) for m in chapter.methods] + [(b, styles[b.name]) for b in chapter.baselines]
     found = [(of.name, style, [find(of, quantity, by, level) for level in levels]) for of, style in columns]
     floor = floor_of(quantity)
-    which, of_real, name = "scored", quantity, "real patches of the level's score"
+    which, of_real, name = "scored", quantity, "real patches whose score is the level"
     if floor and floor[0] == "own":
         which, of_real, name = *floor, "real vs real"
     if which == "own" or quantity.startswith(OF_NUCLEI):

@@ -22,18 +22,18 @@ def warnings_of(chapter: Chapter, gallery: Gallery | None) -> list[str]:
     parts = (_outdated, _networks, _of_evaluate, _recolouring, _missed, _nuclei, _uncounted, _floors)
     found = [text for part in parts for text in part(chapter)]
     if gallery is None:
-        found.append("No sequence folder named in metrics.json is here, so no images are shown, only figures.")
+        found.append("The sequence folders that metrics.json names are not here. So only figures are shown, no images.")
     return sorted(dict.fromkeys(found), key=lambda text: UNKNOWN in text)
 
 
 def _outdated(chapter: Chapter) -> Iterator[str]:
     for method in chapter.methods:
         if method.trajectory is None:
-            yield f"{method.name}: its sequences ({method.record.trajectory}) are not here; only its figures are shown."
+            yield f"{method.name}: its sequences ({method.record.trajectory}) are not here. Only its figures are shown."
         elif method.header.config_hash != method.record.config_hash:
             yield (
                 f"{method.name}: the sequences in {method.trajectory} were made again after they were judged. Its "
-                "figures belong to the earlier ones; run cellflux-bridge evaluate again."
+                "figures belong to the earlier ones. Run cellflux-bridge evaluate again."
             )
         if not isinstance(method.config, Config | None):
             yield f"{method.name}: its configuration is not shown. {method.config}"
@@ -42,8 +42,8 @@ def _outdated(chapter: Chapter) -> Iterator[str]:
 def _recolouring(chapter: Chapter) -> Iterator[str]:
     if not any(n.use == "judge" and n.view != "rgb" for run in chapter.runs for n in run.metrics.networks):
         yield (
-            "All judges see colour. A mere recolouring can satisfy them. Train a judge of structure with "
-            "cellflux-bridge train-classifier RUN classifier.view=grey, and evaluate with it, too."
+            "All judges see colour, so a mere recolouring can satisfy them. Train a judge of structure: "
+            "cellflux-bridge train-classifier RUN classifier.view=grey. Then evaluate with it, too."
         )
     for method in chapter.methods:
         judges = [n for n in method.run.metrics.networks if n.use == "judge"]
@@ -53,8 +53,8 @@ def _recolouring(chapter: Chapter) -> Iterator[str]:
         structure = min((value for view, value in known if view != "rgb"), default=None)
         if colour is not None and structure is not None and colour - structure > _RECOLOURED:
             yield (
-                f"{method.name} looks like a recolouring in part: the colour judge calls {colour:.0%} of its images "
-                f"{chapter.target}, the structure judge only {structure:.0%}."
+                f"{method.name} may partly be a mere recolouring: the colour judge calls {colour:.0%} of its images "
+                f"{chapter.target}, the structure judge calls only {structure:.0%} so."
             )
 
 
@@ -63,11 +63,11 @@ def _missed(chapter: Chapter) -> Iterator[str]:
         pairs = zip(method.record.levels, method.record.frame_levels, strict=True)
         far = [f"{level:g} (shown by {frame:.2f})" for level, frame in pairs if abs(level - frame) > _FAR_FRAME]
         if far:
-            yield f"{method.name}: no frame was made at level {', '.join(far)}; the nearest one stands for it."
+            yield f"{method.name}: no frame was made at level {', '.join(far)}. The nearest frame is shown instead."
         off = {judge: ", ".join(_missed_levels(chapter, method, judge)) for judge in method.run.judges}
         if any(off.values()):
-            means = (f"{judge} gives a mean p of {levels}" for judge, levels in off.items() if levels)
-            yield f"{method.name} misses levels: {'; '.join(means)}."
+            means = (f"{judge} gives {levels}" for judge, levels in off.items() if levels)
+            yield f"{method.name} misses levels. The mean p should be near the level, but {'; '.join(means)}."
 
 
 def _missed_levels(chapter: Chapter, method: Method, judge: str) -> Iterator[str]:
@@ -82,7 +82,7 @@ def _missed_levels(chapter: Chapter, method: Method, judge: str) -> Iterator[str
         nearest = min(max(level, least), most)
         goal = min(max(level, low), high)
         if abs(figure.value - goal) > _MISSED and abs(nearest - goal) > _MISSED / 2:
-            yield f"{figure.value:.2f} at {level:g}"
+            yield f"{figure.value:.2f} at level {level:g}"
 
 
 def _floors(chapter: Chapter) -> Iterator[str]:
@@ -114,8 +114,8 @@ def _uncounted(chapter: Chapter) -> Iterator[str]:
     for run in chapter.runs:
         if run.cellularity is None:
             yield (
-                f"{run.name}: nuclei were not counted, so nothing here says whether cellularity follows the level. "
-                f"Make {CELLULARITY} with: cellflux-bridge cellularity {run.folder}"
+                f"{run.name}: nuclei were not counted. So nothing here says whether cellularity follows the level. "
+                f"To count them (into {CELLULARITY}): cellflux-bridge cellularity {run.folder}"
             )
         elif run.cellularity.parameters.instanseg and not trusts_everything():
             yield (
@@ -126,13 +126,13 @@ def _uncounted(chapter: Chapter) -> Iterator[str]:
         if method.cellularity is None:
             together = (m.trajectory for m in chapter.methods if m.run is method.run and m.trajectory)
             yield (
-                f"{method.name}: its nuclei were not counted. Count those of all methods with: cellflux-bridge "
+                f"{method.name}: its nuclei were not counted. To count those of all methods: cellflux-bridge "
                 f"cellularity {' '.join(map(str, together))}"
             )
         elif method.cellularity.config_hash != method.header.config_hash:
             yield (
-                f"{method.name}: the sequences in {method.trajectory} were made again after their nuclei were counted; "
-                "run cellflux-bridge cellularity again."
+                f"{method.name}: the sequences in {method.trajectory} were made again after their nuclei were counted. "
+                "Run cellflux-bridge cellularity again."
             )
 
 
@@ -150,14 +150,14 @@ def _nuclei(chapter: Chapter) -> Iterator[str]:
             ]
             if apart:
                 yield (
-                    f"{words_of(quantity).label.capitalize()} at level 1 is not that of real {chapter.target}, "
-                    f"{number(goal.value)} ({interval(goal.low, goal.high)}): {', '.join(apart)}."
+                    f"{words_of(quantity).label.capitalize()} at level 1 differs from real {chapter.target}: "
+                    f"{', '.join(apart)}; real: {number(goal.value)} ({interval(goal.low, goal.high)})."
                 )
 
 
 def _networks(chapter: Chapter) -> Iterator[str]:
     if len({tuple(run.network(name) for name in run.networks) for run in chapter.runs}) > 1:
         yield (
-            "The runs were judged by different networks. Figures of different networks do not compare and stand in "
-            "rows of their own; evaluate all trajectories together to compare them."
+            "The runs were judged by different networks. Do not compare figures of different networks; they stand in "
+            "separate rows. To compare the runs, evaluate all their trajectories together."
         )
