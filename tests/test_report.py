@@ -375,7 +375,7 @@ def test_names_of_bands_that_lie_together_stand_as_one():
 def test_distances_to_a_levels_own_patches_stand_beside_that_levels_floor(run):
     (chapter,) = load_chapters([run])
     rows = [row for section in main_table(chapter) for row in section.rows]
-    (own,) = [row for row in rows if row.label.startswith("KID") and "own" in row.label + row.reading]
+    (own,) = [row for row in rows if row.label.startswith("KID to real of the same level")]
     assert [(cell.text, cell.remark) for cell in own.real] == [("0.004", "floor at 1")]
     (chart,) = [chart for _, chart in curves(chapter) if chart.key.startswith("kid_own")]
     (floor,) = [series for series in chart.series if series.name == "real vs real"]
@@ -537,7 +537,7 @@ def test_a_run_that_lost_its_sequences_still_reports_its_figures(run, tmp_path):
         record["trajectory"] = record["trajectory"] and "nowhere/" + record["name"]
     (tmp_path / "bare" / "metrics.json").write_text(json.dumps(metrics))
     page = report(tmp_path / "bare", output=tmp_path / "report.html")
-    assert "no images are shown, only figures" in page
+    assert "only figures are shown, no images" in page
     assert "KID to real of the same level" in page
 
 
@@ -571,7 +571,7 @@ def test_however_large_the_frames_of_all_chapters_the_page_stays_small(
     large, other = map(json.loads, re.findall(r'class="data">(.*?)</script>', page, re.S))
     assert (large["size"], other["size"]) == (256, 128)  # frames of two sizes stand in no row together
     assert "A → B, 256 px</h2>" in page
-    assert "stored at 64 px" in page
+    assert "reduced to 64 px" in page
     sprites = [each["sprite"] for of in (large, other) for row in of["sources"] for each in row["shown"].values()]
     real = [each["sprite"] for each in large["real"].values()]
     assert len(sprites) >= 2

@@ -4,14 +4,11 @@ import argparse
 from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cli.places import (
-    configuration,
-    trajectory_folder,
-)
+from cellflux_bridge.cli.places import configuration, trajectory_folder
 
 
 def run(args: argparse.Namespace) -> None:
-    """classify TRAJECTORY_OR_RUN: how many frames classifiers call the target class, beside a mere recolouring."""
+    """classify TRAJECTORY_OR_RUN: how many frames judges call the target class, beside a mere recolouring."""
     import json
     from dataclasses import asdict
 

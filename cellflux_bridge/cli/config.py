@@ -6,7 +6,7 @@ from cellflux_bridge.cli.places import configuration
 
 
 def run(args: argparse.Namespace) -> None:
-    """config show CONFIG_OR_RUN: print the complete configuration, defaults and overrides filled in."""
+    """config show CONFIG_OR_RUN: print the complete configuration, with defaults and overrides."""
     from cellflux_bridge.config.schema import dump_yaml
 
     config = configuration(args.config, args.overrides)

@@ -7,7 +7,7 @@ from cellflux_bridge.cli.places import configuration
 
 
 def run(args: argparse.Namespace) -> None:
-    """data check CONFIG: count, measure and look through the patches, and decode them into the cache."""
+    """data check CONFIG: say how the patches were read and what is wrong with them; fill the cache."""
     from cellflux_bridge.data.check import check_data, require_pairs
     from cellflux_bridge.data.patches import load_patches
     from cellflux_bridge.data.soft_labels import soft_labels

@@ -7,7 +7,7 @@ from cellflux_bridge.cli.places import tell_written, trajectories_and_overrides,
 
 
 def run(args: argparse.Namespace) -> None:
-    """evaluate TRAJECTORY_OR_RUN ...: fidelity, calibration, preservation and cost of methods side by side."""
+    """evaluate TRAJECTORY_OR_RUN ...: compare methods: fidelity, calibration, preservation, cost."""
     from cellflux_bridge import checkpoint
     from cellflux_bridge.base.files import require_json
     from cellflux_bridge.metrics.evaluate import evaluate

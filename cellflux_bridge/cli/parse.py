@@ -36,44 +36,62 @@ _TRUST = _flag(
     "import the modules that a run or trajectory names (package.module:Class), make caches and phantoms where it says",
     action="store_true",
 )
-_FOLDER = _path("--output", "folder to write to instead of the default")
+_FOLDER = _path("--output", "folder to write to (default: in the run)")
 COMMANDS = {
     "data": Command(
-        "CONFIG", (_path("--output", "PNG file for the contact sheet instead of the default"),), word="check"
+        "CONFIG",
+        (_path("--output", "PNG file for the contact sheet (default: contact_sheet.png in the output folder)"),),
+        word="check",
     ),
-    "config": Command("CONFIG_OR_RUN", (_flag("--key", "print the value of one key only"),), word="show"),
+    "config": Command("CONFIG_OR_RUN", (_flag("--key", "print one key or section only"),), word="show"),
     "train": Command("CONFIG_OR_RUN", shared=True),
     "train-classifier": Command("CONFIG_OR_RUN", shared=True),
     "train-ddim": Command("CONFIG_OR_RUN", shared=True),
     "translate": Command(
         "RUN",
         (
-            _flag("--source", "class of the images to carry"),
-            _flag("--target", "class to carry them to"),
+            _flag("--source", "class of the patches to translate"),
+            _flag("--target", "class to translate them to"),
             _FOLDER,
-            _flag("--overwrite", "remove an earlier translation that differs", action="store_true"),
+            _flag("--overwrite", "remove an earlier translation that was made otherwise", action="store_true"),
         ),
         shared=True,
     ),
     "classify": Command(
         "TRAJECTORY_OR_RUN",
-        (_flag("--classifier", "may be repeated; default: the run's own", action="append", metavar="RUN"),),
+        (
+            _flag(
+                "--classifier",
+                "run of a classifier; may be repeated (default: the run's own judges)",
+                action="append",
+                metavar="RUN",
+            ),
+        ),
     ),
     "evaluate": Command(
         "TRAJECTORY_OR_RUN",
         (
-            _path("--judge", "classifier that judges; may be repeated", action="append", metavar="RUN"),
+            _path("--judge", "run of a classifier that judges; may be repeated", action="append", metavar="RUN"),
             _flag(
                 "--features",
-                "classifier that neither guided nor judges, or timm:, hf-hub:, local-dir:",
+                "run of a third classifier, which neither guided nor judges, or timm:, hf-hub:, local-dir:",
                 metavar="RUN",
             ),
-            _path("--scores", "classifier of severity (classifier.labels=score)", metavar="RUN"),
-            _flag("--unguided", "the same method unguided", action="append", default=[], metavar="TRAJECTORY"),
-            _flag("--cycle", "carries the last frames of one of these back again", metavar="TRAJECTORY"),
-            _flag("--levels", "levels at which methods are compared (10)", type=int, default=10),
-            _flag("--max-real", "most real patches of a class to compare to (10,000)", type=int, default=10_000),
-            _path("--output", "metrics.json to write, .csv and .md beside it"),
+            _path("--scores", "run of a classifier that estimates severity (classifier.labels=score)", metavar="RUN"),
+            _flag(
+                "--unguided",
+                "sequences of the same method, made without guidance; may be repeated",
+                action="append",
+                default=[],
+                metavar="TRAJECTORY",
+            ),
+            _flag("--cycle", "sequences that carry the last frames of one of these back", metavar="TRAJECTORY"),
+            _flag("--levels", "number of levels at which methods are compared (10)", type=int, default=10),
+            _flag("--max-real", "use at most so many real patches of a class (10,000)", type=int, default=10_000),
+            _path(
+                "--output",
+                "JSON file to write; .csv and .md go beside it (default: metrics.json in the first trajectory)",
+            ),
         ),
     ),
     "cellularity": Command(
@@ -97,8 +115,8 @@ COMMANDS = {
     "report": Command(
         "RUN",
         (
-            _path("--output", "HTML file (default: report.html in the first run), figures/ beside it"),
-            _flag("--sequences", "most sources to show of each transition (50)", type=int, default=50),
+            _path("--output", "HTML file to write; figures/ goes beside it (default: report.html in the first run)"),
+            _flag("--sequences", "show at most so many sources of each transition (50)", type=int, default=50),
         ),
     ),
 }
@@ -114,8 +132,9 @@ def usage() -> str:
     lines += [f"  {_function(name).__doc__.splitlines()[0]}" for name in COMMANDS]
     lines += [
         "",
-        "key.sub=value overrides the YAML file, as in train.steps=2000; `cellflux-bridge config show CONFIG` prints",
-        "every key. `cellflux-bridge COMMAND --help` explains a command's flags. For research only.",
+        "key.sub=value replaces a setting of the YAML file, as in train.steps=2000.",
+        "`cellflux-bridge config show CONFIG` prints every key; comments in configs/*.yaml say what they mean.",
+        "`cellflux-bridge COMMAND --help` explains the flags of a command. For research only.",
     ]
     return "\n".join(lines)
 
@@ -141,7 +160,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, Callable[[argparse.Namespace], 
     if command.word is not None:
         parser.add_argument("action", choices=[command.word])
     parser.add_argument("config", metavar=command.positional, **({"nargs": "?"} if command.optional else {}))
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
     for name, options in (*command.flags, _TRUST):
         parser.add_argument(name, **options)
     return command, function, parser.parse_intermixed_args(argv[1:])

@@ -3,13 +3,11 @@
 import argparse
 from pathlib import Path
 
-from cellflux_bridge.cli.places import (
-    tell_written,
-)
+from cellflux_bridge.cli.places import tell_written
 
 
 def run(args: argparse.Namespace) -> None:
-    """report RUN ...: one HTML file about runs that were evaluated, and figures for a paper beside it."""
+    """report RUN ...: write one HTML page about evaluated runs, and figures for a paper beside it."""
     from cellflux_bridge.report.page import write_report
 
     runs = [Path(text) for text in (args.config, *args.overrides)]

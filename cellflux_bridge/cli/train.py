@@ -3,16 +3,11 @@
 import argparse
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cli.places import (
-    configuration,
-    holds_ddim,
-    start,
-    tell_trained,
-)
+from cellflux_bridge.cli.places import configuration, holds_ddim, start, tell_trained
 
 
 def run(args: argparse.Namespace) -> None:
-    """train CONFIG_OR_RUN: train the flow, or go on where its run was stopped."""
+    """train CONFIG_OR_RUN: train the flow; a stopped training goes on."""
     from cellflux_bridge.flow.levels import target_levels
     from cellflux_bridge.flow.task import FlowTask, build_flow
     from cellflux_bridge.training.loop import fit

@@ -2,11 +2,7 @@
 
 import argparse
 
-from cellflux_bridge.cli.places import (
-    configuration,
-    start,
-    tell_trained,
-)
+from cellflux_bridge.cli.places import configuration, start, tell_trained
 
 
 def run(args: argparse.Namespace) -> None:

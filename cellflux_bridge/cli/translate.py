@@ -3,16 +3,13 @@
 import argparse
 from pathlib import Path
 
-from cellflux_bridge.cli.places import (
-    configuration,
-    holds_ddim,
-)
+from cellflux_bridge.cli.places import configuration, holds_ddim
 
 
 def run(args: argparse.Namespace) -> None:
-    """translate RUN: carry held-out patches of one class to another and write the sequences.
+    """translate RUN: translate held-out patches of one class to another, level by level.
 
-    A YAML file in the place of RUN names weights of a reference bridge that were trained elsewhere.
+    Instead of RUN, a YAML file can name weights of a reference bridge that were trained elsewhere.
     """
     where = Path(args.config)
     if where.is_file():

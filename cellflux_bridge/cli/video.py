@@ -3,15 +3,11 @@
 import argparse
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cli.places import (
-    configuration,
-    tell_written,
-    trajectory_folder,
-)
+from cellflux_bridge.cli.places import configuration, tell_written, trajectory_folder
 
 
 def run(args: argparse.Namespace) -> None:
-    """video TRAJECTORY_OR_RUN: write mp4, WebP, GIF or strip of the sequences."""
+    """video TRAJECTORY_OR_RUN: show the sequences as mp4, WebP, GIF or strip."""
     from pydantic import ValidationError
 
     from cellflux_bridge.config import parse_overrides
