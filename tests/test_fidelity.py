@@ -169,7 +169,7 @@ def test_a_judge_that_is_no_better_than_chance_is_warned_of_first():
     judged = [value("real target", 0.95, "good"), value("real source", 0.05, "good")]
     judged += [value("real target", 1.0, "poor"), value("real source", 0.95, "poor")]
     first, second = figure_warnings([few, *judged])
-    assert first.startswith("poor recognises only 5% of the real source patches and 100% of the real target patches")
+    assert first.startswith("poor recognises 5% of the real source patches and 100% of the real target patches")
     assert "accuracy 0.53" in first
     assert "as few as 5 images" in second
 

@@ -52,7 +52,7 @@ def figure_warnings(values: Sequence[Value]) -> Iterator[str]:
         target, source = of_real[judge, "real target"], 1 - of_real[judge, "real source"]
         if min(source, target) < _GOOD_JUDGE:
             yield (
-                f"{judge} recognises only {source:.0%} of the real source patches and {target:.0%} of the real target "
+                f"{judge} recognises {source:.0%} of the real source patches and {target:.0%} of the real target "
                 f"patches (accuracy {(source + target) / 2:.2f}; 0.50 is chance). Its opinion of made patches is worth "
                 "no more. Train this judge for longer or on more patches, then evaluate again."
             )

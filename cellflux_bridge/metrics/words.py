@@ -41,7 +41,7 @@ rank_correlation | whole | rank correlation of p with the level | Spearman, mean
 severity_error | whole | severity error | mean |estimated severity - level|; real patches: the estimator's own error
 
 likeness: Do the images look like real ones?
-kid_target | end | KID to real target | a distance, unbiased; the floor is that between halves of real patches
+kid_target | end | KID to real target | unbiased distance; 0: equal; floor: between halves of real patches
 kid_own | largest/mean | KID to real of the same level, worst | distance at the worst level
 kid_pooled | largest | KID to all real, worst | to both classes together
 kid_pooled_over_floor | whole/inner whole | KID to all real, minus the floor, worst | 0: as near as real patches
@@ -68,7 +68,7 @@ guidance_frechet_ratio_of_means | whole | Fréchet distance guided / unguided, r
 kept: Is it still the same tissue, and are the steps even?
 preservation | end/inner | distance to own source | 0: the same; 1: as far as a random real source patch
 path_over_straight | whole | length of the way / straight distance | in features; 1 is a straight way
-largest_over_mean_step | whole | largest / mean step | in features; 1: even steps; K: one single jump
+largest_over_mean_step | whole | largest / mean step | in features; 1: even steps; number of levels: one jump
 ms_ssim | end | MS-SSIM to own source | of haematoxylin; 1: equal; real: between different source patches
 layer_distance | end | layer distance to own source | like LPIPS; 0: equal; real: between different patches
 cycle_preservation | whole | there and back: distance to own source | 0: the same; 1: as far as other sources
