@@ -212,7 +212,7 @@ def test_near_copies_across_splits_and_classes_are_listed_and_drawn(tmp_path, da
 def test_patients_read_as_classes_are_told(tmp_path, data_config):
     root = data_set(tmp_path / "root", [f"P00{p}/{n}" for p in range(4) for n in range(4)])
     report, _ = check(data_config(root), tmp_path)
-    assert "WARNING: 4 classes: P000, P001, P002, P003. If these are patients or slides, data.root is not" in report
+    assert "WARNING: 4 classes: P000, P001, P002, P003. If these are patients or slides, data.root must be" in report
     assert f"(is it {tmp_path}?)" in report
     report, _ = check(data_config(root, classes=[f"P00{p}" for p in range(4)]), tmp_path)
     assert "patients or slides" not in report

@@ -646,9 +646,7 @@ def test_frames_of_few_sources_have_what_can_be_computed(full):
     assert np.isfinite(found(full, name, "precision_target", 1.0).value)
     assert np.isfinite(found(full, name, "kid_target", 1.0).value)
     assert np.isnan(found(full, name, "recall_target", 1.0).value)
-    assert any(
-        w.startswith("Not known: ") and f"recall of real target of {name} at level 1" in w for w in full.warnings
-    )
+    assert any(w.startswith("Not known: ") and f"recall of real target ({name}) at level 1" in w for w in full.warnings)
 
 
 def test_sequences_that_lack_rows_are_left_out_with_a_warning(tiny, full):

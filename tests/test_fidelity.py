@@ -153,12 +153,12 @@ def test_too_few_images_are_warned_of():
     )
     assert "as few as 2047 images" in few
     assert undefined == (
-        "Not known: recall, own level of path at level 0.5 and 1. This rests on 3 images against 40; it needs 4 frames "
+        "Not known: recall, same level (path) at level 0.5 and 1. This rests on 3 images against 40; it needs 4 frames "
         "and 4 real patches of different groups."
     )
     assert list(figure_warnings([value("frechet_own", 3.0, 2048, 2048)])) == []
     (floor,) = figure_warnings([value("kid_floor", np.nan, 2, 2), value("kid_floor_spread", np.nan, 2, 2)])
-    assert floor == "Not known: floor of KID of path. This rests on 2 images against 2; it needs 4 groups."
+    assert floor == "Not known: floor of KID (path). This rests on 2 images against 2; it needs 4 groups."
 
 
 def test_a_judge_that_is_no_better_than_chance_is_warned_of_first():

@@ -31,17 +31,11 @@ def _path(name: str, help: str, **options: Any) -> Flag:
     return _flag(name, help, type=Path, **options)
 
 
-_TRUST = _flag(
-    "--trust",
-    "import the modules that a run or trajectory names (package.module:Class), make caches and phantoms where it says",
-    action="store_true",
-)
+_TRUST = _flag("--trust", "run code and use data folders that a run or trajectory names", action="store_true")
 _FOLDER = _path("--output", "folder to write to (default: in the run)")
 COMMANDS = {
     "data": Command(
-        "CONFIG",
-        (_path("--output", "PNG file for the contact sheet (default: contact_sheet.png in the output folder)"),),
-        word="check",
+        "CONFIG", (_path("--output", "PNG file of the contact sheet (default: in the run)"),), word="check"
     ),
     "config": Command("CONFIG_OR_RUN", (_flag("--key", "print one key or section only"),), word="show"),
     "train": Command("CONFIG_OR_RUN", shared=True),
@@ -59,39 +53,19 @@ COMMANDS = {
     ),
     "classify": Command(
         "TRAJECTORY_OR_RUN",
-        (
-            _flag(
-                "--classifier",
-                "run of a classifier; may be repeated (default: the run's own judges)",
-                action="append",
-                metavar="RUN",
-            ),
-        ),
+        (_flag("--classifier", "a judge; may be repeated (default: the run's own)", action="append", metavar="RUN"),),
     ),
     "evaluate": Command(
         "TRAJECTORY_OR_RUN",
         (
             _path("--judge", "run of a classifier that judges; may be repeated", action="append", metavar="RUN"),
-            _flag(
-                "--features",
-                "run of a third classifier, which neither guided nor judges, or timm:, hf-hub:, local-dir:",
-                metavar="RUN",
-            ),
+            _flag("--features", "run of a third classifier, or the name timm:, hf-hub:, local-dir:", metavar="RUN"),
             _path("--scores", "run of a classifier that estimates severity (classifier.labels=score)", metavar="RUN"),
-            _flag(
-                "--unguided",
-                "sequences of the same method, made without guidance; may be repeated",
-                action="append",
-                default=[],
-                metavar="TRAJECTORY",
-            ),
+            _flag("--unguided", "the same method without guidance", action="append", default=[], metavar="TRAJECTORY"),
             _flag("--cycle", "sequences that carry the last frames of one of these back", metavar="TRAJECTORY"),
             _flag("--levels", "number of levels at which methods are compared (10)", type=int, default=10),
             _flag("--max-real", "use at most so many real patches of a class (10,000)", type=int, default=10_000),
-            _path(
-                "--output",
-                "JSON file to write; .csv and .md go beside it (default: metrics.json in the first trajectory)",
-            ),
+            _path("--output", "JSON file to write (default: in the first trajectory); .csv and .md go beside it"),
         ),
     ),
     "cellularity": Command(

@@ -92,15 +92,13 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
 
 
 def _ids_for_classes(classes: Sequence[str], config: DataConfig) -> list[str]:
-    """A warning where folders were read as classes that look like patients or slides."""
+    """A warning where classes that the configuration does not name look like patients or slides."""
     are_ids = len(classes) > 10 or (len(classes) > 3 and all(re.search(r"\d", name) for name in classes))
-    if config.classes is not None or not are_ids:
-        return []
-    return [
-        f"WARNING: {len(classes)} classes: {abbreviate(classes)}. If these are patients or slides, data.root is not "
-        f"the folder that holds the classes (is it {config.root.absolute().parent}?). If they are classes, name them "
-        "in data.classes"
-    ]
+    warning = (
+        f"WARNING: {len(classes)} classes: {abbreviate(classes)}. If these are patients or slides, data.root must be "
+        f"the folder above (is it {config.root.absolute().parent}?). If they are classes, name them in data.classes"
+    )
+    return [warning] if are_ids and config.classes is None else []
 
 
 def require_pairs(patches: Patches, config: Config, *, batch_size: int) -> None:

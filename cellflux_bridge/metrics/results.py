@@ -233,6 +233,6 @@ def _notes(evaluation: Evaluation, cells: _Cells) -> Iterator[str]:
 def _differences(evaluation: Evaluation) -> Iterator[list[str]]:
     for row in evaluation.differences:
         first, second, quantity, extractor, n, difference, low, high, p, num_groups = row.values()
-        label = f"{quantity.replace('_', ' ')}: {first} less {second}"
+        label = f"{QUANTITIES[quantity].label}: {first} minus {second}"
         text = f"{number(difference)} [{number(low)}, {number(high)}]"
         yield [label, extractor, f"{n} ({num_groups})", text, f"{p:.2g}"]

@@ -84,7 +84,7 @@ def figure_warnings(values: Sequence[Value]) -> Iterator[str]:
     for value in values:
         if np.isnan(value.value) and value.quantity.startswith(tuple(_NEEDS)) and not value.quantity.endswith("spread"):
             start = next(start for start in _NEEDS if value.quantity.startswith(start))  # floors stand first
-            of = undefined[_NEEDS[start], value.n, value.n_real][f"{_in_words(value.quantity)} of {value.method}"]
+            of = undefined[_NEEDS[start], value.n, value.n_real][f"{_in_words(value.quantity)} ({value.method})"]
             of += [] if value.level is None else [f"{value.level:g}"]
     for (need, n, n_real), found in undefined.items():
         whats = ", ".join(f"{what} at level {' and '.join(at)}" if at else what for what, at in found.items())
