@@ -31,7 +31,7 @@ def _path(name: str, help: str, **options: Any) -> Flag:
     return _flag(name, help, type=Path, **options)
 
 
-_TRUST = _flag("--trust", "run code and use data folders that a run or trajectory names", action="store_true")
+_TRUST = _flag("--trust", "run code, and make caches and phantoms, as a run or trajectory says", action="store_true")
 _FOLDER = _path("--output", "folder to write to (default: in the run)")
 COMMANDS = {
     "data": Command(
@@ -127,7 +127,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, Callable[[argparse.Namespace], 
 
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; known: {', '.join(COMMANDS)}")
-    if dashed := [text for text in argv if re.match(r"--?\w+\.[\w.]+(=|$)", text)]:
+    if dashed := [text for text in argv if re.match(r"--?[A-Za-z_]\w*\.[\w.]+(=|$)", text)]:
         raise UserError(f"{dashed[0]}: settings are written without dashes, as in {dashed[0].lstrip('-')}")
     command, function = COMMANDS[argv[0]], _function(argv[0])
     parser = argparse.ArgumentParser(prog=f"cellflux-bridge {argv[0]}", description=function.__doc__)
