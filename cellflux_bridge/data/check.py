@@ -63,12 +63,13 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
         lines.append(taken)
     groups = {record.group for record in records} - {None}
     lines.append(f"groups: {len(groups) or 'none named; every patch counts as its own'}")
-    if not groups and not given.issuperset(SPLITS):
+    shares = describe_shares(records, given=given, val=config.split.val, test=config.split.test)
+    if shares and not groups:
         lines.append(
             "WARNING: patches are split one by one, because no groups are named. If a patient has several patches, "
             "some train and some test, and every figure is too good. Put them into root/<class>/<patient>/"
         )
-    lines += describe_shares(records, given=given, val=config.split.val, test=config.split.test)
+    lines += shares
     lines += _sizes([one.size for one in facts], config, preprocessing)
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
     lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *unreadable[:20], *more]))
