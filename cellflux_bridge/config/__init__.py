@@ -1,6 +1,6 @@
 """One typed schema of a run: what every other module imports of it."""
 
-_OF_ROOT = ("PLACES_AND_PACE", "Config", "load_config", "merged", "parse_overrides", "split_overrides")
+_OF_ROOT = ("PLACES_AND_PACE", "Config", "Root", "load_config", "merged", "parse_overrides", "split_overrides")
 
 
 def __getattr__(name: str):

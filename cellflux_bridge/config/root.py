@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -44,32 +44,16 @@ PLACES_AND_PACE = (
 )
 
 
-class Config(Section):
+class Root(Section):
+    """What the configuration of every training has."""
+
     name: str
     seed: int = 0
     output: Path
-    data: DataConfig
-    pairs: PairsConfig = PairsConfig()
-    coupling: Coupling
-    path: Path_
-    condition: ConditionConfig = ConditionConfig()
-    codec: Codec
-    velocity: Velocity
-    train: TrainConfig = TrainConfig()
-    classifier: ClassifierConfig = ClassifierConfig()
-    ddim: DDIMConfig = DDIMConfig()
-    translate: TranslateConfig = Field(default_factory=TranslateConfig)
-    video: VideoConfig = VideoConfig()
 
     def to_yaml(self) -> str:
         """The complete configuration as YAML that `load_config` reads back to an equal `Config`."""
         return dump_yaml(self.model_dump(mode="json"))
-
-    def digest(self) -> str:
-        """A short hash of what sequences are made with: not where, how fast or how many, nor how they are shown."""
-        left_out = (*PLACES_AND_PACE, "video", "classifier", "ddim", "translate.num", "translate.batch_size")
-        canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def value(self, key: str) -> Any:
         """What stands at a dotted key, as in the YAML text; a section is a mapping. UserError where nothing does."""
@@ -90,6 +74,32 @@ class Config(Section):
             elif not any(f"{key}.".startswith(f"{left_out}.") for left_out in without):
                 flat[key] = value
         return flat
+
+
+AnyRoot = TypeVar("AnyRoot", bound=Root)
+
+
+class Config(Root):
+    """The configuration of a flow, its classifiers and the reference bridge."""
+
+    data: DataConfig
+    pairs: PairsConfig = PairsConfig()
+    coupling: Coupling
+    path: Path_
+    condition: ConditionConfig = ConditionConfig()
+    codec: Codec
+    velocity: Velocity
+    train: TrainConfig = TrainConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    ddim: DDIMConfig = DDIMConfig()
+    translate: TranslateConfig = Field(default_factory=TranslateConfig)
+    video: VideoConfig = VideoConfig()
+
+    def digest(self) -> str:
+        """A short hash of what sequences are made with: not where, how fast or how many, nor how they are shown."""
+        left_out = (*PLACES_AND_PACE, "video", "classifier", "ddim", "translate.num", "translate.batch_size")
+        canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def merged(base: Any, over: Any, *, nested: bool = False) -> Any:
@@ -126,9 +136,14 @@ def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(
-    path: Path | str, overrides: Sequence[str] = (), *, output: Path | None = None, trust: bool | None = None
-) -> Config:
-    """The complete configuration of a YAML file with `key.sub=value` overrides.
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    output: Path | None = None,
+    trust: bool | None = None,
+    schema: type[AnyRoot] = Config,
+) -> AnyRoot:
+    """The complete configuration of a YAML file with `key.sub=value` overrides, of the kind `schema`.
 
     `name` defaults to the file's own name and `output` to `runs/<name>`; the argument `output`, where a run was found,
     replaces what its file says. `trust` says whether `name: package.module:Class` in the file may import that module.
@@ -149,10 +164,12 @@ def load_config(
     named = re.findall(r"[\w.]+:\w+", " ".join(overrides))
     try:
         with trusting(path.name != "config.yaml" if trust is None else trust, names=named):
-            config, received = Config.model_validate(data), not trusts_everything()
+            config, received = schema.model_validate(data), not trusts_everything()
     except ValidationError as error:
         shown = f" with {' '.join(overrides)}" if overrides else ""
-        raise UserError(f"{path}{shown}:\n{explain(error, Config)}") from error
+        raise UserError(f"{path}{shown}:\n{explain(error, schema)}") from error
+    if not isinstance(config, Config):
+        return config
     keys = [key for key in ("root", "cache_dir") if received and key not in given.get("data", {})]
     places = {key: ReceivedPath(getattr(config.data, key)) for key in keys}
     return config.model_copy(update={"data": config.data.model_copy(update=places)})

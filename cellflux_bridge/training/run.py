@@ -34,7 +34,7 @@ def require_free(folder: Path, config: Config, *, ignore: tuple[str, ...], resum
             raise UserError(f"{folder}: holds checkpoints without a config.yaml; choose another output")
     elif resume == "never":
         raise UserError(f"{folder}: holds a run already; set train.resume=auto, another output, or remove it")
-    elif differing := differences(load_config(saved), config, ignore=("translate", *ignore)):
+    elif differing := differences(load_config(saved, schema=type(config)), config, ignore=("translate", *ignore)):
         found = abbreviate(differing)
         raise UserError(f"{folder}: holds another run; they differ in {found}. Choose another output or remove it")
 
