@@ -268,7 +268,7 @@ def test_a_run_from_somebody_else_runs_no_code_and_shows_no_other_file(tmp_path,
     metrics, cellularity = (json.loads((run / name).read_text()) for name in ("metrics.json", "cellularity.json"))
     metrics["networks"].append({**metrics["networks"][0], "use": "scores", "checkpoint": str(tmp_path)})
     metrics["methods"].append({**metrics["methods"][0], "name": "etc", "trajectory": "../../../etc"})
-    cellularity["parameters"] = {"instanseg": str(outside)}
+    cellularity["parameters"] = {"method": "instanseg", "instanseg": str(outside)}
     for name, content in (("metrics.json", metrics), ("cellularity.json", cellularity)):
         (run / name).write_text(json.dumps(content))
     loaded = []
@@ -446,15 +446,17 @@ def test_frames_of_another_size_than_the_judged_ones_are_refused(run, tmp_path):
 def test_nuclei_are_outlined_as_they_were_counted(tmp_path, monkeypatch):
     run, asked = write_run(tmp_path / "run"), []
 
-    def counted(rgb, *, mpp, parameters):
-        asked.append((mpp, parameters.stains))
+    def counted(rgb, *, mpp, parameters, scale):
+        asked.append((mpp, parameters.stains, scale.factor))
         return segment(rgb)
 
     monkeypatch.setattr("cellflux_bridge.report.page.segment_nuclei", counted)
     content = json.loads((run / "cellularity.json").read_text())
-    (run / "cellularity.json").write_text(json.dumps({**content, "mpp": 0.5, "parameters": {"stains": "macenko"}}))
+    scale = {"factor": 1.5, "diameter": None, "agreement": 1.0}
+    changed = {"mpp": 0.5, "scale": scale, "parameters": {"method": "classical", "stains": "macenko"}}
+    (run / "cellularity.json").write_text(json.dumps({**content, **changed}))
     report(run, output=tmp_path / "report.html", segment=None)
-    assert set(asked) == {(0.5, "macenko")}
+    assert set(asked) == {(0.5, "macenko", 1.5)}
 
 
 def test_a_lower_end_of_zero_is_an_interval(run, tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ import numpy as np
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import without_nan
 from cellflux_bridge.base.progress import progress
+from cellflux_bridge.cellularity.counter_error import relative_errors
 from cellflux_bridge.cellularity.counting import count_arrays, list_images
 from cellflux_bridge.cellularity.curves import Counted, Scored, checks, correlations, means
 from cellflux_bridge.cellularity.measurement import QUANTITIES
-from cellflux_bridge.cellularity.nuclei import Parameters
+from cellflux_bridge.cellularity.nuclei import Parameters, network_scale
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.images import read_rgb
 from cellflux_bridge.trajectory import TrajectoryHeader, count_incomplete, iter_trajectory, read_header
 
-FORMAT = 2
-_CHUNK = 64
+FORMAT = 3
+_CHUNK, _SOURCES_FOR_SCALE = 64, 16
 
 
 def _scale(folders: Sequence[Path], headers: Sequence[TrajectoryHeader]) -> float | None:
@@ -41,16 +43,17 @@ def _require_rgb(channels: int, of: str) -> None:
         raise UserError(f"{of}: {channels} channels; nuclei are counted in RGB images (H&E) only")
 
 
-def _count_real(images: Iterable[np.ndarray], groups: list[str], label: str, **options) -> list[np.ndarray]:
-    rows = count_arrays((rgb[None] for rgb in images), **options)
-    return list(progress(rows, total=len(groups), desc=f"nuclei of real {label}", unit="image"))
+def _count_real(stacks: Iterable[np.ndarray], num: int, label: str, **options) -> list[np.ndarray]:
+    """A row (1, 1 + Q) for each of `num` images, which come in stacks (B, H, W, 3)."""
+    rows = (row[None] for table in count_arrays(stacks, **options) for row in table)
+    return list(progress(rows, total=num, desc=f"nuclei of real {label}", unit="image"))
 
 
 def _count_folder(folder: Path, label: str, **options) -> Counted:
     """The images of a folder, each a group of its own."""
     files = list_images(folder)
-    groups = [str(file) for file in files]
-    return Counted.of(_count_real(map(read_rgb, files), groups, label, **options), groups)
+    stacks = (read_rgb(file)[None] for file in files)
+    return Counted.of(_count_real(stacks, len(files), label, **options), [str(file) for file in files])
 
 
 def _count_patches(patches: Patches, ends: tuple[str, str], **options) -> tuple[dict[str, Counted], Scored | None]:
@@ -66,9 +69,9 @@ def _count_patches(patches: Patches, ends: tuple[str, str], **options) -> tuple[
     with_score = test[np.isfinite(patches.scores[test])]
     numbers = np.unique(np.concatenate([*by_class.values(), with_score]))
     chunks = (numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK))
-    images = (rgb for part in chunks for rgb in patches.centre(part).permute(0, 2, 3, 1).numpy())
+    stacks = (patches.centre(part).permute(0, 2, 3, 1).numpy() for part in chunks)
     groups = {i: patches.group_names[patches.groups[i]] for i in numbers}
-    rows = dict(zip(numbers, _count_real(images, list(groups.values()), "patches", **options), strict=True))
+    rows = dict(zip(numbers, _count_real(stacks, len(numbers), "patches", **options), strict=True))
 
     def counted(chosen: np.ndarray) -> Counted:
         return Counted.of([rows[i] for i in chosen], [groups[i] for i in chosen])
@@ -98,6 +101,14 @@ def count_trajectory(folder: Path, groups: dict[str, str], **options) -> tuple[l
     return ids, found
 
 
+def _first_frames(folders: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Frames (B, H, W, 3), of every level, of the first sources of each trajectory: enough to tell a scale by."""
+    for folder in folders:
+        for batch in islice(iter_trajectory(folder, batch_size=_SOURCES_FOR_SCALE), 1):
+            _require_rgb(batch.frames.shape[2], f"{folder}: frames of")
+            yield from (batch.sequence(b) for b in range(len(batch.source_ids)))
+
+
 def along_trajectories(
     folders: Sequence[Path],
     *,
@@ -123,7 +134,8 @@ def along_trajectories(
         if (header.source, header.target) != ends:
             raise UserError(f"{folder}: {header.source} -> {header.target}, but {folders[0]} is {ends[0]} -> {ends[1]}")
     mpp = _scale(folders, headers) if mpp is None else mpp
-    options = {"mpp": mpp, "parameters": parameters, "workers": workers}
+    scale = network_scale(_first_frames(folders), mpp=mpp, parameters=parameters)
+    options = {"mpp": mpp, "parameters": parameters, "scale": scale, "workers": workers}
     real, scored, groups = {}, None, {}
     if patches is not None:
         groups = {id_: patches.group_names[number] for id_, number in zip(patches.ids, patches.groups, strict=True)}
@@ -147,7 +159,8 @@ def along_trajectories(
                 "incomplete": count_incomplete(folder),
                 "unmeasured": int(np.isnan(counted.values[..., QUANTITIES.index("area_fraction")]).sum()),
                 "refused": refused,
-                "curves": means(counted, header.levels, seed=seed),
+                "counter_error": (errors := relative_errors(parameters, counted.median_area)),
+                "curves": means(counted, header.levels, seed=seed, errors=errors),
                 "spearman": correlations(counted, header.levels, seed=seed),
                 "checks": checks(counted, header.levels, *beside, seed=seed) if beside else [],
                 "per_source": [
@@ -156,15 +169,20 @@ def along_trajectories(
                 ],
             }
         )
-    real_rows = [(label, row) for label, of_class in real.items() for row in means(of_class, [None], seed=seed)]
+
+    def real_means(of: Counted, level: float | None) -> list[dict[str, Any]]:
+        return means(of, [level], seed=seed, errors=relative_errors(parameters, of.median_area))
+
+    real_rows = [(label, row) for label, of_class in real.items() for row in real_means(of_class, None)]
     levels = sorted({level for header in headers for level in header.levels}) if scored else []
     content = {
         "format": FORMAT,
         "mpp": mpp,
+        "scale": scale and scale._asdict(),
         "seed": seed,
         "parameters": asdict(parameters),
         "trajectories": trajectories,
         "real": [{"class": label, **{k: v for k, v in row.items() if k != "level"}} for label, row in real_rows],
-        "real_by_level": [row for level in levels for row in means(scored.of_level(level), [level], seed=seed)],
+        "real_by_level": [row for level in levels for row in real_means(scored.of_level(level), level)],
     }
     return without_nan(content)

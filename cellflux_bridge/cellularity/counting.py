@@ -19,11 +19,20 @@ from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.walk import image_files
 from cellflux_bridge.cellularity.measurement import QUANTITIES, measure_all, trusted
-from cellflux_bridge.cellularity.nuclei import NotBrightField, Parameters, segment
-from cellflux_bridge.images import SUFFIXES, UnreadableImage, read_rgb
+from cellflux_bridge.cellularity.nuclei import (
+    Found,
+    NotBrightField,
+    Parameters,
+    is_bright_field,
+    require_bright_field,
+    segment_stack,
+)
+from cellflux_bridge.cellularity.outlines import write_nuclei
+from cellflux_bridge.cellularity.parameters import Scale
+from cellflux_bridge.images import SUFFIXES, UnreadableImage, read_rgb, resize
 
 _SLAB = 64
-_COLUMNS = ("path", "width", "height", "median_area", *QUANTITIES, "reason")
+_COLUMNS = ("path", "width", "height", "median_area", *QUANTITIES, "scale", "scale_agreement", "reason")
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -39,30 +48,44 @@ def list_images(folder: Path) -> list[Path]:
 def count_images(
     files: Iterable[Path], *, mpp: float | None, parameters: Parameters, workers: int = 0
 ) -> Iterator[dict[str, float]]:
-    """width, height, median_area and every quantity of each image file, in order; NaN as `measure` leaves them."""
+    """width, height, median_area, every quantity and the network's scale of each image file, in order; NaN as `measure`
+    leaves them."""
     yield from in_processes(partial(_count_file, mpp=mpp, parameters=parameters), files, workers=workers)
 
 
-def segment_file(file: Path, *, mpp: float | None, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
-    """An image file as RGB uint8 (H, W, 3) and its nuclei, (H, W) int32; UserError names the file."""
+def segment_file(
+    file: Path, *, mpp: float | None, parameters: Parameters, scale: float = 1.0
+) -> tuple[np.ndarray, Found]:
+    """An image file at `scale` times its size, RGB uint8 (H, W, 3), and its nuclei, (1, H, W) int32; UserError names
+    the file."""
     rgb = read_rgb(file)
+    rgb = resize(rgb, *(max(1, round(side * scale)) for side in rgb.shape[:2]))
     try:
-        return rgb, segment(rgb, mpp=mpp, parameters=parameters)
+        require_bright_field(rgb)
+        return rgb, segment_stack(rgb[None], mpp=mpp, parameters=parameters)
     except UserError as error:
         raise type(error)(f"{file}: {error}") from error
 
 
-def _count_file(file: Path, *, mpp: float | None, parameters: Parameters) -> dict[str, float]:
-    rgb, labels = segment_file(file, mpp=mpp, parameters=parameters)
-    measured, median_area = measure_all(rgb, labels, mpp=mpp)
+def _count_file(
+    file: Path, *, mpp: float | None, parameters: Parameters, nuclei: Path | None = None
+) -> dict[str, float]:
+    rgb, found = segment_file(file, mpp=mpp, parameters=parameters)
+    if nuclei is not None:
+        write_nuclei(nuclei, rgb, found.labels[0])
+    measured, median_area = measure_all(rgb, found.labels[0], mpp=mpp)
     size = {"width": rgb.shape[1], "height": rgb.shape[0], "median_area": median_area}
-    return size | asdict(trusted(measured, median_area))
+    factor, _, agreement = found.scale or (np.nan,) * 3
+    return size | asdict(trusted(measured, median_area)) | {"scale": factor, "scale_agreement": agreement}
 
 
-def _count_or_reason(file: Path, *, mpp: float | None, parameters: Parameters) -> list[float | str | None]:
+def _count_or_reason(
+    file: Path, *, folder: Path, nuclei: Path | None, mpp: float | None, parameters: Parameters
+) -> list[float | str | None]:
     """The cells of an image file after its path: what was counted, or nothing and the reason."""
     try:
-        counted = _count_file(file, mpp=mpp, parameters=parameters)
+        place = None if nuclei is None else nuclei / file.relative_to(folder)
+        counted = _count_file(file, mpp=mpp, parameters=parameters, nuclei=place)
     except (UnreadableImage, NotBrightField) as error:
         reason = " ".join(str(error).removeprefix(f"{file}: ").split())
         return [*[None] * (len(_COLUMNS) - 2), reason]
@@ -82,23 +105,32 @@ class Tally(NamedTuple):
     unmeasured: int
 
 
-def write_counts(folder: Path, output: Path, *, mpp: float | None, parameters: Parameters, workers: int = 0) -> Tally:
+def write_counts(
+    folder: Path,
+    output: Path,
+    *,
+    mpp: float | None,
+    parameters: Parameters,
+    nuclei: Path | None = None,
+    workers: int = 0,
+) -> Tally:
     """Count every image under a folder into a CSV, one row an image.
 
     A cell is empty where a quantity does not exist. The row of an image that cannot be read or is grey, dark or
-    inverted holds only the reason.
+    inverted holds only the reason. With `nuclei` the single nuclei of every image are written into that folder, under
+    the image's name (see `outlines`).
 
     Rows are kept beside `output` as they are made, and a run that was stopped continues there if files and settings are
     the same. Raises UserError after the table is written where no image could be measured.
     """
     files = list_images(folder)
     output.parent.mkdir(parents=True, exist_ok=True)
-    kept = _kept_place(output, files, mpp=mpp, parameters=parameters)
+    kept = _kept_place(output, files, mpp=mpp, parameters=parameters, nuclei=nuclei)
     done = _num_kept_rows(kept)
     with open(kept, "a", buffering=1, newline="", encoding="utf-8") as stream:  # a line is written when it is whole
         if not stream.tell():
             stream.write(csv_text([_COLUMNS]))
-        work = partial(_count_or_reason, mpp=mpp, parameters=parameters)
+        work = partial(_count_or_reason, folder=folder, nuclei=nuclei, mpp=mpp, parameters=parameters)
         counted = in_processes(work, files[done:], workers=workers)
         bar = progress(counted, total=len(files), initial=done, desc="nuclei", unit="image")
         for file, cells in zip(files[done:], bar, strict=True):
@@ -114,11 +146,13 @@ def write_counts(folder: Path, output: Path, *, mpp: float | None, parameters: P
     return Tally(too_small=len(rows) - len(refused), unmeasured=len(refused))
 
 
-def _kept_place(output: Path, files: list[Path], *, mpp: float | None, parameters: Parameters) -> Path:
+def _kept_place(
+    output: Path, files: list[Path], *, mpp: float | None, parameters: Parameters, nuclei: Path | None
+) -> Path:
     """Where rows stand until all are there; the name is a key of all that they depend on."""
-    asked = [*files, *([Path(parameters.instanseg)] if parameters.instanseg else [])]
+    asked = [*files, *([Path(parameters.file)] if parameters.file else [])]
     stamps = [(str(file), status.st_size, status.st_mtime_ns) for file in asked for status in (file.stat(),)]
-    key = hashlib.sha256(repr((mpp, parameters, stamps)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((mpp, parameters, str(nuclei), stamps)).encode()).hexdigest()[:16]
     return output.with_name(f"{output.name}.{key}.tmp")
 
 
@@ -133,21 +167,26 @@ def _num_kept_rows(table: Path) -> int:
 
 
 def count_arrays(
-    stacks: Iterable[np.ndarray], *, mpp: float | None, parameters: Parameters, workers: int = 0
+    stacks: Iterable[np.ndarray],
+    *,
+    mpp: float | None,
+    parameters: Parameters,
+    scale: Scale | None = None,
+    workers: int = 0,
 ) -> Iterator[np.ndarray]:
     """For each stack of RGB uint8 images (K, H, W, 3) a table (K, 1 + Q) float64: the median nuclear area in px and
     every quantity, however small the nuclei. The row of a grey, dark or inverted image is NaN."""
-    work = partial(_count_stack, mpp=mpp, parameters=parameters)
+    work = partial(_count_stack, mpp=mpp, parameters=parameters, scale=scale)
     yield from in_processes(work, stacks, workers=workers, slab=_SLAB)
 
 
-def _count_stack(stack: np.ndarray, *, mpp: float | None, parameters: Parameters) -> np.ndarray:
+def _count_stack(stack: np.ndarray, *, mpp: float | None, parameters: Parameters, scale: Scale | None) -> np.ndarray:
     rows = np.full((len(stack), 1 + len(QUANTITIES)), np.nan)
-    for row, rgb in zip(rows, stack, strict=True):
-        try:
-            labels = segment(rgb, mpp=mpp, parameters=parameters)
-        except NotBrightField:
-            continue
-        measured, median_area = measure_all(rgb, labels, mpp=mpp)
-        row[:] = [median_area, *asdict(measured).values()]
+    bright = np.flatnonzero([is_bright_field(rgb) for rgb in stack])
+    if len(bright) == 0:
+        return rows
+    found = segment_stack(stack[bright], mpp=mpp, parameters=parameters, scale=scale)
+    for number, labels in zip(bright, found.labels, strict=True):
+        measured, median_area = measure_all(stack[number], labels, mpp=mpp)
+        rows[number] = [median_area, *asdict(measured).values()]
     return rows

@@ -4,7 +4,7 @@ Patches of one group (slide, patient, original tile) are not independent, so eve
 Results are rows (dictionaries) of cellularity.json; `export` lists their keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,14 +84,30 @@ def _mean_row(values: np.ndarray, groups: np.ndarray, *, seed: int, purpose: str
     return {"n": int(finite.sum()), key: found.value, "low": found.low, "high": found.high}
 
 
-def means(counted: Counted, levels: Sequence[float | None], *, seed: int) -> list[Row]:
-    """The mean of every trusted quantity at each of K levels."""
-    options = {"seed": seed, "purpose": "mean", "key": "mean"}
-    return [
-        {"quantity": name, "level": level, **_mean_row(counted.at(name, k), counted.groups, **options)}
-        for name in counted.split_by_size()[0]
-        for k, level in enumerate(levels)
-    ]
+def means(
+    counted: Counted, levels: Sequence[float | None], *, seed: int, errors: Mapping[str, float] | None = None
+) -> list[Row]:
+    """The mean of every trusted quantity at each of K levels.
+
+    Its interval is that of the sources, and of the counter where `errors` has its relative standard error: the two half
+    widths are added in quadrature.
+    """
+    options, errors = {"seed": seed, "purpose": "mean", "key": "mean"}, errors or {}
+    rows = []
+    for name in counted.split_by_size()[0]:
+        for k, level in enumerate(levels):
+            row = _mean_row(counted.at(name, k), counted.groups, **options)
+            rows.append({"quantity": name, "level": level, **_widened(row, errors.get(name, 0.0))})
+    return rows
+
+
+def _widened(row: Row, error: float) -> Row:
+    """A row of `_mean_row` whose 95 % interval takes in a relative standard error of the mean."""
+    if not error:
+        return row
+    mean, of_counter = row["mean"], 1.96 * error * row["mean"]
+    low, high = mean - np.hypot(mean - row["low"], of_counter), mean + np.hypot(row["high"] - mean, of_counter)
+    return row | {"low": float(max(0.0, low)), "high": float(high)}
 
 
 def correlations(counted: Counted, levels: Sequence[float], *, seed: int) -> list[Row]:

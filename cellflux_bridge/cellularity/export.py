@@ -1,12 +1,13 @@
 """cellularity.json and, beside it, cellularity.csv in long form, each written whole or not at all.
 
-cellularity.json, format 2; a number that does not exist is null:
+cellularity.json, format 3; a number that does not exist is null:
 
     format, mpp, seed
                   `mpp` microns per pixel, by which all was counted
+    scale         {factor, diameter, agreement} at which the network saw all (see `parameters.Scale`); null for others
     parameters    those of the segmentation, by name
     trajectories  [{trajectory, method, source, target, config_hash, levels, n, median_area, incomplete, unmeasured,
-                    refused,
+                    refused, counter_error: {quantity: relative standard error},
                     curves: [{quantity, level, n, mean, low, high}],
                     spearman: [{quantity, n, value, low, high}],
                     checks: [{quantity, end_minus_target, low, high, end: reached | missed | undecided, n_inner,
@@ -20,6 +21,7 @@ median_area       px a nucleus
 incomplete        sequences that lack rows in the manifest and are left out
 unmeasured        frames in which nuclei cannot be sought (grey, dark, inverted)
 refused           quantities that need larger nuclei
+counter_error     of means, by the built-in network's bias on foreign tissue; `curves` and `real` take it in
 spearman          mean over sources of the rank correlation with the level
 end_minus_target  mean at the last level less that of real target patches, both sides resampled; `end` is its verdict
 inner_between     share of the `n_inner` inner levels whose mean lies between the means of both real classes
@@ -39,6 +41,12 @@ from cellflux_bridge.base.files import csv_text, replace_text, require_json
 
 _COLUMNS = ("what", "trajectory", "method", "class", "quantity", "level", "n", "value", "low", "high", "end")
 _HEAD = ("", "real {source}", "level 0", "last level", "real {target}", "Spearman", "end", "between", "to real")
+_LEGEND = (
+    "  Areas are in px (_um2: square microns). Spearman: rank correlation with the level, mean over sources.\n"
+    "  end: is real {target} reached? between: share of inner levels that lie between both real classes.\n"
+    "  to real: mean distance to real patches of the same level."
+)
+_SCALE = "Nuclei are {diameter:.1f} px across; the network saw {factor:.2f} px for each (agreement {agreement:.2f})."
 # Remarks of the summary about numbers that are not 0.
 _REMARKS = {
     "refused": "  refused: {refused}: nuclei of {median_area:.0f} px are too small",
@@ -91,7 +99,10 @@ def summary(content: dict[str, Any]) -> str:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         shown = {**of, "refused": ", ".join(of["refused"])}
+        lines.append(_LEGEND.format(**of))
         lines += [remark.format(**shown) for key, remark in _REMARKS.items() if shown[key]]
+    if (scale := content["scale"]) is not None and scale["diameter"] is not None:
+        lines.append(_SCALE.format(**scale))
     return "\n".join(lines)
 
 

@@ -54,18 +54,39 @@ def read_label_map(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bool]
     return labels, False
 
 
-def _read(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """The values (H, W) or (H, W, C) of a file, whose size is compared before they are read."""
+def require_size_of(path: Path, size: tuple[int, int]) -> None:
+    """UserError where a label map has not the (H, W) of its image; its values are not read."""
+    _read(path, size, only_size=True)
+
+
+def resample(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A label map at another size: of every pixel the number at its middle, numbered 1..n without what vanishes."""
+    if labels.shape == size:
+        return labels
+    row, column = (((np.arange(to) + 0.5) * of / to).astype(int) for of, to in zip(labels.shape, size, strict=True))
+    scaled = labels[row[:, None], column]
+    present = np.flatnonzero(np.bincount(scaled.ravel(), minlength=1)[1:]) + 1
+    number = np.zeros(labels.max() + 1, np.int32)
+    number[present] = np.arange(1, len(present) + 1)
+    return number[scaled]
+
+
+def _read(path: Path, size: tuple[int, int], *, only_size: bool = False) -> np.ndarray | None:
+    """The values (H, W) or (H, W, C) of a file, whose size is compared before they are read; or None."""
     try:
         if path.suffix == ".npy":
             values = np.load(path, mmap_mode="r", allow_pickle=False)
             values = values[0] if values.shape == (1, *size) else values
             _require_size(path, values.shape, size)
+            if only_size:
+                return None
             return np.asarray(values[..., 0] if values.shape == (*size, 1) else values)
         with Image.open(path, formats=("PNG", "TIFF")) as image:
             _require_size(path, (image.height, image.width), size)
             if getattr(image, "n_frames", 1) > 1 or image.mode == "CMYK":
                 raise UserError(f"{path}: expected one page in grey, RGB or a palette")
+            if only_size:
+                return None
             values = np.asarray(image)
             if image.mode == "P":
                 black = np.array([not any(colour) for colour in np.reshape(image.getpalette("RGB"), (-1, 3))])

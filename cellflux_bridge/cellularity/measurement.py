@@ -46,10 +46,7 @@ def measure_all(rgb: np.ndarray, labels: np.ndarray, *, mpp: float | None = None
     density = len(present) / (labels.size * square / 1e6)
     if len(present) == 0:
         return Measurement(0.0, 0.0, np.nan, np.nan, np.nan, np.nan, density), np.nan
-    areas, nuclear = areas[present], optical_density(rgb[labels > 0])
-    # Without a matrix product, whose threads would wait on those of other processes.
-    weights = np.linalg.pinv(RUIFROK_HE)[:, 0]
-    darkness = sum(w * channel for w, channel in zip(weights, nuclear.T, strict=True))
+    areas, darkness = areas[present], haematoxylin_amount(rgb[labels > 0])
     measured = Measurement(
         count=float(len(present)),
         area_fraction=float((labels > 0).mean()),
@@ -60,6 +57,13 @@ def measure_all(rgb: np.ndarray, labels: np.ndarray, *, mpp: float | None = None
         density_mm2=float(density),
     )
     return measured, float(np.median(areas))
+
+
+def haematoxylin_amount(pixels: np.ndarray) -> np.ndarray:
+    """Haematoxylin concentration (N,) of RGB uint8 pixels (N, 3), by Ruifrok's vectors."""
+    # Without a matrix product, whose threads would wait on those of other processes.
+    weights = np.linalg.pinv(RUIFROK_HE)[:, 0]
+    return sum(w * channel for w, channel in zip(weights, optical_density(pixels).T, strict=True))
 
 
 def _eccentricities(labels: np.ndarray) -> np.ndarray:

@@ -1,30 +1,16 @@
-"""Finding nuclei in H&E patches: classical, deterministic, and without a scale that must be given.
+"""Finding nuclei in H&E images by the method that is asked for: the built-in network, rules of colour, or InstanSeg."""
 
-What the red channel absorbs is haematoxylin, because eosin hardly absorbs red. Absorption (1 - transmission) and not
-optical density is thresholded: it saturates, so that pale nuclei count beside dark ones. A first splitting finds how
-large the nuclei are; the second splits and sifts in units of that radius. The parameters were chosen on DSB 2018's
-tissue images and phantom tissue (docs/cellularity.md).
-"""
-
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
-from skimage.filters import threshold_otsu
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cellularity.parameters import Parameters
-from cellflux_bridge.cellularity.splitting import split
-from cellflux_bridge.images.stain import RUIFROK_HE, macenko_stains
+from cellflux_bridge.cellularity.parameters import Parameters, Scale
 
 # Mean difference of the largest and smallest channel below which an image is grey, median brightness below which it is
 # dark, and how much more green than red and blue an inverted H&E image shows on average, all in grey levels.
 _GREY, _DARK, _GREENER = 3.0, 50.0, 8.0
-# Absorption below which nothing is stained: glass, whose noise must not be thresholded.
-_LEAST_CONTRAST = 0.06
-_LEAST_SHARE = 0.5  # of the contrast by fixed stain vectors, that an image's own must reach to be used
-_RADII = (2.0, 40.0)  # px, between which a nuclear radius is sought
-_RADII_UM = (1.5, 12.0)  # microns, where microns per pixel are known
 _DEFAULT = Parameters()
 
 
@@ -52,103 +38,65 @@ def require_bright_field(rgb: np.ndarray) -> None:
         )
 
 
-def haematoxylin(rgb: np.ndarray, stains: str) -> tuple[np.ndarray, np.ndarray]:
-    """Absorption in [0, 1] and optical density >= 0 of haematoxylin in the red channel, (H, W) float32 each.
+class Found(NamedTuple):
+    """Label maps (B, H, W) int32, 0 background, 1..n in no order, and the scale that the network saw them at."""
 
-    "red" takes the channel as it is; the others leave out what eosin absorbs of it, by unmixing. Where an image's own
-    vectors tell dark from pale pixels less than half as well as the fixed ones, nuclei are not what sets those vectors
-    apart (in thick, purple tissue it is pale blue from saturated violet), and the fixed ones are taken.
-    """
-    red = _DENSITY[rgb[..., 0]]
-    if stains == "red":
-        return _ABSORPTION[rgb[..., 0]], red
-    density = _unmixed(rgb, RUIFROK_HE)
-    if stains == "macenko":
-        own, dark = _unmixed(rgb, macenko_stains(rgb)), red > red.mean()
-        by_own, by_fixed = (of[dark].mean() - of[~dark].mean() if dark.any() else 0 for of in (own, density))
-        density = own if by_own >= _LEAST_SHARE * by_fixed else density
-    return 1 - np.exp(-density), density
+    labels: np.ndarray
+    scale: Scale | None = None
 
 
-def _unmixed(rgb: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Optical density (H, W) of haematoxylin in the red channel, by stain vectors (2, 3)."""
-    # Channel by channel: the threads of a matrix product wait on those of other processes.
-    weights = (np.linalg.pinv(vectors)[:, 0] * vectors[0, 0]).astype(np.float32)
-    return np.maximum(sum(w * _DENSITY[rgb[..., c]] for c, w in enumerate(weights)), 0)
-
-
-_ABSORPTION = (1 - np.arange(256) / 255).astype(np.float32)
-_DENSITY = -np.log(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class _Ground:
-    """A thresholded image: smoothed absorption, nuclear pixels, their distance to the background, and both means."""
-
-    absorption: np.ndarray
-    mask: np.ndarray
-    distance: np.ndarray
-    background: float
-    contrast: float
-
-
-def _threshold(absorption: np.ndarray, sigma: float, share: float) -> _Ground | None:
-    """None where nothing stands out."""
-    smooth = ndimage.gaussian_filter(absorption, sigma, truncate=3)
-    sample = smooth[::2, ::2] if smooth.size > 40_000 else smooth
-    if np.ptp(sample) < _LEAST_CONTRAST:
-        return None
-    otsu = threshold_otsu(sample)
-    above = smooth > otsu
-    background, nuclear = float(smooth[~above].mean()), float(smooth[above].mean())
-    if nuclear - background < _LEAST_CONTRAST:
-        return None
-    mask = ndimage.binary_fill_holes(smooth > background + share * (otsu - background))
-    distance = ndimage.distance_transform_edt(mask).astype(np.float32)
-    return _Ground(smooth, mask, distance, background, nuclear - background)
-
-
-def segment(rgb: np.ndarray, *, mpp: float | None = None, parameters: Parameters = _DEFAULT) -> np.ndarray:
+def segment(
+    rgb: np.ndarray, *, mpp: float | None = None, parameters: Parameters = _DEFAULT, scale: Scale | None = None
+) -> np.ndarray:
     """The nuclei of an RGB uint8 image (H, W, 3) as a label map (H, W) int32: 0 background, 1..n in no order.
 
-    With `mpp` (microns per pixel) the nuclear radius is sought between 1.5 and 12 microns, and no nucleus is smaller
-    than `least_area` of the smallest such disc; without it between 2 and 40 px. Raises NotBrightField for grey, dark
-    (fluorescence) and inverted images.
+    `mpp` are microns per pixel; without them the network, or the rules, estimate how large nuclei are. `scale` is the
+    network's, where it is known from other images of the same magnification. Raises
+    NotBrightField for grey, dark (fluorescence) and inverted images.
     """
     require_bright_field(rgb)
-    if parameters.instanseg:
+    return segment_stack(rgb[None], mpp=mpp, parameters=parameters, scale=scale).labels[0]
+
+
+def segment_stack(stack: np.ndarray, *, mpp: float | None, parameters: Parameters, scale: Scale | None = None) -> Found:
+    """The nuclei of RGB uint8 images (B, H, W, 3) of one magnification, which are bright-field (see above).
+
+    `scale` is that of the network, where it is known beforehand; by default it follows from `mpp` or these images.
+    """
+    if parameters.method == "network":
+        from cellflux_bridge.cellularity import finding, network
+
+        scale = scale or network_scale([stack], mpp=mpp, parameters=parameters)
+        return Found(
+            finding.find_nuclei(stack, scale, network.load_network(parameters.model, parameters.device)), scale
+        )
+    if parameters.method == "instanseg":
         from cellflux_bridge.cellularity import instanseg
 
-        return instanseg.segment(rgb, file=parameters.instanseg, mpp=mpp)
-    nothing = np.zeros(rgb.shape[:2], np.int32)
-    radii = _RADII if mpp is None else tuple(max(um / mpp, _RADII[0]) for um in _RADII_UM)
-    absorption, density = haematoxylin(rgb, parameters.stains)
-    ground = _threshold(absorption, parameters.smoothing, parameters.threshold)
-    if ground is None:
-        return nothing
-    stained = density[ground.mask]
-    density = density / max(float(stained.mean() - density[~ground.mask].mean()), 0.05)
-    # The mean distance to the edge is a third of a disc's radius.
-    radius = float(np.clip(parameters.first_scale * 3 * ground.distance[ground.mask].mean(), *radii))
-    labels = split(ground.mask, ground.distance, density, radius, parameters)
-    areas = np.sort(np.bincount(labels.ravel())[1:])
-    if not areas.any():
-        return nothing
-    middle = areas[np.searchsorted(np.cumsum(areas), parameters.scale_quantile * areas.sum())]
-    radius = float(np.clip(parameters.scale * np.sqrt(middle / np.pi), *radii))
-    return _sift(split(ground.mask, ground.distance, density, radius, parameters), ground, radius, parameters)
+        return Found(np.stack([instanseg.segment(rgb, file=parameters.instanseg, mpp=mpp) for rgb in stack]))
+    from cellflux_bridge.cellularity import classical
+
+    return Found(np.stack([classical.segment(rgb, mpp=mpp, parameters=parameters) for rgb in stack]))
 
 
-def _sift(labels: np.ndarray, ground: _Ground, radius: float, parameters: Parameters) -> np.ndarray:
-    """Nuclei cut back to their own outline, without those that are too small or too pale, numbered 1..n."""
-    flat, absorption = labels.ravel(), ground.absorption.ravel()
-    pixels = np.bincount(flat)
-    mean = np.bincount(flat, absorption) / np.maximum(pixels, 1) - ground.background
-    cut = ground.background + parameters.outline * mean
-    inside = (absorption > cut[flat]) & (flat > 0)
-    pixels = np.bincount(flat[inside], minlength=len(mean))
-    keep = pixels >= max(parameters.least_area * np.pi * radius**2, 6)
-    keep &= mean > parameters.least_contrast * ground.contrast
-    keep[0] = False
-    number = np.where(keep, np.cumsum(keep), 0).astype(np.int32)
-    return np.where(inside, number[flat], 0).reshape(labels.shape)
+def network_scale(stacks: Iterable[np.ndarray], *, mpp: float | None, parameters: Parameters) -> Scale | None:
+    """The one scale at which the network sees images (B, H, W, 3) uint8 of one magnification; None for other methods.
+
+    Without `mpp` it is estimated from those that are bright-field.
+    """
+    if parameters.method != "network":
+        return None
+    from cellflux_bridge.cellularity import finding, network
+
+    if mpp is not None:
+        return finding.known_scale(mpp)
+    model = network.load_network(parameters.model, parameters.device)
+    return finding.estimate_scale([rgb for stack in stacks for rgb in stack if is_bright_field(rgb)], model)
+
+
+def is_bright_field(rgb: np.ndarray) -> bool:
+    try:
+        require_bright_field(rgb)
+    except NotBrightField:
+        return False
+    return True

@@ -16,8 +16,9 @@ from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.base.statistics import NUM_RESAMPLES, Estimate, bootstrap, estimate
 from cellflux_bridge.cellularity.counting import count_images, list_images, segment_file
-from cellflux_bridge.cellularity.label_maps import SUFFIXES, find_label_map, read_label_map
+from cellflux_bridge.cellularity.label_maps import SUFFIXES, find_label_map, read_label_map, resample
 from cellflux_bridge.cellularity.nuclei import Parameters
+from cellflux_bridge.images import read_size
 
 
 class Compared(NamedTuple):
@@ -27,13 +28,15 @@ class Compared(NamedTuple):
     num_true: int
     num_found: int
     num_matched: int
+    overlap: float  # of the matched ones, the sum of their intersections over unions
     area_true: float
     area_found: float
     was_mask: bool = False
 
 
 class Scores(NamedTuple):
-    """Over n images: F1 of all nuclei together and the mean of the images' own; relative errors of the images' counts;
+    """Over n images: F1 of all nuclei together and the mean of the images' own; panoptic quality of all (Kirillov
+    et al. 2019: F1 times the mean intersection over union of matched ones); relative errors of the images' counts;
     Pearson's correlation and mean absolute error of the area fractions. Where nothing is and nothing is found, F1 is 1;
     images without nuclei have no error of their count."""
 
@@ -41,6 +44,7 @@ class Scores(NamedTuple):
     num_nuclei: int
     f1: float
     f1_of_images: float
+    panoptic_quality: float
     count_error_median: float
     count_error_mean: float
     area_correlation: float
@@ -52,9 +56,11 @@ def compare(truth: np.ndarray, found: np.ndarray) -> Compared:
     table = contingency_table(truth, found).tocoo()
     area_true, area_found = np.bincount(truth.ravel()), np.bincount(found.ravel())
     union = area_true[table.row] + area_found[table.col] - table.data
-    matched = (table.row > 0) & (table.col > 0) & (table.data / union > 0.5)
+    over = table.data / union
+    matched = (table.row > 0) & (table.col > 0) & (over > 0.5)
     num_true, num_found = (int(np.count_nonzero(areas[1:])) for areas in (area_true, area_found))
-    return Compared(num_true, num_found, int(matched.sum()), float((truth > 0).mean()), float((found > 0).mean()))
+    nuclear = (float((labels > 0).mean()) for labels in (truth, found))
+    return Compared(num_true, num_found, int(matched.sum()), float(over[matched].sum()), *nuclear)
 
 
 def _f1(matched: np.ndarray, nuclei: np.ndarray) -> np.ndarray:
@@ -64,7 +70,7 @@ def _f1(matched: np.ndarray, nuclei: np.ndarray) -> np.ndarray:
 
 def score(compared: Sequence[Compared]) -> Scores:
     """The scores of some images; NaN are the count errors where none shows nuclei, and correlations of under three."""
-    true, found, matched, area_true, area_found, _ = np.array(compared, np.float64).T
+    true, found, matched, overlap, area_true, area_found, _ = np.array(compared, np.float64).T
     shows = true > 0
     errors = np.abs(found - true)[shows] / true[shows] if shows.any() else np.array([np.nan])
     constant = len(compared) < 3 or min(np.ptp(area_true), np.ptp(area_found)) == 0
@@ -73,6 +79,7 @@ def score(compared: Sequence[Compared]) -> Scores:
         num_nuclei=int(true.sum()),
         f1=float(_f1(matched.sum(), true.sum() + found.sum())),
         f1_of_images=float(np.mean(_f1(matched, true + found))),
+        panoptic_quality=float(_f1(overlap.sum(), true.sum() + found.sum())),
         count_error_median=float(np.median(errors)),
         count_error_mean=float(np.mean(errors)),
         area_correlation=np.nan if constant else float(pearsonr(area_true, area_found).statistic),
@@ -80,19 +87,23 @@ def score(compared: Sequence[Compared]) -> Scores:
     )
 
 
-def _compare_file(pair: tuple[Path, Path], *, mpp: float | None, parameters: Parameters) -> Compared:
-    _, found = segment_file(pair[0], mpp=mpp, parameters=parameters)
-    truth, was_mask = read_label_map(pair[1], found.shape)
-    return compare(truth, found)._replace(was_mask=was_mask)
+def _compare_file(
+    pair: tuple[Path, Path], *, mpp: float | None, parameters: Parameters, diameter: float | None
+) -> Compared:
+    truth, was_mask = read_label_map(pair[1], read_size(pair[0]))
+    areas = np.bincount(truth.ravel())[1:]
+    is_scaled = diameter is not None and areas.any()
+    scale = diameter / (2 * np.sqrt(np.median(areas[areas > 0]) / np.pi)) if is_scaled else 1.0
+    rgb, found = segment_file(pair[0], mpp=mpp and mpp / scale, parameters=parameters, scale=scale)
+    truth = truth if scale == 1 else resample(truth, rgb.shape[:2])
+    return compare(truth, found.labels[0])._replace(was_mask=was_mask)
 
 
-def score_label_maps(
-    folder: Path, *, mpp: float | None = None, parameters: Parameters, workers: int = 0
-) -> tuple[list[str], list[str], list[Compared]]:
-    """Compare every image of `folder`/images with the label map of its name in `folder`/labels (see `label_maps`).
+def paired_files(folder: Path) -> tuple[list[str], list[tuple[Path, Path]], list[str]]:
+    """The images of `folder`/images: names, (image, label map of its name in `folder`/labels), and groups.
 
-    Returns the names, each one's group (column `group`, or one that ends in `_group`, of `folder`/index.csv by its
-    column `id`; "" without), and what was found. UserError for images without a label map and for what is none.
+    A group stands in `folder`/index.csv: column `group`, or one that ends in `_group`, by the column `id`; "" without.
+    UserError for images without a label map.
     """
     images = list_images(folder / "images")
     names = [image.relative_to(folder / "images").with_suffix("").as_posix() for image in images]
@@ -103,11 +114,27 @@ def score_label_maps(
             f"{folder / 'labels' / missing[0]}.png: no such label map ({len(missing)} of {len(images)} images have "
             f"none); expected the image's name with {', '.join(SUFFIXES)}"
         )
-    work = partial(_compare_file, mpp=mpp, parameters=parameters)
-    found = in_processes(work, list(zip(images, maps, strict=True)), workers=workers)
-    compared = list(progress(found, total=len(images), desc="label maps", unit="image"))
     groups = _groups(folder / "index.csv")
-    return names, [groups.get(name, "") for name in names], compared
+    return names, list(zip(images, maps, strict=True)), [groups.get(name, "") for name in names]
+
+
+def score_label_maps(
+    folder: Path,
+    *,
+    mpp: float | None = None,
+    parameters: Parameters,
+    diameter: float | None = None,
+    workers: int = 0,
+) -> tuple[list[str], list[str], list[Compared]]:
+    """Compare every image of a folder with its label map (see `paired_files`, `label_maps`).
+
+    With `diameter` each is first brought to the size at which its nuclei have that median diameter in px. Returns the
+    names, each one's group, and what was found. UserError for what is no label map.
+    """
+    names, pairs, groups = paired_files(folder)
+    work = partial(_compare_file, mpp=mpp, parameters=parameters, diameter=diameter)
+    found = in_processes(work, pairs, workers=workers)
+    return names, groups, list(progress(found, total=len(pairs), desc="label maps", unit="image"))
 
 
 def _groups(index: Path) -> dict[str, str]:

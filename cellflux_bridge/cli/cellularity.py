@@ -30,13 +30,26 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--instanseg {args.instanseg}: no such file; expected InstanSeg's TorchScript file, instanseg.pt"
         )
-    if args.instanseg is not None and args.stains != "red":
-        raise UserError(f"--stains {args.stains}: --instanseg finds nuclei without stains; leave one out")
-    parameters = Parameters(stains=args.stains, instanseg=str(args.instanseg or ""))
+    method = "instanseg" if args.instanseg is not None else args.method
+    for flag, given, wanted in (
+        ("--stains", args.stains != "red", "classical"),
+        ("--model", args.model is not None, "network"),
+        ("--device", args.device != "cpu", "network"),
+    ):
+        if given and method != wanted:
+            raise UserError(f"{flag}: goes with --method {wanted}, but nuclei are found by {method}; leave it out")
+    files = {"instanseg": str(args.instanseg or ""), "model": str(args.model or "")}
+    parameters = Parameters(method=method, stains=args.stains, device=args.device, **files)
+    if args.device != "cpu":
+        args.workers = 1  # one process on a GPU
     if args.config is None:
         for flag, given in (("--real-source", args.real_source), ("--real-target", args.real_target)):
             if given is not None:
                 raise UserError(f"{flag}: goes with trajectories, not with {asked[0]}")
+        if args.diameter is not None and (args.label_maps is None or not 1 < args.diameter < 1000):
+            raise UserError(f"--diameter {args.diameter}: expected px, above 1, together with --label-maps")
+        if args.nuclei is not None and args.images is None:
+            raise UserError(f"--nuclei: goes with --images, not with {asked[0]}")
         if args.output is not None and args.images is None:
             raise UserError(f"--output: {asked[0]} prints its figures and writes nothing")
         _cellularity_of_images(args, parameters)
@@ -77,7 +90,8 @@ def _cellularity_of_images(args: argparse.Namespace, parameters) -> None:
 
     if args.images is not None:
         output = args.output or args.images.with_name(f"{args.images.name}_nuclei.csv")
-        tally = counting.write_counts(args.images, output, mpp=args.mpp, parameters=parameters, workers=args.workers)
+        options = {"mpp": args.mpp, "parameters": parameters, "nuclei": args.nuclei, "workers": args.workers}
+        tally = counting.write_counts(args.images, output, **options)
         if tally.too_small:
             print(f"{tally.too_small} images: nuclei under {MIN_PIXELS:g} px, counts are left out")
         if tally.unmeasured:
@@ -90,7 +104,7 @@ def _cellularity_of_images(args: argparse.Namespace, parameters) -> None:
             print(f"  {name:<20} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]")
     else:
         _, groups, compared = validation.score_label_maps(
-            args.label_maps, mpp=args.mpp, parameters=parameters, workers=args.workers
+            args.label_maps, mpp=args.mpp, parameters=parameters, diameter=args.diameter, workers=args.workers
         )
         for group in ["all", *(sorted(set(groups)) if len(set(groups)) > 1 else [])]:
             chosen = [one for one, of in zip(compared, groups, strict=True) if group in ("all", of)]

@@ -41,6 +41,7 @@ COMMANDS = {
     "train": Command("CONFIG_OR_RUN", shared=True),
     "train-classifier": Command("CONFIG_OR_RUN", shared=True),
     "train-ddim": Command("CONFIG_OR_RUN", shared=True),
+    "train-nuclei": Command("CONFIG_OR_RUN", shared=True),
     "translate": Command(
         "RUN",
         (
@@ -75,11 +76,18 @@ COMMANDS = {
             _path("--real-source", "real source patches, of the frames' scale", metavar="FOLDER"),
             _path("--real-target", "real target patches, of the frames' scale", metavar="FOLDER"),
             _path("--images", "count in a folder's images instead", metavar="FOLDER"),
+            _path(
+                "--nuclei", "with --images: CSV and GeoJSON (QuPath) of single nuclei, into a folder", metavar="FOLDER"
+            ),
             _path("--annotated", "columns path, cellularity: how well they agree", metavar="CSV"),
             _path("--label-maps", "images/ and labels/: how well nuclei match", metavar="FOLDER"),
+            _flag("--diameter", "with --label-maps: first bring nuclei to so many px across", type=float),
             _flag("--mpp", "microns per pixel of what is counted (default: a trajectory's own)", type=float),
+            _flag("--method", "network (built-in, or --model), or classical: rules of colour", default="network"),
+            _path("--model", "a nuclei network that train-nuclei made, instead of the built-in one", metavar="RUN"),
+            _flag("--device", "where the network runs: cpu, cuda", default="cpu"),
             _path("--instanseg", "let InstanSeg's TorchScript file find the nuclei", metavar="FILE"),
-            _flag("--stains", "red (the red channel's absorption), ruifrok or macenko", default="red"),
+            _flag("--stains", "with --method classical: red, ruifrok or macenko", default="red"),
             _flag("--workers", "processes (0: one a core)", type=int, default=0),
         ),
         optional=True,

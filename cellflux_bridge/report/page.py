@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -92,9 +93,10 @@ def _as_counted(method: Method) -> Segment:
     counted = method.run.cellularity
     if counted is None:
         return segment_nuclei
-    if counted.parameters.instanseg and not trusts_everything():
+    if counted.parameters.file and not trusts_everything():
         return lambda rgb: None
-    return partial(segment_nuclei, mpp=counted.mpp, parameters=counted.parameters)
+    parameters = replace(counted.parameters, device="cpu")
+    return partial(segment_nuclei, mpp=counted.mpp, parameters=parameters, scale=counted.scale)
 
 
 def _view(

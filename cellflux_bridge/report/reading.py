@@ -11,7 +11,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cellularity.along import FORMAT as CELLULARITY_FORMAT
-from cellflux_bridge.cellularity.parameters import Parameters
+from cellflux_bridge.cellularity.parameters import Parameters, Scale
 from cellflux_bridge.metrics.results import FORMAT as METRICS_FORMAT
 
 _MOST_BYTES = 1 << 29
@@ -138,6 +138,7 @@ class Cellularity(_Part):
     """cellularity.json."""
 
     parameters: Parameters
+    scale: Scale | None = None
     mpp: Annotated[float, Field(ge=0.01, le=100)] | None = None
     trajectories: tuple[CountedTrajectory, ...] = ()
     real: tuple[Figure, ...] = ()

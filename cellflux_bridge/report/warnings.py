@@ -117,10 +117,10 @@ def _uncounted(chapter: Chapter) -> Iterator[str]:
                 f"{run.name}: nuclei were not counted. So nothing here says whether cellularity follows the level. "
                 f"To count them (into {CELLULARITY}): cellflux-bridge cellularity {run.folder}"
             )
-        elif run.cellularity.parameters.instanseg and not trusts_everything():
+        elif run.cellularity.parameters.file and not trusts_everything():
             yield (
                 f"{run.name}: nuclei are not outlined, because a network counted them "
-                f"({run.cellularity.parameters.instanseg}). If you trust this run, pass --trust."
+                f"({run.cellularity.parameters.file}). If you trust this run, pass --trust."
             )
     for method in (method for method in chapter.methods if method.trajectory and method.run.cellularity):
         if method.cellularity is None:
