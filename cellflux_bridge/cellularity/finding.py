@@ -19,8 +19,8 @@ _FIRST_SIDE, _FIRST = 128, (0.5, 2.0)
 # The most looks, and the side in px of the middle that the first and the others take in.
 _MOST_LOOKS, _FIRST_LOOK, _LOOK = 3, 256, 160
 _BOUNDS = (1 / 8, 8.0)
-# Estimated scales enlarge an image to this side at most: beyond it they would cost more time than a user expects.
-_MOST_ENLARGED = 256
+# Estimated scales enlarge an image to so many px at most, lest a large one of small nuclei takes many times its time.
+_MOST_ENLARGED = 1 << 17
 # An image of more px at the network's scale is cut into tiles of this side, plus a margin, that share nothing.
 _TILE, _MARGIN = 1536, REACH + 32
 _BATCH_PIXELS = 1 << 20
@@ -36,7 +36,7 @@ def estimate_scale(stack: Sequence[np.ndarray], model: NucleiNet) -> Scale:
 
     The network tells the diameters of the nuclei that it sees. It looks at the images at up to three scales, each of
     which brings the diameter found last to 18 px; of these the one is chosen at which it finds that most nearly. An
-    image is not enlarged beyond 256 px a side.
+    image is not enlarged beyond 131,072 px (362 x 362).
     """
     if len(stack) == 0:
         return Scale(1.0, None, 0.0)
@@ -58,7 +58,7 @@ def estimate_scale(stack: Sequence[np.ndarray], model: NucleiNet) -> Scale:
     factor, seen = by_fit[0]
     told = [diameter / at for at, diameter in looks]
     agreement = min(told) / max(told)
-    most = max(1.0, _MOST_ENLARGED / min(stack[0].shape[:2]))
+    most = max(1.0, np.sqrt(_MOST_ENLARGED / np.prod(stack[0].shape[:2])))
     chosen = float(np.clip(factor * _DIAMETER / seen, _BOUNDS[0], min(most, _BOUNDS[1])))
     return Scale(chosen, seen / factor, agreement)
 
