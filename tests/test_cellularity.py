@@ -647,6 +647,22 @@ def test_the_counters_own_error_widens_an_interval_in_quadrature():
         assert both**2 == pytest.approx(own**2 + (1.96 * 0.1 * 2) ** 2)
 
 
+def test_a_level_that_was_not_measured_has_no_interval():
+    row = curves._widened({"mean": np.nan, "low": np.nan, "high": np.nan}, 0.1)
+    assert np.isnan([row["mean"], row["low"], row["high"]]).all()
+
+
+def test_frames_of_two_sizes_have_no_common_scale(tmp_path):
+    large = write_trajectory(tmp_path / "a")
+    header = replace(HEADER, levels=(0.0, 0.5, 1.0))
+    frames = np.full((3, 1, 3, 48, 48), 230, np.uint8)
+    writer = TrajectoryWriter(tmp_path / "b", header)
+    writer.append(Trajectory(header, frames, linear_soft_labels(header, 1), ("x",), (1,), (0,)), numbers=range(1))
+    writer.finish()
+    with pytest.raises(UserError, match=r"b: frames of 48 x 48 px, but .*a has 96 x 96"):
+        along_trajectories([large, tmp_path / "b"], workers=1)
+
+
 def test_the_counters_error_is_that_of_the_nearest_size_and_of_the_built_in_network_alone():
     measured = json.loads(counter_error.FILE.read_text())
     diameter, error = measured["diameter"][1], measured["count"][1]

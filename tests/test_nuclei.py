@@ -208,7 +208,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_named():
-    with pytest.raises(UserError, match="--device nowhere: cannot be used"):
+    with pytest.raises(UserError, match="--device nowhere: not there"):
         network.load_network("", "nowhere")
 
 
@@ -243,3 +243,28 @@ def test_single_nuclei_are_written_for_qupath(tmp_path):
     assert {f["geometry"]["type"] for f in collection["features"]} == {"Polygon"}
     with pytest.raises(SystemExit):
         main(["cellularity", "--label-maps", str(tmp_path), "--nuclei", str(tmp_path / "out")])
+
+
+# What was wrong once
+
+
+def test_an_image_with_a_blank_middle_is_looked_at_as_a_whole():
+    rgb = make_phantom(0.5, size=900, seed=0, nucleus_diameter=48).image
+    rgb[180:720, 180:720] = 246
+    scale = network_scale([rgb[None]], mpp=None, parameters=Parameters())
+    assert scale.diameter == pytest.approx(48, rel=0.4)
+
+
+def test_a_small_file_of_a_huge_network_is_refused_by_its_shapes(tmp_path):
+    norms = {f"down.{n}.1.norm.weight": torch.ones(4096) for n in range(4)}
+    save_file(norms, tmp_path / "fat.safetensors")
+    with pytest.raises(UserError, match=r"fat\.safetensors: not the weights"):
+        network.read_weights(tmp_path / "fat.safetensors")
+
+
+def test_a_model_or_device_that_is_not_there_is_said_before_anything_is_counted(tmp_path):
+    write_png(tmp_path / "a.png", make_phantom(0.5, size=32, seed=0).image)
+    for flag, value, message in (("--model", "nothere", "nothere: cannot be read"), ("--device", "meta", "not there")):
+        with pytest.raises(SystemExit, match=message):
+            main(["cellularity", "--images", str(tmp_path), flag, value, "--output", str(tmp_path / "out.csv")])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -113,6 +113,13 @@ def test_recolouring_keeps_range_and_shape_and_is_a_function_of_its_generators()
 # The task
 
 
+def test_one_scale_may_be_asked_for_and_some_weight_must_be(folder):
+    task = NucleiTask(config_of(folder, augmentation={"scale": [1, 1]}, train={"batch_size": 2}))
+    assert task.batch(0, rank=0).rgb.shape == (2, 3, 64, 64)
+    with pytest.raises(ValueError, match="every weight is 0"):
+        config_of(folder, sets=[{"folder": folder, "weight": 0}], phantoms=0, drawn=0)
+
+
 def test_batches_are_functions_of_their_numbers(folder):
     one, other = NucleiTask(config_of(folder)), NucleiTask(config_of(folder))
     first = one.batch(3, rank=0)
@@ -190,6 +197,8 @@ def test_fine_tuning_starts_at_the_built_in_weights_and_its_run_counts_nuclei(fo
     [
         ("network: {init_from: built-in, widths: [8, 8, 8, 8]}", r"nuclei\.safetensors: not the weights .*widths"),
         ("network: {init_from: nowhere.safetensors}", "nowhere.safetensors: cannot be read"),
+        ("augmentation: {scale: [2, 0.5]}", "smallest, largest"),
+        ("validation: [{folder: x, foreground_only: true}]", "validation counts single nuclei"),
         ("augmentation: {scales: [1, 2]}", "augmentation.scales: unknown key; did you mean 'augmentation.scale'"),
     ],
 )

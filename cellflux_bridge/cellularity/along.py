@@ -109,6 +109,17 @@ def _first_frames(folders: Sequence[Path]) -> Iterator[np.ndarray]:
             yield from (batch.sequence(b) for b in range(len(batch.source_ids)))
 
 
+def _require_one_size(folders: Sequence[Path]) -> None:
+    """UserError where trajectories, whose frames then have one unknown scale, differ in their frames' size."""
+    sizes = [frames.shape[1:3] for folder in folders for frames in islice(_first_frames([folder]), 1)]
+    for folder, size in zip(folders, sizes, strict=False):
+        if size != sizes[0]:
+            raise UserError(
+                f"{folder}: frames of {size[1]} x {size[0]} px, but {folders[0]} has {sizes[0][1]} x {sizes[0][0]}; "
+                "count them apart, or give --mpp"
+            )
+
+
 def along_trajectories(
     folders: Sequence[Path],
     *,
@@ -134,6 +145,8 @@ def along_trajectories(
         if (header.source, header.target) != ends:
             raise UserError(f"{folder}: {header.source} -> {header.target}, but {folders[0]} is {ends[0]} -> {ends[1]}")
     mpp = _scale(folders, headers) if mpp is None else mpp
+    if mpp is None:
+        _require_one_size(folders)
     scale = network_scale(_first_frames(folders), mpp=mpp, parameters=parameters)
     options = {"mpp": mpp, "parameters": parameters, "scale": scale, "workers": workers}
     real, scored, groups = {}, None, {}

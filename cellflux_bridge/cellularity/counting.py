@@ -18,6 +18,7 @@ from cellflux_bridge.base.files import csv_rows, csv_text
 from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.walk import image_files
+from cellflux_bridge.cellularity import network
 from cellflux_bridge.cellularity.measurement import QUANTITIES, measure_all, trusted
 from cellflux_bridge.cellularity.nuclei import (
     Found,
@@ -150,7 +151,8 @@ def _kept_place(
     output: Path, files: list[Path], *, mpp: float | None, parameters: Parameters, nuclei: Path | None
 ) -> Path:
     """Where rows stand until all are there; the name is a key of all that they depend on."""
-    asked = [*files, *([Path(parameters.file)] if parameters.file else [])]
+    asked = [*files, *([Path(parameters.instanseg)] if parameters.instanseg else [])]
+    asked += [network.weights_file(parameters.model)] if parameters.method == "network" else []
     stamps = [(str(file), status.st_size, status.st_mtime_ns) for file in asked for status in (file.stat(),)]
     key = hashlib.sha256(repr((mpp, parameters, str(nuclei), stamps)).encode()).hexdigest()[:16]
     return output.with_name(f"{output.name}.{key}.tmp")

@@ -103,7 +103,7 @@ def means(
 
 def _widened(row: Row, error: float) -> Row:
     """A row of `_mean_row` whose 95 % interval takes in a relative standard error of the mean."""
-    if not error:
+    if not error or not np.isfinite(row["mean"]):
         return row
     mean, of_counter = row["mean"], 1.96 * error * row["mean"]
     low, high = mean - np.hypot(mean - row["low"], of_counter), mean + np.hypot(row["high"] - mean, of_counter)

@@ -52,8 +52,11 @@ def estimate_scale(stack: Sequence[np.ndarray], model: NucleiNet) -> Scale:
         if seen is not None and abs(np.log2(wanted / factor)) < 0.25:
             break
         factor = float(np.clip(wanted, *_BOUNDS))
-    if not looks:
-        return Scale(1.0, None, 0.0)
+    if not looks:  # the middle is empty: look at all of it
+        factor = _FIRST[0]
+        if (seen := _seen_diameter(stack, factor, model, side=max(stack[0].shape[:2]))) is None:
+            return Scale(1.0, None, 0.0)
+        looks.append((factor, seen))
     by_fit = sorted(looks, key=lambda look: abs(np.log2(look[1] / _DIAMETER)))
     factor, seen = by_fit[0]
     told = [diameter / at for at, diameter in looks]

@@ -79,15 +79,23 @@ def fused(model: NucleiNet) -> NucleiNet:
     return model.to(memory_format=torch.channels_last)
 
 
+def weights_file(model: str | Path) -> Path:
+    """The file of a model: a file, the newest checkpoint's of a run folder, or, of "", the built-in one."""
+    path = Path(model or BUILT_IN)
+    return checkpoint.latest(path) / checkpoint.WEIGHTS if path.is_dir() else path
+
+
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
     """The weights, in single precision, of a nuclei network's safetensors file or run folder.
 
     Raises UserError where there are none, or those of something else.
     """
-    path = checkpoint.latest(file) / checkpoint.WEIGHTS if file.is_dir() else file
+    path = weights_file(file)
     try:
         weights = load_file(path)
-        require_fit(weights, NucleiNet(_widths_of(weights)).state_dict(), file=path)
+        with torch.device("meta"):  # shapes alone, however large a file says they are
+            own = NucleiNet(_widths_of(weights)).state_dict()
+        require_fit(weights, own, file=path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a nuclei model (.safetensors)") from error
     return {name: weight.float() if weight.is_floating_point() else weight for name, weight in weights.items()}
@@ -110,18 +118,28 @@ def _widths_of(weights: dict[str, torch.Tensor]) -> tuple[int, ...]:
     return tuple(map(len, norms)) if is_one else WIDTHS
 
 
+def require_model(model: str) -> None:
+    """UserError, before anything is counted, where a model cannot be loaded."""
+    read_weights(Path(model or BUILT_IN))
+
+
+def require_device(device: str) -> None:
+    """UserError for what is neither the processor nor a CUDA device that is there."""
+    kind, _, number = device.partition(":")
+    if device != "cpu" and not (
+        kind == "cuda" and int(number if number.isdecimal() else 0) < torch.cuda.device_count()
+    ):
+        raise UserError(f"--device {device}: not there; expected cpu, or cuda or cuda:N with such a GPU")
+
+
 @lru_cache(maxsize=2)
 def load_network(model: str = "", device: str = "cpu") -> NucleiNet:
     """The fused network of a file or run folder ("": the built-in one), for inference; UserError as `read_weights`."""
     weights = read_weights(Path(model or BUILT_IN))
     network = NucleiNet(_widths_of(weights))
     network.load_state_dict(weights)
-    try:
-        return fused(network).to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {device}: cannot be used ({str(error).splitlines()[0]}); expected cpu or cuda"
-        ) from error
+    require_device(device)
+    return fused(network).to(device)
 
 
 def write_half(weights: dict[str, torch.Tensor], file: Path) -> None:

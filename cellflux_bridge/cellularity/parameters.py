@@ -21,9 +21,9 @@ class Scale(NamedTuple):
     agreement  in [0, 1], of the diameters that were found at several scales; 1 where microns per pixel were known
     """
 
-    factor: float
-    diameter: float | None = None
-    agreement: float = 1.0
+    factor: Annotated[float, Field(ge=1 / 8, le=8, allow_inf_nan=False)]
+    diameter: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    agreement: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 @dataclass(frozen=True)

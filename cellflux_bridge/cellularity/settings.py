@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cellflux_bridge.config import Root
 from cellflux_bridge.config.schema import Count, Fraction, NonNegative, Section
@@ -33,6 +33,12 @@ class AugmentationConfig(Section):
     stain: Annotated[float, Field(ge=0, lt=1)] = 0.35  # see `images.stain.augment`
     artefacts: Fraction = 0.35  # share of crops that show pen, red cells, borders and the like
 
+    @model_validator(mode="after")
+    def _scale_goes_up(self):
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale: expected [smallest, largest], found {list(self.scale)}")
+        return self
+
 
 class NucleiConfig(Root):
     """A training of the nuclei network: `train-nuclei`'s whole configuration."""
@@ -45,3 +51,11 @@ class NucleiConfig(Root):
     network: NucleiNetConfig = NucleiNetConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _is_trained_and_validated_on_something(self):
+        if not sum(one.weight for one in self.sets) + self.phantoms + self.drawn > 0:
+            raise ValueError("every weight is 0 (sets, phantoms, drawn); expected one above 0")
+        if any(one.foreground_only for one in self.validation):
+            raise ValueError("validation counts single nuclei; leave sets with foreground_only out of it")
+        return self

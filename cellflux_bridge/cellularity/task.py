@@ -85,7 +85,8 @@ class NucleiTask:
 
     def _draw(self, *purpose: str | int) -> tuple[Crop, np.random.Generator]:
         rng, of = numpy_generator(self._config.seed, "nuclei", *purpose), self._config.augmentation
-        scale = np.exp(rng.triangular(low := np.log(of.scale[0]), (low + (high := np.log(of.scale[1]))) / 2, high))
+        low, high = np.log(of.scale)
+        scale = np.exp(low if low == high else rng.triangular(low, (low + high) / 2, high))
         if rng.random() < _EMPTY_SHARE:
             rgb = artefacts.empty_field(rng, self._config.crop, 16 * scale)
             crop = Crop(rgb, np.zeros(rgb.shape[:2], np.int64), np.zeros(1))
@@ -138,7 +139,8 @@ class NucleiTask:
         if not compared:
             return {}
         scores = score(compared)
-        return {"val/f1": scores.f1, "val/count_error": scores.count_error_median}
+        values = {"val/f1": scores.f1, "val/count_error": scores.count_error_median}
+        return {name: value for name, value in values.items() if np.isfinite(value)}
 
     def sheet(self, model: NucleiNet, device: torch.device) -> None:
         return None

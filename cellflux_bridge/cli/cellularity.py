@@ -18,8 +18,8 @@ def run(args: argparse.Namespace) -> None:
     """
     from cellflux_bridge.cellularity.nuclei import Parameters
 
-    if args.mpp is not None and not 0 < args.mpp < math.inf:
-        raise UserError(f"--mpp {args.mpp}: expected microns per pixel, above 0")
+    if args.mpp is not None and not 0.01 <= args.mpp <= 100:
+        raise UserError(f"--mpp {args.mpp}: expected microns per pixel, 0.01 to 100")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected a number of processes, or 0 for one a core")
     other = {"--images": args.images, "--annotated": args.annotated, "--label-maps": args.label_maps}
@@ -40,6 +40,11 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{flag}: goes with --method {wanted}, but nuclei are found by {method}; leave it out")
     files = {"instanseg": str(args.instanseg or ""), "model": str(args.model or "")}
     parameters = Parameters(method=method, stains=args.stains, device=args.device, **files)
+    if method == "network":
+        from cellflux_bridge.cellularity.network import require_device, require_model
+
+        require_device(args.device)
+        require_model(parameters.model)
     if args.device != "cpu":
         args.workers = 1  # one process on a GPU
     if args.config is None:
