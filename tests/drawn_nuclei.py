@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from cellflux_bridge.cellularity import validation
+from cellflux_bridge.data.phantom import make_phantom
 from cellflux_bridge.images.stain import RUIFROK_HE, from_optical_density
 
 
@@ -22,3 +24,12 @@ def discs(centres, *, radius: int = 8, size: int = 96, darkness: float = 1.2) ->
 
 def lattice(step: int, *, size: int = 96) -> list[tuple[int, int]]:
     return [(y, x) for y in range(step // 2, size, step) for x in range(step // 2, size, step)]
+
+
+def require_nuclei_of_phantoms(segment, size: int) -> None:
+    """Of phantoms of every severity and stain: their counts and outlines, near the truth."""
+    phantoms = [make_phantom(s, size=size, seed=n, stain_seed=50 + n) for n, s in enumerate(np.linspace(0, 1, 8))]
+    score = validation.score([validation.compare(p.labels, segment(p.image)) for p in phantoms])
+    assert score.count_error_median <= 0.08
+    assert score.f1 > 0.9
+    assert score.area_correlation > 0.98

@@ -111,11 +111,12 @@ def _first_frames(folders: Sequence[Path]) -> Iterator[np.ndarray]:
 
 def _require_one_size(folders: Sequence[Path]) -> None:
     """UserError where trajectories, whose frames then have one unknown scale, differ in their frames' size."""
-    sizes = [frames.shape[1:3] for folder in folders for frames in islice(_first_frames([folder]), 1)]
-    for folder, size in zip(folders, sizes, strict=False):
-        if size != sizes[0]:
+    sized = [(folder, frames.shape[1:3]) for folder in folders for frames in islice(_first_frames([folder]), 1)]
+    for folder, size in sized:
+        first, wanted = sized[0]
+        if size != wanted:
             raise UserError(
-                f"{folder}: frames of {size[1]} x {size[0]} px, but {folders[0]} has {sizes[0][1]} x {sizes[0][0]}; "
+                f"{folder}: frames of {size[1]} x {size[0]} px, but {first} has {wanted[1]} x {wanted[0]}; "
                 "count them apart, or give --mpp"
             )
 

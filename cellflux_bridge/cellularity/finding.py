@@ -70,8 +70,9 @@ def _seen_diameter(stack: Sequence[np.ndarray], factor: float, model: NucleiNet,
     """The median diameter of nuclei, in px of the network, in the middle of images at a scale; None without any."""
     height, width = (min(own, round(side / factor)) for own in stack[0].shape[:2])
     middle = [images.centre_crop(rgb, height, width) for rgb in stack]
-    fields = np.concatenate(list(_fields(_scaled(middle, factor), model)))
-    diameters = DIAMETER_UNIT * 2 ** np.clip(fields[:, DIAMETER][fields[:, FOREGROUND] > 0], -3, 3)
+    parts = _fields(_scaled(middle, factor), model)
+    told = np.concatenate([fields[:, DIAMETER][fields[:, FOREGROUND] > 0] for fields in parts])
+    diameters = DIAMETER_UNIT * 2 ** np.clip(told, -3, 3)
     weights = diameters**-2.0  # so that every nucleus counts once
     if weights.sum() < 0.5:
         return None
@@ -110,7 +111,7 @@ def find_nuclei(stack: np.ndarray, scale: Scale, model: NucleiNet) -> np.ndarray
 def _by_tiles(rgb: np.ndarray, model: NucleiNet) -> np.ndarray:
     """The nuclei of one image: a nucleus is that of the tile in which its centre lies, and found with a margin around
     it out to which the network sees."""
-    labels = np.zeros(rgb.shape[:2], np.int32)
+    labels, num = np.zeros(rgb.shape[:2], np.int32), 0
     for top in range(0, rgb.shape[0], _TILE):
         for left in range(0, rgb.shape[1], _TILE):
             y, x = max(0, top - _MARGIN), max(0, left - _MARGIN)
@@ -118,5 +119,6 @@ def _by_tiles(rgb: np.ndarray, model: NucleiNet) -> np.ndarray:
             found = nuclei_of(next(_fields(part, model))[0], core=(top - y, left - x, _TILE))
             here = labels[y : y + found.shape[0], x : x + found.shape[1]]
             new = (found > 0) & (here == 0)
-            here[new] = found[new] + labels.max()
+            here[new] = found[new] + num
+            num += found.max()
     return labels

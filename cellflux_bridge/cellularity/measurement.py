@@ -52,7 +52,7 @@ def measure_all(rgb: np.ndarray, labels: np.ndarray, *, mpp: float | None = None
         area_fraction=float((labels > 0).mean()),
         mean_area=float(areas.mean()),
         mean_area_um2=float(areas.mean() * square),
-        eccentricity=float(_eccentricities(labels)[present].mean()),
+        eccentricity=float(eccentricities(labels)[present].mean()),
         darkness=float(darkness.mean()),
         density_mm2=float(density),
     )
@@ -66,7 +66,7 @@ def haematoxylin_amount(pixels: np.ndarray) -> np.ndarray:
     return sum(w * channel for w, channel in zip(weights, optical_density(pixels).T, strict=True))
 
 
-def _eccentricities(labels: np.ndarray) -> np.ndarray:
+def eccentricities(labels: np.ndarray) -> np.ndarray:
     """Eccentricity of every label from the second moments of its pixels, each a unit square; (max + 1,), 0 unused."""
     row, column = np.nonzero(labels)
     of = labels[row, column]

@@ -7,6 +7,7 @@ tells how large nuclei are, so that an image of unknown magnification can be bro
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -53,11 +54,11 @@ class NucleiNet(nn.Module):
 
     def __init__(self, widths: Sequence[int] = WIDTHS):
         super().__init__()
-        first, *deeper = widths
+        first = widths[0]
         self.down = nn.ModuleList([nn.Sequential(_Layer(12, first), _Layer(first, first))])
-        for above, width in zip(widths, deeper, strict=False):
+        for above, width in pairwise(widths):
             self.down.append(nn.Sequential(_Layer(above, width, stride=2), _Layer(width, width)))
-        self.lift = nn.ModuleList(nn.Conv2d(width, above, 1) for above, width in zip(widths, deeper, strict=False))
+        self.lift = nn.ModuleList(nn.Conv2d(width, above, 1) for above, width in pairwise(widths))
         self.up = nn.ModuleList(_Layer(width, width) for width in widths[:-1])
         self.last, self.head = _Layer(first, first), nn.Conv2d(first, 4 * NUM_FIELDS, 1)
 
@@ -85,12 +86,12 @@ def weights_file(model: str | Path) -> Path:
     return checkpoint.latest(path) / checkpoint.WEIGHTS if path.is_dir() else path
 
 
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """The weights, in single precision, of a nuclei network's safetensors file or run folder.
+def read_weights(model: str | Path = "") -> dict[str, torch.Tensor]:
+    """The weights, in single precision, of a model: a safetensors file, a run folder, or, of "", the built-in one.
 
     Raises UserError where there are none, or those of something else.
     """
-    path = weights_file(file)
+    path = weights_file(model)
     try:
         weights = load_file(path)
         with torch.device("meta"):  # shapes alone, however large a file says they are
@@ -118,24 +119,17 @@ def _widths_of(weights: dict[str, torch.Tensor]) -> tuple[int, ...]:
     return tuple(map(len, norms)) if is_one else WIDTHS
 
 
-def require_model(model: str) -> None:
-    """UserError, before anything is counted, where a model cannot be loaded."""
-    read_weights(Path(model or BUILT_IN))
-
-
 def require_device(device: str) -> None:
     """UserError for what is neither the processor nor a CUDA device that is there."""
-    kind, _, number = device.partition(":")
-    if device != "cpu" and not (
-        kind == "cuda" and int(number if number.isdecimal() else 0) < torch.cuda.device_count()
-    ):
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if device not in ["cpu", *gpus] and not (device == "cuda" and gpus):
         raise UserError(f"--device {device}: not there; expected cpu, or cuda or cuda:N with such a GPU")
 
 
 @lru_cache(maxsize=2)
 def load_network(model: str = "", device: str = "cpu") -> NucleiNet:
     """The fused network of a file or run folder ("": the built-in one), for inference; UserError as `read_weights`."""
-    weights = read_weights(Path(model or BUILT_IN))
+    weights = read_weights(model)
     network = NucleiNet(_widths_of(weights))
     network.load_state_dict(weights)
     require_device(device)

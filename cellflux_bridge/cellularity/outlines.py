@@ -8,7 +8,7 @@ import numpy as np
 from skimage.measure import find_contours, regionprops
 
 from cellflux_bridge.base.files import csv_text, replace_text
-from cellflux_bridge.cellularity.measurement import haematoxylin_amount
+from cellflux_bridge.cellularity.measurement import eccentricities, haematoxylin_amount
 
 _COLUMNS = ("nucleus", "x", "y", "area", "eccentricity", "darkness", "polygon")
 
@@ -20,7 +20,7 @@ def nuclei_table(rgb: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
     Coordinates are in px from the upper left corner of the image, so the middle of its first pixel is (0.5, 0.5). Of a
     nucleus in several pieces the outline is that of the largest.
     """
-    rows = []
+    rows, eccentricity = [], eccentricities(labels)
     for region in regionprops(labels):
         top, left = region.bbox[:2]
         inside = region.image
@@ -35,7 +35,7 @@ def nuclei_table(rgb: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
                 "x": round(column + 0.5, 2),
                 "y": round(row + 0.5, 2),
                 "area": int(region.area),
-                "eccentricity": round(float(region.eccentricity), 4),
+                "eccentricity": round(float(eccentricity[region.label]), 4),
                 "darkness": round(float(amount.mean()), 4),
                 "polygon": outline.tolist(),
             }

@@ -1,7 +1,6 @@
 """Finding nuclei as a training task: label maps in, a network of fields out."""
 
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ from cellflux_bridge.cellularity.finding import find_nuclei
 from cellflux_bridge.cellularity.label_maps import read_label_map
 from cellflux_bridge.cellularity.label_sets import Crop, LabelledImages
 from cellflux_bridge.cellularity.network import (
-    BUILT_IN,
     DEPTH,
     DIAMETER,
     DIAMETER_UNIT,
@@ -27,6 +25,7 @@ from cellflux_bridge.cellularity.network import (
     NucleiNet,
     read_weights,
     require_fit,
+    weights_file,
 )
 from cellflux_bridge.cellularity.parameters import Scale
 from cellflux_bridge.cellularity.settings import NucleiConfig
@@ -66,9 +65,9 @@ class NucleiTask:
             torch.manual_seed(derive_seed(config.seed, "nuclei", "weights"))
             self.model = NucleiNet(config.network.widths)
         if (start := config.network.init_from) is not None:
-            file = BUILT_IN if start == "built-in" else Path(start)
-            weights = read_weights(file)
-            require_fit(weights, self.model.state_dict(), file=file)
+            model = "" if start == "built-in" else start
+            weights = read_weights(model)
+            require_fit(weights, self.model.state_dict(), file=weights_file(model))
             self.model.load_state_dict(weights)
 
     def _phantom(self, rng: np.random.Generator, *, scale: float) -> Crop:

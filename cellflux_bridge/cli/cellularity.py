@@ -4,11 +4,7 @@ import argparse
 import math
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cli.places import (
-    configuration,
-    tell_written,
-    trajectories_and_overrides,
-)
+from cellflux_bridge.cli.places import configuration, tell_written, trajectories_and_overrides
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--instanseg {args.instanseg}: no such file; expected InstanSeg's TorchScript file, instanseg.pt"
         )
+    if args.instanseg is not None and args.method == "classical":
+        raise UserError("--method classical: goes without --instanseg, which finds the nuclei itself; leave one out")
     method = "instanseg" if args.instanseg is not None else args.method
     for flag, given, wanted in (
         ("--stains", args.stains != "red", "classical"),
@@ -41,10 +39,10 @@ def run(args: argparse.Namespace) -> None:
     files = {"instanseg": str(args.instanseg or ""), "model": str(args.model or "")}
     parameters = Parameters(method=method, stains=args.stains, device=args.device, **files)
     if method == "network":
-        from cellflux_bridge.cellularity.network import require_device, require_model
+        from cellflux_bridge.cellularity.network import read_weights, require_device
 
         require_device(args.device)
-        require_model(parameters.model)
+        read_weights(parameters.model)  # an error before anything is counted
     if args.device != "cpu":
         args.workers = 1  # one process on a GPU
     if args.config is None:
