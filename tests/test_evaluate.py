@@ -24,7 +24,8 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.images import write_png
 from cellflux_bridge.images.stain import fit_reference
-from cellflux_bridge.metrics import progression, reference_set
+from cellflux_bridge.metrics import progression, reference_set, two_sample
+from cellflux_bridge.metrics.bands import KINDS, statistics
 from cellflux_bridge.metrics.comparisons import add_cycle, match_cycle
 from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.metrics.evaluate import evaluate
@@ -32,6 +33,7 @@ from cellflux_bridge.metrics.fidelity import frechet_distance, kid, neighbourhoo
 from cellflux_bridge.metrics.loading import NamedExtractor, load_networks
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.results import as_json, markdown, write_results
+from cellflux_bridge.metrics.sliced_wasserstein import swd
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, recolour, tissue_figures
 from cellflux_bridge.trajectory import (
     Trajectory,
@@ -250,8 +252,19 @@ def test_every_figure_of_a_method_is_what_its_parts_say(tiny, plain, path):
     ratio = progression.distance_to_source(features)[:, 2].mean() / np.nanmean(others, axis=1).mean()
     assert found(plain, "path", "preservation", 0.5, "extractor").value == pytest.approx(ratio, rel=1e-3)
 
+    bands, groups = statistics(np.concatenate([b[:8], b]))[:, KINDS["grey"]], [f"test{n // 2}A" for n in range(8)]
+    is_made, groups = np.arange(20) < 8, np.array(groups + [f"test{n // 2}B" for n in range(12)])
+    scores = two_sample.logistic_scores(bands, is_made, groups)
+    value = found(plain, "path", "two_sample_grey_target", 1.0)
+    assert value.value == pytest.approx(two_sample.auc(scores, is_made))
+    assert (value.n, value.n_real, value.extractor) == (8, 12, "")
+    assert found(plain, "path", "two_sample_grey_own", 0.5).n_real == 24
+    assert found(plain, "path", "swd_full_target", 1.0).value == pytest.approx(swd(b[:8], b)["full"], rel=0.1)
+    assert found(plain, "path", "step_unevenness").value == pytest.approx(1, abs=0.05)  # blends
+    assert np.isnan(found(plain, "copy the source", "step_unevenness").value)
+
     assert found(plain, "path", "contrast", 0.5).value == pytest.approx(tissue_figures(middle)[:, 1].mean())
-    assert found(plain, "real target", "fine_detail").value == pytest.approx(tissue_figures(b)[:, 2].mean())
+    assert found(plain, "real target", "fine_outlines").value == pytest.approx(tissue_figures(b)[:, 2].mean())
     costs = [found(plain, "path", quantity).value for quantity in ("nfe", "gradients", "seconds", "cpu_seconds")]
     assert costs == [30, 6, 0.375, 0.5]
     assert as_json(plain)["methods"][0]["device"] == "cpu"
@@ -362,7 +375,13 @@ def test_results_are_json_csv_and_a_table(tiny, full):
     mean = found(full, "path", "probability", 0.5, judge).value
     assert np.mean([float(frame["probability"]) for frame in middle]) == pytest.approx(mean, abs=1e-4)
     assert output.with_suffix(".md").read_text().startswith(table)
-    assert f"| called the target class (flip rate) at 1, {judge} | " in table
+    assert f"| (called the target class (flip rate) at 1, {judge}: blind) | " in table  # its weights are random
+    assert content["networks"][0]["blind_for"] == ["blur of 1 px", "blends of two patches"]
+    assert set(content["spectra"]) == {*methods, *baselines, "real target"}
+    assert {len(of) for of in content["spectra"].values()} == {8}
+    (warning,) = [text for text in content["warnings"] if judge in text and "blind" in text]
+    assert "blur of 1 px and for blends of two patches" in warning
+    assert "\n| blur of 1 px | " in table
     assert (
         "progression (n = 8) | path (n = 8) | depth (n = 3) | progression, unguided (n = 3) | copy the source (n = 8)"
         " | stain transfer (n = 8) | nearest real target (n = 8) | real A (n = 12)" in table
@@ -384,12 +403,12 @@ def test_every_number_of_the_table_stands_in_its_row_and_column(plain):
     extractor, columns = extractor_of(plain).name, [name.partition(" (n")[0] for name in rows[""]]
     assert columns == ["path", "copy the source", "stain transfer", "nearest real target", "real A", "real B"]
     kids = [found(plain, "path", "kid_own", level).value for level in (0.25, 0.5, 0.75, 1.0)]
-    assert rows[f"KID to real of the same level, mean over levels, {extractor}"][0] == (
+    assert rows[f"(KID to real of the same level, mean over levels, {extractor}: blind)"][0] == (
         f"{np.mean(kids):.3g} (against 12 to 24)".replace("-", "\N{MINUS SIGN}")
     )
     inner = max((found(plain, "path", "preservation", s, extractor) for s in (0.25, 0.5, 0.75)), key=lambda v: v.value)
     cell = f"{inner.value:.3g} [{inner.low:.3g}, {inner.high:.3g}] at {inner.level:g}"
-    assert rows[f"distance to own source, worst below level 1, {extractor}"][0] == cell
+    assert rows[f"(distance to own source, worst below level 1, {extractor}: blind)"][0] == cell
     target = found(plain, "real target", "contrast")
     assert rows["contrast at 1"][5] == f"{target.value:.3g} [{target.low:.3g}, {target.high:.3g}]"
     assert rows["network forwards"] == ["30", "", "", "", "", ""]

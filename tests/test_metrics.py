@@ -280,10 +280,16 @@ def test_tissue_figures_of_patches_that_are_known():
     stripes[:, 1, :, ::2] = 60  # one channel of three
     figures = tissue_figures(np.concatenate([stained, stripes]))
     assert figures.shape == (2, len(TISSUE))
-    area, contrast, detail = figures.T
-    assert area[0] == 0.25
-    assert contrast[1] == pytest.approx(30 / 255 / 3)
-    assert detail.tolist() == pytest.approx([0, 20])
+    assert figures[0, 0] == 0.25
+    assert figures[1, 1] == pytest.approx(30 / 255 / 3)
+
+
+def test_noise_of_any_strength_is_no_outline():
+    noise = draw().normal(size=(2, 3, 128, 128)) * np.array([5, 20]).reshape(2, 1, 1, 1)
+    edges = np.where(np.hypot(*np.mgrid[-64:64, -64:64]) < 40, 60, 190)[None, None].repeat(3, 1)
+    outlines = tissue_figures(np.rint(np.concatenate([noise + 128, edges])).astype(np.uint8))[:, 2]
+    assert outlines[:2] == pytest.approx(0, abs=0.02)
+    assert outlines[2] > 0.6
 
 
 # Levels

@@ -26,7 +26,7 @@ from cellflux_bridge.report import gallery as sequences
 from cellflux_bridge.report.charts import Band, Chart, Point, Series, plot
 from cellflux_bridge.report.page import write_report
 from cellflux_bridge.report.runs import load_chapters
-from cellflux_bridge.report.tables import baseline_styles, curves, level_tables, main_table
+from cellflux_bridge.report.tables import baseline_styles, curves, damage_tables, level_tables, main_table, spectrum
 from cellflux_bridge.report.warnings import warnings_of
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
@@ -121,6 +121,39 @@ def metrics_of(folders, *, source="A", target="B", flips=(0.9, 0.9), checkpoint=
         "warnings": ["Frechet distances rest on as few as 6 images."],
         "differences": [{**difference, "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.04, "num_groups": 6}],
     }
+
+
+def test_blind_networks_known_damage_and_the_spectrum_are_shown(tmp_path):
+    folder = tmp_path / "run" / "trajectories" / "one"
+    write_trajectory(folder)
+    content = metrics_of({"one": folder})
+    content["networks"][2]["blind_for"] = ["blends of two patches"]
+    content["spectra"] = {"one": [3.0, 2.0, 1.0], "real target": [3.5, 2.5, 1.5]}
+    damaged = [
+        ("damage_response", "features/rgb", 1.25),
+        ("damage_response", JUDGES[0], 9.5),
+        ("swd_full_target", "", 77),
+    ]
+    content["values"] += [value("real target with blends of two patches", q, None, by, v) for q, by, v in damaged]
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(content))
+    (chapter,) = load_chapters([tmp_path / "run"])
+    blind = {row.by for section in main_table(chapter) for row in section.rows if row.is_blind}
+    assert blind == {"features/rgb"}
+    (table,) = damage_tables(chapter)
+    assert table.columns[:2] == ("response to damage, features/rgb", f"response to damage, {JUDGES[0]}")
+    assert [(name, [c.text for c in cells]) for name, cells in table.rows] == [
+        ("blends of two patches", ["1.25", "9.5", "77"])
+    ]
+    chart = spectrum(chapter)
+    assert [(s.name, [(p.level, p.value) for p in s.points]) for s in chart.series] == [
+        ("one", [(1 / 3, 3.0), (2 / 3, 2.0), (1.0, 1.0)]),
+        ("real B", [(1 / 3, 3.5), (2 / 3, 2.5), (1.0, 1.5)]),
+    ]
+    page, figures = write_report([tmp_path / "run"], tmp_path / "out" / "page.html")
+    text = page.read_text()
+    assert 'class="chart still"' in text
+    assert 'class="blind"' in text
+    assert "spectrum.csv" in {file.name for file in figures}
 
 
 def cellularity_of(folders, *, end=0.16):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.metrics import realism
 from cellflux_bridge.metrics.comparisons import add_cycle, add_guidance, differences, match_cycle
 from cellflux_bridge.metrics.loading import is_name, load_networks, require_same_data
 from cellflux_bridge.metrics.quantities import add_figures
@@ -121,6 +122,8 @@ def evaluate(
     methods = list(looked.values())
     there_and_back = None if cycle is None else match_cycle(methods, cycle, networks)
     reference = ReferenceSet(networks, levels=methods[0].levels, seed=seed, max_real=max_real)
+    realism.add_floors(reference, methods[0].levels)
+    realism.add_damage(reference)
     stain = reference.extractor.stain_reference(seed=seed)
     recoloured = [stain_transfer(sequences, networks, stain) for sequences in methods]
     baselines = [copied_source(methods[0], networks), recoloured[0], *nearest_target(methods[0], networks)]

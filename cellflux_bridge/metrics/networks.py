@@ -21,6 +21,7 @@ from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.images import encode
 from cellflux_bridge.images.stain import StainReference, fit_reference
+from cellflux_bridge.metrics.bands import statistics
 from cellflux_bridge.metrics.fidelity import require_finite
 from cellflux_bridge.metrics.structure import haematoxylin_ms_ssim, layer_distance
 
@@ -54,19 +55,20 @@ class NetworkOutputs(NamedTuple):
 
 class RealPatches(NamedTuple):
     """Real test patches: `numbers` (M,) into a network's patches, group names, whether each is of the target; once a
-    network has seen them, its `outputs`."""
+    network has seen them, its `outputs`, and where they are compared to frames their `bands` (`metrics.bands`)."""
 
     numbers: np.ndarray
     groups: np.ndarray
     is_target: np.ndarray
     outputs: NetworkOutputs | None = None
+    bands: np.ndarray | None = None
 
     @property
     def features(self) -> np.ndarray:
         return self.outputs.features
 
     def at(self, chosen: np.ndarray) -> "RealPatches":
-        return RealPatches(*(array[chosen] for array in self[:3]), self.outputs.at(chosen))
+        return RealPatches(*(array[chosen] for array in self[:3]), self.outputs.at(chosen), self.bands[chosen])
 
 
 def remember(
@@ -226,6 +228,12 @@ class Network:
                 f"{self.name}: trained on sources of {where}: {abbreviate(names, limit=3)}; translate patches of the "
                 "test split, and train classifiers with the flow's seed and data.split, which decide the splits"
             )
+
+
+def bands_of(patches: Patches, numbers: np.ndarray) -> np.ndarray:
+    """`metrics.bands.statistics` of the middle patches of a data set, (M, 48)."""
+    parts = [numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK)]
+    return np.concatenate([statistics(patches.centre(part).numpy()) for part in parts])
 
 
 def extractor_of(networks: Sequence[Network]) -> Network:

@@ -9,6 +9,7 @@ from cellflux_bridge.metrics import progression
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid, kid_by_level, neighbourhoods
 from cellflux_bridge.metrics.memorisation import NearestTraining
 from cellflux_bridge.metrics.networks import Network, RealPatches
+from cellflux_bridge.metrics.realism import add_realism
 from cellflux_bridge.metrics.reference_set import NUM_SUBSAMPLES, ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.structure import TISSUE, stain_share, with_networks
@@ -33,6 +34,7 @@ def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences
         _add_set(record, "own", features[:, number], groups, reference.own(frame_level), reference, level=level)
     _add_set(record, "target", features[:, -1], groups, reference.target, reference, level=of.levels[-1])
     frames = features[:, 1:].reshape(-1, features.shape[-1])  # as one set
+    add_realism(record, of, reference)
     of_all = record._replace(n=len(frames))
     _add_set(of_all, "pooled", frames, np.repeat(groups, len(of.levels)), reference.pooled, reference)
     if reference.estimator is not None:

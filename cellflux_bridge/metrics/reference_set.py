@@ -11,7 +11,7 @@ from cellflux_bridge.base.statistics import NUM_RESAMPLES, Estimate, bootstrap, 
 from cellflux_bridge.data.patches import near_level
 from cellflux_bridge.metrics.fidelity import Floor, frechet_floor, kid_floor, manifold_floors
 from cellflux_bridge.metrics.memorisation import Training
-from cellflux_bridge.metrics.networks import Network, RealPatches, extractor_of
+from cellflux_bridge.metrics.networks import Network, RealPatches, bands_of, extractor_of
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.structure import TISSUE, tissue_figures, with_networks
 from cellflux_bridge.metrics.values import Recorder, Value
@@ -20,6 +20,8 @@ NUM_SUBSAMPLES = 100
 REAL_SOURCE, REAL_TARGET, REAL_POOLED, REAL_SCORED = "real source", "real target", "real pooled", "real scored"
 REAL_OWN = "real own"  # real patches of a level
 _CHUNK = 256
+# Target patches whose pixels are compared with those of frames, at most.
+MOST_PIXELS = 1000
 _NUM_PAIRS = 256
 
 
@@ -27,13 +29,15 @@ class ReferenceSet:
     """Networks with their outputs for real patches; figures of these, and of all that is compared, go to `rows`.
 
     `real[network]` are its real test patches of both classes, `kid_floors[network]` their floor; `pooled` are the
-    extractor's, `target` only the target class of these. The own real patches of each of the `levels` get a floor. At
-    most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
+    extractor's, `target` only the target class of these, `target_pixels` at most 1,000 of them and their groups. The
+    own real patches of each of the `levels` get a floor. `spectra` are mean log10 powers by subject (`metrics.bands`).
+    At most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
     """
 
     def __init__(self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, max_real: int | None):
         self.networks, self.seed, self.max_real = tuple(networks), seed, max_real
         self.rows: list[Value] = []
+        self.spectra: dict[str, np.ndarray] = {}
         self.judges = [network for network in networks if network.use == "judge"]
         self.extractor = extractor_of(networks)
         self.estimator = next((network for network in networks if network.use == "scores"), None)
@@ -42,7 +46,9 @@ class ReferenceSet:
         for network in (*self.judges, self.extractor):
             self._add_real(network)
         self.pooled = self.real[self.extractor.name]
+        self.pooled = self.pooled._replace(bands=bands_of(self.extractor.patches, self.pooled.numbers))
         self.target = self.pooled.at(self.pooled.is_target)
+        self.target_pixels = self._target_pixels()
         self.training = Training(self.extractor, self.pooled.features)
         self._add_tissue(self.pooled)
         self._add_structure(self.pooled)
@@ -77,11 +83,17 @@ class ReferenceSet:
             return real.at(near_level(scores, level))
         return self.pooled if abs(level - 0.5) < 1e-6 else self.pooled.at(self.pooled.is_target == (level > 0.5))
 
+    def _target_pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        """At most 1,000 of the target patches, (M, 3, S, S) uint8, and their groups, group by group."""
+        chosen = self.generator("pixels").permutation(len(self.target.numbers))[:MOST_PIXELS]
+        chosen = chosen[np.argsort(self.target.groups[chosen], kind="stable")]
+        return self.extractor.patches.centre(self.target.numbers[chosen]).numpy(), self.target.groups[chosen]
+
     def _add_real(self, network: Network) -> None:
         real = network.real_patches(num=self.max_real, seed=self.seed)
         outputs = network.outputs_of_patches(network.patches, real.numbers)
         floor = kid_floor(outputs.features, real.groups, generator=self.generator("floor", REAL_POOLED, "kid"))
-        self._add_floor(REAL_POOLED, "kid", floor, by=network, num=len(real.numbers))
+        self.add_floor(REAL_POOLED, "kid", floor, by=network, num=len(real.numbers))
         known = {} if network.weights is None else {"probability": outputs.value, "flip_rate": outputs.is_target}
         self._add_by_class(real, known, by=network)
         self.real[network.name], self.kid_floors[network.name] = real._replace(outputs=outputs), floor
@@ -93,7 +105,7 @@ class ReferenceSet:
             for figure, each in figures.items():
                 record.add(figure, self.mean(each[chosen], patches.groups[chosen]), by=by)
 
-    def _add_floor(self, name: str, kind: str, floor: Floor, *, by: Network, num: int, level=None) -> None:
+    def add_floor(self, name: str, kind: str, floor: Floor, *, num: int, by: Network | None = None, level=None) -> None:
         """A floor between halves of `num` patches."""
         record = Recorder(self.rows, name, num // 2)
         found = Estimate(floor.mean, floor.low, floor.high)
@@ -111,7 +123,7 @@ class ReferenceSet:
                 known[same] = self._floors(name, real)
             for kind, floor in known[same].items():
                 if (name, kind) != (REAL_POOLED, "kid"):  # which every network has
-                    self._add_floor(name, kind, floor, by=self.extractor, num=len(real.features), level=level)
+                    self.add_floor(name, kind, floor, by=self.extractor, num=len(real.features), level=level)
 
     def _floors(self, name: str, real: RealPatches) -> dict[str, Floor]:
         """Of KID, the Frechet distance and the four figures of neighbourhoods, between random halves."""
@@ -147,4 +159,5 @@ class ReferenceSet:
         error = np.abs(estimator.outputs_of_patches(patches, real.numbers).value - scores)
         record = Recorder(self.rows, REAL_SCORED, len(error))
         record.add("severity_error", self.mean(error, real.groups), by=estimator)
-        return scores, real._replace(outputs=self.extractor.outputs_of_patches(patches, real.numbers))
+        outputs = self.extractor.outputs_of_patches(patches, real.numbers)
+        return scores, real._replace(outputs=outputs, bands=bands_of(patches, real.numbers))

@@ -5,8 +5,8 @@ every single frame in metrics.frames.csv (trajectory, source_id, judge, level, p
 metrics.json, format 1; a number that does not exist is null:
 
     format, source, target, num_levels, seed, max_real (`metrics.evaluate`)
-    networks      [{name, use: judge | features | scores, view, checkpoint, image_size, digest}], a folder and a digest
-                  of its weights
+    networks      [{name, use: judge | features | scores, view, checkpoint, image_size, digest, blind_for}], a folder,
+                  a digest of its weights, and the damage (`metrics.damage`) that it does not see
     methods       [{name, trajectory, method, config_hash, n, split, levels, frame_levels, device, unguided}], baselines
                   after them, with a null trajectory; `frame_levels` are the soft labels of the frames that stand for
                   `levels`; `device` is that of `seconds` ("cpu", "cuda: NAME", or null); a guided method is compared to
@@ -21,6 +21,8 @@ metrics.json, format 1; a number that does not exist is null:
                   training patch of that class (`held_out`), in the extractor's features; `num_held_out` are [those
                   nearest to training of the source, of the target], without those that repeat a training patch;
                   `patches` is the checkpoint in whose data `training_id` is
+    spectra       {name: [mean log10 power at 1, 2, .. periods a side]} of frames of level 1 of every method and
+                  baseline, and of "real target" patches
     warnings      [text]: sentences about figures that mislead
 """
 
@@ -34,6 +36,7 @@ import numpy as np
 
 from cellflux_bridge.base.files import csv_text, replace_text, require_json, without_nan
 from cellflux_bridge.data.patches import SCORE_WINDOW
+from cellflux_bridge.metrics.damage import DAMAGED, DAMAGES, blind_for
 from cellflux_bridge.metrics.evaluate import Evaluation
 from cellflux_bridge.metrics.fidelity import NEIGHBOURHOOD_FIGURES
 from cellflux_bridge.metrics.reference_set import REAL_OWN, REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET
@@ -62,6 +65,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     with_patches = extractor if extractor.weights is not None else reference.networks[0]
     # The worst first: exact copies, then those of the smallest share of the held-out distance.
     copies = sorted(evaluation.near_copies, key=lambda copy: copy["distance"] and copy["distance"] / copy["held_out"])
+    blind = blind_for(reference.rows)
     return without_nan(
         {
             "format": FORMAT,
@@ -71,7 +75,9 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "seed": reference.seed,
             "max_real": reference.max_real,
             "networks": [
-                {key: getattr(n, key) for key in keys} | {"checkpoint": str(n.checkpoint)} for n in reference.networks
+                {key: getattr(n, key) for key in keys}
+                | {"checkpoint": str(n.checkpoint), "blind_for": blind.get(n.name, [])}
+                for n in reference.networks
             ],
             "methods": [_method(of, evaluation) for of in (*evaluation.methods, *evaluation.baselines)],
             "values": [value._asdict() for value in evaluation.reference.rows],
@@ -84,6 +90,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
                 "num_near_copies": len(evaluation.near_copies),
                 "near_copies": copies[:_MOST_COPIES],
             },
+            "spectra": {name: power.round(4).tolist() for name, power in reference.spectra.items()},
             "warnings": evaluation.warnings,
         }
     )
@@ -173,7 +180,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def markdown(evaluation: Evaluation) -> str:
     """The table of methods, notes on it, and the paired differences."""
     cells, networks = _Cells(evaluation), evaluation.reference.networks
-    source, target = networks[0].source, networks[0].target
+    source, target, blind = networks[0].source, networks[0].target, blind_for(evaluation.reference.rows)
     columns = {of.name: f"{of.name} (n = {len(of.source_ids)})" for of in (*evaluation.methods, *evaluation.baselines)}
     for name, label in ((REAL_SOURCE, source), (REAL_TARGET, target)):
         columns[name] = f"real {label} (n = {cells.get(name, 'contrast').n})"
@@ -184,13 +191,30 @@ def markdown(evaluation: Evaluation) -> str:
                 label = words.label if where == "whole" else words.label.removesuffix(", worst") + _LEVELS[where]
                 row = [cells.cell(column, quantity, by, where) for column in columns]
                 if any(row[: len(evaluation.methods)]):
-                    rows.append([f"{label}, {by}" if by else label, *row])
+                    label += f", {by}" if by else ""
+                    rows.append([f"({label}: blind)" if by in blind else label, *row])
     lines = [f"# {source} to {target}, {len(evaluation.methods[0].levels)} levels", ""]
     lines += [*_table(["", *columns.values()], rows), *_notes(evaluation, cells), ""]
+    lines += _damage(evaluation)
     if evaluation.differences:
         head = ["paired difference", "by", "n (groups)", "difference", "p"]
         lines += _table(head, [*_differences(evaluation)])
     return "\n".join(lines)
+
+
+def _damage(evaluation: Evaluation) -> list[str]:
+    """What real target patches with known damage get, and how far each network sees them from undamaged ones."""
+    cells, networks = _Cells(evaluation), evaluation.reference.networks
+    keys = [(q, "") for q in QUANTITIES if cells.get(f"{DAMAGED}{next(iter(DAMAGES))}", q)]
+    keys += [("damage_response", n.name) for n in networks if n.use != "scores"]
+    head = [QUANTITIES[quantity].label + (f", {by}" if by else "") for quantity, by in keys]
+    rows = [
+        [name, *(_text(cells.get(DAMAGED + name, quantity, None, by)) for quantity, by in keys)] for name in DAMAGES
+    ]
+    floors = (cells.get(REAL_TARGET, f"{quantity.removesuffix('_target')}_floor") for quantity, _ in keys)
+    return _table(
+        ["known damage to real patches", *head], [*rows, ["none (halves of real patches)", *map(_text, floors)]]
+    )
 
 
 def by_level(evaluation: Evaluation) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.images.stain import StainReference
+from cellflux_bridge.metrics.bands import statistics
 from cellflux_bridge.metrics.cost import Cost, read_cost
 from cellflux_bridge.metrics.memorisation import nearest
 from cellflux_bridge.metrics.networks import Network, NetworkOutputs, extractor_of
@@ -26,7 +27,8 @@ class Sequences:
 
     `levels` (K,) are the names k/K of the levels after the source, `frame_levels` (K,) the soft labels of the frames
     that stand for them. `outputs[network]` holds (N, K+1) values and (N, K+1, D) features. `arrays` holds, of
-    `metrics.structure`, "tissue" (N, K+1, 3) and "structure" (N, K+1, 2, to the source); "sources" and "last"
+    `metrics.structure`, "tissue" (N, K+1, 3) and "structure" (N, K+1, 2, to the source); "bands" (N, K+1, 48) of
+    `metrics.bands`; "steps" (N, K), the mean change of a pixel from frame to frame in grey levels; "sources" and "last"
     (N, 3, S, S) uint8, the frames 0 and K; and, of sequences that were translated, "nfe" and "gradients" (N,). `split`
     is that of the sources (`metrics.values`); `cost` is None where it is not known.
     """
@@ -89,6 +91,8 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
         computed = {
             "tissue": tissue_figures(frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1),
             "structure": extractor.structure(frames),
+            "bands": statistics(frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1),
+            "steps": _pixel_steps(frames),
             "sources": frames[:, 0].copy(),
             "last": frames[:, -1].copy(),
             "nfe": np.array(batch.nfe),
@@ -111,6 +115,11 @@ def collect(folder: Path, networks: Sequence[Network], *, name: str, num_levels:
         arrays={key: np.concatenate(parts) for key, parts in arrays.items()},
         cost=read_cost(folder),
     )
+
+
+def _pixel_steps(frames: np.ndarray) -> np.ndarray:
+    """The mean absolute change of uint8 sequences (N, L, ...) from frame to frame, (N, L - 1)."""
+    return np.abs(np.diff(frames.astype(np.int16), axis=1)).mean(tuple(range(2, frames.ndim)))
 
 
 def no_sequence(folder: Path) -> UserError:
@@ -154,7 +163,8 @@ def _still(sequences: Sequences, name: str, patches: np.ndarray, networks: Seque
     def follow(first: np.ndarray, rest: np.ndarray) -> np.ndarray:
         return np.concatenate([first[:, :1], np.repeat(rest[:, None], num, axis=1)], axis=1)
 
-    structure = extractor_of(networks).structure(np.stack([before["sources"], patches], axis=1))[:, 1]
+    both = np.stack([before["sources"], patches], axis=1)
+    structure = extractor_of(networks).structure(both)[:, 1]
     return replace(
         sequences,
         name=name,
@@ -164,6 +174,8 @@ def _still(sequences: Sequences, name: str, patches: np.ndarray, networks: Seque
         arrays={
             "tissue": follow(before["tissue"], tissue_figures(patches)),
             "structure": follow(before["structure"], structure),
+            "bands": follow(before["bands"], statistics(patches)),
+            "steps": np.pad(_pixel_steps(both), ((0, 0), (0, num - 1))),
             "sources": before["sources"],
             "last": patches,
         },

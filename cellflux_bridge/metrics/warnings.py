@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cellflux_bridge.metrics.damage import blind_for
 from cellflux_bridge.metrics.values import Value
 from cellflux_bridge.metrics.words import words
 from cellflux_bridge.trajectory import MANIFEST, count_incomplete
@@ -17,6 +18,8 @@ NEAREST_TARGET = "nearest real target"
 UNKNOWN = "Not known:"
 # A judge that recognises fewer real patches of a class is no judge of made ones.
 _GOOD_JUDGE = 0.8
+# Above: images that are told from real ones too easily; one step that does what several should.
+_TOLD, _UNEVEN = 0.9, 2.0
 # How a quantity begins -> how many images its value, and its interval, need.
 _NEEDS = {
     "kid_floor": "4 groups",
@@ -56,6 +59,7 @@ def figure_warnings(values: Sequence[Value]) -> Iterator[str]:
                 f"patches (accuracy {(source + target) / 2:.2f}; 0.50 is chance). Its opinion of made patches is worth "
                 "no more. Train this judge for longer or on more patches, then evaluate again."
             )
+    yield from _unlike_real(values)
     for value in (v for v in values if v.quantity == "near_copy_share" and v.level is None and v.trajectory):
         by_chance = 1 / (value.n_real + 1)
         if value.value > 2 * by_chance:
@@ -90,6 +94,29 @@ def figure_warnings(values: Sequence[Value]) -> Iterator[str]:
         whats = ", ".join(f"{what} at level {' and '.join(at)}" if at else what for what, at in found.items())
         against = "" if n_real is None else f" against {n_real}"
         yield f"{UNKNOWN} {whats}. This rests on {n} images{against}; it needs {need}."
+
+
+def _unlike_real(values: Sequence[Value]) -> Iterator[str]:
+    """About methods whose images are told from real ones or whose steps are uneven, and networks that see no damage."""
+    of_methods = [v for v in values if v.trajectory]
+    for value in of_methods:
+        if value.quantity == "two_sample_grey_target" and value.value > _TOLD:
+            yield (
+                f"Level 1 of {value.method} can be told from real target patches by simple statistics of its detail "
+                f"(AUC {value.value:.2f}; 0.50: it cannot). Whatever networks say of it: look at the pictures, and "
+                "train for longer."
+            )
+    for value in of_methods:
+        if value.quantity == "step_unevenness" and value.value > _UNEVEN:
+            yield (
+                f"The steps of {value.method} are uneven: the largest changes {value.value:.1f} times as much as the "
+                "mean one (pixels). Set translate.spacing=adaptive, or another translate.calibrate."
+            )
+    for network, names in blind_for(values).items():
+        yield (
+            f"{network} is blind for {' and for '.join(names)}: it cannot tell real patches that are damaged so from "
+            "undamaged ones. Do not believe its distances; train it for longer, or name another with --features."
+        )
 
 
 def _in_words(quantity: str) -> str:

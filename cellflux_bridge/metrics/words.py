@@ -29,6 +29,19 @@ class Words(NamedTuple):
 
 # Sections, and in each: quantity | where, or where/table | label | reading
 _TEXT = """
+real: Can they be told from real patches?
+two_sample_grey_target | end | told from real by grey bands (AUC) | two-sample test; 0.5: cannot be told; 1: always
+two_sample_colour_target | end | told from real by colour bands (AUC) | the same, of red, green - mean, blue - mean
+two_sample_network_target | end | told from real by a small network (AUC) | the same, by a network trained on pixels
+two_sample_grey_own | largest/mean | told from real of the same level by grey bands, worst | AUC; 0.5: cannot be told
+two_sample_colour_own | largest/mean | told from real of the same level by colour bands, worst | AUC
+swd_full_target | end | SWD to real target, full size | sliced Wasserstein distance of the finest detail; see the floor
+swd_half_target | end | SWD to real target, half size | the same, of detail twice as large
+swd_quarter_target | end | SWD to real target, quarter size | the same, of detail four times as large
+swd_eighth_target | end | SWD to real target, 1/8 size | the same, of detail eight times as large
+swd_sixteenth_target | end | SWD to real target, 1/16 size | the same, of what is left
+spectrum_error_target | end | error of the spectrum | mean over frequencies of the difference of log10 power to real
+
 arrival: Does it arrive?
 flip_rate | end | called the target class (flip rate) | share of images; compare with real target patches
 probability | end | mean p(target) | p: probability of the target class; the aim is what real target patches get
@@ -68,6 +81,7 @@ guidance_frechet_ratio_of_means | whole | Fréchet distance guided / unguided, r
 kept: Is it still the same tissue, and are the steps even?
 preservation | end/inner | distance to own source | 0: the same; 1: as far as a random real source patch
 path_over_straight | whole | length of the way / straight distance | in features; 1 is a straight way
+step_unevenness | whole | largest / mean step, pixels | of the mean change a step; 1: even; above 2 is a warning
 largest_over_mean_step | whole | largest / mean step | in features; 1: even steps; number of levels: one jump
 ms_ssim | end | MS-SSIM to own source | of haematoxylin; 1: equal; real: between different source patches
 layer_distance | end | layer distance to own source | like LPIPS; 0: equal; real: between different patches
@@ -84,7 +98,10 @@ tissue: Stain and texture
 stain_share | end | change explained by stain | share of the squared feature change that a colour transfer explains
 haematoxylin_area | end | haematoxylin area | share of pixels; the aim is what real target patches have
 contrast | end | contrast | standard deviation of pixels
-fine_detail | end | fine detail | mean difference of neighbouring pixels, grey levels
+fine_outlines | end | outlines in fine detail | sparseness of the finest octave; noise 0, outlines more; aim: as real
+
+damage: Does the network see known damage?
+damage_response | end | response to damage | KID of damaged real patches, above its floor, in standard deviations of it
 
 cost: What does it cost?
 nfe | whole | network forwards | per sequence

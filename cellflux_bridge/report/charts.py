@@ -61,7 +61,8 @@ class Band(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """`key` names the curves of a single sequence that belong into it; `diagonal` is the level itself."""
+    """`key` names the curves of a single sequence that belong into it; `diagonal` is the level itself. `axis` is what
+    runs from 0 to 1 below it, and stands in `Point.level`."""
 
     key: str
     title: str
@@ -69,6 +70,7 @@ class Chart(NamedTuple):
     bands: tuple[Band, ...] = ()
     diagonal: bool = False
     extra: tuple[float, ...] = ()
+    axis: str = "level"
 
 
 def style_of(slot: int) -> str:
@@ -135,7 +137,9 @@ class Plot(NamedTuple):
     def in_words(self) -> str:
         """The curves in words, for those who cannot see them."""
         ends = [(s.name, number(s.points[0].value), number(s.points[-1].value)) for s in self.chart.series]
-        return f"{self.chart.title} over the level: " + "; ".join(f"{name} from {a} to {b}" for name, a, b in ends)
+        return f"{self.chart.title} over the {self.chart.axis}: " + "; ".join(
+            f"{name} from {a} to {b}" for name, a, b in ends
+        )
 
 
 def plot(chart: Chart) -> Plot:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from cellflux_bridge.base.files import csv_text, replace_text, replacing
 from cellflux_bridge.report import tables
-from cellflux_bridge.report.charts import Chart, plot
+from cellflux_bridge.report.charts import REAL, Chart, plot
 from cellflux_bridge.report.gallery import Gallery, Shown
 from cellflux_bridge.report.runs import Chapter, Method
 
@@ -38,7 +38,9 @@ def write_figures(
     with matplotlib.rc_context(_STYLE):
         if gallery is not None:
             made += _save(folder / f"strip{suffix}", _strip(chapter, gallery, real), _strip_rows(chapter, gallery))
-        for name, charts in (("cellularity", tables.nuclei_charts(chapter)), ("kid", _kid_charts(chapter))):
+        plots = {"cellularity": tables.nuclei_charts(chapter), "kid": _kid_charts(chapter)}
+        plots["spectrum"] = [chart for chart in (tables.spectrum(chapter),) if chart is not None]
+        for name, charts in plots.items():
             if charts:
                 made += _save(folder / f"{name}{suffix}", _panels(charts), _panel_rows(charts))
     return made
@@ -88,12 +90,14 @@ def _panel(axis, chart: Chart) -> None:
     for name, value, _ in plot(chart).band_names():
         place = {"xy": (0.99, value), "xycoords": ("axes fraction", "data"), "fontsize": 5.5, "color": "#555555"}
         axis.annotate(name, xytext=(0, 1.5), textcoords="offset points", ha="right", **place)
+    for series in (s for s in chart.series if s.style == REAL and chart.axis != "level"):
+        axis.plot(*np.array(series.points, dtype=np.float64)[:, :2].T, color="#8a8a8a", label=series.name)
     for series in (s for s in chart.series if s.style.startswith("m")):
         slot, values = int(series.style[1:]), np.array(series.points, dtype=np.float64)
         style = {"color": COLOURS[slot], "marker": MARKERS[slot], "linestyle": DASHES[slot]}
         axis.plot(values[:, 0], values[:, 1], label=series.name, **style)
         axis.fill_between(values[:, 0], values[:, 2], values[:, 3], color=COLOURS[slot], alpha=0.18, linewidth=0)
-    axis.set(title=chart.title.replace(" — ", "\n"), xlabel="level", xlim=(-0.02, 1.02))
+    axis.set(title=chart.title.replace(" — ", "\n"), xlabel=chart.axis, xlim=(-0.02, 1.02))
 
 
 def _panel_rows(charts: Sequence[Chart]) -> list[Sequence]:

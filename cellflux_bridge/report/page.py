@@ -34,7 +34,7 @@ _MOST, _MOST_SEEN, _MOST_OF_STILLS, _MOST_OF_FILMS = 15_000_000, 13_000_000, 3_0
 # Frames are shown at so many pixels of the screen.
 _SHOWN = 256
 # Sections whose curves are open when the page opens.
-_OPEN = ("arrival", "levels", "likeness")
+_OPEN = ("real", "arrival", "levels", "likeness")
 _USES = {
     "judge": "judges",
     "features": "features for distances; it neither guides nor judges",
@@ -103,7 +103,7 @@ def _view(
     place: int, chapter: Chapter, gallery: Gallery | None, beside: Stills, videos: list[tuple[str, str]]
 ) -> dict[str, Any]:
     """What the template shows of a chapter."""
-    plots = tables.curves(chapter)
+    plots, spectrum = tables.curves(chapter), tables.spectrum(chapter)
     nuclei = [chart for section, chart in plots if section == "nuclei"]
     return {
         "id": f"c{place}",
@@ -113,7 +113,7 @@ def _view(
         "viewer": None if gallery is None else _viewer(chapter, gallery, beside, plots),
         "has_scored": any(series.style == charts.REAL for chart in nuclei for series in chart.series),
         "nuclei_charts": nuclei,
-        "charts": [chart for section, chart in plots if section in _OPEN],
+        "charts": [spectrum][: spectrum is not None] + [chart for section, chart in plots if section in _OPEN],
         "more_charts": [chart for section, chart in plots if section not in (*_OPEN, "nuclei")],
         "facts": [(method, _facts(method)) for method in chapter.methods],
         "networks": {

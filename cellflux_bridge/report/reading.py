@@ -48,6 +48,7 @@ class NetworkRecord(_Part):
     checkpoint: _Place
     image_size: Annotated[int, Field(ge=1, le=8192)]
     digest: str = ""
+    blind_for: tuple[str, ...] = ()
 
 
 class MethodRecord(_Part):
@@ -106,6 +107,7 @@ class Metrics(_Part):
     values: tuple[Figure, ...]
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...] = ()
+    spectra: dict[str, Annotated[tuple[_Number, ...], Field(max_length=4096)]] = {}
     memorisation: Memorisation | None = None
 
 

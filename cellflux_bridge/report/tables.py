@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from cellflux_bridge.metrics.damage import DAMAGED
 from cellflux_bridge.metrics.words import NUCLEI, QUANTITIES, SECTIONS, Words, floor_of, interval, number, words
 from cellflux_bridge.report.charts import REAL, Band, Chart, Point, Series, baseline_style, style_of
 from cellflux_bridge.report.reading import Figure
@@ -25,11 +26,18 @@ class Row(NamedTuple):
     by: str
     cells: tuple[Cell | None, ...]
     real: tuple[Cell, ...]
+    is_blind: bool = False  # by a network that does not see known damage
 
 
 class Section(NamedTuple):
     title: str
     rows: tuple[Row, ...]
+
+
+class DamageTable(NamedTuple):
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
 
 
 class LevelTable(NamedTuple):
@@ -112,9 +120,39 @@ def main_table(chapter: Chapter) -> list[Section]:
             cells = tuple(_main(column, quantity, by, where, levels) for column in columns)
             if any(cells):
                 real = _real(chapter, quantity, by)
-                rows[meaning.section].append(Row(meaning.label, meaning.reading, chapter.called(by), cells, real))
+                is_blind = any(
+                    r.network(by.name) == by and r.networks[by.name].blind_for for r in by.name and chapter.runs
+                )
+                row = Row(meaning.label, meaning.reading, chapter.called(by), cells, real, is_blind)
+                rows[meaning.section].append(row)
                 break
     return [Section(titles[name], tuple(of)) for name, of in rows.items() if of]
+
+
+def damage_tables(chapter: Chapter) -> Iterator[DamageTable]:
+    """What known damage to real patches does to the figures of each run."""
+    for run in chapter.runs:
+        found = {(f.method, f.quantity, f.extractor): f for f in run.metrics.values if f.method.startswith(DAMAGED)}
+        keys = list(dict.fromkeys((quantity, by) for _, quantity, by in found))
+        columns = tuple(words_of(quantity).label + (f", {by}" if by else "") for quantity, by in keys)
+        names = dict.fromkeys(method for method, *_ in found)
+        rows = tuple((name.removeprefix(DAMAGED), tuple(cell(found.get((name, *k))) for k in keys)) for name in names)
+        if rows:
+            yield DamageTable(f"{chapter.of_run(run)}Known damage to real patches", columns, rows)
+
+
+def spectrum(chapter: Chapter) -> Chart | None:
+    """The mean log10 power of frames of level 1, and of real target patches, by frequency: which scale is wrong."""
+    styles, series = baseline_styles(chapter), []
+    found = [(m.name, style_of(m.slot), m.run.metrics.spectra.get(m.key)) for m in chapter.methods]
+    found += [(b.name, styles[b.name], b.run.metrics.spectra.get(b.key)) for b in chapter.baselines]
+    found.append((f"real {chapter.target}", REAL, chapter.runs[0].metrics.spectra.get("real target")))
+    for name, style, power in found:
+        if power:
+            points = (Point((k + 1) / len(power), value) for k, value in enumerate(power) if value is not None)
+            series.append(Series(name, style, tuple(points)))
+    axis = "frequency (1: one period in 2 px)"
+    return Chart("spectrum", "log10 power of level 1, grey", tuple(series), axis=axis) if series else None
 
 
 def baseline_styles(chapter: Chapter) -> dict[str, str]:

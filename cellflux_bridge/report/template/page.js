@@ -53,8 +53,8 @@ function viewer(root) {
   const find = (selector) => root.querySelector(selector);
   const [slider, select, boxes] = [find(".level"), find(".source"), find(".outlines")];
   const radios = [...root.querySelectorAll(".methods input")];
-  const own = [...root.querySelectorAll(".chart")];
-  const charts = [...own, ...[...root.closest(".chapter").querySelectorAll(".chart")].filter((one) => !own.includes(one))];
+  const own = [...root.querySelectorAll(".chart:not(.still)")];
+  const charts = [...own, ...[...root.closest(".chapter").querySelectorAll(".chart:not(.still)")].filter((one) => !own.includes(one))];
   const state = { level: 0, source: 0, slot: data.methods[0].slot };
 
   const source = () => data.sources[state.source];
