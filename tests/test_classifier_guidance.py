@@ -568,6 +568,14 @@ def test_forms_that_do_not_fit_are_refused_by_name(form, name, sees_source):
     assert type(PATHS[name]).__name__ in str(refused.value)
 
 
+@pytest.mark.parametrize("form", ["bridge", "sharpen"])
+def test_forms_of_the_score_need_white_noise(form):
+    options = {"sees_source": True, "dropout": 0.1, "scale": 1.0}
+    with pytest.raises(UserError, match="colour 1"):
+        require_form(form, NoisedSource(colour=0.5), **options)
+    require_form("endpoint", NoisedSource(colour=0.5), **options)
+
+
 @pytest.mark.parametrize(
     ("dropout", "scale", "message"), [(0, 1.0, r"condition\.dropout=0"), (0.1, 1.5, r"guidance_scale=1\.5 has no part")]
 )

@@ -92,6 +92,18 @@ def test_ends_of_a_path_are_source_and_target():
         torch.testing.assert_close(end.x_t, x1)
 
 
+def test_coloured_noise_is_as_bright_and_less_coloured():
+    path, (x0, x1) = NoisedSource(scale=0.7, colour=0.25), (x[:1].expand(20_000, 3, -1, -1) for x in pair(1, size=1))
+    noise = sample(path, x0, x1, torch.full((len(x0),), 0.5, dtype=torch.float64), generator()).x_t - (x0 + x1) / 2
+    brightness = noise.mean(1)
+    assert brightness.std().item() == pytest.approx(0.35 / 3**0.5, rel=0.02)
+    assert (noise[:, 0] - noise[:, 1]).std().item() == pytest.approx(0.25 * 0.35 * 2**0.5, rel=0.02)
+    drawn = torch.randn(4, 3, 2, 2, generator=generator())
+    torch.testing.assert_close(path.start(torch.zeros(4, 3, 2, 2), drawn), 0.7 * path.coloured(drawn))
+    kept = path.without_noise(0.5 * path.start(torch.zeros(4, 3, 2, 2), drawn), torch.tensor(0.5), drawn)
+    torch.testing.assert_close(kept, torch.zeros(4, 3, 2, 2))
+
+
 def test_the_coin_of_noised_source_falls_for_each_sample():
     x0, x1 = pair(2000)
     x_t = sample(PATHS["noised_source_coin"], x0, x1, torch.zeros(2000, dtype=torch.float64), generator()).x_t

@@ -10,8 +10,9 @@ from cellflux_bridge.condition.level import Level
 from cellflux_bridge.condition.source_class import SourceClass
 from cellflux_bridge.condition.source_image import SourceImage
 from cellflux_bridge.condition.target_class import TargetClass
+from cellflux_bridge.transport.integrate import integrate
 from cellflux_bridge.velocity.adm import ADM
-from cellflux_bridge.velocity.base import _MIN_REMAINING, as_velocity, sinusoidal
+from cellflux_bridge.velocity.base import _BOUNDS, as_velocity, sinusoidal
 from cellflux_bridge.velocity.unet import UNet
 
 CLASSES = 3
@@ -114,17 +115,31 @@ def test_stride_is_the_least_size_that_goes_through(make, multipliers):
 def test_the_untrained_output_is_zero(make):
     t, x, cond = inputs()
     assert torch.equal(make(spec_of(), predict="velocity").eval()(t, x, cond), torch.zeros_like(x))
-    t = torch.tensor([0.0, 0.5, 1 - _MIN_REMAINING / 2, 1.0])
-    toward_grey = -x / torch.tensor([1.0, 0.5, _MIN_REMAINING, _MIN_REMAINING]).view(-1, 1, 1, 1)
-    torch.testing.assert_close(make(spec_of(), predict="target").eval()(t, x, cond), toward_grey)
+    bound = _BOUNDS["endpoint"]
+    t = torch.tensor([0.0, 0.5, 1 - bound / 2, 1.0])
+    toward_grey = -x / torch.tensor([1.0, 0.5, bound, bound]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(make(spec_of(), predict="endpoint").eval()(t, x, cond), toward_grey)
 
 
-def test_a_predicted_target_gives_the_velocity_of_the_straight_path():
+def test_a_predicted_endpoint_gives_the_velocity_of_the_straight_path():
     x0, x1 = torch.randn(2, 4, 3, 8, 8, generator=generator(), dtype=torch.float64)
-    t = torch.tensor([0.0, 0.3, 0.5, 1 - _MIN_REMAINING], dtype=torch.float64)
+    t = torch.tensor([0.0, 0.3, 0.5, 1 - _BOUNDS["endpoint"]], dtype=torch.float64)
     x_t = torch.lerp(x0, x1, t.view(-1, 1, 1, 1))
-    torch.testing.assert_close(as_velocity(x1, t, x_t, predict="target"), x1 - x0)
+    torch.testing.assert_close(as_velocity(x1, t, x_t, predict="endpoint"), x1 - x0)
     assert as_velocity(x1, t, x_t, predict="velocity") is x1
+
+
+def test_the_last_step_leaves_no_noise_where_the_endpoint_is_predicted():
+    start, clean = torch.randn(2, 4, 3, 8, 8, generator=generator())
+    found = integrate(lambda t, x, cond: as_velocity(clean, t, x, predict="endpoint"), start, None, steps=6)
+    torch.testing.assert_close(found.states[-1], clean, atol=1e-5, rtol=0)
+
+
+def test_the_end_of_the_way_weighs_as_if_a_fifth_remained(make):
+    t = torch.tensor([0.0, 0.5, 0.8, 0.9, 1.0])
+    weight = make(spec_of(), predict="endpoint").error_weight(t)
+    torch.testing.assert_close(weight, torch.tensor([1.0, 1.0, 1.0, 0.25, 0.0]), atol=1e-6, rtol=1e-5)
+    assert torch.equal(make(spec_of(), predict="velocity").error_weight(t), torch.ones(5))
 
 
 @pytest.mark.parametrize("target", ["class", "level"])

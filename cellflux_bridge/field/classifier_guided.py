@@ -44,8 +44,9 @@ def require_form(form: str, path: Path, *, sees_source: bool, dropout: float, sc
     `scale`: that of classifier-free guidance.
     """
     key = f"translate.guidance.form={form}"
-    noisy = "noise on every sample (noised_source with probability 1, or brownian) and condition.source_image=true"
-    bridges = path.noise_on_every_sample and sees_source
+    noisy = "noise on every sample (noised_source with probability and colour 1, or brownian)"
+    noisy += " and condition.source_image=true"
+    bridges = path.noise_on_every_sample and path.white and sees_source
     needs, fits = {
         "score": ("path.name=gaussian_source", not path.from_data),
         "bridge": (noisy, bridges),

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from torch import nn
-from torch.nn import functional as F
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
@@ -96,7 +95,8 @@ class FlowTask:
             yield self.states(move_data_to_device(self._draw(self._val.batch(number), "val", number), device))
 
     def loss(self, model: nn.Module, batch: FlowDraw) -> torch.Tensor:
-        return velocity_error(model, self.states(batch))
+        batch = self.states(batch)
+        return velocity_error(model, batch, self.model.error_weight(batch.t))
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """On held-out pairs: the velocity's mean squared error, the share of u_t's power that it explains, and how
@@ -105,7 +105,9 @@ class FlowTask:
         squares = []
         for t, x_t, u_t, cond in self.validation_batches(device):
             v, other = model(t, x_t, cond).float(), model(t, x_t, _swapped(cond)).float()
-            squares.append([part.square().mean().item() for part in (v - u_t, u_t, other - v, v)])
+            weight = self.model.error_weight(t)[:, None, None, None].sqrt()
+            parts = (weight * (v - u_t), weight * u_t, weight * (other - v), weight * v)
+            squares.append([part.square().mean().item() for part in parts])
         error, power, moved, size = np.mean(squares, axis=0).tolist()
         return {
             "val/velocity_mse": error,
@@ -136,9 +138,10 @@ class FlowTask:
         return images.sheet(table, scale=max(1, 96 // table.shape[2]))
 
 
-def velocity_error(model: nn.Module, batch: FlowBatch) -> torch.Tensor:
-    """The mean squared error of a velocity, a number: the loss of conditional flow matching."""
-    return F.mse_loss(model(batch.t, batch.x_t, batch.cond).float(), batch.u_t)
+def velocity_error(model: nn.Module, batch: FlowBatch, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean squared error of a velocity, weighted by `weight` (B,): the loss of conditional flow matching."""
+    squares = (model(batch.t, batch.x_t, batch.cond).float() - batch.u_t).square().mean((1, 2, 3))
+    return (squares if weight is None else weight * squares).mean()
 
 
 def _swapped(cond: Condition) -> Condition:

@@ -37,6 +37,8 @@ class Path(ABC):
     noise_on_every_sample: bool = False
     # Noise-free and straight: the reverse ODE from a target image ends at a source image.
     reversible: bool = False
+    # The noise on a state is the same in all directions, which the exact forms of guidance need.
+    white: bool = True
     # x_t + (1 - t) u_t = x1, which holds where all noise shrinks with 1 - t.
     straight: bool = False
 
@@ -59,6 +61,10 @@ class Path(ABC):
         mean = MATCHER.compute_mu_t(x0, x1, t)
         flow = MATCHER.compute_conditional_flow(x0, x1, t, mean)
         return PathSample(mean + self.noise_scale(s) * noise, flow + self.noise_rate(s) * noise)
+
+    def coloured(self, noise: torch.Tensor) -> torch.Tensor:
+        """White noise (B, C, H, W) as this path lays it on states."""
+        return noise
 
     @abstractmethod
     def noise_scale(self, t: torch.Tensor) -> torch.Tensor:
@@ -99,9 +105,9 @@ class Path(ABC):
 
     def start(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """The state to integrate from at t_start; `noise` is standard normal, shaped like x0."""
-        return x0 + self.noise_scale(torch.tensor(self.t_start)).to(x0) * noise
+        return x0 + self.noise_scale(torch.tensor(self.t_start)).to(x0) * self.coloured(noise)
 
     def without_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """A state without the start noise that is left at t: along a conditional path (1 - t) x0 + t x1 remains, which
         a frame should show. At t = 1 nothing is subtracted."""
-        return x_t - self.noise_scale(t).to(x_t) * noise
+        return x_t - self.noise_scale(t).to(x_t) * self.coloured(noise)

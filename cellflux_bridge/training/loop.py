@@ -22,6 +22,7 @@ from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.images import write_png
+from cellflux_bridge.training.optimiser import build_optimiser, learning_rate
 from cellflux_bridge.training.processes import from_rank_zero, make_fabric, on_rank_zero
 from cellflux_bridge.training.run import Log
 from cellflux_bridge.training.settings import TrainConfig
@@ -88,8 +89,7 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
     Raises UserError for a non-finite loss (the last good checkpoint stays) and Stopped after Ctrl-C or SIGTERM.
     """
     model = task.model.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
-    wrapped, optimiser = fabric.setup(model, optimiser)
+    wrapped, optimiser = fabric.setup(model, build_optimiser(model, train))
     state = TrainState(model, optimiser, EMA(model, train.ema_decay))
     state.load(folder)
     if state.step >= train.steps or state.spent.share(train) >= 1:
@@ -156,7 +156,7 @@ class _Trainer:
         # Dropout inside networks draws from the global generator; seeded by step, it repeats after a resume.
         torch.manual_seed(derive_seed(self.config.seed, "network", step, self.fabric.global_rank))
         for group in optimiser.param_groups:
-            group["lr"] = train.lr * min(1.0, (step + 1) / max(1, train.warmup_steps))
+            group["lr"] = learning_rate(step, train)
         total = torch.zeros((), device=self.fabric.device)
         for number, batch in enumerate(batches, start=1):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(batches)):

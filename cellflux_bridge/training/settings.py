@@ -11,9 +11,11 @@ class TrainConfig(Section):
     steps: Count = 10_000
     batch_size: Count = 64
     accumulate: Count = 1
+    optimiser: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 2e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     weight_decay: NonNegative = 0.0
+    lr_decay: Literal["none", "linear"] = "none"  # linear: to 0 at train.steps, whatever minutes say
     warmup_steps: Annotated[int, Field(ge=0)] = 200
     gradient_clip: NonNegative = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -15,7 +15,7 @@ from cellflux_bridge.config.schema import Count, FewLevels
 Width = Annotated[int, Field(ge=4, multiple_of=4)]
 Multipliers = Annotated[tuple[Count, ...], FewLevels]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
-Prediction = Literal["velocity", "target"]
+Prediction = Literal["velocity", "endpoint", "target"]
 
 
 class Velocity(nn.Module):
@@ -28,10 +28,17 @@ class Velocity(nn.Module):
 
     spec: ConditionSpec
     stride: int
+    _predict: Prediction = "velocity"
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
         raise NotImplementedError
+
+    def error_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """The weight (B,) in training of squared errors of velocities at times t (B,)."""
+        if self._predict != "endpoint":
+            return torch.ones_like(t)
+        return ((1 - t) / _EQUAL_REMAINING).clamp(max=1).square()
 
 
 def require_levels(attention: Sequence[int], multipliers: Sequence[int]) -> None:
@@ -48,20 +55,21 @@ def sinusoidal(values: torch.Tensor, dim: int, *, max_period: float = 10_000.0) 
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-# The division by 1 - t is bounded. JiT bounds it at 0.05; in runs of minutes the last steps of the way then outweigh
-# all others, while at 0.2 the output stays as clean an image (what it extrapolates past t = 0.8 carries little noise).
-_MIN_REMAINING = 0.2
+# Bounds of the division by 1 - t. JiT has 0.05. In runs of minutes the last part of the way then outweighs all else, so
+# training weighs its errors as if the bound were 0.2.
+_BOUNDS, _EQUAL_REMAINING = {"endpoint": 0.05, "target": 0.2}, 0.2
 
 
 def as_velocity(output: torch.Tensor, t: torch.Tensor, x: torch.Tensor, *, predict: Prediction) -> torch.Tensor:
     """The velocity (B, C, H, W) that a network's output stands for, at times t (B,) of states x.
 
-    With "target" the output is read as the end of the way, v = (output - x) / (1 - t), and training still compares
+    With "endpoint" the output is read as the end of the way, v = (output - x) / (1 - t), and training still compares
     velocities (arXiv 2511.13720, JiT). On paths whose noise shrinks with 1 - t the output is then a clean image, so the
-    network need not carry the state's noise through its narrow middle: better wherever patches are folded into
-    channels or training is short. For other paths it is only a change of scale.
+    network need not carry the state's noise through its narrow middle, and the last step of an integration leaves none
+    of it: better wherever patches are folded into channels or training is short. For other paths it is only a change of
+    scale. "target" is what earlier runs have: beyond t = 0.8 their output lies past the end, noise and all.
     """
     if predict == "velocity":
         return output
-    remaining = (1 - t).clamp_min(_MIN_REMAINING)
+    remaining = (1 - t).clamp_min(_BOUNDS[predict])
     return (output - x) / remaining.to(x.dtype)[:, None, None, None]

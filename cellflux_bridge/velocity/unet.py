@@ -89,7 +89,7 @@ class UNet(base.Velocity):
         head_channels: Count = 32,
         dropout: base.Dropout = 0.0,
         patch: Count = 1,
-        predict: base.Prediction = "target",
+        predict: base.Prediction = "endpoint",
     ):
         super().__init__()
         base.require_levels(attention, multipliers)
