@@ -12,6 +12,7 @@ from cellflux_bridge.metrics.damage import DAMAGED, DAMAGES, MUST_SEE, blind_for
 from cellflux_bridge.metrics.realism import _unevenness
 from cellflux_bridge.metrics.sliced_wasserstein import laplacian_pyramid, swd
 from cellflux_bridge.metrics.values import Value
+from cellflux_bridge.metrics.warnings import figure_warnings
 
 
 def draw(seed: int = 0) -> np.random.Generator:
@@ -181,3 +182,16 @@ def test_even_steps_and_one_jump():
     assert _unevenness(np.ones((3, 5))) == 1
     assert _unevenness(np.eye(5)[:1].repeat(3, axis=0)) == 5
     assert np.isnan(_unevenness(np.zeros((3, 5))))
+
+
+def test_warnings_name_what_is_told_apart_uneven_and_blind():
+    def row(quantity: str, value: float, by: str = "", method: str = "m") -> Value:
+        return Value("folder" if method == "m" else "", method, quantity, None, by, 9, 9, "test", value, np.nan, np.nan)
+
+    told, uneven, seen = row("two_sample_grey_target", 0.95), row("step_unevenness", 2.5, "eye"), DAMAGED + MUST_SEE[0]
+    texts = [*figure_warnings([told, uneven, row("damage_response", 9, "eye", seen)])]
+    assert ["AUC 0.95" in texts[0], "2.5 times" in texts[1], len(texts)] == [True, True, 2]
+    (blind,) = figure_warnings([uneven, row("damage_response", 1, "eye", seen)])
+    assert f"eye is blind for {MUST_SEE[0]}" in blind
+    fine = [row("two_sample_grey_target", 0.6), row("step_unevenness", 1.9), row("damage_response", 3.5, "eye", seen)]
+    assert [*figure_warnings(fine)] == []

@@ -45,16 +45,20 @@ def distance_to_others(
     return result
 
 
+def feature_steps(features: np.ndarray) -> np.ndarray:
+    """Euclidean distances of neighbouring frames, (N, K)."""
+    return np.linalg.norm(np.diff(features, axis=1), axis=2)
+
+
 def path_over_straight(features: np.ndarray) -> np.ndarray:
     """Length of the way through the features over the straight distance of its ends, (N,); NaN where it is closed."""
-    steps = np.linalg.norm(np.diff(features, axis=1), axis=2).sum(1)
-    return _ratio(steps, np.linalg.norm(features[:, -1] - features[:, 0], axis=1))
+    return _ratio(feature_steps(features).sum(1), np.linalg.norm(features[:, -1] - features[:, 0], axis=1))
 
 
 def largest_over_mean_step(features: np.ndarray) -> np.ndarray:
     """The largest step between neighbouring frames over the mean one, (N,): 1 is even, K one single jump; NaN where
     nothing moves."""
-    steps = np.linalg.norm(np.diff(features, axis=1), axis=2)
+    steps = feature_steps(features)
     return _ratio(steps.max(1), steps.mean(1))
 
 

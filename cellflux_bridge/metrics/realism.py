@@ -10,6 +10,7 @@ from cellflux_bridge.metrics.bands import KINDS, radial_spectrum, statistics
 from cellflux_bridge.metrics.damage import DAMAGED, DAMAGES
 from cellflux_bridge.metrics.fidelity import Floor, floor_of, kid, kid_floor
 from cellflux_bridge.metrics.networks import RealPatches
+from cellflux_bridge.metrics.progression import feature_steps
 from cellflux_bridge.metrics.reference_set import MOST_PIXELS, REAL_OWN, REAL_TARGET, ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.sliced_wasserstein import swd
@@ -46,7 +47,9 @@ def add_realism(record: Recorder, of: Sequences, reference: ReferenceSet) -> Non
     for figure, value in _distances(last, pixels).items():
         record.add(f"{figure}_target", value, **options)
     reference.spectra[of.name] = radial_spectrum(last).mean(0)
+    features = of.outputs[reference.extractor.name].features
     record.add("step_unevenness", _unevenness(of.arrays["steps"]))
+    record.add("step_unevenness", _unevenness(feature_steps(features)), by=reference.extractor)
 
 
 def _some(num: int, reference: ReferenceSet) -> np.ndarray:
@@ -55,7 +58,7 @@ def _some(num: int, reference: ReferenceSet) -> np.ndarray:
 
 
 def _unevenness(steps: np.ndarray) -> float:
-    """The largest step over the mean one, of mean changes a step (N, K) of pixels; NaN where nothing moves."""
+    """The largest step over the mean one, of changes a step (N, K); NaN where nothing moves."""
     profile = steps.mean(0)
     return float(profile.max() / profile.mean()) if profile.any() else float("nan")
 

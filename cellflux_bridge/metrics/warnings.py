@@ -106,13 +106,15 @@ def _unlike_real(values: Sequence[Value]) -> Iterator[str]:
                 f"(AUC {value.value:.2f}; 0.50: it cannot). Whatever networks say of it: look at the pictures, and "
                 "train for longer."
             )
+    blind = blind_for(values)
     for value in of_methods:
-        if value.quantity == "step_unevenness" and value.value > _UNEVEN:
+        if value.quantity == "step_unevenness" and value.value > _UNEVEN and value.extractor not in blind:
+            where = f"features of {value.extractor}" if value.extractor else "pixels"
             yield (
                 f"The steps of {value.method} are uneven: the largest changes {value.value:.1f} times as much as the "
-                "mean one (pixels). Set translate.spacing=adaptive, or another translate.calibrate."
+                f"mean one ({where}). Set translate.spacing=adaptive, or another translate.calibrate."
             )
-    for network, names in blind_for(values).items():
+    for network, names in blind.items():
         yield (
             f"{network} is blind for {' and for '.join(names)}: it cannot tell real patches that are damaged so from "
             "undamaged ones. Do not believe its distances; train it for longer, or name another with --features."

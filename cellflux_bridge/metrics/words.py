@@ -81,7 +81,7 @@ guidance_frechet_ratio_of_means | whole | Fréchet distance guided / unguided, r
 kept: Is it still the same tissue, and are the steps even?
 preservation | end/inner | distance to own source | 0: the same; 1: as far as a random real source patch
 path_over_straight | whole | length of the way / straight distance | in features; 1 is a straight way
-step_unevenness | whole | largest / mean step, pixels | of the mean change a step; 1: even; above 2 is a warning
+step_unevenness | whole | largest / mean of the mean steps | in pixels, and in features; 1: even; above 2: a warning
 largest_over_mean_step | whole | largest / mean step | in features; 1: even steps; number of levels: one jump
 ms_ssim | end | MS-SSIM to own source | of haematoxylin; 1: equal; real: between different source patches
 layer_distance | end | layer distance to own source | like LPIPS; 0: equal; real: between different patches
