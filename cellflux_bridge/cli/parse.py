@@ -92,6 +92,17 @@ COMMANDS = {
         ),
         optional=True,
     ),
+    "benchmark": Command(
+        "CONFIG",
+        (
+            _flag("--variant", 'a recipe: "name: key=value key=value"; may be repeated', action="append"),
+            _flag("--updates", "numbers of updates (500)", type=int, nargs="+", default=[500]),
+            _flag("--seeds", "train with so many seeds (1)", type=int, default=1),
+            _flag("--sources", "compare so many test patches of each class (200)", type=int, default=200),
+            _path("--output", "folder of the runs and quality.csv (default: runs/benchmark_quality)"),
+        ),
+        word="quality",
+    ),
     "video": Command("TRAJECTORY_OR_RUN", (_FOLDER,)),
     "export": Command("TRAJECTORY_OR_RUN", (_FOLDER,)),
     "report": Command(

@@ -1,0 +1,109 @@
+"""`cellflux-bridge benchmark`"""
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.cli.places import configuration
+
+# How a level of 1 is made alone, so that the pictures say what the flow can do and not how it was steered.
+_ALONE = ("translate.guidance.form=none", "translate.calibrate=none", "translate.calibrate_each=false")
+_ALONE += ("translate.spacing=uniform", "translate.levels=[1.0]")
+
+
+def run(args: argparse.Namespace) -> None:
+    """benchmark quality CONFIG --variant "name: key=value ...": how much work recipes need for pictures like real ones.
+
+    Trains every variant for every number of updates with every seed, turn by turn, and asks how well unguided images of
+    level 1 are told from real test patches. Runs that are there are used again. Work is updates, training FLOP
+    (torch's counter), and CPU seconds beside this machine's own rate of matrix products.
+    """
+    from cellflux_bridge.base.files import csv_text, replace_text
+
+    if args.sources < 10 or min(args.updates) < 1 or args.seeds < 1:
+        raise UserError("--sources, --updates, --seeds: expected at least 10, 1 and 1")
+    variants = dict(map(_variant, args.variant or ["as it is:"]))
+    folder = args.output or Path("runs/benchmark_quality")
+    # Every variant is read before anything is trained.
+    configs = {name: configuration(args.config, [*args.overrides, *keys]) for name, keys in variants.items()}
+    if wrong := [name for name, config in configs.items() if config.translate.method != "progression"]:
+        raise UserError(f"--variant {wrong[0]}: expected translate.method=progression, whose level 1 stands by itself")
+    rate, rows = _matrix_rate(), []
+    print(f"matrix products: {rate:.0f} GFLOP/s", flush=True)
+    for seed, updates, name in itertools.product(range(args.seeds), args.updates, variants):
+        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+        output = folder / f"{safe}-{updates}-{seed}"
+        keys = [*args.overrides, *variants[name], f"seed={seed}", f"train.steps={updates}", f"output={output}"]
+        row = {"variant": name, "seed": seed, "updates": updates, "gflop_per_s": rate}
+        row |= _measured(configuration(args.config, keys), args.config, keys, num=args.sources)
+        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "quality.csv", csv_text([list(rows[0]), *(list(each.values()) for each in rows)]))
+        print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+
+
+def _variant(text: str) -> tuple[str, list[str]]:
+    name, colon, keys = text.partition(":")
+    if not (name.strip() and colon):
+        raise UserError(f'--variant {text!r}: expected "name: key=value ...", as in "adamw: train.optimiser=adamw"')
+    return name.strip(), keys.split()
+
+
+def _matrix_rate() -> float:
+    """GFLOP/s of a product of square matrices in single precision, the best of five."""
+    import torch
+
+    a, best = torch.randn(1024, 1024), float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best / 1e9
+
+
+def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str, float]:
+    """Train a run, and what it cost and gave."""
+    import numpy as np
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from cellflux_bridge.api import Bridge
+    from cellflux_bridge.base.seeds import numpy_generator
+    from cellflux_bridge.cli import train
+    from cellflux_bridge.data.patches import load_patches
+    from cellflux_bridge.flow.task import FlowTask
+    from cellflux_bridge.metrics.bands import KINDS, statistics
+    from cellflux_bridge.metrics.sliced_wasserstein import swd
+    from cellflux_bridge.metrics.two_sample import logistic_scores, network_scores, two_sample
+    from cellflux_bridge.training.run import last_values
+
+    train.run(argparse.Namespace(config=file, overrides=keys))
+    bridge = Bridge.load(config.output, _ALONE)
+    patches, settings = load_patches(bridge.config.data, seed=bridge.config.seed), bridge.config.translate
+    task = FlowTask(bridge.config, patches)
+    with FlopCounterMode(display=False) as counter:
+        task.loss(task.model, task.batch(0, rank=0)).backward()
+    draw, names = numpy_generator(0, "benchmark"), np.array(patches.group_names)
+    sources, real = (
+        np.sort(draw.permutation(patches.indices("test", label))[:num])
+        for label in (settings.source or patches.classes[0], settings.target or patches.classes[-1])
+    )
+    parts = np.array_split(sources, -(-len(sources) // 50))
+    made = np.concatenate([bridge.translate(patches.centre(part)).frames[-1] for part in parts])
+    others = patches.centre(real).numpy()
+    sides = names[patches.groups[sources]], names[patches.groups[real]]
+    bands = statistics(made), statistics(others)
+    spent = last_values(config.output, "cpu_seconds")
+    work = counter.get_total_flops() * bridge.config.train.accumulate * bridge.config.train.steps / 1e12
+    return {
+        "tflop": float(work),
+        **spent,
+        **{
+            f"auc_{kind}": two_sample(*(of[:, part] for of in bands), *sides, scores_of=logistic_scores).value
+            for kind, part in KINDS.items()
+        },
+        "auc_network": two_sample(made, others, *sides, scores_of=network_scores).value,
+        **{f"swd_{scale}": value for scale, value in swd(made, others).items()},
+    }
