@@ -376,7 +376,8 @@ def test_results_are_json_csv_and_a_table(tiny, full):
     mean = found(full, "path", "probability", 0.5, judge).value
     assert np.mean([float(frame["probability"]) for frame in middle]) == pytest.approx(mean, abs=1e-4)
     assert output.with_suffix(".md").read_text().startswith(table)
-    assert f"| (called the target class (flip rate) at 1, {judge}: blind) | " in table  # its weights are random
+    assert f"| called the target class (flip rate) at 1, {judge} | " in table
+    assert f"| (KID to all real, worst level, {judge}: blind) | " in table  # its weights are random
     assert content["networks"][0]["blind_for"] == ["blur of 1 px", "blends of two patches"]
     assert set(content["spectra"]) == {*methods, *baselines, "real target"}
     assert {len(of) for of in content["spectra"].values()} == {8}

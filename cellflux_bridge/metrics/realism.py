@@ -32,7 +32,7 @@ def add_realism(record: Recorder, of: Sequences, reference: ReferenceSet) -> Non
         level = of.levels[number - 1]
         for kind, part in KINDS.items():
             made = bands[:, number, part]
-            key = made.tobytes(), real.numbers.tobytes()
+            key = made.tobytes(), real.bands.tobytes()
             if key not in known:
                 draw = reference.generator("two-sample", kind)
                 sides = (made, real.bands[:, part], groups, real.groups)

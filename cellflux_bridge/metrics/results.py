@@ -42,7 +42,7 @@ from cellflux_bridge.metrics.fidelity import NEIGHBOURHOOD_FIGURES
 from cellflux_bridge.metrics.reference_set import REAL_OWN, REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.values import Value
-from cellflux_bridge.metrics.words import QUANTITIES, number
+from cellflux_bridge.metrics.words import OPINIONS, QUANTITIES, number
 
 FORMAT = 1
 _MOST_COPIES = 100
@@ -192,7 +192,8 @@ def markdown(evaluation: Evaluation) -> str:
                 row = [cells.cell(column, quantity, by, where) for column in columns]
                 if any(row[: len(evaluation.methods)]):
                     label += f", {by}" if by else ""
-                    rows.append([f"({label}: blind)" if by in blind else label, *row])
+                    is_blind = by in blind and words.section not in OPINIONS
+                    rows.append([f"({label}: blind)" if is_blind else label, *row])
     lines = [f"# {source} to {target}, {len(evaluation.methods[0].levels)} levels", ""]
     lines += [*_table(["", *columns.values()], rows), *_notes(evaluation, cells), ""]
     lines += _damage(evaluation)

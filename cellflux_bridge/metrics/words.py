@@ -126,6 +126,8 @@ def _read(text: str) -> tuple[dict[str, str], dict[str, Words]]:
 
 
 SECTIONS, QUANTITIES = _read(_TEXT)
+# Sections of what judges say of a class. All other figures by a network are distances in its features.
+OPINIONS = ("arrival", "levels")
 
 # Of cellularity.json.
 NUCLEI = {

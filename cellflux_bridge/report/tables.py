@@ -4,7 +4,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cellflux_bridge.metrics.damage import DAMAGED
-from cellflux_bridge.metrics.words import NUCLEI, QUANTITIES, SECTIONS, Words, floor_of, interval, number, words
+from cellflux_bridge.metrics.words import (
+    NUCLEI,
+    OPINIONS,
+    QUANTITIES,
+    SECTIONS,
+    Words,
+    floor_of,
+    interval,
+    number,
+    words,
+)
 from cellflux_bridge.report.charts import REAL, Band, Chart, Point, Series, baseline_style, style_of
 from cellflux_bridge.report.reading import Figure
 from cellflux_bridge.report.runs import NUCLEI as OF_NUCLEI
@@ -120,9 +130,8 @@ def main_table(chapter: Chapter) -> list[Section]:
             cells = tuple(_main(column, quantity, by, where, levels) for column in columns)
             if any(cells):
                 real = _real(chapter, quantity, by)
-                is_blind = any(
-                    r.network(by.name) == by and r.networks[by.name].blind_for for r in by.name and chapter.runs
-                )
+                runs = [run for run in chapter.runs if by.name and run.network(by.name) == by]
+                is_blind = meaning.section not in OPINIONS and any(run.networks[by.name].blind_for for run in runs)
                 row = Row(meaning.label, meaning.reading, chapter.called(by), cells, real, is_blind)
                 rows[meaning.section].append(row)
                 break

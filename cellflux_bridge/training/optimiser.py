@@ -8,18 +8,23 @@ from cellflux_bridge.training.settings import TrainConfig
 
 
 def build_optimiser(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for matrices and kernels and AdamW for the rest.
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for convolution kernels and AdamW for the rest.
 
-    Muon makes the update of every matrix orthogonal, so that no direction of it is learned last; scaled to the size of
-    AdamW's updates (Liu et al. 2025), both have one learning rate. Weight decay is of matrices and kernels alone.
+    Muon makes the update of every kernel orthogonal, so that no direction of it is learned last; scaled to the size of
+    AdamW's updates (Liu et al. 2025), both have one learning rate. Matrices stay with AdamW: they embed times and
+    conditions, and with Muon a flow of 600 updates left a fifth of its sources unchanged at level 1. Weight decay is of
+    kernels and matrices alone.
     """
-    groups = [{"params": list(model.parameters())}]
-    if train.weight_decay:
-        of = {is_matrix: [p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False)}
-        groups = [{"params": of[True]}, {"params": of[False], "weight_decay": 0.0}]
     options = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
-    if train.optimiser == "adamw":
-        return torch.optim.AdamW(groups, **options)
+    parameters, is_muon = list(model.parameters()), train.optimiser == "muon"
+    if not (is_muon or train.weight_decay):
+        return torch.optim.AdamW(parameters, **options)
+    kernels, matrices = ([p for p in parameters if p.ndim > 2], [p for p in parameters if p.ndim == 2])
+    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    if not is_muon:
+        return torch.optim.AdamW([{"params": [*kernels, *matrices]}, vectors], **options)
+    rest = [{"params": matrices, "use_fallback": True}, {**vectors, "use_fallback": True}]
+    groups = [of for of in ({"params": kernels}, *rest) if of["params"]]
     return Muon(groups, nesterov=True, adjust_lr_fn="match_rms_adamw", **options)
 
 
