@@ -1,4 +1,4 @@
-"""Octaves of the spatial frequency of patches: the Laplacian pyramid, statistics of its bands, the radial spectrum.
+"""Octaves of the spatial frequency of patches: statistics of their bands, and the radial spectrum.
 
 Patches are uint8 RGB (N, 3, H, W). All is of pixels and needs no network.
 """

@@ -33,8 +33,8 @@ def add_figures(of: Sequences, reference: ReferenceSet, *, recoloured: Sequences
     for number, (level, frame_level) in enumerate(zip(of.levels, of.frame_levels, strict=True), start=1):
         _add_set(record, "own", features[:, number], groups, reference.own(frame_level), reference, level=level)
     _add_set(record, "target", features[:, -1], groups, reference.target, reference, level=of.levels[-1])
-    frames = features[:, 1:].reshape(-1, features.shape[-1])  # as one set
     add_realism(record, of, reference)
+    frames = features[:, 1:].reshape(-1, features.shape[-1])  # as one set
     of_all = record._replace(n=len(frames))
     _add_set(of_all, "pooled", frames, np.repeat(groups, len(of.levels)), reference.pooled, reference)
     if reference.estimator is not None:

@@ -49,7 +49,7 @@ def swd(made: np.ndarray, real: np.ndarray, *, seed: int = 0) -> dict[str, float
     """
     found = {}
     pairs = zip(laplacian_pyramid(made[:_MOST]), laplacian_pyramid(real[:_MOST]), strict=True)
-    for number, (scale, (level, of_real)) in enumerate(zip(SCALES, pairs, strict=False)):
+    for number, (level, of_real) in enumerate(pairs):
         if min(level.shape[2:]) < _SIDE:
             break
         generator = torch_generator(seed, "swd", number)
@@ -64,5 +64,5 @@ def swd(made: np.ndarray, real: np.ndarray, *, seed: int = 0) -> dict[str, float
             sorted_.append((torch.from_numpy(scaled.reshape(len(each), -1)) @ directions).sort(dim=0).values)
         num = min(map(len, sorted_))  # quantiles that both have
         first, second = (of[((torch.arange(num) + 0.5) * len(of) / num).long()] for of in sorted_)
-        found[scale] = 1e3 * (first - second).abs().mean().item()
+        found[SCALES[number]] = 1e3 * (first - second).abs().mean().item()
     return found
