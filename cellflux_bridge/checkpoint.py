@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.files import to_disk
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.data.preprocessing import Preprocessing
 
@@ -52,11 +53,11 @@ def save(
         torch.save(state, building / STATE)
         (building / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
         preprocessing.save(building / PREPROCESSING)
-        for file in building.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        for path in (*building.iterdir(), building):
+            to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
+        to_disk(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         last = _steps(run)
@@ -126,9 +127,12 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     path = checkpoint / WEIGHTS
     _require_shapes(path, model.state_dict())
     try:
-        model.load_state_dict(load_file(path), strict=True)
+        weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
+    if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(f"{path}: {abbreviate(broken)} hold NaN or infinite numbers; train again, or bring it back")
+    model.load_state_dict(weights, strict=True)
 
 
 def _require_shapes(path: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -469,8 +469,8 @@ def test_frames_are_not_written_through_a_link_at_a_temporary_name(tmp_path, cha
     writer = TrajectoryWriter(run, HEADER)
     precious.write_text("mine")
     (run / "frames" / "000000_a").mkdir()
-    for name in (f"frames/000000_a/000.{'png' if channels == 3 else 'npy'}.tmp", "manifest.csv.tmp"):
-        (run / name).symlink_to(precious)
+    for name in (f"frames/000000_a/000.{'png' if channels == 3 else 'npy'}", "manifest.csv"):
+        (run / f"{name}.{os.getpid()}.tmp").symlink_to(precious)
     writer.append(sequences("a", channels=channels), numbers=[0])
     writer.finish()
     assert precious.read_text() == "mine"

@@ -1,6 +1,7 @@
 """Text files that appear whole or not at all, what may stand in them, and safe names for them."""
 
 import csv
+import errno
 import hashlib
 import io
 import math
@@ -10,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
 
 from cellflux_bridge.base.errors import UserError
 
@@ -24,15 +28,51 @@ def require_json(output: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new empty file beside `path`, which takes the name `path` after the body, or is removed if the body fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # a link here, in a folder from somebody else, would lead out of the folder
-    temporary.touch(exist_ok=False)
+    """A new empty file beside `path`, which takes the name `path` after the body, or is removed if the body fails.
+
+    What the body wrote is on the disk before the name is: a loss of power leaves the old file or the new one, whole.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a link here, in a folder from somebody else, would lead out of the folder
+        temporary.touch(exist_ok=False)
         yield temporary
+        to_disk(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a full disk Python does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and writes their lists itself
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives know no such wait
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def reserved(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """A new memory-mapped .npy file of zeros whose place on the disk is taken: a map that meets a full disk later on
+    kills its process without a word. OSError where the disk has no such place."""
+    array = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            os.close(descriptor)
+    return array
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,11 +1,13 @@
 """Work over many images by threads and processes, in order."""
 
+import multiprocessing
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
+from threading import Thread
 from typing import Any
 
 from cellflux_bridge.base.progress import progress
@@ -41,6 +43,11 @@ def prefetch(work: Callable[[Any], Any], items: Iterable, *, num: int) -> Iterat
 def _begin_worker() -> None:
     import torch
 
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()  # returns, too, where it was killed
+        os._exit(1)
+
+    Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cli.parse import parse
 
-# What a full disk, a missing right, or a file where a folder should be (or the reverse) answers.
+# What a full disk, a limit on the size of files, a missing right, or a file where a folder should be (or the reverse)
+# answers.
 _USERS_ERRNO = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
 )
 

@@ -18,6 +18,7 @@ from numpy.lib.format import open_memmap
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import reserved
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config.schema import ReceivedPath
@@ -179,7 +180,6 @@ def _build(
             missing = np.flatnonzero((made_from != stats).any(axis=1))
     except UserError:
         is_begun = False
-    # A memory map that meets a full disk kills the process without a word, so the space is asked for before.
     free, needed = shutil.disk_usage(folder).free, len(missing) * height * width * 3
     if free < needed:
         raise UserError(
@@ -188,8 +188,8 @@ def _build(
         )
     if not is_begun:
         preprocessing.save(folder / "preprocessing.json")
-        pixels = open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
-        made_from = open_memmap(folder / _MADE_FROM, mode="w+", dtype=np.int64, shape=stats.shape)
+        pixels = reserved(folder / "pixels.npy", np.uint8, shape)
+        made_from = reserved(folder / _MADE_FROM, np.int64, stats.shape)
         made_from[:] = -1
     lock, at_risk = Lock(), []
 

@@ -23,7 +23,7 @@ from cellflux_bridge.config import Config
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.images import write_png
 from cellflux_bridge.training.optimiser import build_optimiser, learning_rate
-from cellflux_bridge.training.processes import from_rank_zero, make_fabric, on_rank_zero
+from cellflux_bridge.training.processes import from_rank_zero, make_fabric, on_rank_zero, only_writer
 from cellflux_bridge.training.run import Log
 from cellflux_bridge.training.settings import TrainConfig
 from cellflux_bridge.training.state import EMA, Spent, TrainState
@@ -86,8 +86,14 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
     """Train `task` to `train.steps` updates, from its newest checkpoint if there is one; returns the last checkpoint.
 
     Batches are functions of (seed, update, rank), so a resumed run repeats an uninterrupted one; on CPU bit for bit.
-    Raises UserError for a non-finite loss (the last good checkpoint stays) and Stopped after Ctrl-C or SIGTERM.
+    Raises UserError for a non-finite loss (the last good checkpoint stays) and where another process trains in
+    `folder`; Stopped after Ctrl-C or SIGTERM.
     """
+    with only_writer(fabric, folder):
+        return _fit(task, config, train, folder, fabric)
+
+
+def _fit(task: Task, config: Config, train: TrainConfig, folder: Path, fabric: Fabric) -> Path:
     model = task.model.to(memory_format=torch.channels_last)
     wrapped, optimiser = fabric.setup(model, build_optimiser(model, train))
     state = TrainState(model, optimiser, EMA(model, train.ema_decay))

@@ -1,14 +1,17 @@
 """The processes and devices of a training, by Lightning Fabric."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.locks import writing
 from cellflux_bridge.training.settings import TrainConfig
 
 _T = TypeVar("_T")
@@ -44,6 +47,14 @@ def on_rank_zero(fabric: Fabric, work: Callable[[], object]) -> None:
         work()
 
     from_rank_zero(fabric, alone)
+
+
+@contextmanager
+def only_writer(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """A block in which the processes of `fabric`, and no others, write to `folder`: see `locks.writing`."""
+    with ExitStack() as held:
+        on_rank_zero(fabric, lambda: held.enter_context(writing(folder)))
+        yield
 
 
 def from_rank_zero(fabric: Fabric, work: Callable[[], _T]) -> _T:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.files import csv_rows, csv_text, replace_text
+from cellflux_bridge.base.locks import writing
 from cellflux_bridge.config import PLACES_AND_PACE, Config, load_config
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches
@@ -26,8 +27,11 @@ def differences(before: Config, now: Config, *, ignore: tuple[str, ...]) -> list
 def require_free(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str) -> None:
     """UserError where `folder` holds another run (it lists the keys that differ), or, with `resume` "never", this one.
 
-    `ignore` names sections that this run does not use.
+    `ignore` names sections that this run does not use. Another process that trains there is named, too.
     """
+    if folder.exists():
+        with writing(folder):
+            pass
     saved = folder / "config.yaml"
     if not saved.exists():
         if any(folder.glob("checkpoints/step-*")):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import safe_name
+from cellflux_bridge.base.files import reserved, safe_name
 from cellflux_bridge.images import write_png
 from cellflux_bridge.trajectory.header import read_header
 from cellflux_bridge.trajectory.reader import iter_trajectory, load_trajectory, read_source_ids
@@ -42,7 +42,7 @@ def export_cellflow(folder: Path, output: Path) -> Path:
     for name in ("source_img", "target_img"):
         (temporary / name).mkdir(parents=True)
     sources, targets, depths = (
-        np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=(num, *shape))
+        reserved(temporary / f"{name}.npy", dtype, (num, *shape))
         for name, dtype, shape in (
             ("source", np.float32, (3, height, width)),
             ("target", np.uint8, (num_levels, 3, height, width)),

@@ -9,6 +9,7 @@ The folder may come from somebody else: nothing outside it is read, and sizes ar
 """
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ from cellflux_bridge.trajectory.manifest import Frame, read_whole
 
 # Of frames: what is loaded at most, and what a batch of `iter_trajectory` holds at most (but one sequence at least).
 _MAX_BYTES, _BATCH_BYTES = 2**34, 2**30
+_PNG_END = b"IEND\xaeB`\x82"
 
 
 def read_sequences(folder: Path, header: TrajectoryHeader) -> tuple[list[list[Frame]], int]:
@@ -101,6 +103,19 @@ def _load(folder: Path, header: TrajectoryHeader, sequences: list[list[Frame]]) 
 
 def _path(folder: Path, frame: Frame) -> Path:
     return inside(folder, frame.file, where=f"{folder}, manifest, line {frame.line}: ")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a frame's file is there to its end; its pixels are not decoded."""
+    try:
+        if path.suffix == ".npy":
+            _open_array(path)
+            return True
+        with open(path, "rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return file.read() == _PNG_END
+    except (OSError, UserError):
+        return False
 
 
 def _shape(path: Path) -> tuple[int, int, int]:

@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import replace_text, replacing, safe_name
+from cellflux_bridge.base.files import replace_text, replacing, safe_name, to_disk
 from cellflux_bridge.images import write_png
-from cellflux_bridge.trajectory.header import FORMAT, HEADER, Trajectory, TrajectoryHeader, read_header
+from cellflux_bridge.trajectory.header import FORMAT, HEADER, Trajectory, TrajectoryHeader, inside, read_header
 from cellflux_bridge.trajectory.manifest import MANIFEST, Frame, manifest_text, read_whole
-from cellflux_bridge.trajectory.reader import read_sequences, read_source_ids
+from cellflux_bridge.trajectory.reader import is_whole, read_sequences
 
 
 class TrajectoryWriter:
@@ -41,7 +41,7 @@ class TrajectoryWriter:
             for path in folder.rglob("*"):
                 if path.is_symlink():
                     raise UserError(f"{path}: is a symbolic link; remove it, or choose another output folder")
-        elif folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".tmp"):
+        elif folder.exists() and any(path.suffix != ".tmp" and path.name[0] != "." for path in folder.iterdir()):
             raise UserError(f"{folder}: is not empty and holds no trajectory; choose another output folder")
         folder.mkdir(parents=True, exist_ok=True)
         if not existing.exists():
@@ -49,7 +49,8 @@ class TrajectoryWriter:
         (folder / "frames").mkdir(exist_ok=True)
         # A stop can have cut the last sequence: what is left of it must not mix with its second attempt.
         self._rewrite(self._own())
-        self.done = set(read_source_ids(folder))
+        whole = filter(self._is_there, read_sequences(folder, header)[0])
+        self.done = {frames[0].source_id for frames in whole}
 
     def append(self, trajectory: Trajectory, *, numbers: Sequence[int]) -> None:
         """Add the sequences of a batch; `numbers` are their places in the whole run's order."""
@@ -66,6 +67,8 @@ class TrajectoryWriter:
                 depth = None if depths is None or np.isnan(depths[k, b]) else float(depths[k, b])
                 labels = tuple(trajectory.soft_labels[k, b].tolist())
                 rows.append(Frame(file, source_id, level, *cost, depth, labels))
+            to_disk(self.folder / folder)
+        to_disk(self.folder / "frames")
         if depths is not None and not self._has_depth:
             self._rewrite(self._own(), has_depth=True)
         text = manifest_text(self.header, rows, has_depth=self._has_depth, has_heading=False)
@@ -82,8 +85,13 @@ class TrajectoryWriter:
             part.unlink()
 
     def _own(self) -> Iterable[list[Frame]]:
-        """The whole sequences of this process's manifest."""
-        return read_whole(self._manifest, self.header)[0].values() if self._manifest.exists() else []
+        """The whole sequences of this process's manifest whose frames are there."""
+        found = read_whole(self._manifest, self.header)[0].values() if self._manifest.exists() else []
+        return list(filter(self._is_there, found))
+
+    def _is_there(self, frames: list[Frame]) -> bool:
+        """Whether a sequence's files are whole: a loss of power can have left a name without its content."""
+        return all(is_whole(inside(self.folder, frame.file)) for frame in frames)
 
     def _rewrite(self, sequences: Iterable[list[Frame]], *, has_depth: bool = False) -> None:
         """The manifest with these sequences alone; with depths where one has them."""

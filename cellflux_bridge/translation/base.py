@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from cellflux_bridge import images as image_io
 from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.files import replace_text, safe_name
+from cellflux_bridge.base.locks import LOCK
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.config import Config, load_config, merged
 from cellflux_bridge.config.registry import trusting
@@ -26,6 +27,7 @@ from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.training.loop import from_rank_zero, make_fabric, on_rank_zero
+from cellflux_bridge.training.processes import only_writer
 from cellflux_bridge.training.run import differences, require_held_out
 from cellflux_bridge.training.settings import TrainConfig
 from cellflux_bridge.trajectory import (
@@ -56,6 +58,16 @@ def _begins_with(folder: Path, patches: Patches, chosen: np.ndarray) -> bool:
     begun = [name for name in read_source_ids(folder) if name in index_of][:_NUM_COMPARED]
     made = load_trajectory(folder, source_ids=begun) if begun else None
     return made is None or np.array_equal(made.frames[0], patches.centre([index_of[n] for n in made.source_ids]))
+
+
+def require_finite(frames: torch.Tensor, ids: Sequence[str]) -> None:
+    """UserError, which names the first such source, where frames (K+1, B, C, H, W) hold NaN or infinite numbers."""
+    is_whole = torch.isfinite(frames).all(0).flatten(1).all(1).tolist()
+    if not all(is_whole):
+        raise UserError(
+            f"{ids[is_whole.index(False)]}: its images are not finite; lower translate.guidance.weight and "
+            "translate.guidance_scale, set train.precision=32-true, or use an earlier checkpoint"
+        )
 
 
 class Translator(ABC):
@@ -207,6 +219,14 @@ class Translator(ABC):
             raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
         folder = output or self.config.output / "trajectories" / self._name(settings)
 
+        with only_writer(fabric, folder):
+            return folder, self._complete(settings, folder, patches, chosen, overwrite=overwrite)
+
+    def _complete(
+        self, settings: TranslateConfig, folder: Path, patches: Patches, chosen: np.ndarray, *, overwrite: bool
+    ) -> dict[str, float]:
+        """Make the sequences of the chosen patches that `folder` lacks; the figures of `translate_split`."""
+        fabric, seed = self.fabric, self.config.seed
         made_with = self.config.model_copy(update={"translate": settings})
 
         def make_header() -> TrajectoryHeader:
@@ -218,7 +238,13 @@ class Translator(ABC):
         def open_folder() -> None:
             is_trajectory = overwrite and (folder / "trajectory.json").exists()
             if is_trajectory and (read_header(folder) != header or not _begins_with(folder, patches, chosen)):
-                shutil.rmtree(folder)
+                for path in folder.iterdir():  # all but the lock of this process
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    elif not path.name.startswith(LOCK):
+                        path.unlink()
+            for stale in folder.rglob("*.tmp"):  # of a process that was killed
+                stale.unlink(missing_ok=True)
             if (folder / "config.yaml").exists() and read_header(folder) != header:
                 ignore = ("classifier", "translate.num", "translate.batch_size")
                 if differing := differences(load_config(folder / "config.yaml"), made_with, ignore=ignore):
@@ -258,4 +284,4 @@ class Translator(ABC):
                 device = f"cuda: {torch.cuda.get_device_name(fabric.device)}" if gpu else fabric.device.type
                 text = json.dumps({"sequences": len(todo), "device": device, **cost})
                 replace_text(folder / "cost.json", text + "\n")
-        return folder, {"sequences": len(chosen), "made_now": len(missing), **cost}
+        return {"sequences": len(chosen), "made_now": len(missing), **cost}

@@ -29,7 +29,7 @@ from cellflux_bridge.ddim.steps import NoisePredictor
 from cellflux_bridge.ddim.task import STAGES, build_denoiser, build_noisy_classifier
 from cellflux_bridge.training.run import differences
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
-from cellflux_bridge.translation.base import Translator, translation_fabric
+from cellflux_bridge.translation.base import Translator, require_finite, translation_fabric
 from cellflux_bridge.translation.settings import TranslateConfig
 
 # Keys of `translate` that DDIM stairs read; all others stand in `ddim`.
@@ -147,6 +147,7 @@ class DDIMTranslator(Translator):
                 batch_size=settings.batch_size,
                 report=bar.update,
             )
+        require_finite(result.frames, ids)
         return Trajectory(
             header,
             image_io.decode(result.frames).cpu().numpy(),

@@ -21,7 +21,7 @@ from cellflux_bridge.field.settings import GuidanceConfig
 from cellflux_bridge.flow.network import make_condition
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
-from cellflux_bridge.translation.base import Translator
+from cellflux_bridge.translation.base import Translator, require_finite
 from cellflux_bridge.translation.level_calibration import LevelCalibration
 from cellflux_bridge.translation.settings import TranslateConfig, method_keys
 from cellflux_bridge.transport.base import Flow, Transport, source_noise
@@ -175,6 +175,7 @@ class FlowTranslator(Translator):
         noise = source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0)
         with self.fabric.autocast():
             result = method.carry(flow, x0, noise=noise, levels=torch.tensor(header.levels[1:]), meter=meter)
+        require_finite(result.frames, ids)
         made = self.codec.to_uint8(result.frames[1:]).cpu()
         frames = torch.cat([batch[None].cpu(), made]).numpy()  # the source itself, also where a codec loses something
         cost = (result.nfe,) * len(ids), (result.gradients,) * len(ids)
