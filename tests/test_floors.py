@@ -9,14 +9,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "cellflux_bridge"
 # What stands on each floor: rooms (folders), single files, and files that stand higher than their room does.
 FLOORS = (
-    {"base", "config", "images", "trajectory", "errors", "stain"},
+    {"base", "config", "images", "trajectory", "video", "errors", "stain"},
     {"data", "coupling", "path", "condition", "codec"},
     {"velocity", "field", "checkpoint"},
     {"transport", "classifier", "ddim"},
     {"training"},
     {"classifier.task", "classifier.scores", "ddim.task"},
     {"flow"},
-    {"translation", "metrics", "cellularity", "video", "augmentation"},
+    {"translation", "metrics", "cellularity", "augmentation"},
     {"study", "report"},
     {"api", "cli", "translator", "__main__"},
 )

@@ -47,6 +47,7 @@ COMMANDS = {
         (
             _flag("--source", "class of the patches to translate"),
             _flag("--target", "class to translate them to"),
+            _path("--images", "translate a folder's images, or one file, instead of held-out patches"),
             _FOLDER,
             _flag("--overwrite", "remove an earlier translation that was made otherwise", action="store_true"),
         ),

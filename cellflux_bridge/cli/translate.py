@@ -7,7 +7,7 @@ from cellflux_bridge.cli.places import configuration, holds_ddim
 
 
 def run(args: argparse.Namespace) -> None:
-    """translate RUN: translate held-out patches of one class to another, level by level.
+    """translate RUN: translate held-out patches of one class to another, level by level; or your own images.
 
     Instead of RUN, a YAML file can name weights of a reference bridge that were trained elsewhere.
     """
@@ -22,9 +22,11 @@ def run(args: argparse.Namespace) -> None:
         from cellflux_bridge.api import Bridge as Kind
 
     translator = Kind.load(where, args.overrides)
-    folder, figures = translator.translate_split(
-        source=args.source, target=args.target, output=args.output, overwrite=args.overwrite
-    )
+    options = {"source": args.source, "target": args.target, "output": args.output, "overwrite": args.overwrite}
+    if args.images is None:
+        folder, figures = translator.translate_split(**options)
+    else:
+        folder, figures = translator.translate_images(args.images, **options)
     made = figures["made_now"]
     pace = f", {figures['seconds'] / made:.3f} s each" if made else ""
     translator.fabric.print(f"sequences: {folder} ({figures['sequences']}, {made} made now{pace})")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,7 +76,8 @@ def _caught_signals() -> Iterator[list[int]]:
             restore()
             signal.raise_signal(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # elsewhere Python may not
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield caught
     finally:

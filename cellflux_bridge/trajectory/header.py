@@ -4,12 +4,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.locks import writing
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from PIL.Image import Image
 
 HEADER, FORMAT = "trajectory.json", 2
 # A folder may come from somebody else: a larger header is refused before it is read.
@@ -36,7 +41,7 @@ class TrajectoryHeader:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """B sequences of K+1 frames, the first of which is the source patch itself.
 
@@ -69,6 +74,85 @@ class Trajectory:
     def sequence(self, index: int) -> np.ndarray:
         """The frames of one source as images, (K+1, H, W, C) uint8."""
         return self.frames[:, index].transpose(0, 2, 3, 1)
+
+    def soft_labels_of(self, label: str) -> np.ndarray:
+        """The share of class `label` in the soft labels, (K+1, B) float32; UserError for another name."""
+        if label not in self.header.classes:
+            raise UserError(f"{label!r}: no class of this trajectory; its classes are {', '.join(self.header.classes)}")
+        return self.soft_labels[..., self.header.classes.index(label)]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the sequences into a folder, new or of the same translation, that `load` and all commands read."""
+        from cellflux_bridge.trajectory.writer import TrajectoryWriter
+
+        folder = Path(folder)
+        with writing(folder):
+            writer = TrajectoryWriter(folder, self.header)
+            start, new = len(writer.done), [b for b, name in enumerate(self.source_ids) if name not in writer.done]
+            if new:
+                writer.append(self._of(new), numbers=range(start, start + len(new)))
+            writer.finish()
+        return folder
+
+    @staticmethod
+    def load(folder: str | Path) -> "Trajectory":
+        """The sequences of a trajectory folder; errors as of `load_trajectory`."""
+        from cellflux_bridge.trajectory.reader import load_trajectory
+
+        return load_trajectory(Path(folder))
+
+    def strip(self, path: str | Path | None = None, *, sequences: int = 8, tile: int = 96) -> "Image":
+        """A still picture, a row a sequence, as a PIL image; written to `path` too, where one is given (.png)."""
+        from PIL import Image
+
+        from cellflux_bridge.images import write_png
+        from cellflux_bridge.images.panels import draw_strip
+
+        picture = draw_strip(self, sequences=sequences, tile=tile, caption=True)
+        if path is not None:
+            write_png(Path(path), picture)
+        return Image.fromarray(picture)
+
+    def video(self, path: str | Path, **settings) -> Path:
+        """Write a video (.mp4, .webp or .gif); `settings` are keys of the section `video` of a configuration."""
+        from cellflux_bridge.video.encode import write_video
+
+        write_video(self, Path(path), **settings)
+        return Path(path)
+
+    def to_dataframe(self) -> "DataFrame":
+        """A pandas table with one row a frame: source_id, level, p_<class> of each class, nfe, gradients, depth."""
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise UserError("to_dataframe: pandas is not installed; run: pip install pandas") from error
+        shape, num = self.frames.shape[:2], self.frames.shape[0]
+        columns = {
+            "source_id": np.tile(self.source_ids, num),
+            "level": np.repeat(self.levels, shape[1]),
+            **{f"p_{label}": self.soft_labels_of(label).ravel() for label in self.header.classes},
+            **{name: np.tile(getattr(self, name), num) for name in ("nfe", "gradients")},
+            "depth": np.full(shape, np.nan).ravel() if self.depths is None else self.depths.ravel(),
+        }
+        return DataFrame(columns)
+
+    def __repr__(self) -> str:
+        (levels, num, channels, height, width), header = self.frames.shape, self.header
+        return (
+            f"Trajectory({header.source} -> {header.target}, {header.method}: {num} sequences of {levels} frames, "
+            f"{channels} x {height} x {width})"
+        )
+
+    def _repr_html_(self) -> str:
+        from cellflux_bridge.trajectory.notebook import slider
+
+        return slider(self)
+
+    def _of(self, numbers: Sequence[int]) -> "Trajectory":
+        """The sequences of these numbers."""
+        depths = None if self.depths is None else self.depths[:, numbers]
+        parts = (tuple(getattr(self, name)[b] for b in numbers) for name in ("source_ids", "nfe", "gradients"))
+        return Trajectory(self.header, self.frames[:, numbers], self.soft_labels[:, numbers], *parts, depths)
 
     @staticmethod
     def cat(parts: "Sequence[Trajectory]") -> "Trajectory":

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from lightning_fabric import Fabric
 from pydantic import ValidationError
 
-from cellflux_bridge import images as image_io
 from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.files import replace_text, safe_name
 from cellflux_bridge.base.locks import LOCK
@@ -38,6 +37,7 @@ from cellflux_bridge.trajectory import (
     read_header,
     read_source_ids,
 )
+from cellflux_bridge.translation.inputs import Images, Sources, of_images, of_split
 from cellflux_bridge.translation.settings import TranslateConfig, without_foreign_keys
 
 # Sequences whose sources are looked at before a folder is completed: moved patches are, others of the same names not.
@@ -52,12 +52,12 @@ def translation_fabric(train: TrainConfig, *, section: str) -> Fabric:
     return fabric
 
 
-def _begins_with(folder: Path, patches: Patches, chosen: np.ndarray) -> bool:
-    """Whether the first sequences of a folder begin with the chosen patches that their names mean."""
-    index_of = {patches.ids[i]: i for i in chosen}
-    begun = [name for name in read_source_ids(folder) if name in index_of][:_NUM_COMPARED]
+def _begins_with(folder: Path, sources: Sources) -> bool:
+    """Whether the first sequences of a folder begin with the sources that their names mean."""
+    number_of = {name: number for number, name in enumerate(sources.ids)}
+    begun = [name for name in read_source_ids(folder) if name in number_of][:_NUM_COMPARED]
     made = load_trajectory(folder, source_ids=begun) if begun else None
-    return made is None or np.array_equal(made.frames[0], patches.centre([index_of[n] for n in made.source_ids]))
+    return made is None or np.array_equal(made.frames[0], sources.patches([number_of[n] for n in made.source_ids]))
 
 
 def require_finite(frames: torch.Tensor, ids: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ class Translator(ABC):
 
     def translate(
         self,
-        images: torch.Tensor | Sequence[str | Path | np.ndarray],
+        images: Images,
         *,
         source: str | None = None,
         target: str | None = None,
@@ -147,47 +147,32 @@ class Translator(ABC):
     ) -> Trajectory:
         """Carry images of class `source` to class `target` (both may be left out where there are two classes).
 
-        `images` are files, RGB uint8 arrays (H, W, 3) of any size (scaled and cropped as in training), or patches
-        (B, 3, S, S) uint8. `ids` seed each image's noise and name its sequence (default: file names or numbers).
-        `options` are keys of the `translate` section. Raises UserError for what the networks or the path cannot do.
+        `images` are a file, a folder, a PIL image or an RGB uint8 array (H, W, 3), of any size (scaled and cropped as
+        in training), a list of these, or patches (B, 3, S, S) uint8. `ids` seed each image's noise and name its
+        sequence (default: names of files, below their folder, or numbers). `options` are keys of the `translate`
+        section. Raises UserError for what the networks or the path cannot do.
         """
-        settings = self._settings(source, target, options)
-        batch = self._as_patches(images)
-        if ids is None:
-            named = isinstance(images, Sequence) and all(isinstance(i, (str, Path)) for i in images)
-            ids = [str(i) for i in images] if named else [str(i) for i in range(len(batch))]
-        if not len(ids) == len(set(ids)) == len(batch):
-            raise UserError(f"ids: {len(batch)} images need as many different ids, found {len(set(ids))} in {len(ids)}")
-        rows = [slice(n, n + settings.batch_size) for n in range(0, len(batch), settings.batch_size)]
-        return Trajectory.cat([self._translate_batch(batch[some], ids[some], settings) for some in rows])
+        settings, sources = self._settings(source, target, options), of_images(images, self.preprocessing)
+        ids = sources.ids if ids is None else list(ids)
+        if not len(ids) == len(set(ids)) == len(sources.ids):
+            num = len(sources.ids)
+            raise UserError(f"ids: {num} images need as many different ids, found {len(set(ids))} in {len(ids)}")
+        batch = sources.patches(range(len(ids)))  # all of them, before the first is carried
+        sources = Sources(ids, lambda numbers: batch[list(numbers)])
+        parts = self._batches(sources, range(len(ids)), settings, batch_name="translating")
+        return Trajectory.cat([trajectory for _, trajectory in parts])
 
-    def _as_patches(self, images) -> torch.Tensor:
-        size = self.preprocessing.image_size
-        if isinstance(images, torch.Tensor):
-            if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size) or len(images) == 0:
-                raise UserError(
-                    f"images: expected uint8 (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}; "
-                    "give files or (H, W, 3) arrays to have them scaled"
-                )
-            return images
-        if isinstance(images, (str, Path)):
-            raise UserError(f"images: expected a list of files or arrays, found {images!r}; write [{str(images)!r}]")
-        patches = []
-        for number, image in enumerate(images):
-            rgb, name = image, f"images[{number}]"
-            if isinstance(image, (str, Path)):
-                rgb, name = image_io.read_rgb(Path(image)), str(image)
-            if not isinstance(rgb, np.ndarray):
-                found = type(rgb).__name__
-                raise UserError(
-                    f"{name}: expected a file or an RGB uint8 array (H, W, 3), found {found}; use np.asarray"
-                )
-            if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
-                raise UserError(f"{name}: expected RGB uint8 (H, W, 3), found {rgb.dtype} {rgb.shape}")
-            patches.append(self.preprocessing(rgb, name=name))
-        if not patches:
-            raise UserError("images: none given")
-        return torch.from_numpy(np.stack(patches).transpose(0, 3, 1, 2).copy())
+    def _batches(
+        self, sources: Sources, numbers: Sequence[int], settings: TranslateConfig, *, batch_name: str
+    ) -> Iterator[tuple[Sequence[int], Trajectory]]:
+        """The sequences of sources of these numbers, batch by batch, under a bar that counts finished images."""
+        num_levels = len(self._header(settings).levels) - 1
+        options = {"total": len(numbers) * num_levels, "unit": "image", "delay": 1}
+        with progress(desc=batch_name, disable=not self.fabric.is_global_zero, **options) as bar:
+            for start in range(0, len(numbers), settings.batch_size):
+                part = numbers[start : start + settings.batch_size]
+                yield part, self._translate_batch(sources.patches(part), [sources.ids[n] for n in part], settings)
+                bar.update(len(part) * num_levels)
 
     def patches(self) -> Patches:
         """The patches at `data.root`, prepared as they were for training, even where they are not those."""
@@ -219,25 +204,54 @@ class Translator(ABC):
             raise UserError(f"translate.split: no patch of class {settings.source!r} in the {settings.split} split")
         folder = output or self.config.output / "trajectories" / self._name(settings)
 
+        def mpp() -> float | None:
+            records, _ = list_records(self.config.data, seed=seed)
+            return frame_mpp(records, self.preprocessing)
+
         with only_writer(fabric, folder):
-            return folder, self._complete(settings, folder, patches, chosen, overwrite=overwrite)
+            return folder, self._complete(settings, folder, of_split(patches, chosen), mpp, overwrite=overwrite)
+
+    def translate_images(
+        self,
+        images: Path,
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        output: Path | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Path, dict[str, float]]:
+        """Carry all images of a folder, or one file, as `translate_split` carries patches of the run's own data.
+
+        By default they are written to a folder of the run that is named after `images`, too.
+        """
+        settings, sources = self._settings(source, target, self._given), of_images(images, self.preprocessing)
+        name = safe_name(f"{self._name(settings)}_of_{images.resolve().name}")
+        folder = output or self.config.output / "trajectories" / name
+        with only_writer(self.fabric, folder):
+            return folder, self._complete(settings, folder, sources, lambda: None, overwrite=overwrite)
 
     def _complete(
-        self, settings: TranslateConfig, folder: Path, patches: Patches, chosen: np.ndarray, *, overwrite: bool
+        self,
+        settings: TranslateConfig,
+        folder: Path,
+        sources: Sources,
+        mpp: Callable[[], float | None],
+        *,
+        overwrite: bool,
     ) -> dict[str, float]:
-        """Make the sequences of the chosen patches that `folder` lacks; the figures of `translate_split`."""
-        fabric, seed = self.fabric, self.config.seed
+        """Make the sequences of sources that `folder` lacks; the figures of `translate_split`. `mpp()` are microns per
+        pixel of the frames."""
+        fabric = self.fabric
         made_with = self.config.model_copy(update={"translate": settings})
 
         def make_header() -> TrajectoryHeader:
-            records, _ = list_records(self.config.data, seed=seed)
-            return replace(self._header(settings), mpp=frame_mpp(records, self.preprocessing))
+            return replace(self._header(settings), mpp=mpp())
 
         header = from_rank_zero(fabric, make_header)
 
         def open_folder() -> None:
             is_trajectory = overwrite and (folder / "trajectory.json").exists()
-            if is_trajectory and (read_header(folder) != header or not _begins_with(folder, patches, chosen)):
+            if is_trajectory and (read_header(folder) != header or not _begins_with(folder, sources)):
                 for path in folder.iterdir():  # all but the lock of this process
                     if path.is_dir() and not path.is_symlink():
                         shutil.rmtree(path)
@@ -253,25 +267,24 @@ class Translator(ABC):
                         "--output, or replace it with --overwrite"
                     )
             TrajectoryWriter(folder, header)
-            if not _begins_with(folder, patches, chosen):
+            if not _begins_with(folder, sources):
                 raise UserError(
-                    f"{folder}: holds sequences of other images, which have the same names as those at data.root; "
+                    f"{folder}: holds sequences of other images, which have the same names as these; "
                     "choose another --output, or replace it with --overwrite"
                 )
 
         on_rank_zero(fabric, open_folder)
         writer = TrajectoryWriter(folder, header, rank=fabric.global_rank)
-        missing = [n for n, i in enumerate(chosen) if patches.ids[i] not in writer.done]
+        missing = [number for number, name in enumerate(sources.ids) if name not in writer.done]
         fabric.barrier()  # all have read what is done before anyone adds to it
         todo = missing[fabric.global_rank :: fabric.world_size]
         if missing:
             self._prepare(settings)
         began, cpu_began = time.monotonic(), time.process_time()
-        starts, name = range(0, len(todo), settings.batch_size), f"{settings.source} -> {settings.target}"
-        for start in progress(starts, desc=name, unit="batch", disable=not fabric.is_global_zero):
-            numbers = todo[start : start + settings.batch_size]
-            ids = [patches.ids[i] for i in chosen[numbers]]
-            writer.append(self._translate_batch(patches.centre(chosen[numbers]), ids, settings), numbers=numbers)
+        for numbers, trajectory in self._batches(
+            sources, todo, settings, batch_name=f"{settings.source} -> {settings.target}"
+        ):
+            writer.append(trajectory, numbers=numbers)
         cost = {"seconds": time.monotonic() - began}
         if fabric.device.type == "cpu":  # elsewhere it tells how long a GPU was waited for
             cost["cpu_seconds"] = time.process_time() - cpu_began
@@ -284,4 +297,4 @@ class Translator(ABC):
                 device = f"cuda: {torch.cuda.get_device_name(fabric.device)}" if gpu else fabric.device.type
                 text = json.dumps({"sequences": len(todo), "device": device, **cost})
                 replace_text(folder / "cost.json", text + "\n")
-        return {"sequences": len(chosen), "made_now": len(missing), **cost}
+        return {"sequences": len(sources.ids), "made_now": len(missing), **cost}

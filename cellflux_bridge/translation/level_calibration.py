@@ -104,6 +104,7 @@ class LevelCalibration:
                 f"translate.calibrate, spacing=adaptive: no validation patch of class {source!r} to "
                 "measure on; raise data.split.val, or set calibrate=none and spacing=uniform"
             )
+        self.fabric.print(f"calibrating levels: {len(chosen)} validation patches at {_NUM_CONDITIONS} conditions")
         x0 = self.codec.encode(patches.centre(chosen).to(self.fabric.device))
         noise = source_noise(x0.shape[1:], [patches.ids[i] for i in chosen], seed=seed).to(x0)
         with self.fabric.autocast():

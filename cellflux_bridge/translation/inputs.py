@@ -1,0 +1,93 @@
+"""What a translation starts from: files, arrays, pictures or patches of a split, as uint8 patches with names."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cellflux_bridge import images as image_io
+from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.walk import image_files
+from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.data.preprocessing import Preprocessing
+
+# What `Translator.translate` takes.
+Images = str | Path | np.ndarray | Image.Image | torch.Tensor | Sequence[str | Path | np.ndarray | Image.Image]
+
+
+class Sources(NamedTuple):
+    """Sources by number: their names, and patches(numbers) -> (B, 3, S, S) uint8."""
+
+    ids: list[str]
+    patches: Callable[[Sequence[int]], torch.Tensor]
+
+
+def of_split(patches: Patches, chosen: np.ndarray) -> Sources:
+    """The chosen patches of a data set, without their random windows."""
+    return Sources([patches.ids[i] for i in chosen], lambda numbers: patches.centre(chosen[np.asarray(numbers)]))
+
+
+def of_images(images: Images, preprocessing: Preprocessing) -> Sources:
+    """What a user gives, scaled and cropped as training patches are when it is asked for. UserError names what is
+    none of `Images`."""
+    if isinstance(images, torch.Tensor):
+        size = preprocessing.image_size
+        batch = images[None] if images.ndim == 3 else images
+        if batch.dtype != torch.uint8 or batch.shape[1:] != (3, size, size) or len(batch) == 0:
+            raise UserError(
+                f"images: expected uint8 (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}; "
+                "give files or (H, W, 3) arrays to have them scaled"
+            )
+        return Sources([str(i) for i in range(len(batch))], lambda numbers: batch[list(numbers)])
+    if isinstance(images, (str, Path)) and Path(images).is_dir():
+        folder, images = Path(images), image_files(Path(images))
+        if not images:
+            raise UserError(f"{folder}: holds no image ({', '.join(image_io.SUFFIXES)})")
+        names = [file.relative_to(folder).as_posix() for file in images]
+        _require_readable(folder, images, preprocessing)
+    else:
+        is_one = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        images = [images] if is_one else list(images)
+        if not images:
+            raise UserError("images: none given")
+        by_name = all(isinstance(image, (str, Path)) for image in images)
+        names = [str(image) if by_name else str(number) for number, image in enumerate(images)]
+
+    def patches(numbers: Sequence[int]) -> torch.Tensor:
+        found = []
+        for number in numbers:
+            rgb, name = _rgb(images[number], name=f"images[{number}]")
+            found.append(preprocessing(rgb, name=name))
+        return torch.from_numpy(np.stack(found).transpose(0, 3, 1, 2).copy())
+
+    return Sources(names, patches)
+
+
+def _require_readable(folder: Path, files: Sequence[Path], preprocessing: Preprocessing) -> None:
+    """UserError that lists the files which cannot be used, before the first is carried; their pixels are not read."""
+    errors = []
+    for file in files:
+        try:
+            preprocessing.scaled_size(*image_io.read_size(file), name=str(file))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        shown = abbreviate([f"\n  {error}" for error in errors], limit=10)
+        raise UserError(f"{folder}: {len(errors)} of {len(files)} images cannot be used; mend or remove them:{shown}")
+
+
+def _rgb(image: Any, *, name: str) -> tuple[np.ndarray, str]:
+    """An image as RGB uint8 (H, W, 3), and its name for errors."""
+    if isinstance(image, (str, Path)):
+        return image_io.read_rgb(Path(image)), str(image)
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        found = type(image).__name__
+        raise UserError(f"{name}: expected a file, a PIL image or an RGB uint8 array (H, W, 3), found {found}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"{name}: expected RGB uint8 (H, W, 3), found {image.dtype} {image.shape}")
+    return image, name
