@@ -42,10 +42,12 @@ from cellflux_bridge.metrics.fidelity import NEIGHBOURHOOD_FIGURES
 from cellflux_bridge.metrics.reference_set import REAL_OWN, REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.values import Value
+from cellflux_bridge.metrics.verdict import verdict
+from cellflux_bridge.metrics.warnings import UNKNOWN
 from cellflux_bridge.metrics.words import OPINIONS, QUANTITIES, number
 
 FORMAT = 1
-_MOST_COPIES = 100
+_MOST_COPIES, _WARNINGS_SHOWN = 100, 4
 FRAMES_SUFFIX = ".frames.csv"
 # What a label says of the levels that its cells are of (`words.Words`).
 _LEVELS = {
@@ -124,7 +126,8 @@ def _frames(evaluation: Evaluation) -> Iterator[list[Any]]:
 
 
 def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str]:
-    """Write `output` (a .json) and beside it .csv, .frames.csv and .md of its name; returns them and the main table."""
+    """Write `output` (a .json) and beside it .csv, .frames.csv and .md of its name; returns them and what a terminal
+    should show."""
     require_json(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     table = markdown(evaluation)
@@ -136,7 +139,35 @@ def write_results(evaluation: Evaluation, output: Path) -> tuple[list[Path], str
     }
     for path, text in texts.items():
         replace_text(path, text)
-    return list(texts), table
+    return list(texts), summary(evaluation)
+
+
+def summary(evaluation: Evaluation) -> str:
+    """Of every method its verdict and the figures that decide; then the headline figures and the warnings."""
+    rows = {(v.method, v.quantity, v.level, v.extractor): v.value for v in evaluation.reference.rows}
+    source, target = (getattr(evaluation.reference.extractor, end) for end in ("source", "target"))
+    lines = [f"level 0 = {source}, level 1 = {target}, {len(evaluation.methods[0].levels)} levels"]
+
+    def find(*key: str | float | None) -> float | None:
+        value = rows.get(key)
+        return None if value is None or np.isnan(value) else value
+
+    judges = [network.name for network in evaluation.reference.judges]
+    for of in evaluation.methods:
+        found = verdict(find, of.name, judges, target=target)
+        lines += ["", f"{of.name}, {len(of.source_ids)} sequences: {found.word}"]
+        lines += [f"  {figure.text}" for figure in found.figures]
+    headline = [quantity for quantity, words in QUANTITIES.items() if words.section == "real" and words.where == "end"]
+    cells, names = _Cells(evaluation), [of.name for of in (*evaluation.methods, *evaluation.baselines)]
+    table = [["", *names], *([QUANTITIES[q].label, *(cells.cell(n, q, "", "end") for n in names)] for q in headline)]
+    table = [row for row in table if any(row[1:])]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
+    warnings = [text for text in evaluation.warnings if not text.startswith(UNKNOWN)]
+    shown = warnings[:_WARNINGS_SHOWN]
+    lines += ["", *(f"warning: {text}" for text in shown)]
+    lines += [f"({len(warnings) - len(shown)} more warnings in the .md)"] * (len(warnings) > len(shown))
+    return "\n".join([*lines, ""])
 
 
 class _Cells:

@@ -1,19 +1,23 @@
 """Pictures beside the sequences, as data URIs within what the page can hold: real patches, near copies and videos."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import SCORE_WINDOW, Patches, load_patches, near_level
 from cellflux_bridge.images import to_rgb
+from cellflux_bridge.images.panels import Grid
 from cellflux_bridge.report.gallery import data_uri, encode_rows, shown_frames
-from cellflux_bridge.report.runs import Chapter, config_of
+from cellflux_bridge.report.runs import Chapter, Method, config_of
 from cellflux_bridge.trajectory import load_trajectory, read_source_ids
+from cellflux_bridge.video.settings import VideoConfig
 
 # So many near copies of a run, and real patches of a level, are shown.
 _PICTURED = 8
@@ -71,17 +75,43 @@ def stills(chapter: Chapter, *, budget: int) -> Stills:
     return Stills(real, rows, rule if rows else "", pictured, warnings)
 
 
-def films(chapters: Sequence[Chapter], *, budget: int) -> list[list[tuple[str, str]]]:
-    """For each chapter its videos, (method, data URI), as long as they fit."""
+class Film(NamedTuple):
+    """A method's video and the picture that stands in its place until it plays, as data URIs."""
+
+    method: str
+    video: str
+    poster: str
+
+    @property
+    def stored(self) -> int:
+        return len(self.video) + len(self.poster)
+
+
+def films(chapters: Sequence[Chapter], *, budget: int) -> list[list[Film]]:
+    """For each chapter its videos, as long as they fit."""
     found = []
     for chapter in chapters:
         found.append([])
         for method in (method for method in chapter.methods if method.video is not None):
             if method.video.stat().st_size * 4 / 3 + 100 <= budget:  # base64 takes four characters for three bytes
-                uri = data_uri("video/mp4", method.video.read_bytes())
-                found[-1].append((method.name, uri))
-                budget -= len(uri)
+                film = Film(method.name, data_uri("video/mp4", method.video.read_bytes()), _poster(method))
+                found[-1].append(film)
+                budget -= film.stored
     return found
+
+
+def _poster(method: Method) -> str:
+    """The last level as a method's video shows it; where that cannot be drawn nothing, and the first one is shown."""
+    settings = method.config.video if isinstance(method.config, Config) else VideoConfig()
+    try:
+        trajectory = load_trajectory(method.trajectory, num=settings.sequences)
+        layout = settings.model_dump(include={"sequences", "columns", "tile", "caption", "show_source"})
+        grid = Grid(trajectory, **layout)
+    except UserError:
+        return ""
+    text = BytesIO()
+    Image.fromarray(grid.draw(len(trajectory.levels) - 1)).save(text, "WEBP", quality=70)
+    return data_uri("image/webp", text.getvalue())
 
 
 def _near_copies(chapter: Chapter) -> list[NearCopy]:

@@ -19,12 +19,13 @@ from cellflux_bridge.cellularity.nuclei import segment as segment_nuclei
 from cellflux_bridge.config import Config
 from cellflux_bridge.config.registry import trusts_everything
 from cellflux_bridge.data.layout.base import SPLITS
+from cellflux_bridge.metrics.verdict import WORDS, Verdict, verdict
 from cellflux_bridge.metrics.words import NUCLEI, interval, number
 from cellflux_bridge.report import charts, tables
 from cellflux_bridge.report import gallery as sequences
 from cellflux_bridge.report.figures import write_figures
 from cellflux_bridge.report.gallery import Gallery, Segment
-from cellflux_bridge.report.media import Stills, films, stills
+from cellflux_bridge.report.media import Film, Stills, films, stills
 from cellflux_bridge.report.runs import Chapter, Method, file_inside, load_chapters
 from cellflux_bridge.report.warnings import warnings_of
 
@@ -61,7 +62,7 @@ def write_report(
     views, figures = [], []
     beside = [stills(chapter, budget=_MOST_OF_STILLS // len(chapters)) for chapter in chapters]
     videos = films(chapters, budget=_MOST_OF_FILMS)
-    left = _MOST_SEEN - sum(of.stored for of in beside) - sum(len(uri) for of in videos for _, uri in of)
+    left = _MOST_SEEN - sum(of.stored for of in beside) - sum(film.stored for of in videos for film in of)
     for place, chapter in enumerate(chapters):
         budget = left // (len(chapters) - place)
         segment_of = _as_counted if segment is None else lambda method: segment
@@ -73,6 +74,7 @@ def write_report(
     options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     templates = Environment(loader=PackageLoader("cellflux_bridge.report", "template"), **options)
     templates.globals |= {"charts": charts, "tables": tables, "number": number, "interval": interval}
+    templates.globals["verdict_words"] = WORDS
     text = templates.get_template("page.html").render(
         title=" · ".join(dict.fromkeys(chapter.title for chapter in chapters)),
         runs=[run for chapter in chapters for run in chapter.runs],
@@ -99,9 +101,7 @@ def _as_counted(method: Method) -> Segment:
     return partial(segment_nuclei, mpp=counted.mpp, parameters=parameters, scale=counted.scale)
 
 
-def _view(
-    place: int, chapter: Chapter, gallery: Gallery | None, beside: Stills, videos: list[tuple[str, str]]
-) -> dict[str, Any]:
+def _view(place: int, chapter: Chapter, gallery: Gallery | None, beside: Stills, videos: list[Film]) -> dict[str, Any]:
     """What the template shows of a chapter."""
     plots, spectrum = tables.curves(chapter), tables.spectrum(chapter)
     nuclei = [chart for section, chart in plots if section == "nuclei"]
@@ -109,6 +109,7 @@ def _view(
         "id": f"c{place}",
         "place": place,
         "chapter": chapter,
+        "verdicts": [(method, _verdict(chapter, method), _longer(method)) for method in chapter.methods],
         "warnings": warnings_of(chapter, gallery) + beside.warnings,
         "viewer": None if gallery is None else _viewer(chapter, gallery, beside, plots),
         "has_scored": any(series.style == charts.REAL for chart in nuclei for series in chart.series),
@@ -123,6 +124,21 @@ def _view(
         "pixelated": chapter.size <= sequences.PIXELATED,
         "videos": videos,
     }
+
+
+def _verdict(chapter: Chapter, method: Method) -> Verdict:
+    def find(name: str, quantity: str, level: float | None, by: str) -> float | None:
+        figure = method.run.lookup.get((name, quantity, level, by))
+        return None if figure is None else figure.value
+
+    return verdict(find, method.key, method.run.judges, target=chapter.target)
+
+
+def _longer(method: Method) -> str | None:
+    """The command that trains a flow for twice as long."""
+    if not isinstance(method.config, Config) or method.config.translate.method == "ddim":
+        return None
+    return f"cellflux-bridge train {method.run.folder} train.steps={2 * method.config.train.steps}"
 
 
 def _viewer(chapter: Chapter, gallery: Gallery, beside: Stills, plots) -> dict[str, Any]:
