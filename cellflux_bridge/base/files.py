@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.lib.format import open_memmap
+from typing import TYPE_CHECKING, Any
 
 from cellflux_bridge.base.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
@@ -60,9 +60,11 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def reserved(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+def reserved(path: Path, dtype: type, shape: tuple[int, ...]) -> "np.ndarray":
     """A new memory-mapped .npy file of zeros whose place on the disk is taken: a map that meets a full disk later on
     kills its process without a word. OSError where the disk has no such place."""
+    from numpy.lib.format import open_memmap
+
     array = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         descriptor = os.open(path, os.O_RDWR)

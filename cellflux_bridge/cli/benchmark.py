@@ -9,10 +9,6 @@ from typing import Any
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cli.places import configuration
 
-# How a level of 1 is made alone, so that the pictures say what the flow can do and not how it was steered.
-_ALONE = ("translate.guidance.form=none", "translate.calibrate=none", "translate.calibrate_each=false")
-_ALONE += ("translate.spacing=uniform", "translate.levels=[1.0]")
-
 
 def run(args: argparse.Namespace) -> None:
     """benchmark quality CONFIG --variant "name: key=value ...": how much work recipes need for pictures like real ones.
@@ -66,44 +62,29 @@ def _matrix_rate() -> float:
 
 def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str, float]:
     """Train a run, and what it cost and gave."""
-    import numpy as np
     from torch.utils.flop_counter import FlopCounterMode
 
     from cellflux_bridge.api import Bridge
-    from cellflux_bridge.base.seeds import numpy_generator
     from cellflux_bridge.cli import train
-    from cellflux_bridge.data.patches import load_patches
     from cellflux_bridge.flow.task import FlowTask
-    from cellflux_bridge.metrics.bands import KINDS, statistics
+    from cellflux_bridge.metrics.level_one import ALONE, level_one
     from cellflux_bridge.metrics.sliced_wasserstein import swd
-    from cellflux_bridge.metrics.two_sample import logistic_scores, network_scores, two_sample
+    from cellflux_bridge.metrics.two_sample import network_scores, two_sample
     from cellflux_bridge.training.run import last_values
 
     train.run(argparse.Namespace(config=file, overrides=keys))
-    bridge = Bridge.load(config.output, _ALONE)
-    patches, settings = load_patches(bridge.config.data, seed=bridge.config.seed), bridge.config.translate
-    task = FlowTask(bridge.config, patches)
+    bridge = Bridge.load(config.output, ALONE)
+    task = FlowTask(bridge.config, bridge.patches())
     with FlopCounterMode(display=False) as counter:
         task.loss(task.model, task.batch(0, rank=0)).backward()
-    draw, names = numpy_generator(0, "benchmark"), np.array(patches.group_names)
-    sources, real = (
-        np.sort(draw.permutation(patches.indices("test", label))[:num])
-        for label in (settings.source or patches.classes[0], settings.target or patches.classes[-1])
-    )
-    parts = np.array_split(sources, -(-len(sources) // 50))
-    made = np.concatenate([bridge.translate(patches.centre(part)).frames[-1] for part in parts])
-    others = patches.centre(real).numpy()
-    sides = names[patches.groups[sources]], names[patches.groups[real]]
-    bands = statistics(made), statistics(others)
+    found = level_one(bridge, split="test", num=num)
+    sides = found.made, found.real, found.groups, found.real_groups
     spent = last_values(config.output, "cpu_seconds")
     work = counter.get_total_flops() * bridge.config.train.accumulate * bridge.config.train.steps / 1e12
     return {
         "tflop": float(work),
         **spent,
-        **{
-            f"auc_{kind}": two_sample(*(of[:, part] for of in bands), *sides, scores_of=logistic_scores).value
-            for kind, part in KINDS.items()
-        },
-        "auc_network": two_sample(made, others, *sides, scores_of=network_scores).value,
-        **{f"swd_{scale}": value for scale, value in swd(made, others).items()},
+        **{f"auc_{kind}": value for kind, value in found.auc().items()},
+        "auc_network": two_sample(*sides, scores_of=network_scores).value,
+        **{f"swd_{scale}": value for scale, value in swd(found.made, found.real).items()},
     }

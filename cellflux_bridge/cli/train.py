@@ -8,8 +8,10 @@ from cellflux_bridge.cli.places import configuration, holds_ddim, start, tell_tr
 
 def run(args: argparse.Namespace) -> None:
     """train CONFIG_OR_RUN: train the flow; a stopped training goes on."""
+    from cellflux_bridge.api import Bridge
     from cellflux_bridge.flow.levels import target_levels
     from cellflux_bridge.flow.task import FlowTask, build_flow
+    from cellflux_bridge.metrics.level_one import ALONE, too_little
     from cellflux_bridge.training.loop import fit
     from cellflux_bridge.training.processes import on_rank_zero
     from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
@@ -39,3 +41,5 @@ def run(args: argparse.Namespace) -> None:
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
     if fabric.is_global_zero:
         tell_trained(newest, last_values(config.output, "val/"))
+        if by_level and task.path.from_data:
+            print("\n".join(too_little(Bridge.load(config.output, ALONE, fabric=fabric), config.output)))

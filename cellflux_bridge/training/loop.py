@@ -55,6 +55,8 @@ class Stopped(Exception):
 
 # Seconds in which signals are one: torchrun forwards the Ctrl-C that the terminal has already sent to all.
 _ONE_KEYPRESS = 1.0
+# Updates after which it is said how long a training will take here.
+_TIMED = 10
 # Updates whose batches are made beforehand, each by a thread of its own.
 _NUM_AHEAD = 4
 
@@ -107,6 +109,12 @@ def _fit(task: Task, config: Config, train: TrainConfig, folder: Path, fabric: F
         return _Trainer(task, config, train, folder, fabric, wrapped, state).run(caught)
 
 
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"about {seconds:.0f} seconds"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 6000 else f"about {seconds / 3600:.1f} hours"
+
+
 class _Trainer:
     """One call of `fit`; `model` is the network as Fabric wraps it."""
 
@@ -122,13 +130,16 @@ class _Trainer:
         train, state, fabric = self.train, self.state, self.fabric
         options = {"total": train.steps, "initial": state.step, "unit": "step", "smoothing": 0.05}
         bar = progress(desc=f"training {self.folder.name}", disable=not fabric.is_global_zero, **options)
-        upcoming = prefetch(self._batches, range(state.step, train.steps), num=_NUM_AHEAD)
+        first, upcoming = state.step, prefetch(self._batches, range(state.step, train.steps), num=_NUM_AHEAD)
         with bar, closing(upcoming):
             while True:
                 began = Spent.now()
                 loss, norm = self._update(next(upcoming))
                 state.step += 1
                 bar.update()
+                if state.step - first == _TIMED and fabric.is_global_zero:
+                    left = (time.monotonic() - self.pace_began) / _TIMED * (train.steps - state.step)
+                    bar.write(f"{train.steps - state.step} updates are left: {_duration(left)} on this machine")
                 done = self._agreed_stop(caught, began) or state.step >= train.steps
                 if done or state.step % train.log_every == 0:
                     self._require_finite()

@@ -1,0 +1,72 @@
+"""What a flow makes at level 1, unguided, beside real patches of the target: can they be told apart?"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.metrics.bands import KINDS, statistics
+from cellflux_bridge.metrics.two_sample import logistic_scores, two_sample
+from cellflux_bridge.metrics.verdict import TOLD
+
+# How a level of 1 is made alone, so that the pictures say what the flow can do and not how it was steered.
+ALONE = ("translate.method=progression", "translate.guidance.form=none", "translate.calibrate=none")
+ALONE += ("translate.calibrate_each=false", "translate.spacing=uniform", "translate.levels=[1.0]")
+_SOURCES, _BATCH = 100, 50
+# The validation error of a finished training falls by less in its last quarter.
+_FALLING = 0.05
+
+
+class LevelOne(NamedTuple):
+    """Images of level 1 `made` (N, 3, H, W) uint8 and real target patches, with their groups' names."""
+
+    made: np.ndarray
+    real: np.ndarray
+    groups: np.ndarray
+    real_groups: np.ndarray
+
+    def auc(self) -> dict[str, float]:
+        """The two-sample AUCs by grey and by colour bands."""
+        bands, sides = (statistics(self.made), statistics(self.real)), (self.groups, self.real_groups)
+        return {
+            kind: two_sample(*(of[:, part] for of in bands), *sides, scores_of=logistic_scores).value
+            for kind, part in KINDS.items()
+        }
+
+
+def level_one(bridge: Any, *, split: str, num: int) -> LevelOne:
+    """Level 1 of `num` sources of a split by a Bridge that was loaded with `ALONE`, and as many real patches."""
+    patches, settings, classes = bridge.patches(), bridge.config.translate, bridge.classes
+    draw, names = numpy_generator(0, "benchmark"), np.array(patches.group_names)
+    ends = settings.source or classes[0], settings.target or classes[-1]
+    sources, real = (np.sort(draw.permutation(patches.indices(split, label))[:num]) for label in ends)
+    parts = np.array_split(sources, -(-len(sources) // _BATCH))
+    made = [bridge.translate(patches.centre(part), source=ends[0], target=ends[1]).frames[-1] for part in parts]
+    groups = (names[patches.groups[of]] for of in (sources, real))
+    return LevelOne(np.concatenate(made), patches.centre(real).numpy(), *groups)
+
+
+def still_falling(log: Path, name: str = "val/velocity_mse") -> float | None:
+    """By which share a logged error fell in the last quarter of the updates; None where it was not logged there."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    before = [value for step, value in found if step <= 0.75 * found[-1][0]] if found else []
+    return before[-1] / found[-1][1] - 1 if before and found[-1][1] > 0 else None
+
+
+def too_little(bridge: Any, run: Path) -> Sequence[str]:
+    """Sentences on whether a by-level flow that was just trained is finished, and the command that trains it longer."""
+    told = level_one(bridge, split="val", num=_SOURCES).auc()["grey"]
+    lines = [f"level 1 of validation sources is told from real patches with AUC {told:.2f} (0.5 is best)"]
+    fell, reasons = still_falling(run / "metrics.jsonl"), []
+    if fell is not None and fell > _FALLING:
+        reasons.append(f"its validation error fell by {fell:.0%} in the last quarter")
+    if told > TOLD[0]:
+        reasons.append(f"this AUC is above {TOLD[0]:g}")
+    if reasons:
+        lines.append(f"TOO LITTLE TRAINING, perhaps: {' and '.join(reasons)}. Look at samples/. To go on:")
+        lines.append(f"  cellflux-bridge train {run} train.steps={2 * bridge.config.train.steps}")
+    return lines
