@@ -87,9 +87,10 @@ def test_an_image_smaller_than_the_crop_is_named(patch_folder, data_config):
     )
 
 
-def test_an_image_smaller_than_the_network_is_enlarged(patch_folder, data_config):
+def test_an_image_smaller_than_the_network_is_enlarged_only_where_it_is_asked_for(patch_folder, data_config):
     write_png(patch_folder / "A" / "A000.png", np.zeros((4, 5, 3), np.uint8))
-    assert load_patches(data_config(patch_folder), seed=0).pixels.shape[1:] == (16, 16, 3)
+    refusal(data_config(patch_folder), "A000.png: 4 px would be enlarged to data.image_size=16 (4 times)")
+    assert load_patches(data_config(patch_folder, enlarge=True), seed=0).pixels.shape[1:] == (16, 16, 3)
 
 
 # Classes

@@ -408,7 +408,7 @@ def unequal_folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("method", ["none", "reinhard", "macenko"])
 def test_training_and_translation_see_the_same_pixels_of_a_file_of_any_size(unequal_folder, data_config, method, scale):
     mode = {} if method == "none" else {"mode": "normalise", "method": method}
-    patches = load_patches(data_config(unequal_folder, stain=mode, **scale), seed=0)
+    patches = load_patches(data_config(unequal_folder, stain=mode, enlarge=True, **scale), seed=0)
     assert (patches.preprocessing.reference is None) == (method == "none")
     assert_the_files_pixels(patches, unequal_folder)
     for i, name in enumerate(patches.ids):

@@ -441,7 +441,7 @@ def test_a_check_counts_and_measures_and_draws_a_sheet(tmp_path, make_patches, d
     assert "across" not in report
     assert "microns" not in report
     # Rows of at most twelve tiles of 16 px, six times enlarged.
-    assert read_rgb(tmp_path / "sheet.png").shape == ((2 * 18 - 2) * 6, (12 * 18 - 2) * 6, 3)
+    assert read_rgb(tmp_path / "sheet.png").shape == (2 * 24 + (2 * 18 - 2) * 6, (12 * 18 - 2) * 6, 3)
     for other, told in ((0.4, "0.5"), (0.8, "not known")):
         rows = [{"path": f"{label}/{label}000.png", "label": label, "mpp": 0.4} for label in "AB"]
         write_manifest(root, [*rows, {"path": "B/B001.png", "label": "B", "mpp": other}])

@@ -343,7 +343,14 @@ def test_cellflows_own_weights_translate(tmp_path, patch_folder, is_free, capsys
         overrides += ["ddim.guidance=classifier_free", "ddim.denoiser.new_attention_order=false"]
     else:
         overrides += [f"ddim.classifier.weights={tmp_path / 'classifier.pt'}"]
-    small = ["data.classes=[A, B]", "data.image_size=24", "ddim.timesteps=6", "translate.num=2", "translate.levels=2"]
+    small = [
+        "data.classes=[A, B]",
+        "data.image_size=24",
+        "data.enlarge=true",
+        "ddim.timesteps=6",
+        "translate.num=2",
+        "translate.levels=2",
+    ]
     small += [f"data.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'run'}"]
     small += ["ddim.denoiser.train.accelerator=cpu", "ddim.classifier.train.accelerator=cpu"]
     cli.main(["translate", str(CONFIGS / "ddim_cellflow.yaml"), *overrides, *small, *sizes, "--source=A", "--target=B"])

@@ -794,5 +794,5 @@ def test_damaged_costs_and_missing_networks_are_errors(tiny, judged):
     with pytest.raises(UserError, match=r"cost\.json: expected sequences"):
         read_cost(path)
     for arguments in (["evaluate", str(path)], ["evaluate", str(path), "--judge", str(judged["judges"][0])]):
-        with pytest.raises(SystemExit, match=r"error: --(judge|features): none given"):
+        with pytest.raises(SystemExit, match=r"error: --(judge|features)( and --features)?: not given"):
             main(arguments)

@@ -200,7 +200,8 @@ def test_without_a_folder_it_is_measured_once_in_memory(meter, config, folder):
     one = meter(fabric=processes[0])
     assert torch.equal(one.conditions(SETTINGS), one.conditions(SETTINGS))
     assert len(one.made) == 1
-    assert len(processes.printed) == (folder == "cannot be written")
+    said = [line for line in processes.printed if not line.startswith("calibrating levels: ")]
+    assert len(said) == (folder == "cannot be written")
     assert config.output.exists() == (folder == "cannot be written")
 
 

@@ -45,8 +45,8 @@ def test_minutes_end_a_training_and_the_learning_rate_does_not_fall(bridge, tmp_
     options = {"minutes": 0.001, "output": tmp_path / "run", "overrides": TINY}
     config = Bridge.train(folder_of(bridge), **options).config
     assert (config.train.max_minutes, config.train.lr_decay) == (0.001, "none")
-    with pytest.raises(UserError, match=r"translate\.source: 'begnin' is no class"):
-        Bridge.train(folder_of(bridge), source="begnin", **{**options, "output": tmp_path / "other"}).translate([])
+    with pytest.raises(UserError, match="no patch of class 'begnin' in"):
+        Bridge.train(folder_of(bridge), source="begnin", target="malignant", **options)
 
 
 def test_the_packages_own_configuration_is_the_one_that_users_copy():

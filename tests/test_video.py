@@ -250,7 +250,7 @@ def test_missing_folder_is_an_os_error_that_names_the_file(tmp_path, suffix):
 @pytest.mark.parametrize("name", ["a.webp", "a.mp4", "a.png"])
 def test_no_picture_is_written_through_a_link(tmp_path, name):
     (tmp_path / "precious").write_text("mine")
-    (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "precious")
+    (tmp_path / f"{name}.{os.getpid()}.tmp").symlink_to(tmp_path / "precious")
     write_video(trajectory(frames=2, sequences=1), tmp_path / name, tile=16, hold=0)
     assert (tmp_path / "precious").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == [name, "precious"]

@@ -32,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     What the body wrote is on the disk before the name is: a loss of power leaves the old file or the new one, whole.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    mark = f".{os.getpid()}.tmp"
+    temporary = path.with_name(safe_name(path.name, room=len(mark)) + mark)
     try:
         temporary.unlink(missing_ok=True)  # a link here, in a folder from somebody else, would lead out of the folder
         temporary.touch(exist_ok=False)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cellflux_bridge.config.schema import Count, Fraction, NonNegative, Section
+from cellflux_bridge.config.schema import Count, Fraction, NonNegative, Section, Seed
 from cellflux_bridge.training.settings import TrainConfig
 
 
@@ -13,7 +13,7 @@ class ClassifierTrainConfig(TrainConfig):
     """The training of a classifier: shorter than that of a flow, and without sheets of samples."""
 
     steps: Count = 1500
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0, le=100)] = 1e-3
     weight_decay: NonNegative = 1e-2
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -31,11 +31,11 @@ class ClassifierConfig(Section):
     view: Literal["rgb", "grey"] = "rgb"
     labels: Literal["class", "score"] = "class"  # score: soft labels from the data's scores
     jitter: Fraction = 0.0  # of contrast and brightness; this and blur (px) are for images, states are seen as they are
-    blur: NonNegative = 0.0
+    blur: Annotated[float, Field(ge=0, le=100)] = 0.0
     # mixup of images and labels, Beta(mixup, mixup); 0: none. 1 makes the probability nearly linear between the classes
-    mixup: NonNegative = 0.0
-    seed: int = 0  # of this training alone: the run's own seed also decides the splits
-    folds: Annotated[int, Field(ge=2)] = 3  # of the cross-fitting that condition.level asks for
+    mixup: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    seed: Seed = 0  # of this training alone: the run's own seed also decides the splits
+    folds: Annotated[int, Field(ge=2, le=1000)] = 3  # of the cross-fitting that condition.level asks for
     train: ClassifierTrainConfig = ClassifierTrainConfig()
 
     @model_validator(mode="after")

@@ -5,6 +5,26 @@ import argparse
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cli.places import configuration
 
+# Files of each class in which nuclei are measured.
+_MEASURED = 8
+
+
+def _nuclei(config) -> list[str]:
+    """How wide nuclei are, and which crop suits them."""
+    from cellflux_bridge.base.errors import UserError
+    from cellflux_bridge.base.seeds import numpy_generator
+    from cellflux_bridge.cellularity.proposal import propose_crop
+    from cellflux_bridge.data.index import patch_index
+
+    index, files = patch_index(config.data, seed=config.seed), []
+    for number, label in enumerate(index.classes):
+        members = [i for i in range(len(index.ids)) if index.labels[i] == number]
+        files += [index.file(i) for i in numpy_generator(0, "nuclei", label).permutation(members)[:_MEASURED]]
+    try:
+        return propose_crop(files, image_size=config.data.image_size, crop=config.data.crop)
+    except UserError:  # an unreadable file, which the report has named
+        return []
+
 
 def run(args: argparse.Namespace) -> None:
     """data check CONFIG: say how the patches were read and what is wrong with them; fill the cache."""
@@ -19,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     sheet.parent.mkdir(parents=True, exist_ok=True)
     report, usable = check_data(config.data, seed=config.seed, sheet=sheet)
     print(report)
+    print("\n".join(_nuclei(config)))
     if not usable:
         raise UserError("some files cannot be used, or a class lacks patches (listed above): mend that first")
     patches, level = load_patches(config.data, seed=config.seed), config.condition.level

@@ -8,24 +8,28 @@ from cellflux_bridge.cli.places import tell_written, trajectories_and_overrides,
 
 def run(args: argparse.Namespace) -> None:
     """evaluate TRAJECTORY_OR_RUN ...: compare methods: fidelity, calibration, preservation, cost."""
+    from cellflux_bridge.trajectory import read_header
+
+    folders, overrides = trajectories_and_overrides(args)
+    for folder in folders:  # runs that are missing or unfit are told before flags that are
+        read_header(folder)
+    missing = [flag for flag, given in (("--judge", args.judge), ("--features", args.features)) if not given]
+    told = UserError(
+        f"{' and '.join(missing)}: not given; name runs of classifiers (cellflux-bridge train-classifier). Guide, "
+        "judges and --features must be different networks"
+    )
+    if not args.judge:
+        raise told
     from cellflux_bridge import checkpoint
     from cellflux_bridge.base.files import require_json
     from cellflux_bridge.metrics.evaluate import evaluate
     from cellflux_bridge.metrics.loading import judge_config
     from cellflux_bridge.metrics.results import write_results
     from cellflux_bridge.training.processes import make_fabric
-    from cellflux_bridge.trajectory import read_header
 
-    folders, overrides = trajectories_and_overrides(args)
-    for folder in folders:  # runs that are missing or unfit are told before flags that are
-        read_header(folder)
-    judges = [judge_config(checkpoint.latest(run), overrides) for run in args.judge or ()]
-    for flag, given in (("--judge", judges), ("--features", args.features)):
-        if not given:
-            raise UserError(
-                f"{flag}: none given; name the run of a classifier (cellflux-bridge train-classifier). Guide, judges "
-                "and --features must be different networks"
-            )
+    judges = [judge_config(checkpoint.latest(run), overrides) for run in args.judge]
+    if missing:
+        raise told
     output = args.output or folders[0] / "metrics.json"
     require_json(output)
     fabric = make_fabric(judges[0].classifier.train, section="classifier.train")

@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> None:
     build_flow(config.model_copy(update={"data": data}))
     fabric, config, patches = start(config, config.train, section="train")
     by_level = config.condition.target == "level"
+    if by_level and len(config.data.classes) == 2:
+        fabric.print("level 0 = {}, level 1 = {}".format(*config.data.classes))
     crossfit = by_level and config.condition.level == "crossfit"
 
     def prepare() -> None:

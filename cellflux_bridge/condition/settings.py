@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from cellflux_bridge.config.registry import validate
-from cellflux_bridge.config.schema import Count, Fraction, Section
+from cellflux_bridge.config.schema import Few, Fraction, Section
 
 
 class ConditionConfig(Section):
@@ -15,7 +15,7 @@ class ConditionConfig(Section):
     # What the level of a training image is, where target is "level": its score in the data, the probabilities that
     # classifiers give it which were not trained on its group (cross-fitting), or its class alone.
     level: Literal["score", "crossfit", "class"] = "class"
-    level_bins: Count = 4
+    level_bins: Few = 4
     source_class: bool = True
     source_image: bool = False
     parts: list[dict[str, Any]] = Field(default=[])  # further ones, each a component of the kind `part`

@@ -18,7 +18,7 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.classifier.settings import ClassifierConfig
 from cellflux_bridge.condition.settings import ConditionConfig
 from cellflux_bridge.config.registry import component, trusting, trusts_everything
-from cellflux_bridge.config.schema import ReceivedPath, Section, dump_yaml, explain, parse_yaml, read_yaml
+from cellflux_bridge.config.schema import ReceivedPath, Section, Seed, dump_yaml, explain, parse_yaml, read_yaml
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.ddim.settings import DDIMConfig
 from cellflux_bridge.training.settings import TrainConfig
@@ -48,7 +48,7 @@ class Root(Section):
     """What the configuration of every training has."""
 
     name: str
-    seed: int = 0
+    seed: Seed = 0
     output: Path
 
     def to_yaml(self) -> str:
@@ -161,7 +161,7 @@ def load_config(
     data = merged(data, given)
     data.setdefault("name", path.stem)
     data.setdefault("output", f"runs/{data['name']}")
-    named = re.findall(r"[\w.]+:\w+", " ".join(overrides))
+    named = re.findall(r"(?<![\w.])[\w.]+:\w+", " ".join(overrides))
     try:
         with trusting(path.name != "config.yaml" if trust is None else trust, names=named):
             config, received = schema.model_validate(data), not trusts_everything()

@@ -16,8 +16,13 @@ class ReceivedPath(type(Path())):
     """A path that somebody else's configuration names: what is there is read, and nothing is made there."""
 
 
+# No setting means more. What a machine cannot hold is found out later; what overflows its numbers is refused here.
+MOST = 2**32 - 1
+
+
 class Keys(BaseModel):
-    """A mapping whose keys are known: anything else is refused, and so is true or false for a number."""
+    """A mapping whose keys are known: anything else is refused, and so is true or false for a number, and a number
+    beyond 4 billion."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -28,11 +33,16 @@ class Keys(BaseModel):
             types = re.findall(r"\w+", str(cls.model_fields[info.field_name].annotation))
             if "bool" not in types and ("int" in types or "float" in types):
                 raise ValueError("expected a number")
+        elif isinstance(value, int | float) and abs(value) > MOST:
+            raise ValueError(f"expected a number of at most {MOST:,}")
         return value
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+# Of what is held at once, or drawn for one update.
+Few = Annotated[int, Field(ge=1, le=100_000)]
+Seed = Annotated[int, Field(ge=0, le=MOST)]
 # Of a network's layers and levels: their number alone takes memory, before there is a weight to weigh.
 Blocks = Annotated[int, Field(ge=1, le=128)]
 FewLevels = Field(min_length=1, max_length=16)

@@ -23,7 +23,7 @@ class MinibatchOT(Coupling):
         self,
         *,
         cost: Literal["structure", "thumbnail", "pixels"] = "structure",
-        thumbnail: Annotated[int, Field(ge=2)] = 8,
+        thumbnail: Annotated[int, Field(ge=2, le=1024)] = 8,
     ):
         self._cost, self._thumbnail = cost, thumbnail
 

@@ -24,7 +24,7 @@ from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config.schema import ReceivedPath
 from cellflux_bridge.data.index import Index, remembered
 from cellflux_bridge.data.layout.base import SPLITS
-from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.data.preprocessing import Preprocessing, require_no_enlargement
 from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.images import stain
 
@@ -154,7 +154,9 @@ def _build(
         return results
 
     def size(i: int) -> tuple[int, int]:
-        return preprocessing.scaled_size(*images.read_size(index.file(i)), name=str(index.file(i)))
+        height, width = images.read_size(index.file(i))
+        require_no_enlargement(config, preprocessing, height, width, name=str(index.file(i)))
+        return preprocessing.scaled_size(height, width, name=str(index.file(i)))
 
     def prepared(i: int) -> np.ndarray:
         return preprocessing.prepare(images.read_rgb(index.file(i)), name=str(index.file(i)))

@@ -20,9 +20,10 @@ from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.data.near_copies import near_copies, thumbnail
 from cellflux_bridge.data.pairs import Pairs
 from cellflux_bridge.data.patches import Patches
-from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.data.preprocessing import Preprocessing, require_no_enlargement
 from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.data.split import describe_shares
+from cellflux_bridge.images.panels import named_rows
 
 _ACROSS = (("across splits", "split"), ("across classes", "label"))
 
@@ -50,7 +51,7 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     records, classes = index.records(), index.classes
     given = {SPLITS[number] for number in np.unique(index.named) if number < len(SPLITS)}
     preprocessing = Preprocessing(config.image_size, config.crop)
-    found = threaded(lambda r: _inspect(r, preprocessing), records, workers=config.workers, desc="checking")
+    found = threaded(lambda r: _inspect(r, preprocessing, config), records, workers=config.workers, desc="checking")
     facts = [one for one in found if isinstance(one, _Facts)]
     unreadable = [one for one in found if isinstance(one, str)]
     counts = Counter((record.label, record.split) for record in records)
@@ -59,6 +60,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines.append("  " + " " * width + "".join(f"{split:>9}" for split in SPLITS))
     lines += [f"  {c:<{width}}" + "".join(f"{counts[c, split]:>9}" for split in SPLITS) for c in classes]
     lines += [*index.reading, *_ids_for_classes(classes, config)]
+    if len(classes) == 2:
+        lines.append(f"direction: level 0 = {classes[0]}, level 1 = {classes[1]}; data.classes=[...] turns it round")
     if taken := taken_from_training(index):
         lines.append(taken)
     groups = {record.group for record in records} - {None}
@@ -86,7 +89,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
             members = [one.record for one in facts if one.record.label == label]
             order = numpy_generator(seed, "contact sheet", label).permutation(len(members))[:12]
             rows.append([preprocessing(images.read_rgb(members[i].file), name=members[i].id) for i in order])
-        images.write_png(sheet, images.sheet([row for row in rows if row], scale=max(1, 96 // config.image_size)))
+        named = {label: row for label, row in zip(classes, rows, strict=True) if row}
+        images.write_png(sheet, named_rows(named, scale=max(1, 96 // config.image_size)))
         lines.append(f"contact sheet: {sheet}")
     lacking = _lacking(counts, classes, config, given=given)
     return "\n".join(lines + lacking), not unreadable and not lacking
@@ -111,10 +115,11 @@ def require_pairs(patches: Patches, config: Config, *, batch_size: int) -> None:
         Pairs(patches, None, split=split, batch_size=batch_size, **settings)
 
 
-def _inspect(record: PatchRecord, preprocessing: Preprocessing) -> _Facts | str:
+def _inspect(record: PatchRecord, preprocessing: Preprocessing, config: DataConfig) -> _Facts | str:
     try:
         rgb = images.read_rgb(record.file)
         preprocessing.scaled_size(*rgb.shape[:2], name=str(record.file))
+        require_no_enlargement(config, preprocessing, *rgb.shape[:2], name=str(record.file))
     except ValueError as error:
         return str(error)
     digest = hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()

@@ -10,9 +10,22 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.images import stain
 
 _Side = Annotated[int, Field(ge=1, le=images.MAX_PIXELS)]
+
+
+def require_no_enlargement(
+    config: DataConfig, preprocessing: "Preprocessing", height: int, width: int, *, name: str
+) -> None:
+    """UserError where a file would be enlarged for training and the configuration does not ask for that."""
+    if not config.enlarge and (scale := preprocessing.scale_of(height, width)) > 1:
+        shown = preprocessing.crop or min(height, width)
+        raise UserError(
+            f"{name}: {shown} px would be enlarged to data.image_size={preprocessing.image_size} ({scale:.2g} times), "
+            "which adds no detail; lower image_size, raise data.crop, or set data.enlarge=true"
+        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cellflux_bridge.config.registry import component
-from cellflux_bridge.config.schema import Count, Fraction, Section
+from cellflux_bridge.config.schema import Count, Few, Fraction, Section
 
 Layout = component("layout", "data.layout", default="folder")
 
@@ -39,14 +39,15 @@ class DataConfig(Section):
     root: Path
     layout: Layout
     classes: list[str] | None = None
-    image_size: Annotated[int, Field(ge=8)] = 64
-    channels: Count = 3
+    image_size: Annotated[int, Field(ge=8, le=16_384)] = 64
+    channels: Annotated[int, Field(ge=1, le=1024)] = 3
     crop: Count | None = None
+    enlarge: bool = False  # whether files may be enlarged to image_size
     flips: bool = True
     stain: StainConfig = StainConfig()
     split: SplitConfig = SplitConfig()
     cache_dir: Path = Path("~/.cache/cellflux_bridge")
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=4096)] = 0
 
     @model_validator(mode="after")
     def _stain_is_of_rgb(self):
@@ -68,4 +69,4 @@ class PairsConfig(Section):
     identity: bool = False
     self_pairs: Fraction = 0.0  # by level: how often a source that has the target's level already is its own target
     match_group: bool = False
-    pool: Count = 1  # batches whose pairs are chosen together
+    pool: Few = 1  # batches whose pairs are chosen together

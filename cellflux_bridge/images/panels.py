@@ -109,6 +109,18 @@ def draw_strip(trajectory: Trajectory, *, sequences: int, tile: int, caption: bo
     return canvas
 
 
+def named_rows(rows: dict[str, list[np.ndarray]], *, scale: int) -> np.ndarray:
+    """A contact sheet of equally sized RGB uint8 tiles, a row under its name; `scale` enlarges every pixel."""
+    font, gap, parts = ImageFont.load_default(size=15), 4, []
+    tiles = sheet(list(rows.values()), scale=scale)
+    height = (tiles.shape[0] + 2 * scale) // len(rows)  # of a row with the gap below it
+    for number, name in enumerate(rows):
+        bar = _paper((round(font.size * 1.6), tiles.shape[1]))
+        ImageDraw.Draw(bar).text((gap, font.size), _fit(name, font, tiles.shape[1] - gap), INK, font, anchor="ls")
+        parts += [np.array(bar), tiles[number * height : (number + 1) * height]]
+    return np.concatenate(parts)
+
+
 def _tile_size(trajectory: Trajectory, tile: int) -> tuple[int, int]:
     height, width = trajectory.frames.shape[-2:]
     scale = tile / max(height, width)

@@ -30,7 +30,7 @@ def read_cost(folder: Path) -> Cost | None:
         num, device = int(cost["sequences"]), str(cost.get("device", "cpu"))
         cpu_seconds = float(cost["cpu_seconds"]) / num if device == "cpu" else None
         return Cost(device, float(cost["seconds"]) / num, cpu_seconds)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"{path}: expected sequences, seconds and, of a CPU, cpu_seconds ({error!r}); remove it: only the time a "
             "sequence took is then unknown"

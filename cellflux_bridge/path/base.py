@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torchcfm import ConditionalFlowMatcher
 
-Scale = Annotated[float, Field(gt=0)]  # standard deviation of the noise; images lie in [-1, 1]
+Scale = Annotated[float, Field(gt=0, le=1000)]  # standard deviation of the noise; images lie in [-1, 1]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 # Pairs come coupled: only the matcher's mean and flow are used, not its sampler.

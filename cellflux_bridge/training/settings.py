@@ -4,16 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cellflux_bridge.config.schema import Count, Fraction, NonNegative, Section
+from cellflux_bridge.config.schema import Count, Few, NonNegative, Section
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
     steps: Count = 10_000
-    batch_size: Count = 64
-    accumulate: Count = 1
+    batch_size: Few = 64
+    accumulate: Few = 1
     optimiser: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    lr: Annotated[float, Field(gt=0, le=100)] = 2e-4
+    betas: tuple[_Beta, _Beta] = (0.9, 0.99)
     weight_decay: NonNegative = 0.0
     lr_decay: Literal["none", "linear"] = "none"  # linear: to 0 at train.steps, whatever minutes say
     warmup_steps: Annotated[int, Field(ge=0)] = 200
@@ -23,14 +25,14 @@ class TrainConfig(Section):
     max_cpu_minutes: Annotated[float, Field(gt=0)] | None = None  # summed over a process's threads
     resume: Literal["auto", "never"] = "auto"
     checkpoint_every: Count = 500
-    keep_checkpoints: Count = 1
+    keep_checkpoints: Few = 1
     log_every: Count = 20
     validate_every: Count = 500
-    validate_pairs: Count = 256
+    validate_pairs: Few = 256
     sample_every: Annotated[int, Field(ge=0)] = 1000
     tensorboard: bool = False
     accelerator: str = "auto"
     devices: int | str = 1
-    num_nodes: Count = 1
+    num_nodes: Few = 1
     strategy: Literal["auto", "ddp"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, model_validator
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.config import registry
-from cellflux_bridge.config.schema import Count, NonNegative, Section, nearest
+from cellflux_bridge.config.schema import Count, Few, NonNegative, Section, nearest
 from cellflux_bridge.field.settings import GuidanceConfig
 
 
@@ -44,7 +44,7 @@ class TranslateConfig(Section):
     method: str = "path"
     guidance_scale: NonNegative = 1.0
     guidance: GuidanceConfig = GuidanceConfig()
-    batch_size: Count = 64  # images that go through the network at once
+    batch_size: Few = 64  # images that go through the network at once
 
     @model_validator(mode="before")
     @classmethod

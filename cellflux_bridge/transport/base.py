@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import torch_generator
 from cellflux_bridge.condition.base import Condition
-from cellflux_bridge.config.schema import Count, Fraction
+from cellflux_bridge.config.schema import Few, Fraction
 from cellflux_bridge.field.base import Evaluation, evaluate
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.transport.integrate import Interval, integrate
@@ -37,7 +37,7 @@ def _to_the_target(levels: list[float]) -> list[float]:
 
 _Fractions = Annotated[list[Fraction], Field(min_length=1)]
 Rising = Annotated[_Fractions, AfterValidator(_rising)]
-Levels = Count | Annotated[_Fractions, AfterValidator(_to_the_target)]  # how many, or which
+Levels = Few | Annotated[_Fractions, AfterValidator(_to_the_target)]  # how many, or which
 Solver = Literal["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"]
 
 

@@ -12,7 +12,7 @@ from cellflux_bridge.condition.base import Condition, ConditionSpec
 from cellflux_bridge.config.schema import Count, FewLevels
 
 # Bounds of the networks' arguments, which become the schema of their YAML.
-Width = Annotated[int, Field(ge=4, multiple_of=4)]
+Width = Annotated[int, Field(ge=4, le=65_536, multiple_of=4)]
 Multipliers = Annotated[tuple[Count, ...], FewLevels]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Prediction = Literal["velocity", "endpoint", "target"]

@@ -44,12 +44,12 @@ class Phantom(Folder):
         self,
         root: Path,
         *,
-        size: Annotated[int, Field(ge=MIN_SIZE)] = 64,
+        size: Annotated[int, Field(ge=MIN_SIZE, le=16_384)] = 64,
         num_train: Annotated[int, Field(ge=1)] = 1000,
         num_val: _Count = 100,
         num_test: _Count = 200,
         num_range: _Count = 300,
-        seed: int = 0,
+        seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0,
         whole_range: bool = False,
     ):
         super().__init__(root)
