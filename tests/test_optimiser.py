@@ -5,6 +5,7 @@ import torch
 from test_training import DEMANDING, assert_same_checkpoint, train
 from torch import nn
 
+from cellflux_bridge.training import muon
 from cellflux_bridge.training.optimiser import build_optimiser, learning_rate
 from cellflux_bridge.training.settings import TrainConfig
 
@@ -32,11 +33,25 @@ def test_muon_moves_a_kernel_alike_in_all_directions_and_as_far_as_adam_does():
     for before, after in stepped(train, gradient=uneven):
         moved = (after - before).flatten(1) if before.ndim > 1 else None
         if moved is None:
-            assert 0.9e-2 < (after - before).abs().max() < 2e-2  # Adam's first step, with Nesterov's momentum
+            torch.testing.assert_close((after - before).abs(), torch.full_like(after, 1e-2), rtol=1e-3, atol=1e-6)
             continue
         values = torch.linalg.svdvals(moved)  # of the gradient the first is thirty times the second
         assert values[0] / values[1] < 3
         assert moved.square().mean().sqrt() == pytest.approx(0.2 * 1e-2, rel=0.35)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 72), (1, 72, 24), (3, 1, 9)])
+def test_the_steps_by_the_gram_matrix_are_those_of_the_matrix_itself(shape):
+    torch.manual_seed(0)
+    of = torch.randn(shape) * torch.logspace(0, -1.5, shape[2])
+    x = of / of.norm(dim=(1, 2), keepdim=True)
+    for a, b, c in muon._COEFFICIENTS:
+        x = a * x + b * (x @ x.mT @ x) + c * (x @ x.mT @ x @ x.mT @ x)
+    found = muon.orthogonal(of)
+    torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-4)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.7
+    assert values.max() < 1.3
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -1,9 +1,9 @@
 """The optimiser of a training and the course of its learning rate."""
 
 import torch
-from timm.optim import Muon
 from torch import nn
 
+from cellflux_bridge.training.muon import Muon
 from cellflux_bridge.training.settings import TrainConfig
 
 
@@ -15,17 +15,11 @@ def build_optimiser(model: nn.Module, train: TrainConfig) -> torch.optim.Optimiz
     conditions, and with Muon a flow of 600 updates left a fifth of its sources unchanged at level 1. Weight decay is of
     kernels and matrices alone.
     """
-    options = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
-    parameters, is_muon = list(model.parameters()), train.optimiser == "muon"
-    if not (is_muon or train.weight_decay):
-        return torch.optim.AdamW(parameters, **options)
-    kernels, matrices = ([p for p in parameters if p.ndim > 2], [p for p in parameters if p.ndim == 2])
-    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-    if not is_muon:
-        return torch.optim.AdamW([{"params": [*kernels, *matrices]}, vectors], **options)
-    rest = [{"params": matrices, "use_fallback": True}, {**vectors, "use_fallback": True}]
-    groups = [of for of in ({"params": kernels}, *rest) if of["params"]]
-    return Muon(groups, nesterov=True, adjust_lr_fn="match_rms_adamw", **options)
+    options = {"lr": train.lr, "betas": train.betas}
+    kind = Muon if train.optimiser == "muon" else torch.optim.AdamW
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    decays = ((matrices, train.weight_decay), (vectors, 0.0))
+    return kind([{"params": of, "weight_decay": decay} for of, decay in decays if of], **options)
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
