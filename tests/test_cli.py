@@ -1,6 +1,7 @@
 """The console command: its help needs nothing heavy, its way from patches to figures works, its exits are clean."""
 
 import errno
+import json
 import os
 import re
 import runpy
@@ -80,7 +81,7 @@ def test_a_users_mistake_ends_with_its_message_and_status_1(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "x.yaml"], "unknown command 'trian'; did you mean 'train'.; known: data, config, train"),
+        (["trian", "x.yaml"], "unknown command 'trian'; did you mean 'train'.; known: data, config, run, train"),
         (["train", "x.yaml", "--data.root=y"], "--data.root=y: settings are written without dashes, as in data.root=y"),
         (["train", "nowhere.yaml"], "nowhere.yaml: cannot read"),
         (["translate", "nowhere"], "nowhere: holds no checkpoint"),
@@ -253,6 +254,38 @@ def test_a_training_that_takes_patches_from_a_named_split_says_so(tmp_path, make
     assert capsys.readouterr().out.count("the data names 32 patches train and none test: of these 8 test") == 1
     cli.main(["train-classifier", file, "classifier.train.steps=1"])
     assert "the data names" not in capsys.readouterr().out  # it was said when the run was begun
+
+
+def test_run_does_it_all_and_goes_on_where_it_was(patch_folder, tmp_path, write_config, capsys):
+    classifier = {"train": {"steps": 8, "batch_size": 16, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5}}
+    data = {"split": {"val": 0.2, "test": 0.4}}
+    translate = {"method": "progression", "levels": 2, "steps": 1, "num": 4, "calibrate": "none", "source": "A"}
+    condition = {"target": "level", "level": "class", "source_image": True, "source_class": False}
+    path = {"name": "noised_source", "scale": 0.7}
+    extra = {"translate": {**translate, "target": "B"}, "condition": condition, "path": path, "train": {"steps": 2}}
+    file, run = str(write_config(tmp_path, data=data, classifier=classifier, **extra)), tmp_path / "runs" / "tiny"
+
+    cli.main(["run", file])
+    printed = capsys.readouterr().out
+    assert re.findall(r"^\[(\d+) of 11, after \d+:\d\d\] ", printed, re.MULTILINE) == [str(n) for n in range(1, 12)]
+    assert f"open in a browser: {run / 'report.html'}" in printed
+    assert json.loads((run / "metrics.json").read_text())["source"] == "A"
+    made = {path: path.stat().st_mtime_ns for path in run.glob("**/model.safetensors")}
+    assert len(made) == 5
+    cli.main(["run", file])
+    assert {path: path.stat().st_mtime_ns for path in run.glob("**/model.safetensors")} == made
+    assert "(4, 0 made now)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("several", ["train.devices=2", "train.num_nodes=2", "WORLD_SIZE=2"])
+def test_run_is_of_one_process(several, tmp_path, write_config, monkeypatch):
+    overrides = [several] if several.startswith("train") else []
+    if not overrides:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        SystemExit, match=r"run: works in one process .* train, train-classifier, translate, video, class"
+    ):
+        cli.main(["run", str(write_config(tmp_path)), *overrides])
 
 
 def test_data_that_cannot_be_used_fails_the_check(patch_folder, tmp_path, write_config, capsys):

@@ -38,6 +38,7 @@ COMMANDS = {
         "CONFIG", (_path("--output", "PNG file of the contact sheet (default: in the run)"),), word="check"
     ),
     "config": Command("CONFIG_OR_RUN", (_flag("--key", "print one key or section only"),), word="show"),
+    "run": Command("CONFIG"),
     "train": Command("CONFIG_OR_RUN", shared=True),
     "train-classifier": Command("CONFIG_OR_RUN", shared=True),
     "train-ddim": Command("CONFIG_OR_RUN", shared=True),
@@ -65,7 +66,7 @@ COMMANDS = {
             _path("--scores", "run of a classifier that estimates severity (classifier.labels=score)", metavar="RUN"),
             _flag("--unguided", "the same method without guidance", action="append", default=[], metavar="TRAJECTORY"),
             _flag("--cycle", "sequences that carry the last frames of one of these back", metavar="TRAJECTORY"),
-            _flag("--levels", "number of levels at which methods are compared (10)", type=int, default=10),
+            _flag("--levels", "number of levels at which methods are compared (10, or all of fewer)", type=int),
             _flag("--max-real", "use at most so many real patches of a class (10,000)", type=int, default=10_000),
             _path("--output", "JSON file to write (default: in the first trajectory); .csv and .md go beside it"),
         ),

@@ -40,8 +40,9 @@ def run(args: argparse.Namespace) -> None:
         levels = target_levels(config, patches, folder=config.output, fabric=fabric)
         fabric.seed_everything(config.seed, verbose=False)  # cross-fitting drew, where it was not done already
         task = FlowTask(config, patches, levels=levels)
+    trained_before = {path.name for path in (config.output / "checkpoints").glob("step-*[0-9]")}
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
     if fabric.is_global_zero:
         tell_trained(newest, last_values(config.output, "val/"))
-        if by_level and task.path.from_data:
+        if by_level and task.path.from_data and newest.name not in trained_before:
             print("\n".join(too_little(Bridge.load(config.output, ALONE, fabric=fabric), config.output)))

@@ -19,6 +19,9 @@ from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source,
 from cellflux_bridge.metrics.warnings import data_warnings, figure_warnings
 from cellflux_bridge.trajectory import TrajectoryHeader, read_header, read_source_ids
 
+# At how many levels methods are compared, where trajectories have as many.
+_NUM_LEVELS = 10
+
 
 class Evaluation(NamedTuple):
     """All figures of some trajectories (`reference.rows`), in the order of methods and baselines of the table.
@@ -83,7 +86,7 @@ def evaluate(
     scores: Path | None = None,
     unguided: Sequence[Path] = (),
     cycle: Path | None = None,
-    num_levels: int = 10,
+    num_levels: int | None = None,
     overrides: Sequence[str] = (),
     max_real: int = 10_000,
     seed: int = 0,
@@ -97,6 +100,7 @@ def evaluate(
     scores       run of a classifier trained with classifier.labels=score on patches of the whole range: its p is the
                  severity of a frame
     unguided     trajectories of the same method as one of the others, made without guidance; they are evaluated, too
+    num_levels   how many levels methods are compared at; None: 10, or as few as one of the trajectories has
     cycle        trajectory that carries the last frames of a method back
     max_real     at most so many real patches of a class, or with a score, are used; the seed draws them
     cache        folder that keeps the outputs of networks (`networks.remember`)
@@ -105,13 +109,14 @@ def evaluate(
     Time grows with the number of training patches, and with the square of the numbers of frames and of real patches.
     """
     for flag, value, of in (("levels", num_levels, "levels after the source"), ("max-real", max_real, "real patches")):
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: expected how many {of} to use, 1 or more")
     folders = [*trajectories, *unguided]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a trajectory is named twice; name each once, as a trajectory or with --unguided")
     headers = {folder: read_header(folder) for folder in folders}
     source, target = _transition(headers)
+    num_levels = num_levels or min(_NUM_LEVELS, *(len(header.levels) - 1 for header in headers.values()))
     pairs = _guided_pairs(trajectories, unguided, headers)
     require_same_data(folders, [*judges, *([] if is_name(str(features)) else [Path(features)])], overrides)
     runs = [*(("judge", run) for run in judges), ("features", features)]

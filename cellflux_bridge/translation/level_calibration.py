@@ -26,7 +26,7 @@ from cellflux_bridge.translation.settings import TranslateConfig
 from cellflux_bridge.transport.base import Measured, Result, source_noise
 
 # Held-out sources, and evenly spaced conditions from 0 to 1, that are measured.
-_NUM_SOURCES, _NUM_CONDITIONS = 64, 11
+_NUM_SOURCES, _NUM_CONDITIONS = 32, 11
 # Settings of a translation that the measured numbers depend on.
 _DEPENDS_ON = ("source", "target", "solver", "steps", "guidance_scale", "noise_resampling")
 

@@ -1,0 +1,56 @@
+"""`cellflux-bridge run`"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.cli.parse import parse
+from cellflux_bridge.cli.places import configuration
+
+
+def stages(config: str, overrides: Sequence[str], output: Path) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """What is done from patches to report: a title and the command line of each step, in their order."""
+    run, judges = str(output), [str(output / f"judge_{view}") for view in ("rgb", "grey")]
+    classifier, features = ("train-classifier", config, *overrides), output / "features"
+    judge = (*classifier, "classifier.role=judge")
+    return (
+        ("training the flow", ("train", config, *overrides)),
+        ("training the guide, which steers", (*classifier, "classifier.role=guide")),
+        ("translating held-out patches", ("translate", run, *overrides, "--overwrite")),
+        ("video", ("video", run, *overrides)),
+        ("training the judge of colour and structure", (*judge, "classifier.view=rgb")),
+        ("training the judge of structure", (*judge, "classifier.view=grey")),
+        ("training a third classifier, for distances", (*judge, "classifier.seed=1", f"output={features}")),
+        ("asking the judges", ("classify", run)),
+        (
+            "evaluating",
+            (
+                *("evaluate", run, "--output", str(output / "metrics.json")),
+                *("--judge", judges[0], "--judge", judges[1], "--features", str(features / "judge_rgb")),
+            ),
+        ),
+        ("counting nuclei", ("cellularity", run, "--output", str(output / "cellularity.json"))),
+        ("report", ("report", run)),
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """run CONFIG: all of it: train, translate, film, judge, count nuclei, report; a stopped run goes on.
+
+    Every step is a command of its own, with the same result; in one process torch is loaded once.
+    """
+    config = configuration(args.config, args.overrides)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or config.train.devices != 1 or config.train.num_nodes != 1:
+        raise UserError(
+            "run: works in one process on one device (train.devices=1). For several devices call its commands one "
+            "after the other: " + ", ".join(dict.fromkeys(line[0] for _, line in stages("", (), Path("run"))))
+        )
+    began, steps = time.monotonic(), stages(args.config, args.overrides, config.output)
+    for number, (title, line) in enumerate(steps, start=1):
+        minutes, seconds = divmod(round(time.monotonic() - began), 60)
+        print(f"\n[{number} of {len(steps)}, after {minutes}:{seconds:02}] {title}", flush=True)
+        _, function, parsed = parse(line)
+        function(parsed)
