@@ -291,8 +291,23 @@ def test_run_is_of_one_process(several, tmp_path, write_config, monkeypatch):
 def test_data_that_cannot_be_used_fails_the_check(patch_folder, tmp_path, write_config, capsys):
     (patch_folder / "A" / "broken.png").write_bytes(b"no image")
     with pytest.raises(SystemExit, match="some files cannot be used"):
-        cli.main(["data", "check", str(write_config(tmp_path))])
-    assert "broken.png" in capsys.readouterr().out
+        cli.main(["data", "check", file := str(write_config(tmp_path))])
+    listed = tmp_path / "runs" / "tiny" / "unusable.txt"
+    assert listed.read_text() == "A/broken.png\n"
+    assert f"to go on without them set data.without={listed}" in capsys.readouterr().out
+    cli.main(["data", "check", file, f"data.without={listed}"])
+    assert "left out by data.without: 1 patches" in capsys.readouterr().out
+
+    (patch_folder / "B" / "broken.png").write_bytes(b"no image")  # the list grows
+    with pytest.raises(SystemExit, match="some files cannot be used"):
+        cli.main(["data", "check", file, f"data.without={listed}"])
+    assert listed.read_text() == "A/broken.png\nB/broken.png\n"
+    cli.main(["data", "check", file, f"data.without={listed}"])
+    listed.write_text("A/brokn.png\n")
+    with pytest.raises(SystemExit, match=r"data\.without: .*unusable\.txt: A/brokn\.png: no patch of"):
+        cli.main(["data", "check", file, f"data.without={listed}"])
+    with pytest.raises(SystemExit, match=r"data\.without: nowhere\.txt: cannot be read"):
+        cli.main(["data", "check", file, "data.without=nowhere.txt"])
 
 
 def test_the_shell_scripts_install_what_they_say_whatever_their_arguments(tmp_path):

@@ -149,7 +149,8 @@ def _build(
         if errors:
             shown = "\n  ".join(errors[:10]) + (f"\n  and {len(errors) - 10} more" if len(errors) > 10 else "")
             raise UserError(
-                f"{config.root}: {len(errors)} of {num} images cannot be used; mend or remove them:\n  {shown}"
+                f"{config.root}: {len(errors)} of {num} images cannot be used; mend or remove them, or go on without "
+                f"them (data.without; cellflux-bridge data check lists them):\n  {shown}"
             )
         return results
 

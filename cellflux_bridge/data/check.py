@@ -11,11 +11,12 @@ import numpy as np
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import abbreviate
+from cellflux_bridge.base.files import replace_text
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.compression import Encoding, compare, encoding
-from cellflux_bridge.data.index import Index, frame_mpp, patch_index, taken_from_training
+from cellflux_bridge.data.index import Index, frame_mpp, left_out, patch_index, taken_from_training
 from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
 from cellflux_bridge.data.near_copies import near_copies, thumbnail
 from cellflux_bridge.data.pairs import Pairs
@@ -25,6 +26,8 @@ from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.data.split import describe_shares
 from cellflux_bridge.images.panels import named_rows
 
+# The list of files that cannot be used, beside the contact sheet.
+UNUSABLE = "unusable.txt"
 _ACROSS = (("across splits", "split"), ("across classes", "label"))
 
 
@@ -43,8 +46,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     compression, duplicates, near copies, unreadable files.
 
     Every file is decoded once. Two pictures are written: to `sheet`, a row a class, patches as the network will see
-    them (before stain normalisation), and beside it, to `near_copies.png`, the most alike near copies. Duplicates are
-    files whose decoded pixels are equal. Training cannot start with an unreadable file, nor where a class lacks
+    them (before stain normalisation), and beside it, to `near_copies.png`, the most alike near copies. Ids of unreadable
+    files go to `unusable.txt` there, for `data.without`. Duplicates are files whose decoded pixels are equal. Training cannot start with an unreadable file, nor where a class lacks
     training, validation or test patches (test patches may be done without by data.split.test=0).
     """
     index = patch_index(config, seed=seed)
@@ -53,7 +56,7 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     preprocessing = Preprocessing(config.image_size, config.crop)
     found = threaded(lambda r: _inspect(r, preprocessing, config), records, workers=config.workers, desc="checking")
     facts = [one for one in found if isinstance(one, _Facts)]
-    unreadable = [one for one in found if isinstance(one, str)]
+    unreadable = {record.id: one for record, one in zip(records, found, strict=True) if isinstance(one, str)}
     counts = Counter((record.label, record.split) for record in records)
     width = max(map(len, classes))
     lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
@@ -75,7 +78,12 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines += shares
     lines += _sizes([one.size for one in facts], config, preprocessing)
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
-    lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *unreadable[:20], *more]))
+    lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *[*unreadable.values()][:20], *more]))
+    if unreadable:
+        replace_text(unusable := sheet.with_name(UNUSABLE), "\n".join([*left_out(config), *unreadable]) + "\n")
+        lines.append(f"  all are listed in {unusable}; to go on without them set data.without={unusable}")
+    if config.without is not None:
+        lines.append(f"left out by data.without: {len(left_out(config))} patches")
     lines += compare([one.encoding for one in facts], [one.record.label for one in facts])
     lines += _duplicates(facts)
     lines += _near_copies(facts, index, sheet=sheet.with_name("near_copies.png"))

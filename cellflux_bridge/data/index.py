@@ -113,6 +113,16 @@ def _stamp(root: Path) -> str:
     return digest.hexdigest()
 
 
+def left_out(config: DataConfig) -> tuple[str, ...]:
+    """The ids in the file `data.without`, sorted."""
+    if config.without is None:
+        return ()
+    try:
+        return tuple(sorted(set(config.without.expanduser().read_text(encoding="utf-8").splitlines()) - {""}))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.without: {config.without}: cannot be read as text ({error})") from error
+
+
 def patch_index(config: DataConfig, *, seed: int) -> Index:
     """The patches that a configuration names, every one with a split; its classes are the configuration's.
 
@@ -120,16 +130,19 @@ def patch_index(config: DataConfig, *, seed: int) -> Index:
     which may read anything, is always asked anew. Raises UserError for a class that the data lacks or that the
     configuration does not know, for fewer than two classes, and for groups that stand in two splits.
     """
-    root, fresh = config.root.expanduser(), []
+    root, fresh, without = config.root.expanduser(), [], left_out(config)
 
     def listed() -> Index:
         layout = registry.build("layout", config.layout, root)
-        fresh.extend(layout.records())
+        records = layout.records()
+        if unknown := set(without) - {record.id for record in records}:
+            raise UserError(f"data.without: {config.without}: {abbreviate(sorted(unknown))}: no patch of {config.root}")
+        fresh.extend(record for record in records if record.id not in without)
         return Index.of(root, fresh, layout.reading())
 
     if ":" in config.layout["name"]:
         return _with_splits(listed(), fresh, config, seed=seed)
-    key = (str(root.absolute()), repr(config.layout), _stamp(root))
+    key = (str(root.absolute()), repr(config.layout), _stamp(root), without)
     index = remembered(key, listed)
     settings = (repr(config.classes), config.split.val, config.split.test, seed)
     return remembered((*key, *settings), lambda: _with_splits(index, fresh or index.records(), config, seed=seed))

@@ -39,6 +39,7 @@ class DataConfig(Section):
     root: Path
     layout: Layout
     classes: list[str] | None = None
+    without: Path | None = None  # a text file of patches to leave out, an id (as in a report of them) a line
     image_size: Annotated[int, Field(ge=8, le=16_384)] = 64
     channels: Annotated[int, Field(ge=1, le=1024)] = 3
     crop: Count | None = None
