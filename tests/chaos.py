@@ -3,8 +3,8 @@
     python tests/chaos.py --seed 1 --kills 40
 
 It stands outside the test suite: a kill takes about ten seconds on one core. Six kinds of job take turns. Each is first
-run undisturbed, then begun anew and killed (SIGKILL, with all its processes) at moments drawn by the seed, until it ends
-by itself. It prints what differs, and ends with status 1 where something does.
+run undisturbed, then begun anew and killed (SIGKILL, with all its processes) at moments drawn by the seed, until it
+ends by itself. It prints what differs, and ends with status 1 where something does.
 """
 
 import argparse

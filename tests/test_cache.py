@@ -271,7 +271,7 @@ def test_what_was_decoded_stays_when_an_unreadable_file_is_mended(patch_folder, 
     file, config = patch_folder / "B" / "B005.png", data_config(patch_folder)
     whole = file.read_bytes()
     file.write_bytes(whole[:-40])
-    with pytest.raises(UserError, match=r"1 of 48 images cannot be used; mend or remove them, or go on without .*:\n.*B005"):
+    with pytest.raises(UserError, match=r"1 of 48 images cannot be used; mend or remove them, or .*:\n.*B005"):
         load_patches(config, seed=0)
     del decoded[:]
     file.write_bytes(whole)

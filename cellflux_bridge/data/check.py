@@ -46,8 +46,9 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     compression, duplicates, near copies, unreadable files.
 
     Every file is decoded once. Two pictures are written: to `sheet`, a row a class, patches as the network will see
-    them (before stain normalisation), and beside it, to `near_copies.png`, the most alike near copies. Ids of unreadable
-    files go to `unusable.txt` there, for `data.without`. Duplicates are files whose decoded pixels are equal. Training cannot start with an unreadable file, nor where a class lacks
+    them (before stain normalisation), and beside it, to `near_copies.png`, the most alike near copies. Ids of
+    unreadable files go to `unusable.txt` there, for `data.without`. Duplicates are files whose decoded pixels are
+    equal. Training cannot start with an unreadable file, nor where a class lacks
     training, validation or test patches (test patches may be done without by data.split.test=0).
     """
     index = patch_index(config, seed=seed)
