@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cellflux_bridge.base.errors import UserError, abbreviate
-from cellflux_bridge.base.files import to_disk
+from cellflux_bridge.base.files import regular, to_disk
 from cellflux_bridge.config import Config, load_config
 from cellflux_bridge.data.preprocessing import Preprocessing
 
@@ -139,7 +139,7 @@ def _require_shapes(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     """UserError where a weights file, of which names and shapes are read, is truncated or has others than `state`."""
     own = {name: list(tensor.shape) for name, tensor in state.items()}
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(regular(path), framework="numpy") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
@@ -162,7 +162,7 @@ def load_state(checkpoint: Path, *, most: int | None = None) -> dict[str, Any]:
     has bytes, or than `most` bytes."""
     path = checkpoint / STATE
     try:
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(regular(path)) as file:
             num_bytes = sum(entry.file_size for entry in file.infolist())
         most = min(path.stat().st_size, most or num_bytes)
         if num_bytes > most:

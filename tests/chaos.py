@@ -30,7 +30,7 @@ CONFIG = {
     },
     "path": {"name": "noised_source", "scale": 0.7},
     "condition": {"target": "level", "level": "crossfit", "source_class": False, "source_image": True},
-    "velocity": {"name": "unet", "channels": 16, "multipliers": [1, 2], "blocks": 1},
+    "velocity": {"name": "unet", "channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": []},
     "train": {"steps": 60, "batch_size": 8, "checkpoint_every": 7, "validate_every": 20, "sample_every": 20},
     "classifier": {"train": {"steps": 40, "batch_size": 8, "checkpoint_every": 5, "validate_every": 10}},
     "translate": {"source": "A", "target": "B", "method": "progression", "levels": 10, "steps": 4, "num": 20,
@@ -46,7 +46,7 @@ JOBS = {
         (),
         "runs/x/features/judge_rgb/checkpoints/*/model.safetensors",
     ),
-    "translate": (["translate", "runs/x"], ("flow",), "runs/x/trajectories/*/*/*.png"),
+    "translate": (["translate", "runs/x"], ("flow",), "runs/x/trajectories/*/frames/*/*.png"),
     "evaluate": (
         ["evaluate", "runs/x", *JUDGES, "--output", "runs/x/metrics.json"],
         ("flow", "translate", "judge", "features"),

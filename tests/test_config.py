@@ -482,3 +482,12 @@ def test_every_shipped_configuration_loads(path):
 
 def test_configurations_are_shipped():
     assert CONFIGS
+
+
+def test_ten_thousand_mistakes_are_told_in_twenty_lines(tmp_path, write_config):
+    with pytest.raises(UserError) as error:
+        load_config(write_config(tmp_path), [f"data.classes={[0] * 10_000}"])
+    told = str(error.value).splitlines()
+    assert told[1] == "data.classes.0: input should be a valid string, found 0"
+    assert told[-1] == "and 9980 more"
+    assert len(told) == 22

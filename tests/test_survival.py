@@ -15,8 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from cellflux_bridge import checkpoint, cli
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import replace_text, reserved
+from cellflux_bridge.base.files import regular, replace_text, reserved
 from cellflux_bridge.base.locks import LOCK, writing
+from cellflux_bridge.config import load_config
+from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.images import read_rgb, read_size
+from cellflux_bridge.metrics.cost import read_cost
+from cellflux_bridge.report import reading
 from cellflux_bridge.trajectory import load_trajectory
 from cellflux_bridge.translation.base import require_finite
 
@@ -193,3 +198,32 @@ def _lives(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_where_a_file_should_be_is_refused_and_not_waited_for(tmp_path):
+    """A received folder may hold one anywhere; `open` waits for a writer that never comes."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        regular(tmp_path / "pipe")
+    readers = {
+        "trajectory.json": lambda folder: load_trajectory(folder),
+        "model.safetensors": lambda folder: checkpoint.load_weights(folder, torch.nn.Linear(1, 1)),
+        "state.pt": checkpoint.load_state,
+        "config.yaml": lambda folder: load_config(folder / "config.yaml"),
+        "preprocessing.json": lambda folder: Preprocessing.load(folder / "preprocessing.json"),
+        "cost.json": read_cost,
+        "metrics.json": lambda folder: reading.read(folder / "metrics.json", reading.Metrics),
+        "a.png": lambda folder: read_rgb(folder / "a.png"),
+        "a.npy": lambda folder: read_size(folder / "a.npy"),
+    }
+    for name, read in readers.items():
+        os.mkfifo(tmp_path / name)
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.alarm(5)
+        try:
+            with pytest.raises(UserError, match=rf"{name}.*no regular file"):
+                read(tmp_path)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def regular(path: Path) -> Path:
+    """`path`, where it is a file that can be read to its end; OSError for a pipe or device, which could be waited for
+    for ever, and for a missing one."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return path
 
 
 def to_disk(path: Path) -> None:
@@ -129,7 +138,7 @@ def csv_rows(path: Path) -> Iterator[dict[str, str]]:
     Raises UserError, which names the line, for a row with more or fewer cells than the header, and for a file that is
     no CSV in UTF-8.
     """
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(regular(path), newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         try:
             header = next(reader, [])

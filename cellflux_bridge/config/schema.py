@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import regular
 
 
 class ReceivedPath(type(Path())):
@@ -56,6 +57,7 @@ class Section(Keys):
 # A complete configuration has 10 kB. Longer texts are none, and a few dozen aliases of aliases can stand for billions
 # of values: neither is worked through.
 _MOST_BYTES, _MOST_ALIASES = 1_000_000, 30
+_MOST_TOLD = 20  # problems of one configuration
 
 
 class _Loader(yaml.SafeLoader):
@@ -120,7 +122,8 @@ def parse_yaml(text: str, *, origin: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
     try:
-        with open(path, encoding="utf-8") as file:
+        received = path.name == "config.yaml"  # one's own may come through a pipe of the shell
+        with open(regular(path) if received else path, encoding="utf-8") as file:
             text = file.read(_MOST_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this configuration ({error})") from error
@@ -160,10 +163,12 @@ def _locate(model: type[BaseModel], loc: tuple) -> tuple[list[str], type[BaseMod
 def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "", note: str = "") -> str:
     """What a pydantic error means, a line a problem: key, what was found, what was expected, the nearest valid key."""
     lines: dict[str, dict[str, bool]] = {}  # of each key what is said, and whether that is but another type's name
+    outer = set()  # keys inside which a problem is
     for problem in error.errors():
         keys, at = _locate(model, problem["loc"])
         *parents, last = keys = [prefix, *keys] if prefix else keys or [""]
         key = ".".join(keys)
+        outer.update(".".join(keys[:depth]) for depth in range(1, len(keys)))
         cause = problem.get("ctx", {}).get("error")
         if isinstance(cause, UserError):
             text = str(cause)
@@ -175,16 +180,17 @@ def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "",
             message = problem["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
             text = f"{key}: {message[:1].lower()}{message[1:]}{found}"
         lines.setdefault(key, {})[text] = problem["type"].endswith(("_type", "_parsing", "literal_error"))
-    told = [text for key, texts in lines.items() for text in _of_union(key, texts, lines)]
-    return "\n".join(told) + (f"\n({note})" if note else "")
+    told = [text for key, texts in lines.items() for text in _of_union(key, texts, is_outer=key in outer)]
+    more = [f"and {len(told) - _MOST_TOLD} more"] if len(told) > _MOST_TOLD else []
+    return "\n".join(told[:_MOST_TOLD] + more) + (f"\n({note})" if note else "")
 
 
-def _of_union(key: str, texts: dict[str, bool], others: Iterable[str]) -> list[str]:
+def _of_union(key: str, texts: dict[str, bool], *, is_outer: bool) -> list[str]:
     """One line for a key whose type is a union: each of its members says what is wrong, but only the member that the
     value was meant for says more than that it is another type."""
     if apt := [text for text, is_type in texts.items() if not is_type]:
         return apt
-    if any(other.startswith(f"{key}.") for other in others):
+    if is_outer:
         return []
     *others, last = texts
     first, *more = [*(text.partition(", found")[0] for text in others), last]

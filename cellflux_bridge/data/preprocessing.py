@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import regular
 from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.images import stain
 
@@ -77,7 +78,7 @@ class Preprocessing:
     @classmethod
     def load(cls, path: Path) -> "Preprocessing":
         try:
-            return TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+            return TypeAdapter(cls).validate_json(regular(path).read_bytes(), strict=True)
         except (OSError, ValidationError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise UserError(f"{path}: cannot be read as preprocessing ({reason})") from error

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from cellflux_bridge.base.files import replacing
+from cellflux_bridge.base.files import regular, replacing
 from cellflux_bridge.images import samples
 from cellflux_bridge.images.samples import UnreadableImage
 
@@ -55,7 +55,7 @@ def read_rgb(path: Path) -> np.ndarray:
 def _opened(path: Path) -> Iterator[Any]:
     """The image in a file: `height`, `width`, and `read()` for its pixels."""
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
+        with warnings.catch_warnings(), open(regular(path), "rb") as file:
             # Decoders warn of what they doubt, Pillow also of its own limit of size; ours is below.
             warnings.simplefilter("ignore")
             head = file.read(6)

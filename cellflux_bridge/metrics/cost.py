@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import regular
 
 COST = "cost.json"
 
@@ -26,7 +27,7 @@ def read_cost(folder: Path) -> Cost | None:
     if not path.exists():
         return None
     try:
-        cost = json.loads(path.read_text(encoding="utf-8"))
+        cost = json.loads(regular(path).read_text(encoding="utf-8"))
         num, device = int(cost["sequences"]), str(cost.get("device", "cpu"))
         cpu_seconds = float(cost["cpu_seconds"]) / num if device == "cpu" else None
         return Cost(device, float(cost["seconds"]) / num, cpu_seconds)

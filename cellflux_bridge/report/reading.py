@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import regular
 from cellflux_bridge.cellularity.along import FORMAT as CELLULARITY_FORMAT
 from cellflux_bridge.cellularity.parameters import Parameters, Scale
 from cellflux_bridge.metrics.results import FORMAT as METRICS_FORMAT
@@ -156,7 +157,7 @@ def read(file: Path, model: type[_Model]) -> _Model:
     """metrics.json or cellularity.json. UserError names what is wrong and the command that makes the file again."""
     known, command = _MADE[model]
     try:
-        if file.stat().st_size > _MOST_BYTES:
+        if regular(file).stat().st_size > _MOST_BYTES:
             raise ValueError(f"larger than {_MOST_BYTES:,} bytes")
         data = json.loads(file.read_text(encoding="utf-8"))
         if (found := data.get("format") if isinstance(data, dict) else None) != known:

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import regular
 from cellflux_bridge.base.locks import writing
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def inside(folder: Path, name: str, *, where: str = "") -> Path:
 def read_limited(path: Path, *, most: int) -> bytes:
     """A file's bytes; UserError for one of more than `most`, before it is read, and for one that cannot be read."""
     try:
-        if path.stat().st_size > most:
+        if regular(path).stat().st_size > most:
             raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than the {most:,} that are read")
         return path.read_bytes()
     except FileNotFoundError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.files import regular
 from cellflux_bridge.base.walk import is_hidden
 from cellflux_bridge.config.schema import nearest
 from cellflux_bridge.data.layout.base import SPLITS, Layout, PatchRecord, in_order, split_of
@@ -60,7 +61,7 @@ class Manifest(Layout):
     def _rows(self) -> Iterator[tuple[int, dict[str, str]]]:
         """The cells of each row by the name of their column, stripped, with the line that the row ends on."""
         try:
-            with open(self._file, newline="", encoding="utf-8-sig") as file:
+            with open(regular(self._file), newline="", encoding="utf-8-sig") as file:
                 # The delimiter is the one that finds the most known columns.
                 delimiter = max(",;\t|", key=lambda d: len(set(COLUMNS).intersection(_columns(file, d)[0])))
                 columns, reader = _columns(file, delimiter)
