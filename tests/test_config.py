@@ -343,6 +343,17 @@ def test_foreign_code_runs_where_the_caller_or_the_command_line_trusts_it(tmp_pa
         load_config(own, trust=False)
 
 
+def test_a_backbone_of_a_hub_is_asked_for_where_the_user_names_it(tmp_path, write_config):
+    """timm fetches from the hub already where it only builds the network."""
+    foreign, own = "hf-hub:owner/a-model", "classifier.backbone=hf-hub:owner/a-model"
+    file = write_config(tmp_path, file="config.yaml", classifier={"backbone": foreign})
+    with pytest.raises(UserError, match=r"classifier\.backbone: 'hf-hub:owner/a-model' is fetched from .* --trust"):
+        load_config(file)
+    assert load_config(file, [own]).classifier.backbone == foreign
+    assert load_config(file, trust=True).classifier.backbone == foreign
+    assert load_config(write_config(tmp_path, classifier={"backbone": foreign})).classifier.backbone == foreign
+
+
 def test_what_the_users_own_file_names_is_trusted_in_its_run_until_the_block_ends(tmp_path, received):
     own = tmp_path / "own.yaml"
     own.write_text((received / "config.yaml").read_text())

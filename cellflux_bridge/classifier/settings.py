@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cellflux_bridge.config.registry import require_trusted
 from cellflux_bridge.config.schema import Count, Fraction, NonNegative, Section, Seed
 from cellflux_bridge.training.settings import TrainConfig
 
@@ -37,6 +38,13 @@ class ClassifierConfig(Section):
     seed: Seed = 0  # of this training alone: the run's own seed also decides the splits
     folds: Annotated[int, Field(ge=2, le=1000)] = 3  # of the cross-fitting that condition.level asks for
     train: ClassifierTrainConfig = ClassifierTrainConfig()
+
+    @field_validator("backbone")
+    @classmethod
+    def _comes_from_the_hub_for_the_user_alone(cls, backbone):
+        if ":" in backbone:  # timm asks the hub, or a folder, even where it loads no weights of it
+            require_trusted(backbone, key="classifier.backbone", what="fetched from elsewhere", not_done="fetched")
+        return backbone
 
     @model_validator(mode="after")
     def _only_guides_see_states(self):

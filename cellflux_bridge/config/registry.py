@@ -59,6 +59,17 @@ def trusts_everything() -> bool:
     return _trust.get((False, set()))[0]
 
 
+def require_trusted(name: str, *, key: str, what: str, not_done: str) -> None:
+    """UserError outside a block of `trusting` this name."""
+    everything, known = _trust.get((False, set()))
+    if not everything and name not in known:
+        raise UserError(
+            f"{key}: {name!r} is {what}, named by a configuration that may come from somebody else, so it was not "
+            f"{not_done}. If you trust it, pass --trust (in Python trust=True)"
+        )
+    known.add(name)
+
+
 def names(kind: str) -> list[str]:
     """Short names of the components of a kind, read off the folder's files."""
     package = importlib.import_module(KINDS[kind])
@@ -125,13 +136,7 @@ def validate(kind: str, spec: Mapping[str, Any] | str, *, key: str) -> dict[str,
     if not isinstance(name, str):
         raise UserError(f"{key}.name: expected one of {', '.join(names(kind))}, found {name!r}")
     if ":" in name:
-        everything, known = _trust.get((False, set()))
-        if not everything and name not in known:
-            raise UserError(
-                f"{key}.name: {name!r} is code outside this package, named by a configuration that may come from "
-                "somebody else, so it was not run. If you trust it, pass --trust (in Python trust=True)"
-            )
-        known.add(name)
+        require_trusted(name, key=f"{key}.name", what="code outside this package", not_done="run")
     schema = _schema(_class(kind, name, key=key))
     try:
         return {"name": name, **schema.model_validate(arguments).model_dump(mode="python")}

@@ -161,7 +161,7 @@ def load_config(
     data = merged(data, given)
     data.setdefault("name", path.stem)
     data.setdefault("output", f"runs/{data['name']}")
-    named = re.findall(r"(?<![\w.])[\w.]+:\w+", " ".join(overrides))
+    named = re.findall(r"(?<![\w.-])[\w.-]+:[\w./-]+", " ".join(overrides))
     try:
         with trusting(path.name != "config.yaml" if trust is None else trust, names=named):
             config, received = schema.model_validate(data), not trusts_everything()
