@@ -37,6 +37,19 @@ def stages(config: str, overrides: Sequence[str], output: Path) -> tuple[tuple[s
     )
 
 
+def _require_ends(config) -> None:
+    """UserError, before anything is trained, where it is not clear from which class to which is translated."""
+    from cellflux_bridge.config.schema import nearest
+    from cellflux_bridge.data.index import patch_index
+
+    classes = patch_index(config.data, seed=config.seed).classes
+    for key in ("source", "target"):
+        label = getattr(config.translate, key)
+        if label not in (classes if len(classes) > 2 else (*classes, None)):
+            found = "not named" if label is None else f"no class {label!r} here{nearest(label, classes)}"
+            raise UserError(f"translate.{key}: {found}; expected one of {', '.join(classes)}")
+
+
 def run(args: argparse.Namespace) -> None:
     """run CONFIG: all of it: train, translate, film, judge, count nuclei, report; a stopped run goes on.
 
@@ -48,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
             "run: works in one process on one device (train.devices=1). For several devices call its commands one "
             "after the other: " + ", ".join(dict.fromkeys(line[0] for _, line in stages("", (), Path("run"))))
         )
+    _require_ends(config)
     began, steps = time.monotonic(), stages(args.config, args.overrides, config.output)
     for number, (title, line) in enumerate(steps, start=1):
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
