@@ -39,7 +39,7 @@ CONFIG = {
 JUDGES = ["--judge", "runs/x/judge_rgb", "--features", "runs/x/features/judge_rgb"]
 # A kind of job: its command, what is made beforehand, and the files that it makes.
 JOBS = {
-    "flow": (["train", "c.yaml"], (), "runs/x/checkpoints/*/model.safetensors runs/x/levels.csv cache/*/*"),
+    "flow": (["train", "c.yaml"], (), "runs/x/checkpoints/*/model.safetensors runs/x/levels.csv"),
     "judge": (["train-classifier", "c.yaml"], (), "runs/x/judge_rgb/checkpoints/*/model.safetensors"),
     "features": (
         ["train-classifier", "c.yaml", "classifier.seed=1", "output=runs/x/features"],
