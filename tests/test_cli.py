@@ -279,9 +279,7 @@ def test_run_does_it_all_and_goes_on_where_it_was(patch_folder, tmp_path, write_
 
 def test_run_asks_for_its_classes_before_it_trains(patch_folder, tmp_path, write_config):
     file = str(write_config(tmp_path))
-    with pytest.raises(
-        SystemExit, match=r"translate\.target: no class 'b' here; expected one of A, B"
-    ):
+    with pytest.raises(SystemExit, match=r"translate\.target: no class 'b' here; expected one of A, B"):
         cli.main(["run", file, "translate.target=b"])
     shutil.copytree(patch_folder / "B", patch_folder / "C")
     with pytest.raises(SystemExit, match=r"translate\.source: not named; expected one of A, B, C"):
