@@ -11,11 +11,16 @@ from cellflux_bridge.cli.parse import parse
 from cellflux_bridge.cli.places import configuration
 
 
-def stages(config: str, overrides: Sequence[str], output: Path) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """What is done from patches to report: a title and the command line of each step, in their order."""
+def stages(
+    config: str, overrides: Sequence[str], output: Path, *, seed: int = 0
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """What is done from patches to report: a title and the command line of each step, in their order.
+
+    `seed` is that of the judges; the third classifier has the next one.
+    """
     run, judges = str(output), [str(output / f"judge_{view}") for view in ("rgb", "grey")]
     classifier, features = ("train-classifier", config, *overrides), output / "features"
-    judge = (*classifier, "classifier.role=judge")
+    judge = (*classifier, "classifier.role=judge", "classifier.sees=image")
     return (
         ("training the flow", ("train", config, *overrides)),
         ("training the guide, which steers", (*classifier, "classifier.role=guide")),
@@ -23,7 +28,10 @@ def stages(config: str, overrides: Sequence[str], output: Path) -> tuple[tuple[s
         ("video", ("video", run, *overrides)),
         ("training the judge of colour and structure", (*judge, "classifier.view=rgb")),
         ("training the judge of structure", (*judge, "classifier.view=grey")),
-        ("training a third classifier, for distances", (*judge, "classifier.seed=1", f"output={features}")),
+        (
+            "training a third classifier, for distances",
+            (*judge, "classifier.view=rgb", f"classifier.seed={seed + 1}", f"output={features}"),
+        ),
         ("asking the judges", ("classify", run)),
         (
             "evaluating",
@@ -48,6 +56,17 @@ def _require_ends(config) -> None:
         if label not in (classes if len(classes) > 2 else (*classes, None)):
             found = "not named" if label is None else f"no class {label!r} here{nearest(label, classes)}"
             raise UserError(f"translate.{key}: {found}; expected one of {', '.join(classes)}")
+    source, target = config.translate.source, config.translate.target
+    if (source is None) != (target is None) or (source is not None and source == target):
+        raise UserError(
+            f"translate.source={source}, translate.target={target}: name two classes, or, of two, neither; they are "
+            + ", ".join(classes)
+        )
+    if config.translate.guidance.form in ("score", "bridge", "sharpen"):
+        raise UserError(
+            f"translate.guidance.form={config.translate.guidance.form}: asks a guide of states, which run does not "
+            "train; call its commands one after the other, with train-classifier ... classifier.sees=state"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
             "after the other: " + ", ".join(dict.fromkeys(line[0] for _, line in stages("", (), Path("run"))))
         )
     _require_ends(config)
-    began, steps = time.monotonic(), stages(args.config, args.overrides, config.output)
+    began, steps = time.monotonic(), stages(args.config, args.overrides, config.output, seed=config.classifier.seed)
     for number, (title, line) in enumerate(steps, start=1):
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         print(f"\n[{number} of {len(steps)}, after {minutes}:{seconds:02}] {title}", flush=True)

@@ -37,7 +37,7 @@ _PACE = (
 )
 _TRAININGS = ("train", "classifier.train", "ddim.denoiser.train", "ddim.classifier.train")
 PLACES_AND_PACE = (
-    *("name", "output", "data.root", "data.cache_dir", "data.workers"),
+    *("name", "output", "data.root", "data.without", "data.cache_dir", "data.workers"),
     *(f"{section}.{key}" for section in _TRAININGS for key in _PACE),
     # Of classifier.train they are more than a figure in the log: a guide of states has its temperatures from them.
     *(f"{section}.validate_pairs" for section in _TRAININGS if section != "classifier.train"),

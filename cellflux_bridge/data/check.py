@@ -80,8 +80,11 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines += _sizes([one.size for one in facts], config, preprocessing)
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
     lines.append("\n  ".join([f"unusable files: {len(unreadable)}", *[*unreadable.values()][:20], *more]))
-    if unreadable:
-        replace_text(unusable := sheet.with_name(UNUSABLE), "\n".join([*left_out(config), *unreadable]) + "\n")
+    unusable = sheet.with_name(UNUSABLE)
+    if config.without is None:
+        unusable.unlink(missing_ok=True)  # an older one would leave out what was mended
+    if 0 < len(unreadable) < len(records) / 2:  # of most files the fault is another, such as a size
+        replace_text(unusable, "\n".join([*left_out(config), *unreadable]) + "\n")
         lines.append(f"  all are listed in {unusable}; to go on without them set data.without={unusable}")
     if config.without is not None:
         lines.append(f"left out by data.without: {len(left_out(config))} patches")

@@ -12,6 +12,7 @@ import numpy as np
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.files import regular
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.config import registry
 from cellflux_bridge.config.schema import nearest
@@ -21,6 +22,7 @@ from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.data.split import assign_splits, check_groups
 
 _SPLITS = (*SPLITS, None)
+_MOST_BYTES = 1_000_000_000  # of a list of patches to leave out
 
 
 _remembered: dict[Hashable, Any] = {}
@@ -118,7 +120,10 @@ def left_out(config: DataConfig) -> tuple[str, ...]:
     if config.without is None:
         return ()
     try:
-        return tuple(sorted(set(config.without.expanduser().read_text(encoding="utf-8").splitlines()) - {""}))
+        file = regular(config.without.expanduser())
+        if file.stat().st_size > _MOST_BYTES:
+            raise OSError(f"more than {_MOST_BYTES:,} bytes")
+        return tuple(sorted(set(file.read_text(encoding="utf-8-sig").split("\n")) - {""}))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.without: {config.without}: cannot be read as text ({error})") from error
 

@@ -54,13 +54,15 @@ def still_falling(log: Path, name: str = "val/velocity_mse") -> float | None:
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     found = [(row["step"], row[name]) for row in rows if name in row]
     before = [value for step, value in found if step <= 0.75 * found[-1][0]] if found else []
-    return before[-1] / found[-1][1] - 1 if before and found[-1][1] > 0 else None
+    return 1 - found[-1][1] / before[-1] if before and before[-1] > 0 else None
 
 
 def too_little(bridge: Any, run: Path) -> Sequence[str]:
     """Sentences on whether a by-level flow that was just trained is finished, and the command that trains it longer."""
     told = level_one(bridge, split="val", num=_SOURCES).auc()["grey"]
     lines = [f"level 1 of validation sources is told from real patches with AUC {told:.2f} (0.5 is best)"]
+    if np.isnan(told):
+        lines = ["level 1 is not compared with real patches: a class has fewer than two groups in the validation split"]
     fell, reasons = still_falling(run / "metrics.jsonl"), []
     if fell is not None and fell > _FALLING:
         reasons.append(f"its validation error fell by {fell:.0%} in the last quarter")
@@ -68,5 +70,8 @@ def too_little(bridge: Any, run: Path) -> Sequence[str]:
         reasons.append(f"this AUC is above {TOLD[0]:g}")
     if reasons:
         lines.append(f"TOO LITTLE TRAINING, perhaps: {' and '.join(reasons)}. Look at samples/. To go on:")
-        lines.append(f"  cellflux-bridge train {run} train.steps={2 * bridge.config.train.steps}")
+        train = bridge.config.train
+        limits = [key for key in ("max_minutes", "max_cpu_minutes") if getattr(train, key) is not None] or ["steps"]
+        longer = " ".join(f"train.{key}={2 * getattr(train, key):g}" for key in limits)
+        lines.append(f"  cellflux-bridge train {run} {longer}")
     return lines

@@ -1,7 +1,6 @@
 """The networks that frames are shown to: judges, an extractor that neither guided nor judges, a severity estimator."""
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.files import replacing
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.classifier import inference
@@ -92,10 +92,8 @@ def remember(
         pass  # not there, or damaged: it is made anew
     found = answer()
     folder.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(building, "wb") as file:
+    with replacing(path) as building, open(building, "wb") as file:
         np.savez(file, **found)
-    os.replace(building, path)
     return found
 
 

@@ -5,7 +5,8 @@ means that it cannot, 1 that it always can.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -73,6 +74,19 @@ class _Network(nn.Module):
         return self.head(torch.cat([maps.mean(2), maps.std(2)], dim=1))[:, 0]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A block in which torch uses one thread: so small a network is no faster on more, and on a busy machine they wait
+    for one another most of the time."""
+    num = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num)
+
+
+@_one_thread()
 def network_scores(patches: np.ndarray, is_made: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """`Scores` of RGB uint8 patches (N, 3, H, W) by a small network that learned on the other half of the groups.
 

@@ -138,8 +138,7 @@ class _Trainer:
                 state.step += 1
                 bar.update()
                 if state.step - first == _TIMED and fabric.is_global_zero:
-                    left = (time.monotonic() - self.pace_began) / _TIMED * (train.steps - state.step)
-                    bar.write(f"{train.steps - state.step} updates are left: {_duration(left)} on this machine")
+                    bar.write(self._left((time.monotonic() - self.pace_began) / _TIMED, began))
                 done = self._agreed_stop(caught, began) or state.step >= train.steps
                 if done or state.step % train.log_every == 0:
                     self._require_finite()
@@ -157,6 +156,14 @@ class _Trainer:
         if self.signalled:  # any of the processes: all leave together
             raise Stopped(self.signalled, state.step)
         return checkpoint.latest(self.folder)
+
+    def _left(self, pace: float, began: Spent) -> str:
+        """How long it will take, at `pace` seconds an update."""
+        updates, share = self.train.steps - self.state.step, self.state.spent.since(began).share(self.train)
+        by_clock = self.state.spent.since(began).seconds * (1 / share - 1) if share else float("inf")
+        if by_clock < updates * pace:
+            return f"{by_clock / pace:.0f} updates, perhaps, are left: {_duration(by_clock)}, by max_minutes"
+        return f"{updates} updates are left: {_duration(updates * pace)} on this machine"
 
     def _expected_steps(self, began: Spent) -> int:
         """The step at which steps or minutes will have run out, at the pace so far; what the bar counts to."""
