@@ -281,6 +281,13 @@ def test_run_asks_for_its_classes_before_it_trains(patch_folder, tmp_path, write
     file = str(write_config(tmp_path))
     with pytest.raises(SystemExit, match=r"translate\.target: no class 'b' here; expected one of A, B"):
         cli.main(["run", file, "translate.target=b"])
+    for ends in (["translate.target=B"], ["translate.source=A", "translate.target=A"]):
+        with pytest.raises(
+            SystemExit, match=r"translate\.target=.: name two classes, or, of two, neither; they are A, B"
+        ):
+            cli.main(["run", file, *ends])
+    with pytest.raises(SystemExit, match=r"form=sharpen: asks a guide of states, which run does not train"):
+        cli.main(["run", file, "translate.guidance.form=sharpen"])
     shutil.copytree(patch_folder / "B", patch_folder / "C")
     with pytest.raises(SystemExit, match=r"translate\.source: not named; expected one of A, B, C"):
         cli.main(["run", file])
@@ -313,6 +320,10 @@ def test_data_that_cannot_be_used_fails_the_check(patch_folder, tmp_path, write_
         cli.main(["data", "check", file, f"data.without={listed}"])
     assert listed.read_text() == "A/broken.png\nB/broken.png\n"
     cli.main(["data", "check", file, f"data.without={listed}"])
+    for name in "AB":
+        (patch_folder / name / "broken.png").unlink()
+    cli.main(["data", "check", file])
+    assert not listed.exists()  # it would leave out what was mended
     listed.write_text("A/brokn.png\n")
     with pytest.raises(SystemExit, match=r"data\.without: .*unusable\.txt: A/brokn\.png: no patch of"):
         cli.main(["data", "check", file, f"data.without={listed}"])

@@ -18,7 +18,9 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import regular, replace_text, reserved
 from cellflux_bridge.base.locks import LOCK, writing
 from cellflux_bridge.config import load_config
+from cellflux_bridge.data.index import left_out
 from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.images import read_rgb, read_size
 from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.report import reading
@@ -214,6 +216,9 @@ def test_a_pipe_where_a_file_should_be_is_refused_and_not_waited_for(tmp_path):
         "preprocessing.json": lambda folder: Preprocessing.load(folder / "preprocessing.json"),
         "cost.json": read_cost,
         "metrics.json": lambda folder: reading.read(folder / "metrics.json", reading.Metrics),
+        "without.txt": lambda folder: left_out(
+            DataConfig(root=folder, layout="folder", without=folder / "without.txt")
+        ),
         "a.png": lambda folder: read_rgb(folder / "a.png"),
         "a.npy": lambda folder: read_size(folder / "a.npy"),
     }
