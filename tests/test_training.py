@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +26,11 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.flow.task import FlowTask, build_flow
+from cellflux_bridge.training import loop
 from cellflux_bridge.training.loop import Stopped, fit, make_fabric
 from cellflux_bridge.training.run import Log, differences
-from cellflux_bridge.training.state import EMA
+from cellflux_bridge.training.settings import TrainConfig
+from cellflux_bridge.training.state import EMA, Spent
 
 # Dropout, accumulation and a warm-up, so that everything a resume could forget is there.
 DEMANDING = {
@@ -713,6 +716,7 @@ def test_a_run_goes_on_on_a_gpu(demanding, tmp_path):
 FAILING = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch.distributed
 from cellflux_bridge import cli
 from cellflux_bridge.flow.task import FlowTask
@@ -756,3 +760,17 @@ def test_two_processes_average_their_gradients_and_end_together_where_the_first_
     expected = checkpoint.load_state(one)["model"]
     for name, tensor in checkpoint.load_state(checkpoint.latest(tmp_path / "two"))["model"].items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("limit", "spent", "said"),
+    [
+        (None, 0.0, "100 updates are left: about 50 seconds on this machine"),
+        (10.0, 30.0, "100 updates are left: about 50 seconds on this machine"),  # the updates end first
+        (1.0, 30.0, "60 updates, perhaps, are left: about 30 seconds, by max_minutes"),
+    ],
+)
+def test_how_long_it_will_take_is_said_by_what_ends_it(limit, spent, said):
+    train_config = TrainConfig(steps=110, max_minutes=limit)
+    of = SimpleNamespace(train=train_config, state=SimpleNamespace(step=10, spent=Spent(spent, 0.0)))
+    assert loop._Trainer._left(of, 0.5, Spent.now()) == said
