@@ -11,14 +11,15 @@ _MEASURED = 8
 
 def _nuclei(config) -> list[str]:
     """How wide nuclei are, and which crop suits them."""
-    from cellflux_bridge.base.errors import UserError
+    import numpy as np
+
     from cellflux_bridge.base.seeds import numpy_generator
     from cellflux_bridge.cellularity.proposal import propose_crop
     from cellflux_bridge.data.index import patch_index
 
     index, files = patch_index(config.data, seed=config.seed), []
     for number, label in enumerate(index.classes):
-        members = [i for i in range(len(index.ids)) if index.labels[i] == number]
+        members = np.flatnonzero(index.labels == number)
         files += [index.file(i) for i in numpy_generator(0, "nuclei", label).permutation(members)[:_MEASURED]]
     try:
         return propose_crop(files, image_size=config.data.image_size, crop=config.data.crop)
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     sheet.parent.mkdir(parents=True, exist_ok=True)
     report, usable = check_data(config.data, seed=config.seed, sheet=sheet)
     print(report)
-    print("\n".join(_nuclei(config)))
+    for line in _nuclei(config):
+        print(line)
     if not usable:
         raise UserError("some files cannot be used, or a class lacks patches (listed above): mend that first")
     patches, level = load_patches(config.data, seed=config.seed), config.condition.level

@@ -139,10 +139,10 @@ def patch_index(config: DataConfig, *, seed: int) -> Index:
 
     def listed() -> Index:
         layout = registry.build("layout", config.layout, root)
-        records = layout.records()
-        if unknown := set(without) - {record.id for record in records}:
+        records, omitted = layout.records(), set(without)
+        if unknown := omitted - {record.id for record in records}:
             raise UserError(f"data.without: {config.without}: {abbreviate(sorted(unknown))}: no patch of {config.root}")
-        fresh.extend(record for record in records if record.id not in without)
+        fresh.extend(record for record in records if record.id not in omitted)
         return Index.of(root, fresh, layout.reading())
 
     if ":" in config.layout["name"]:

@@ -17,9 +17,12 @@ def build_optimiser(model: nn.Module, train: TrainConfig) -> torch.optim.Optimiz
     """
     options = {"lr": train.lr, "betas": train.betas}
     kind = Muon if train.optimiser == "muon" else torch.optim.AdamW
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    parameters = sorted(model.parameters(), key=lambda p: -min(p.ndim, 3))  # as the states of earlier runs hold them
+    if kind is not Muon and not train.weight_decay:
+        return kind(model.parameters(), weight_decay=0.0, **options)
+    matrices, vectors = ([p for p in parameters if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
     decays = ((matrices, train.weight_decay), (vectors, 0.0))
-    return kind([{"params": of, "weight_decay": decay} for of, decay in decays if of], **options)
+    return kind([{"params": of, "weight_decay": decay} for of, decay in decays], **options)
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
