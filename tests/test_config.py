@@ -457,7 +457,7 @@ def test_a_word_that_looks_like_a_value_stays_a_word_when_written(word):
 def test_a_value_is_found_by_its_key_and_a_section_is_a_mapping(load):
     config = load("train: {steps: 7}")
     assert config.value("train.steps") == 7
-    assert config.value("data.split") == {"val": 0.1, "test": 0.2}
+    assert config.value("data.split") == {"val": 0.1, "test": 0.2, "train_groups": None}
     for key in ("train.stepz", "train.steps.more", "trian"):
         with pytest.raises(UserError, match=rf"^{key}: no such key"):
             config.value(key)

@@ -21,6 +21,7 @@ from cellflux_bridge.data.phantom import make_phantom
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.split import assign_splits
 from cellflux_bridge.images import read_rgb, write_png
+from cellflux_bridge.training.run import record_splits
 
 PHANTOM = {"name": "phantom", "size": 16, "num_train": 3, "num_val": 1, "num_test": 1, "num_range": 3}
 
@@ -316,6 +317,31 @@ def test_the_only_group_of_a_class_trains():
         records_of({"A1": ("A", 9), **{f"B{n}": ("B", 1) for n in range(9)}}), val=0.2, test=0.2, seed=0
     )
     assert {record.split for record in assigned if record.label == "A"} == {"train"}
+
+
+def test_groups_that_train_leave_the_others_aside_and_the_rest_as_it_was(tmp_path, make_patches, data_config):
+    root = tmp_path / "patches"
+    for split, group in (*(("train", f"t{n}") for n in range(3)), ("val", "v"), ("test", "x")):
+        make_patches(tmp_path / "made" / group, num={"A": 2, "B": 2})
+        for label in "AB":
+            (root / split / label).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "made" / group / label).rename(root / split / label / group)
+    whole = load_patches(data_config(root), seed=0)
+    config = data_config(root, split={"train_groups": ["t2", "t0"]})
+    part = load_patches(config, seed=0)
+    assert {part.ids[i].split("/")[2] for i in part.indices("train")} == {"t0", "t2"}
+    for split in ("val", "test"):
+        assert np.array_equal(part.indices(split), whole.indices(split))
+    assert len(part.indices("train")) == len(whole.indices("train")) - 4 == 8
+    assert part.pixels is whole.pixels, "one cache serves every choice of groups"
+    record_splits(tmp_path / "run", part)
+    assert len((tmp_path / "run" / "splits.csv").read_text().splitlines()) == 1 + 8 + 8
+    text, ready = check_data(config, seed=0, sheet=tmp_path / "sheet.png")
+    assert ready
+    assert "left aside by data.split.train_groups: 4 patches" in text
+    for wrong in ("v", "unknown"):
+        with pytest.raises(UserError, match=rf"train_groups: {wrong}: no training group"):
+            load_patches(data_config(root, split={"train_groups": ["t0", wrong]}), seed=0)
 
 
 def test_no_fraction_makes_no_split():

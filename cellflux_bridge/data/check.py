@@ -64,6 +64,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines.append("  " + " " * width + "".join(f"{split:>9}" for split in SPLITS))
     lines += [f"  {c:<{width}}" + "".join(f"{counts[c, split]:>9}" for split in SPLITS) for c in classes]
     lines += [*index.reading, *_ids_for_classes(classes, config)]
+    if aside := sum(record.split is None for record in records):
+        lines.append(f"left aside by data.split.train_groups: {aside} patches of other groups")
     if len(classes) == 2:
         lines.append(f"direction: level 0 = {classes[0]}, level 1 = {classes[1]}; data.classes=[...] turns it round")
     if taken := taken_from_training(index):

@@ -42,9 +42,10 @@ class Index:
     """N patches as columns, sorted by id.
 
     `ids` are the records' ids and `files` their paths, from `root` on where they lie below it; `labels` (N,) int64
-    into `classes`; `splits` (N,) int64 into SPLITS, and `named` likewise, those that the data itself names, where 3
-    means none; `groups` (N,) int64 into `group_names`, of which those that start with a NUL stand for a patch without
-    group; `scores` and `mpp` (N,) float64, NaN where not known; `reading` as `Layout.reading` says it.
+    into `classes`; `splits` (N,) int64 into SPLITS, and `named` likewise, those that the data itself names; 3 means
+    none, in `splits` of what data.split.train_groups leaves aside; `groups` (N,) int64 into `group_names`, of which
+    those that start with a NUL stand for a patch without group; `scores` and `mpp` (N,) float64, NaN where not known;
+    `reading` as `Layout.reading` says it.
     """
 
     root: Path
@@ -149,7 +150,7 @@ def patch_index(config: DataConfig, *, seed: int) -> Index:
         return _with_splits(listed(), fresh, config, seed=seed)
     key = (str(root.absolute()), repr(config.layout), _stamp(root), without)
     index = remembered(key, listed)
-    settings = (repr(config.classes), config.split.val, config.split.test, seed)
+    settings = (repr(config.classes), repr(config.split), seed)
     return remembered((*key, *settings), lambda: _with_splits(index, fresh or index.records(), config, seed=seed))
 
 
@@ -171,6 +172,16 @@ def _with_splits(listed: Index, records: Sequence[PatchRecord], config: DataConf
     check_groups(records, origin=str(config.root))
     assigned = assign_splits(records, val=config.split.val, test=config.split.test, seed=seed)
     splits = np.array([_SPLITS.index(record.split) for record in assigned], np.int64)
+    if config.split.train_groups is not None:
+        names = [name.rpartition("\0")[2] for name in listed.group_names]
+        in_training = {names[group] for group in np.unique(listed.groups[splits == SPLITS.index("train")])}
+        if unknown := set(config.split.train_groups) - in_training:
+            raise UserError(
+                f"data.split.train_groups: {abbreviate(sorted(unknown))}: no training group of {config.root}; "
+                "expected groups (patients, slides, tiles) of the train split"
+            )
+        kept = np.isin(names, config.split.train_groups)[listed.groups]
+        splits[(splits == SPLITS.index("train")) & ~kept] = _SPLITS.index(None)
     labels = np.array([classes.index(label) for label in found], np.int64)[listed.labels]
     return replace(listed, classes=classes, labels=labels, splits=splits)
 

@@ -32,8 +32,8 @@ class Patches:
     """All patches of a data set at the network's scale, in the order of `ids`.
 
     `pixels` (N, H, W, 3) uint8, memory-mapped, H and W at least image_size; `labels` (N,) int64 into `classes`;
-    `splits` (N,) into SPLITS; `groups` (N,) int64, patches of one group sharing a number; `scores` (N,) float32, NaN
-    where the data has none; `ids` the paths relative to the root.
+    `splits` (N,) into SPLITS, 3 for none; `groups` (N,) int64, patches of one group sharing a number; `scores` (N,)
+    float32, NaN where the data has none; `ids` the paths relative to the root.
     """
 
     pixels: np.ndarray

@@ -23,10 +23,13 @@ class SplitConfig(Section):
     """Fractions of groups for a validation or test split that the data does not name.
 
     They are taken from the patches that would train, named so or not; 0 takes none and leaves that split empty.
+    `train_groups` names the groups that train, of all that would (a patch in no group is its own, by its id); the
+    others stand in no split.
     """
 
     val: Fraction = 0.1
     test: Fraction = 0.2
+    train_groups: list[str] | None = None
 
     @model_validator(mode="after")
     def _leaves_training_data(self):

@@ -173,7 +173,7 @@ class Network:
     def split_of(self, source_ids: Sequence[str]) -> str:
         """The split of the sources, several joined by a comma; "" where none of them is among the network's patches."""
         numbers = [self._numbers[source_id] for source_id in source_ids if source_id in self._numbers]
-        return ", ".join(SPLITS[split] for split in np.unique(self.patches.splits[numbers]))
+        return ", ".join((*SPLITS, "none")[split] for split in np.unique(self.patches.splits[numbers]))
 
     def real_patches(self, *, num: int | None = None, seed: int = 0) -> RealPatches:
         """At most `num` test patches of the source class and of the target class (None: all), drawn by the seed; for a

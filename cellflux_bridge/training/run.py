@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.files import csv_rows, csv_text, replace_text
 from cellflux_bridge.base.locks import writing
@@ -78,9 +80,9 @@ def require_held_out(folder: Path, patches: Patches) -> None:
 
 
 def _split_rows(patches: Patches) -> Iterator[list[str]]:
-    for i, patch_id in enumerate(patches.ids):
+    for i in np.flatnonzero(patches.splits < len(SPLITS)):
         label, split = patches.classes[patches.labels[i]], SPLITS[patches.splits[i]]
-        yield [patch_id, label, split, patches.group_names[patches.groups[i]]]
+        yield [patches.ids[i], label, split, patches.group_names[patches.groups[i]]]
 
 
 def _read_splits(folder: Path) -> dict[str, str]:
