@@ -164,7 +164,9 @@ def kinds(root: Path) -> dict[str, Callable[[random.Random, Path], None]]:
     labels = np.array([[1, 0], [0.5, 0.5], [0, 1]], np.float32)[:, None].repeat(2, 1)
     frames = np.zeros((3, 2, 3, 8, 8), np.uint8)
     Trajectory(header, frames, labels, ("a", "b"), (1, 1), (0, 0)).save(root / "trajectory")
-    configs = [yaml.safe_load(path.read_text()) for path in CONFIGS if path.stem != "nuclei"]
+    configs = [
+        yaml.safe_load(path.read_text()) for path in CONFIGS if path.stem != "nuclei" and "study" not in path.stem
+    ]
     pictures = {}
     for suffix in (".png", ".jpg", ".tif", ".npy"):
         pictures[suffix] = root / f"a{suffix}"

@@ -12,6 +12,7 @@ from cellflux_bridge.cellularity.settings import NucleiConfig
 from cellflux_bridge.cli import main
 from cellflux_bridge.config import Config, load_config, parse_overrides, registry, split_overrides
 from cellflux_bridge.config.schema import dump_yaml, parse_yaml
+from cellflux_bridge.study.settings import StudyConfig
 from cellflux_bridge.translation.ddim import DDIMTranslator
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
@@ -488,7 +489,8 @@ def test_the_digest_follows_what_sequences_are_made_with_and_nothing_else(load):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads(path):
-    assert load_config(path, schema=NucleiConfig if path.stem == "nuclei" else Config).name
+    kind = StudyConfig if path.stem.startswith("study_") else {"nuclei": NucleiConfig}.get(path.stem, Config)
+    assert load_config(path, schema=kind).name
 
 
 def test_configurations_are_shipped():

@@ -10,15 +10,26 @@ from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.config import Config, load_config, registry
 from cellflux_bridge.field.classifier_guided import require_form
 from cellflux_bridge.flow.network import build_flow
+from cellflux_bridge.study.settings import StudyConfig
 from cellflux_bridge.training.loop import make_fabric
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - {FOLDER / "nuclei.yaml"})  # which trains no flow
+STUDIES = sorted(FOLDER.glob("study_*.yaml"))
+CONFIGS = sorted({*FOLDER.glob("*.yaml")} - {*STUDIES, FOLDER / "nuclei.yaml"})  # which train no flow
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def generators() -> list:
+    """(file, settings) of the generators that the studies train."""
+    found = []
+    for path in STUDIES:
+        for name, of in load_config(path, schema=StudyConfig).beside(FOLDER).generators.items():
+            found.append(pytest.param((of.config, of.set), id=f"{path.stem}-{name}"))
+    return found
+
+
+@pytest.fixture(params=[*(pytest.param((path, []), id=path.stem) for path in CONFIGS), *generators()])
 def config(request) -> Config:
-    config = load_config(request.param)
+    config = load_config(*request.param)
     classes = config.data.classes or ["A", "B"]
     return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
 
@@ -44,7 +55,7 @@ def test_the_network_turns_states_into_velocities(config):
 
 def test_the_path_fits_the_translation_and_its_guidance(config):
     path, translate, condition = registry.build("path", config.path), config.translate, config.condition
-    assert path.from_data == (translate.method != "depth")
+    assert path.from_data == (translate.method not in ("depth", "generate"))
     if translate.guidance.form != "none":
         scale = translate.guidance_scale
         sees_source, dropout = condition.source_image, condition.dropout

@@ -52,22 +52,32 @@ def _begin_worker() -> None:
     torch.set_num_threads(1)
 
 
-def in_processes(work: Callable[[Any], Any], items: Iterable, *, workers: int = 0, slab: int = _SLAB) -> Iterator:
+def in_processes(
+    work: Callable[[Any], Any],
+    items: Iterable,
+    *,
+    workers: int = 0,
+    slab: int = _SLAB,
+    chunk: int | None = None,
+    spawn: bool = False,
+) -> Iterator:
     """`work` of every item, in order, by `workers` processes (0: one a core; with 1 it happens in this one).
 
-    `items` may be a generator: at most `slab` of them are held at a time. Workers leave Ctrl-C to this process, which
-    then takes back what they have not begun, and run torch with one thread each.
+    `items` may be a generator: at most `slab` of them are held at a time, and a process gets `chunk` at once. Workers
+    leave Ctrl-C to this process, which then takes back what they have not begun, and run torch with one thread each.
+    With `spawn` they are new ones instead of copies of this one, as a GPU, or a training, asks for.
     """
     workers = workers or os.cpu_count() or 1
     if workers == 1:
         yield from map(work, items)
         return
     items = iter(items)
-    pool = ProcessPoolExecutor(workers, initializer=_begin_worker)
+    context = multiprocessing.get_context("spawn") if spawn else None
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     with pool:
         try:
             while part := list(islice(items, slab)):
-                yield from pool.map(work, part, chunksize=max(1, min(16, len(part) // (4 * workers))))
+                yield from pool.map(work, part, chunksize=chunk or max(1, min(16, len(part) // (4 * workers))))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

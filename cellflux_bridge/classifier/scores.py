@@ -32,7 +32,7 @@ def image_scores(
     of the expected score from the true one.
     """
     test, temperature = patches.indices("test"), model.temperature.item()
-    truth, by_colour = patches.labels[test], _colour_probabilities(patches, test)
+    truth, by_colour = patches.labels[test], colour_probabilities(patches, test)
     logits = patch_logits(model, patches, test, device=device)
     targets = soft_labels(patches, labels, needed=test, key="classifier.labels")[test]
     found = {
@@ -73,7 +73,7 @@ def state_scores(
     return scores
 
 
-def _colour_probabilities(patches: Patches, indices: np.ndarray) -> np.ndarray:
+def colour_probabilities(patches: Patches, indices: np.ndarray) -> np.ndarray:
     train = patches.sample("train", num=MOST_FOR_STATISTICS, seed=0)
 
     def statistics(chosen: np.ndarray) -> np.ndarray:

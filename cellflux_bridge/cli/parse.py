@@ -105,6 +105,14 @@ COMMANDS = {
         ),
         word="quality",
     ),
+    "study": Command(
+        "STUDY",
+        (
+            _flag("--dry-run", "print what would be done, and its cost", action="store_true"),
+            _flag("--workers", "processes on this machine (0: one a core, 1 beside a GPU)", type=int, default=0),
+            _flag("--slurm", "jobs of a SLURM array, with submitit's parameters", nargs="*", metavar="KEY=VALUE"),
+        ),
+    ),
     "video": Command("TRAJECTORY_OR_RUN", (_FOLDER,)),
     "export": Command("TRAJECTORY_OR_RUN", (_FOLDER,)),
     "report": Command(

@@ -11,7 +11,13 @@ from cellflux_bridge.trajectory.header import (
     read_header,
 )
 from cellflux_bridge.trajectory.manifest import MANIFEST
-from cellflux_bridge.trajectory.reader import count_incomplete, iter_trajectory, load_trajectory, read_source_ids
+from cellflux_bridge.trajectory.reader import (
+    count_incomplete,
+    iter_frames,
+    iter_trajectory,
+    load_trajectory,
+    read_source_ids,
+)
 from cellflux_bridge.trajectory.writer import TrajectoryWriter
 
 __all__ = [
@@ -23,6 +29,7 @@ __all__ = [
     "between",
     "count_incomplete",
     "export_cellflow",
+    "iter_frames",
     "iter_trajectory",
     "linear_soft_labels",
     "load_trajectory",

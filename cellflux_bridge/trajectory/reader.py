@@ -43,6 +43,14 @@ def read_source_ids(folder: Path) -> tuple[str, ...]:
     return tuple(frames[0].source_id for frames in read_sequences(folder, read_header(folder))[0])
 
 
+def iter_frames(folder: Path) -> Iterator[Frame]:
+    """The rows of every frame of a folder's whole sequences; no pixel is read."""
+    for frames in read_sequences(folder, read_header(folder))[0]:
+        for frame in frames:
+            _path(folder, frame)  # refuses a file outside the folder
+            yield frame
+
+
 def count_incomplete(folder: Path) -> int:
     """How many sources have some rows in a folder's manifest, but not one for each level; readers leave them out."""
     return read_sequences(folder, read_header(folder))[1]

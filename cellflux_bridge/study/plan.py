@@ -1,0 +1,118 @@
+"""What a study consists of: the groups of every size, the trainings of generators, and the cells.
+
+<output>/config.yaml                      the study
+<output>/sizes/<size>/guide_rgb/          the classifier that guides, labels and selects, trained on the size's groups
+<output>/sizes/<size>/<generator>/        a run: a flow or a reference bridge, and its trajectories
+<output>/cells/<size>/<backbone>/<arm>/<seed>/   result.json, probabilities.npz; error.txt where it failed
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import safe_name
+from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.config import Config, load_config, merged, parse_overrides
+from cellflux_bridge.data.index import patch_index
+from cellflux_bridge.data.layout.base import SPLITS
+from cellflux_bridge.study.settings import StudyConfig
+
+GUIDE = "guide_rgb"
+Size = int | str
+
+
+class Making(NamedTuple):
+    """The training of a generator on the groups of a size, and its translation of their patches."""
+
+    size: Size
+    generator: str
+
+
+class Cell(NamedTuple):
+    """One classifier: trained on the groups of a size with an arm's images and augmentation."""
+
+    size: Size
+    backbone: str
+    arm: str
+    seed: int
+
+
+def makings(config: StudyConfig) -> list[Making]:
+    """The generators that are trained: those that an arm uses."""
+    used = {arm.images for arm in config.arms.values()}
+    trained = [name for name, of in config.generators.items() if name in used and of.config is not None]
+    return [Making(size, name) for size in config.sizes for name in trained]
+
+
+def cells(config: StudyConfig) -> Iterator[Cell]:
+    for size in config.sizes:
+        for seed in range(config.seeds):  # so that early figures are of all arms
+            for backbone in config.backbones:
+                for arm in config.arms:
+                    yield Cell(size, backbone, arm, seed)
+
+
+def cell_folder(config: StudyConfig, cell: Cell) -> Path:
+    return config.output / "cells" / Path(*(safe_name(str(part)) for part in cell))
+
+
+def size_folder(config: StudyConfig, size: Size) -> Path:
+    return config.output / "sizes" / safe_name(str(size))
+
+
+def training_groups(config: StudyConfig, size: Size) -> list[str]:
+    """The groups whose training patches a size has: of every class as many as it says, drawn by the seed; those of a
+    smaller size are among those of a larger one. UserError for a class with fewer groups."""
+    index = patch_index(config.data, seed=config.seed)
+    names, chosen = [name.rpartition("\0")[2] for name in index.group_names], set()
+    for number, label in enumerate(index.classes):
+        rows = (index.splits == SPLITS.index("train")) & (index.labels == number)
+        groups = [names[group] for group in np.unique(index.groups[rows])]
+        order = numpy_generator(config.seed, "study groups", label).permutation(len(groups))
+        if size != "all" and len(groups) < size:
+            raise UserError(
+                f"sizes: {size} groups of every class, but class {label!r} has {len(groups)} training groups "
+                "(patients, slides, tiles); name a smaller size, or 'all'"
+            )
+        chosen |= {groups[i] for i in order[: None if size == "all" else size]}
+    return sorted(chosen)
+
+
+def sized(config: StudyConfig, size: Size) -> StudyConfig:
+    """The study with the data of one size: its groups train, validation and test are whole."""
+    index = patch_index(config.data, seed=config.seed)
+    split = config.data.split.model_copy(update={"train_groups": training_groups(config, size)})
+    data = config.data.model_copy(update={"split": split, "classes": list(index.classes)})
+    return config.model_copy(update={"data": data})
+
+
+def guide_config(config: StudyConfig, size: Size) -> Config:
+    """The configuration of the classifier of a size, which guides its flows, labels and selects; its run lies in
+    <size>/guide_rgb."""
+    own = config.model_dump(mode="json", include={"seed"}) | {"name": "guide", "output": size_folder(config, size)}
+    given = merged(own, parse_overrides(config.guide))
+    guide = merged(given, {"classifier": {"role": "guide", "sees": "image", "view": "rgb"}})
+    return Config.model_validate({**guide, "data": sized(config, size).data.model_dump()})
+
+
+def generator_config(config: StudyConfig, making: Making) -> Config:
+    """The configuration of a generator's run: its own file with the study's data, seed and output and the size's groups
+    and guide; it translates all training patches."""
+    of, output = config.generators[making.generator], size_folder(config, making.size) / safe_name(making.generator)
+    read = load_config(of.config, [*of.set, f"data.root={json.dumps(str(config.data.root))}"], output=output)
+    guidance = read.translate.guidance.model_copy(update={"guides": [size_folder(config, making.size) / GUIDE]})
+    translate = read.translate.model_copy(update={"split": "train", "num": None, "guidance": guidance})
+    changes = {"data": sized(config, making.size).data, "seed": config.seed, "output": output, "translate": translate}
+    return read.model_copy(update=changes | {"name": making.generator})
+
+
+def directions(config: StudyConfig, making: Making) -> list[tuple[str, str]]:
+    """From which class to which a generator translates."""
+    classes, kind = patch_index(config.data, seed=config.seed).classes, config.generators[making.generator].directions
+    if kind == "forward":
+        return [(classes[0], classes[-1])]
+    return [(a, b) for a in classes for b in classes if a != b or kind == "all"]
