@@ -17,7 +17,16 @@ from cellflux_bridge.images import read_rgb, write_png
 from cellflux_bridge.study import results, summary
 from cellflux_bridge.study.cell import CellTask, run_cell
 from cellflux_bridge.study.leaks import require_no_leak, require_trained_on
-from cellflux_bridge.study.plan import Cell, Making, cell_folder, cells, generator_config, sized, training_groups
+from cellflux_bridge.study.plan import (
+    Cell,
+    Making,
+    cell_digest,
+    cell_folder,
+    cells,
+    generator_config,
+    sized,
+    training_groups,
+)
 from cellflux_bridge.study.pool import Pool, candidates, choose
 from cellflux_bridge.study.run import run_study
 from cellflux_bridge.study.settings import ArmConfig, StudyConfig
@@ -334,6 +343,22 @@ def test_a_cell_writes_its_probabilities_once_and_repeats_itself(study, tmp_path
         results.probabilities(config, cell, "test", num=3, num_classes=2)
 
 
+def test_a_result_of_other_settings_is_made_anew_and_one_elsewhere_is_not(study, tmp_path):
+    cell = Cell("all", "small", "base", 0)
+    config = study()
+    digest = cell_digest(config, cell)
+    same = [{"output": str(tmp_path / "x")}, {"seeds": 9}, {"sizes": [3, "all"]}, {"arms": {"base": {}, "more": {}}}]
+    other = [{"seed": 1}, {"train": {"steps": 5}}, {"arms": {"base": {"augmentation": "mixup"}}}]
+    assert {cell_digest(study(**keys), cell) for keys in same} == {digest}
+    assert len({digest, *(cell_digest(study(**keys), cell) for keys in other)}) == 4
+    run_cell(config, cell)
+    assert results.result_of(config, cell)["steps"] == 3
+    longer = study(train={"steps": 5, "batch_size": 4, "accelerator": "cpu"})
+    assert results.result_of(longer, cell) is None
+    run_cell(longer, cell)
+    assert results.result_of(longer, cell)["steps"] == 5
+
+
 def fails_to_make(file, kind, directions):
     if kind != "guide":
         raise UserError("no such luck")
@@ -359,7 +384,7 @@ def write_cell(config, cell: Cell, values: dict[str, np.ndarray]) -> None:
     folder = cell_folder(config, cell)
     folder.mkdir(parents=True)
     np.savez(folder / "probabilities.npz", **values)
-    (folder / "result.json").write_text(json.dumps({"seconds": 1.0}))
+    (folder / "result.json").write_text(json.dumps({"seconds": 1.0, "digest": cell_digest(config, cell)}))
 
 
 def test_the_primary_test_chooses_by_validation_and_asks_the_test_split_once(study):

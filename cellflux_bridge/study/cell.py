@@ -23,8 +23,9 @@ from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.study.backbones import Backbone
 from cellflux_bridge.study.leaks import require_trained_on
-from cellflux_bridge.study.plan import GUIDE, Cell, cell_folder, size_folder, sized
+from cellflux_bridge.study.plan import GUIDE, Cell, cell_digest, cell_folder, size_folder, sized
 from cellflux_bridge.study.pool import Pool, candidates, choose
+from cellflux_bridge.study.results import result_of
 from cellflux_bridge.study.settings import StudyConfig
 from cellflux_bridge.training.loop import fit, make_fabric
 
@@ -172,10 +173,11 @@ def _made(config: StudyConfig, patches: Patches, cell: Cell, train: np.ndarray, 
 
 def run_cell(config: StudyConfig, cell: Cell) -> None:
     """Train a cell's classifier and write `probabilities.npz` (val and test, (N, num_classes) float32, calibrated on
-    the validation split) and `result.json`; nothing where both are there. A stopped training goes on."""
-    folder, began = cell_folder(config, cell), time.monotonic()
-    if (folder / "result.json").exists():
+    the validation split) and `result.json`; nothing where they are there. A stopped training goes on."""
+    folder, digest, began = cell_folder(config, cell), cell_digest(config, cell), time.monotonic()
+    if result_of(config, cell) is not None:
         return
+    (folder / "result.json").unlink(missing_ok=True)
     config = sized(config, cell.size)
     patches = load_patches(config.data, seed=config.seed)
     train = patches.indices("train")
@@ -185,6 +187,11 @@ def run_cell(config: StudyConfig, cell: Cell) -> None:
     task = CellTask(config, patches, cell, train, made)
     folder.mkdir(parents=True, exist_ok=True)
     pace = {"checkpoint_every": config.train.steps, "validate_every": config.train.steps, "log_every": 100}
+    begun = folder / "training" / "digest.txt"
+    if not begun.exists() or begun.read_text() != digest:  # a stopped training of other settings does not go on
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        begun.parent.mkdir(parents=True)
+        begun.write_text(digest)
     newest = fit(task, config, config.train.model_copy(update=pace), folder=folder / "training", fabric=fabric)
     checkpoint.load_weights(newest, task.model)
     logits, cache = {}, config.output / "features" / safe_name(cell.backbone)
@@ -195,7 +202,8 @@ def run_cell(config: StudyConfig, cell: Cell) -> None:
     targets, weights = np.eye(len(patches.classes))[labels], balanced_weights(labels)
     temperature = fit_temperature(logits["val"], targets, weights)
     result: dict[str, Any] = {
-        **{key: value for key, value in cell._asdict().items()},
+        **cell._asdict(),
+        "digest": digest,
         "num_real": len(train),
         "num_made": 0 if made is None else len(made.patches),
         "steps": config.train.steps,

@@ -6,6 +6,7 @@
 <output>/cells/<size>/<backbone>/<arm>/<seed>/   result.json, probabilities.npz; error.txt where it failed
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import safe_name
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config import Config, load_config, merged, parse_overrides
-from cellflux_bridge.data.index import patch_index
+from cellflux_bridge.data.index import left_out, patch_index
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.study.settings import StudyConfig
 
 GUIDE = "guide_rgb"
+_PLACES = {"root", "without", "cache_dir", "workers"}
 Size = int | str
 
 
@@ -108,6 +110,24 @@ def generator_config(config: StudyConfig, making: Making) -> Config:
     translate = read.translate.model_copy(update={"split": "train", "num": None, "guidance": guidance})
     changes = {"data": sized(config, making.size).data, "seed": config.seed, "output": output, "translate": translate}
     return read.model_copy(update=changes | {"name": making.generator})
+
+
+def cell_digest(config: StudyConfig, cell: Cell) -> str:
+    """A hash of all that a cell's result depends on, but for where things are; with another hash it is made anew."""
+    arm = config.arms[cell.arm]
+    parts = {
+        "seed": (config.seed, cell.seed),
+        "data": sized(config, cell.size).data.model_dump(mode="json", exclude=_PLACES),
+        "without": left_out(config.data),
+        "arm": arm.model_dump(mode="json"),
+        "backbone": config.backbones[cell.backbone].model_dump(mode="json", exclude={"weights"}),
+        "train": config.train.model_dump(mode="json", exclude={"resume", "devices", "accelerator"}),
+    }
+    if arm.images is not None and config.generators[arm.images].config is not None:
+        read = generator_config(config, Making(cell.size, arm.images))
+        ignore = ("name", "output", *(f"data.{place}" for place in _PLACES), "translate.guidance.guides")
+        parts["generator"] = (read.flat(without=ignore), config.guide)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def directions(config: StudyConfig, making: Making) -> list[tuple[str, str]]:

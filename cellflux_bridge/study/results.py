@@ -5,7 +5,7 @@ replacement; the same draws serve all arms, so that differences are paired (clus
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import regular
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.base.statistics import COVERAGE
-from cellflux_bridge.study.plan import Cell, cell_folder, cells
+from cellflux_bridge.study.plan import Cell, cell_digest, cell_folder, cells
 from cellflux_bridge.study.settings import StudyConfig
 
 NUM_RESAMPLES = 2000
@@ -40,15 +40,21 @@ def draw(num_groups: int, num_seeds: int, *, seed: int) -> Draws:
     return Draws(counts(num_groups), counts(num_seeds))
 
 
-def finished(config: StudyConfig) -> Iterator[tuple[Cell, dict]]:
+def result_of(config: StudyConfig, cell: Cell) -> dict | None:
+    """What a cell's result.json holds; None where there is none, or that of other settings."""
+    file = cell_folder(config, cell) / "result.json"
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(regular(file).read_text(encoding="utf-8"))
+        return found if found["digest"] == cell_digest(config, cell) else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({error}); remove its folder, the cell is run again") from error
+
+
+def finished(config: StudyConfig) -> dict[Cell, dict]:
     """The cells that have a result, and it."""
-    for cell in cells(config):
-        file = cell_folder(config, cell) / "result.json"
-        if file.exists():
-            try:
-                yield cell, json.loads(regular(file).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{file}: damaged ({error}); remove its folder, the cell is run again") from error
+    return {cell: found for cell in cells(config) if (found := result_of(config, cell)) is not None}
 
 
 def probabilities(config: StudyConfig, cell: Cell, split: str, *, num: int, num_classes: int) -> np.ndarray:

@@ -25,11 +25,10 @@ from cellflux_bridge.study.leaks import require_no_leak
 from cellflux_bridge.study.results import finished
 from cellflux_bridge.study.settings import StudyConfig
 from cellflux_bridge.study.summary import write_summary
-from cellflux_bridge.training.run import claim, require_free
+from cellflux_bridge.training.run import claim
 
 # Trains the generator of a YAML file and translates in directions; a guide is trained alone, without directions.
 Make = Callable[[Path, str, Sequence[tuple[str, str]]], None]
-DONE = "done.txt"
 
 
 def describe(config: StudyConfig) -> list[str]:
@@ -52,7 +51,7 @@ def describe(config: StudyConfig) -> list[str]:
         f"{len(cells)} cells ({len(config.arms)} arms, {len(config.backbones)} backbones, {len(config.sizes)} sizes, "
         f"{config.seeds} seeds) of {steps} updates of {config.train.batch_size} patches"
     )
-    seconds = [result["seconds"] for _, result in finished(config)]
+    seconds = [result["seconds"] for result in finished(config).values()]
     if seconds:
         left = (len(cells) - len(seconds)) * np.mean(seconds)
         lines.append(
@@ -64,10 +63,9 @@ def describe(config: StudyConfig) -> list[str]:
 def run_study(config: StudyConfig, make: Make, *, workers: int, slurm: Mapping[str, Any] | None) -> list[Path]:
     """Do what is not done yet, then write the tables and figures of what is there; returns these.
 
-    `make` trains generators. Raises UserError for a leak before anything is trained, for a folder that holds another
-    study, and at the end where jobs failed; these are done again by the next call.
+    `make` trains generators. Raises UserError for a leak before anything is trained, and at the end where jobs failed.
+    The next call does these again, and what was made with other settings: arms, sizes and seeds may be added.
     """
-    require_free(config.output, config, ignore=(), resume="auto")
     claim(config.output, config)
     with writing(config.output):
         config, lines = require_no_leak(config)
@@ -76,7 +74,8 @@ def run_study(config: StudyConfig, make: Make, *, workers: int, slurm: Mapping[s
         run = partial(_run, workers=workers or _num_workers(config), slurm=slurm, logs=config.output / "slurm")
         failed = run(partial(_make_guide, config, make), config.sizes, desc="guides")
         failed += run(partial(_make_generator, config, make), plan.makings(config), desc="generators")
-        todo = [cell for cell in plan.cells(config) if not (plan.cell_folder(config, cell) / "result.json").exists()]
+        done = finished(config)
+        todo = [cell for cell in plan.cells(config) if cell not in done]
         failed += run(partial(_run_cell, config), todo, desc="cells")
         written = write_summary(config)
     if failed:

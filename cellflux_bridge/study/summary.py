@@ -90,7 +90,7 @@ def summarise(config: StudyConfig) -> tuple[list[Row], Primary | None]:
     """The rows of every arm of which all seeds are there, and the primary test where its arms are."""
     patches = load_patches(config.data, seed=config.seed)
     done: dict[tuple, list[Cell]] = {}
-    for cell, _ in finished(config):
+    for cell in finished(config):
         done.setdefault(cell[:3], []).append(cell)
     whole = {key: of for key, of in done.items() if len(of) == config.seeds}
     rows, sums_of, draws = [], {}, _draws(patches, "test", config)
