@@ -31,6 +31,7 @@ KINDS = {
     "codec": "cellflux_bridge.codec",
     "velocity": "cellflux_bridge.velocity",
     "transport": "cellflux_bridge.transport",
+    "augmentation": "cellflux_bridge.augmentation",
 }
 _NOT_COMPONENTS = {"base", "settings", "integrate"}
 
