@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from cellflux_bridge.config.root import merged
 from cellflux_bridge.data.settings import DataConfig
 from cellflux_bridge.images import write_png
 
@@ -63,7 +64,8 @@ def patch_folder(tmp_path, make_patches) -> Path:
 def write_config() -> Callable[..., Path]:
     """`write_config(tmp_path, data={...}, train={...}) -> Path` of a complete small run in YAML.
 
-    A section that is given is merged over the small defaults, key by key; other values replace them.
+    A section that is given is merged over the small defaults, key by key; other values, and components of another name,
+    replace them.
     """
 
     def write(tmp_path: Path, *, file: str = "tiny.yaml", **sections: Any) -> Path:
@@ -73,10 +75,8 @@ def write_config() -> Callable[..., Path]:
             "velocity": {"name": "unet", "channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": []},
             "train": {"steps": 4, "batch_size": 8, "warmup_steps": 0, "accelerator": "cpu", "sample_every": 0},
         }
-        for key, value in sections.items():
-            data[key] = {**data[key], **value} if isinstance(value, dict) and key in data else value
         path = tmp_path / file
-        path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+        path.write_text(yaml.safe_dump(merged(data, sections), sort_keys=False), encoding="utf-8")
         return path
 
     return write

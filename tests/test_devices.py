@@ -47,6 +47,10 @@ def test_the_pretended_gpu_notices(mistake):
         ({"method": "path"}, {"condition": {"target": "class"}, "path": {"name": "straight"}}),
         ({"method": "path", "reverse": True}, {"condition": {"target": "class"}, "path": {"name": "straight"}}),
         ({"method": "path", "solver": "dopri5", "guidance_scale": 2.0}, {}),
+        (
+            {"method": "path", "guidance_scale": 2.0},
+            {"velocity": {"name": "dit", "width": 16, "depth": 1, "heads": 2, "patch": 4}},
+        ),
         ({"method": "progression", "guidance_scale": 2.0}, {"path": {"name": "brownian"}}),
         ({"method": "progression", "guidance": {"form": "endpoint"}, "noise_resampling": 1.0}, {}),
         ({"method": "progression", "guidance": {"form": "endpoint"}}, {"path": {"name": "brownian"}}),
@@ -54,7 +58,16 @@ def test_the_pretended_gpu_notices(mistake):
         ({"method": "progression", "calibrate": "probability", "calibrate_each": True, "noise_resampling": 0.5}, {}),
         (
             {"method": "progression", "calibrate": "distance", "calibrate_each": True},
-            {"velocity": {"name": "adm", "channels": 32, "head_channels": 16}},
+            {
+                "velocity": {
+                    "name": "adm",
+                    "channels": 32,
+                    "multipliers": [1, 2],
+                    "blocks": 1,
+                    "head_channels": 16,
+                    "attention": [],
+                }
+            },
         ),
         ({"method": "depth", "guidance": {"form": "score"}}, FROM_NOISE),
         ({"method": "depth", "conditions": "rising", "depths": "full"}, FROM_NOISE),

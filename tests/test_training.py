@@ -559,6 +559,24 @@ def task(patch_folder, tmp_path, write_config) -> FlowTask:
     return FlowTask(*resolved(write_config(tmp_path, train={"batch_size": 8, "validate_pairs": 16})))
 
 
+@pytest.mark.parametrize(
+    "velocity",
+    [
+        {"name": "adm", "channels": 32, "multipliers": [1, 2], "blocks": 1, "head_channels": 16, "attention": []},
+        {"name": "dit", "width": 16, "depth": 1, "heads": 2, "patch": 4},
+    ],
+    ids=lambda velocity: velocity["name"],
+)
+def test_a_network_of_another_name_trains_and_is_loaded(patch_folder, tmp_path, write_config, velocity):
+    file = write_config(tmp_path, velocity=velocity, train={"steps": 3, "log_every": 1, "validate_pairs": 8})
+    found = train(file, tmp_path / "run")
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3]
+    network = checkpoint.load_network(found, lambda: build_flow(checkpoint.read_config(found))[1])
+    assert type(network).__name__.lower() == velocity["name"]
+    weights = load_file(found / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+
+
 def test_a_batch_depends_on_its_number_and_rank_alone(task):
     one, again = (task.states(task.batch(3, rank=0)) for _ in range(2))
     for name in ("t", "x_t", "u_t"):

@@ -10,9 +10,11 @@ from cellflux_bridge.condition.level import Level
 from cellflux_bridge.condition.source_class import SourceClass
 from cellflux_bridge.condition.source_image import SourceImage
 from cellflux_bridge.condition.target_class import TargetClass
+from cellflux_bridge.config import registry
 from cellflux_bridge.transport.integrate import integrate
 from cellflux_bridge.velocity.adm import ADM
 from cellflux_bridge.velocity.base import _BOUNDS, as_velocity, sinusoidal
+from cellflux_bridge.velocity.dit import DiT
 from cellflux_bridge.velocity.unet import UNet
 
 CLASSES = 3
@@ -46,12 +48,20 @@ def make_adm(spec: ConditionSpec, *, image_channels: int = 3, **options) -> ADM:
     return ADM(image_channels, spec, **settings)
 
 
-MAKERS = {"unet": make_unet, "adm": make_adm}
+def make_dit(spec: ConditionSpec, *, image_channels: int = 3, **options) -> DiT:
+    return DiT(image_channels, spec, **{"width": 16, "depth": 2, "heads": 2, "patch": 4, **options})
+
+
+MAKERS = {"unet": make_unet, "adm": make_adm, "dit": make_dit}
 
 
 @pytest.fixture(params=MAKERS)
 def make(request):
     return MAKERS[request.param]
+
+
+def test_every_network_is_tested():
+    assert set(MAKERS) == set(registry.names("velocity"))
 
 
 def perturbed(network: nn.Module) -> nn.Module:
@@ -104,6 +114,7 @@ def test_patches_fold_and_unfold(patch):
     assert perturbed(network)(t, x, cond).shape == x.shape
 
 
+@pytest.mark.parametrize("make", [make_unet, make_adm])
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 1, 2)])
 def test_stride_is_the_least_size_that_goes_through(make, multipliers):
     network = make(spec_of(), multipliers=multipliers, attention=())
@@ -212,6 +223,7 @@ def test_levels_between_those_trained_give_velocities_between():
     assert steps.max() < 0.1 * (v[-1] - v[0]).norm()  # no jump between neighbouring levels
 
 
+@pytest.mark.parametrize("make", [make_unet, make_adm])
 @pytest.mark.parametrize("attention", [(2,), (-1,), (0, 5)])
 def test_attention_outside_the_levels_is_refused(make, attention):
     with pytest.raises(UserError, match=r"velocity\.attention.*outside 0\.\.1"):
@@ -221,6 +233,73 @@ def test_attention_outside_the_levels_is_refused(make, attention):
 def test_adm_refuses_channels_that_its_groups_cannot_share():
     with pytest.raises(UserError, match=r"velocity\.channels: 48"):
         make_adm(spec_of(), channels=48)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 8])
+def test_the_patch_of_a_transformer_is_its_stride(patch):
+    network = make_dit(spec_of(source_image=True), patch=patch)
+    assert network.stride == patch
+    t, x, cond = inputs(2)
+    assert network(t, x, cond).shape == x.shape
+
+
+def test_a_transformer_refuses_heads_that_do_not_divide_its_width():
+    with pytest.raises(UserError, match=r"velocity\.heads: 3 does not divide velocity\.width=16"):
+        make_dit(spec_of(), heads=3)
+
+
+def test_a_transformer_knows_rows_and_columns_and_puts_patches_back_where_they_were():
+    network = perturbed(make_dit(spec_of(), predict="velocity"))
+    t, x, cond = inputs(1, size=16)
+    v = network(t, torch.zeros_like(x), cond)
+    patches = v.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)[0]
+    assert (torch.pdist(patches.flatten(0, 1)) > 1e-3).all()  # of equal patches, so by their positions alone
+    moved = x.clone()
+    moved[:, :, 4:8, 8:12] += 1
+    difference = (network(t, moved, cond) - network(t, x, cond)).abs()
+    change = torch.nn.functional.avg_pool2d(difference, 4).mean((0, 1))
+    assert change.argmax() == 1 * 4 + 2
+
+
+def test_a_transformers_blocks_are_the_identity_before_training():
+    network = make_dit(spec_of())
+    h, embedding = torch.randn(4, 5, 16, generator=generator()), torch.randn(4, 16, generator=generator(1))
+    assert all(torch.equal(block(h, embedding), h) for block in network.blocks)
+    perturbed(network)
+    assert all(not same(block(h, embedding), h) for block in network.blocks)
+
+
+def test_gradients_reach_every_weight_once_the_zeros_are_left(make):
+    network = perturbed(make(spec_of(target="level", source_image=True)))
+    t, x, cond = inputs()
+    network(t, x, cond.drop(torch.tensor([True, False, False, False]))).square().sum().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_a_network_is_built_without_memory_and_runs_there(make):
+    with torch.device("meta"):
+        network = make(spec_of())
+        t, x, cond = (v.to(torch.device("meta")) for v in inputs())
+        assert network(t, x, cond).shape == x.shape
+    assert all(p.is_meta for p in network.parameters())
+
+
+def test_a_network_learns_what_its_condition_decides(make):
+    torch.manual_seed(0)
+    network = make(spec_of(source_class=False), predict="velocity")
+    t, x, cond = inputs(12)
+    ramp = torch.linspace(-1, 1, 8).view(1, 1, 1, 8)
+    wanted = (cond.target_class.view(-1, 1, 1, 1) - 1) * ramp + 0 * x
+    optimiser, losses = torch.optim.Adam(network.parameters(), lr=5e-3), []
+    for _ in range(60):
+        loss = (network(t, x, cond) - wanted).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    moved = network(t, x, changed(cond, target_class=(cond.target_class + 1) % CLASSES))
+    assert not same(moved, network(t, x, cond))
 
 
 def test_conditions_join_along_the_batch():
@@ -326,11 +405,12 @@ def test_an_absent_part_is_neither_empty_nor_a_dropped_condition():
     torch.testing.assert_close(network(t.repeat(2), x.repeat(2, 1, 1, 1), joined)[:4], v)
 
 
+@pytest.mark.parametrize("make", [make_unet, make_dit])
 @pytest.mark.parametrize("part", [Corners, Mask])
-def test_tokens_are_attended_to_and_maps_laid_beside_and_both_are_dropped(part):
+def test_tokens_are_attended_to_and_maps_laid_beside_and_both_are_dropped(make, part):
     torch.manual_seed(0)
     spec = spec_of(more=(part,))
-    network, t, x = perturbed(make_unet(spec)), torch.full((4,), 0.5), FIELDS["x0"]
+    network, t, x = perturbed(make(spec)), torch.full((4,), 0.5), FIELDS["x0"]
     cond, other = told(spec), told(spec, x0=-FIELDS["x0"])
     assert not same(network(t, x, cond), network(t, x, other))
     mask = torch.tensor([True, False, False, True])

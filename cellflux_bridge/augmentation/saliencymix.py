@@ -25,24 +25,23 @@ class SaliencyMix(CutMix):
 def saliency(images: torch.Tensor) -> torch.Tensor:
     """Saliency (B, H, W) >= 0 of images (B, C, H, W): how much a pixel differs from its surrounds.
 
-    Montabone & Soto, "Human detection using a mobile platform and novel features derived from a visual saliency
+    After Montabone & Soto, "Human detection using a mobile platform and novel features derived from a visual saliency
     mechanism" (2010), with the numbers of OpenCV: grey g (here the mean of the channels) is blurred twice by the 3 x 3
     binomial, and s_r is the mean of the (2 r + 1)^2 pixels about a pixel that lie in the image, less the pixel, for
-    r = 12, 24, 28, 48, 56, 112. on = sum_r max(g - s_r, 0) and off = sum_r max(s_r - g, 0), each divided by its maximum
-    over the image, are added. OpenCV rounds down to 8 bits on the way, this does not.
+    r = 12, 24, 28, 48, 56, 112. Saliency is sum_r |g - s_r|. OpenCV divides the sums of bright and of dark differences
+    by their maxima before it adds them, so that the brightest and the darkest pixel tie, and in an image with one dark
+    spot noise ties with the spot. That is left out, and so is the rounding to 8 bits.
     """
     grey = images.mean(dim=1, keepdim=True)
     for _ in range(2):
         grey = F.avg_pool2d(F.avg_pool2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), 2, 1), 2, 1)
     grey = grey[:, 0]
-    on, off = torch.zeros_like(grey), torch.zeros_like(grey)
+    found = torch.zeros_like(grey)
     for reach in _REACHES:
         rows, columns = (_near(side, reach).to(grey) for side in grey.shape[1:])
         others = (rows.sum(1)[:, None] * columns.sum(1) - 1).clamp(min=1)
-        difference = grey - (rows @ grey @ columns - grey) / others
-        on += difference.clamp(min=0)
-        off += (-difference).clamp(min=0)
-    return sum(part / part.amax((1, 2), keepdim=True).clamp(min=1e-12) for part in (on, off))
+        found += (grey - (rows @ grey @ columns - grey) / others).abs()
+    return found
 
 
 def _near(side: int, reach: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ def build_flow(config: Config) -> tuple[Path, Velocity]:
     if config.data.image_size % (stride := codec.stride * network.stride):
         raise UserError(
             f"data.image_size={config.data.image_size}: not divisible by the network's stride {stride} "
-            f"({config.velocity['name']}); choose a multiple, or fewer velocity.multipliers"
+            f"({config.velocity['name']}); choose a multiple, or a smaller velocity.patch or fewer velocity.multipliers"
         )
     return path, network
 
