@@ -155,7 +155,8 @@ def test_the_end_of_the_way_weighs_as_if_a_fifth_remained(make):
 
 @pytest.mark.parametrize("target", ["class", "level"])
 def test_time_state_and_condition_matter(make, target):
-    network = perturbed(make(spec_of(target=target, source_class=True, source_image=True)))
+    # The output itself: the velocity of a predicted endpoint depends on time and state by its definition.
+    network = perturbed(make(spec_of(target=target, source_class=True, source_image=True), predict="velocity"))
     t, x, cond = inputs()
     v = network(t, x, cond)
     told = (
@@ -267,6 +268,18 @@ def test_a_transformers_blocks_are_the_identity_before_training():
     assert all(torch.equal(block(h, embedding), h) for block in network.blocks)
     perturbed(network)
     assert all(not same(block(h, embedding), h) for block in network.blocks)
+
+
+def test_every_modulation_of_a_transformer_has_a_use():
+    network = perturbed(make_dit(spec_of()))
+    network(*inputs()).square().sum().backward()
+    assert all((layer.modulation.bias.grad != 0).all() for layer in (*network.blocks, network))
+
+
+def test_a_transformer_is_dit_s_that_predicts_the_end_by_default():
+    published = {"width": 384, "depth": 12, "heads": 6, "mlp_ratio": 4.0, "dropout": 0.0}
+    found = registry.validate("velocity", "dit", key="velocity")
+    assert found == {"name": "dit", **published, "patch": 8, "predict": "endpoint"}
 
 
 def test_gradients_reach_every_weight_once_the_zeros_are_left(make):
@@ -419,6 +432,13 @@ def test_tokens_are_attended_to_and_maps_laid_beside_and_both_are_dropped(make, 
     assert all(not same(v[i], w[i]) for i in (1, 2))
     network.train()(t, x, cond.drop(mask)).square().sum().backward()
     assert network.condition.nulls[part.name].grad.abs().sum() > 0
+
+
+def test_a_transformers_output_is_of_its_patches_not_of_its_tokens():
+    network = perturbed(make_dit(spec_of(more=(Corners,)), predict="velocity"))
+    v = network(torch.full((4,), 0.5), FIELDS["x0"], told(network.spec, x0=torch.ones(4, 3, 8, 8)))  # equal tokens
+    patches = v.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    assert all((torch.pdist(of_one) > 1e-3).all() for of_one in patches)
 
 
 def test_a_network_refuses_parts_that_it_cannot_use():
