@@ -12,7 +12,11 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.walk import image_files
 from cellflux_bridge.data.layout.base import split_of
 from cellflux_bridge.data.layout.folder import Folder
-from cellflux_bridge.images import write_png
+from cellflux_bridge.data.layout.trajectory import Trajectory as TrajectoryLayout
+from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.soft_labels import soft_labels
+from cellflux_bridge.images import read_rgb, write_png
+from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryWriter, linear_soft_labels
 
 
 @pytest.fixture
@@ -311,3 +315,54 @@ def test_a_manifest_reaches_outside_of_the_root_only_where_the_user_says_so(mani
 def test_a_root_behind_a_link_is_its_own_inside(manifest, tmp_path):
     os.symlink(manifest("path,label\nA/1.png,A\n"), tmp_path / "link")
     assert list(read(tmp_path / "link")) == ["A/1.png"]
+
+
+# Trajectories
+
+
+@pytest.fixture
+def stairs(tmp_path):
+    """A trajectory folder of two sequences of A to B, of the classes given, at levels 0, 0.25, 0.75 and 1."""
+
+    def make(classes: tuple[str, ...] = ("A", "B")) -> Path:
+        header = TrajectoryHeader("progression", "A", "B", classes, (0.0, 0.25, 0.75, 1.0), "0@1", mpp=0.5)
+        writer = TrajectoryWriter(tmp_path / "stairs", header)
+        frames = np.arange(8, dtype=np.uint8).reshape(4, 2, 1, 1, 1) + np.zeros((4, 2, 3, 8, 8), np.uint8)
+        labels = linear_soft_labels(header, 2)
+        writer.append(Trajectory(header, frames, labels, ("one", "two"), (1, 1), (0, 0)), numbers=[0, 1])
+        writer.finish()
+        return tmp_path / "stairs"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [("inner", [0.25, 0.75]), ("ends", [0.0, 1.0]), ("all", [0.0, 0.25, 0.75, 1.0])],
+)
+def test_frames_of_a_trajectory_are_patches_with_soft_labels(stairs, frames, expected):
+    found = TrajectoryLayout(stairs(), frames=frames).records()
+    assert sorted({record.score for record in found}) == expected
+    assert len(found) == 2 * len(expected)
+    assert {record.group for record in found} == {"one", "two"}
+    assert all(record.label == ("B" if record.score > 0.5 else "A") for record in found)
+    assert {(record.split, record.mpp) for record in found} == {("train", 0.5)}
+    for record in found:
+        level = (0.0, 0.25, 0.75, 1.0).index(record.score)
+        assert read_rgb(record.file)[0, 0, 0] == 2 * level + (record.group == "two")
+
+
+def test_a_soft_label_over_a_third_class_is_no_score(stairs):
+    folder = stairs(("A", "C", "B"))
+    assert len(TrajectoryLayout(folder).records()) == 8
+    manifest = folder / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("0.75,0,0.25", "0.5,0.5,0"))
+    with pytest.raises(UserError, match=r"line \d: a soft label over other classes than A and B"):
+        TrajectoryLayout(folder).records()
+
+
+def test_a_trajectory_trains_a_classifier_of_soft_labels(stairs, data_config):
+    config = data_config(stairs(), layout="trajectory", image_size=8, split={"val": 0, "test": 0})
+    patches = load_patches(config, seed=0)
+    labels = soft_labels(patches, "score", needed=patches.indices("train"), key="k")
+    assert sorted(labels[:, 1].tolist()) == [0, 0, 0.25, 0.25, 0.75, 0.75, 1, 1]
