@@ -435,3 +435,16 @@ def test_a_study_makes_its_images_trains_and_tells(study, tmp_path, write_config
     assert (tmp_path / "study" / "sizes" / "6" / "flow" / "trajectories").is_dir()
     result = json.loads((tmp_path / "study" / "cells" / "6" / "small" / "stair" / "0" / "result.json").read_text())
     assert result["num_made"] == result["num_real"] == 12
+    # A chapter of the report, which runs nothing that the file says.
+    file = tmp_path / "study" / "study.json"
+    file.write_text(file.read_text().replace('"name": "study"', '"name": "study <script>alert(1)</script>"'))
+    main(["report", str(tmp_path / "study"), "--output", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "Study: study &lt;script&gt;" in page
+    assert "<script>alert" not in page
+    assert page.count('class="images-and-augmentation"') == 2
+    assert "Primary test (size 6, small" in page
+    assert page.count("data:image/png") == 1
+    file.write_text(file.read_text().replace('"p_holm"', '"p_hol"'))
+    with pytest.raises(SystemExit, match=r"study.json: rows.0.p_holm.*cellflux-bridge study STUDY.yaml"):
+        main(["report", str(tmp_path / "study"), "--output", str(tmp_path / "page.html")])

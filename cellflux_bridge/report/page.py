@@ -27,6 +27,7 @@ from cellflux_bridge.report.figures import write_figures
 from cellflux_bridge.report.gallery import Gallery, Segment
 from cellflux_bridge.report.media import Film, Stills, films, stills
 from cellflux_bridge.report.runs import Chapter, Method, file_inside, load_chapters
+from cellflux_bridge.report.studies import is_study, load_studies
 from cellflux_bridge.report.warnings import warnings_of
 
 # Bytes of the page; of them the pictures', which leaves the rest to words, curves and numbers; of the pictures' again
@@ -46,7 +47,7 @@ _USES = {
 def write_report(
     runs: Sequence[Path], output: Path, *, num_sequences: int = 50, segment: Segment | None = None
 ) -> tuple[Path, list[Path]]:
-    """Write the page `output` (.html) about run folders, and `figures/` beside it; returns the page and the figures.
+    """Write the page `output` (.html) about runs and studies, and `figures/` beside it; returns page and figures.
 
     Of each transition at most `num_sequences` sources are shown, fewer where the page would grow beyond 15 MB.
     `segment` finds nuclei, RGB uint8 (H, W, 3) -> labels (H, W) int32, by default as the run's cellularity.json counted
@@ -57,12 +58,14 @@ def write_report(
         raise UserError(f"--output {output}: expected a name that ends in .html")
     if num_sequences < 1:
         raise UserError(f"--sequences {num_sequences}: expected at least 1")
-    chapters = load_chapters(runs)
+    studies = load_studies([run for run in runs if is_study(run)])
+    chapters = load_chapters([run for run in runs if not is_study(run)])
     output.parent.mkdir(parents=True, exist_ok=True)
     views, figures = [], []
     beside = [stills(chapter, budget=_MOST_OF_STILLS // len(chapters)) for chapter in chapters]
     videos = films(chapters, budget=_MOST_OF_FILMS)
     left = _MOST_SEEN - sum(of.stored for of in beside) - sum(film.stored for of in videos for film in of)
+    left -= sum(len(study.made or "") for study in studies)
     for place, chapter in enumerate(chapters):
         budget = left // (len(chapters) - place)
         segment_of = _as_counted if segment is None else lambda method: segment
@@ -76,8 +79,9 @@ def write_report(
     templates.globals |= {"charts": charts, "tables": tables, "number": number, "interval": interval}
     templates.globals["verdict_words"] = WORDS
     text = templates.get_template("page.html").render(
-        title=" · ".join(dict.fromkeys(chapter.title for chapter in chapters)),
+        title=" · ".join(dict.fromkeys([*(chapter.title for chapter in chapters), *(s.record.name for s in studies)])),
         runs=[run for chapter in chapters for run in chapter.runs],
+        studies=studies,
         chapters=views,
         **{name: Markup(templates.loader.get_source(templates, f"page.{name}")[0]) for name in ("css", "js")},
         uses=_USES,

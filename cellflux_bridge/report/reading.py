@@ -14,6 +14,7 @@ from cellflux_bridge.base.files import regular
 from cellflux_bridge.cellularity.along import FORMAT as CELLULARITY_FORMAT
 from cellflux_bridge.cellularity.parameters import Parameters, Scale
 from cellflux_bridge.metrics.results import FORMAT as METRICS_FORMAT
+from cellflux_bridge.study.settings import FORMAT as STUDY_FORMAT
 
 _MOST_BYTES = 1 << 29
 _Number = Annotated[float, Field(allow_inf_nan=False)] | None
@@ -148,13 +149,53 @@ class Cellularity(_Part):
     real_by_level: tuple[Figure, ...] = ()
 
 
-_Model = TypeVar("_Model", Metrics, Cellularity)
+_Interval = tuple[_Number, _Number, _Number]
+
+
+class StudyArm(_Part):
+    """An arm at a size with a backbone ("" for a baseline without one); figures are value, low and high."""
+
+    size: int | str
+    backbone: str
+    arm: str
+    family: str
+    seeds: _Count
+    val_balanced_accuracy: _Number
+    figures: dict[str, _Interval]
+    difference: _Interval | None
+    p: _Number
+    p_holm: _Number
+
+
+class PrimaryTest(_Part):
+    arm: str
+    against: str
+    difference: _Interval
+    p: _Number
+
+
+class Study(_Part):
+    """study.json."""
+
+    name: str
+    base: str
+    primary: PrimaryTest | None
+    primary_words: str
+    rows: Annotated[tuple[StudyArm, ...], Field(max_length=100_000)]
+    notes: tuple[str, ...]
+
+
+_Model = TypeVar("_Model", Metrics, Cellularity, Study)
 # The format that is read of each file, and the command that makes it.
-_MADE = {Metrics: (METRICS_FORMAT, "evaluate"), Cellularity: (CELLULARITY_FORMAT, "cellularity")}
+_MADE = {
+    Metrics: (METRICS_FORMAT, "evaluate TRAJECTORY ... --output {}"),
+    Cellularity: (CELLULARITY_FORMAT, "cellularity TRAJECTORY ... --output {}"),
+    Study: (STUDY_FORMAT, "study STUDY.yaml"),
+}
 
 
 def read(file: Path, model: type[_Model]) -> _Model:
-    """metrics.json or cellularity.json. UserError names what is wrong and the command that makes the file again."""
+    """The JSON file of a run or study. UserError names what is wrong and the command that makes the file again."""
     known, command = _MADE[model]
     try:
         if regular(file).stat().st_size > _MOST_BYTES:
@@ -168,4 +209,4 @@ def read(file: Path, model: type[_Model]) -> _Model:
         wrong = ".".join(map(str, problem["loc"])) + f": {problem['msg']}" + f" (and {len(others)} more)" * bool(others)
     except (OSError, ValueError, RecursionError) as error:
         wrong = f"cannot be read ({error})"
-    raise UserError(f"{file}: {wrong}; make it again with: cellflux-bridge {command} TRAJECTORY ... --output {file}")
+    raise UserError(f"{file}: {wrong}; make it again with: cellflux-bridge {command.format(file)}")

@@ -12,6 +12,7 @@ from cellflux_bridge.config import Root, registry
 from cellflux_bridge.config.schema import Count, Few, Section, nearest
 from cellflux_bridge.data.settings import DataConfig
 
+FORMAT = 1  # of study.json
 Ratio = Annotated[float, Field(gt=0, le=100)]
 
 

@@ -11,8 +11,10 @@ from cellflux_bridge.classifier.scores import colour_probabilities
 from cellflux_bridge.data.compression import compare, encoding
 from cellflux_bridge.data.index import list_records
 from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.images import write_png
+from cellflux_bridge.images.panels import named_rows
 from cellflux_bridge.study.figures import write_figures
-from cellflux_bridge.study.plan import Cell, sized
+from cellflux_bridge.study.plan import Cell, generator_config, makings, sized
 from cellflux_bridge.study.results import (
     FIGURES,
     Draws,
@@ -27,9 +29,11 @@ from cellflux_bridge.study.results import (
     resampled,
     sums,
 )
-from cellflux_bridge.study.settings import StudyConfig
+from cellflux_bridge.study.settings import FORMAT, StudyConfig
+from cellflux_bridge.trajectory import load_trajectory
 
 COLOUR = "colour alone"
+_COLUMNS = 11
 _MOST_FILES = 500  # of which compression is compared
 
 
@@ -68,13 +72,40 @@ def write_summary(config: StudyConfig) -> list[Path]:
     notes = (config.output / "checks.txt").read_text(encoding="utf-8").splitlines() + _compression(config)
     lines += ["| " + " | ".join(line) + " |" for line in (table[0], ["---"] * len(table[0]), *table[1:])]
     lines += ["", *(f"- {note}" for note in (*_NOTES, *notes)), ""]
+    (output / "figures").mkdir(exist_ok=True)
     written = [output / f"study.{kind}" for kind in ("md", "csv", "tex", "json")]
     replace_text(written[0], "\n".join(lines))
     replace_text(written[1], csv_text(_long(rows)))
     replace_text(written[2], _latex(table))
-    found = {"rows": [row._asdict() for row in rows], "primary": primary and primary._asdict()}
+    found = {
+        "format": FORMAT,
+        "name": config.name,
+        "base": config.base,
+        "primary": primary and primary._asdict(),
+        "primary_words": _primary_words(config, primary)[0].replace("**", ""),
+        "rows": [row._asdict() for row in rows],
+        "notes": [*_NOTES, *notes],
+    }
     replace_text(written[3], json.dumps(without_nan(found), indent=1) + "\n")
-    return written + write_figures(rows, output / "figures", base=config.base)
+    write_png(output / "figures" / "made.png", _made_sheet(config))
+    return [*written, output / "figures" / "made.png", *write_figures(rows, output / "figures", base=config.base)]
+
+
+def _made_sheet(config: StudyConfig) -> np.ndarray:
+    """Rows of real patches of every class and of what each generator made: of stairs the first sequence of every
+    direction, otherwise first images of level 1."""
+    patches, rows = load_patches(config.data, seed=config.seed), {}
+    for label in patches.classes:
+        chosen = patches.sample("train", label, num=_COLUMNS, seed=config.seed)
+        rows[f"real, {label}"] = list(patches.centre(chosen).numpy().transpose(0, 2, 3, 1))
+    for making in makings(config):
+        for folder in sorted((generator_config(config, making).output / "trajectories").glob("*/trajectory.json")):
+            found = load_trajectory(folder.parent, num=_COLUMNS)
+            is_stair = len(found.header.levels) > 2
+            frames = found.frames[:, 0] if is_stair else found.frames[-1]
+            name = f"size {making.size}, {making.generator}: {found.header.source} to {found.header.target}"
+            rows[name] = list(frames[:_COLUMNS].transpose(0, 2, 3, 1))
+    return named_rows(rows, scale=max(1, 64 // patches.preprocessing.image_size))
 
 
 _NOTES = (
