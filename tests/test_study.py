@@ -380,6 +380,27 @@ def test_a_failed_job_is_recorded_the_others_go_on_and_only_it_is_done_again(stu
     assert [path.stat().st_mtime_ns for path in done] == stamps
 
 
+@pytest.mark.parametrize("how", [{"workers": 2, "slurm": None}, {"workers": 1, "slurm": {"cluster": "debug"}}])
+def test_jobs_give_the_same_in_other_processes_and_as_an_array(study, tmp_path, how):
+    if how["slurm"]:
+        pytest.importorskip("submitit")
+    config, alone = study(seeds=2), study(seeds=2, output=str(tmp_path / "alone"))
+    written = run_study(config, fails_to_make, **how)
+    assert config.output / "study.md" in written
+    run_cell(alone, Cell("all", "small", "base", 1))
+    options = {"num": len(load_patches(config.data, seed=0).indices("test")), "num_classes": 2}
+    first, second = (
+        results.probabilities(of, Cell("all", "small", "base", 1), "test", **options) for of in (config, alone)
+    )
+    np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+def test_wrong_slurm_parameters_are_named(study):
+    pytest.importorskip("submitit")
+    with pytest.raises(UserError, match=r"--slurm: .*partitoin"):
+        run_study(study(), fails_to_make, workers=1, slurm={"cluster": "local", "partitoin": "gpu"})
+
+
 def write_cell(config, cell: Cell, values: dict[str, np.ndarray]) -> None:
     folder = cell_folder(config, cell)
     folder.mkdir(parents=True)
