@@ -401,6 +401,26 @@ def test_wrong_slurm_parameters_are_named(study):
         run_study(study(), fails_to_make, workers=1, slurm={"cluster": "local", "partitoin": "gpu"})
 
 
+def test_what_cannot_be_built_is_refused_before_anything_is_trained(study, tmp_path, write_config):
+    guided = {"translate": {"method": "progression", "guidance": {"form": "score"}}, "condition": {"target": "level"}}
+    write_config(tmp_path, file="guided.yaml", **guided)
+    write_config(tmp_path, file="deep.yaml", velocity={"multipliers": [1, 2, 2, 2, 2, 2]})
+    arms = {"base": {}, "x": {"images": "g"}}
+    for keys, message in (
+        ({"backbones": {"x": {"name": "resnet5O"}}}, "did you mean 'resnet"),
+        ({"backbones": {"x": {"name": "inception_v3"}}}, "inception_v3 cannot see patches of 16 px"),
+        (
+            {"generators": {"g": {"config": "guided.yaml"}}, "arms": arms},
+            r"generators.g: .*form=score asks a guide",
+        ),
+        ({"generators": {"g": {"config": "deep.yaml"}}, "arms": arms}, "data.image_size=16: not divisible"),
+    ):
+        config = study(**keys)
+        with pytest.raises(UserError, match=message):
+            run_study(config, fails_to_make, workers=1, slurm=None)
+        assert not config.output.exists()
+
+
 def write_cell(config, cell: Cell, values: dict[str, np.ndarray]) -> None:
     folder = cell_folder(config, cell)
     folder.mkdir(parents=True)

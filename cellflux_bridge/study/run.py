@@ -19,7 +19,9 @@ from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.data.index import patch_index
 from cellflux_bridge.data.layout.base import SPLITS
+from cellflux_bridge.flow.network import build_flow
 from cellflux_bridge.study import plan
+from cellflux_bridge.study.backbones import PRESETS, Backbone
 from cellflux_bridge.study.cell import run_cell
 from cellflux_bridge.study.leaks import require_no_leak
 from cellflux_bridge.study.results import finished
@@ -60,12 +62,32 @@ def describe(config: StudyConfig) -> list[str]:
     return lines
 
 
+def _require_buildable(config: StudyConfig) -> None:
+    """UserError, before anything is trained, for a backbone or a generator that cannot be built."""
+    classes = len(patch_index(config.data, seed=config.seed).classes)
+    with torch.device("meta"):
+        for backbone in config.backbones.values():
+            if backbone.name not in PRESETS:  # those need their weights, and say so in their cells
+                untrained = backbone.model_copy(update={"pretrained": False})
+                Backbone(untrained, classes, patch_size=config.data.image_size)
+        for making in plan.makings(config):
+            kind, found = config.generators[making.generator].kind, plan.generator_config(config, making)
+            if kind == "flow":
+                build_flow(found)
+            if (form := found.translate.guidance.form) in ("score", "bridge", "sharpen"):
+                raise UserError(
+                    f"generators.{making.generator}: translate.guidance.form={form} asks a guide of states, which a "
+                    "study does not train; set endpoint or none"
+                )
+
+
 def run_study(config: StudyConfig, make: Make, *, workers: int, slurm: Mapping[str, Any] | None) -> list[Path]:
     """Do what is not done yet, then write the tables and figures of what is there; returns these.
 
     `make` trains generators. Raises UserError for a leak before anything is trained, and at the end where jobs failed.
     The next call does these again, and what was made with other settings: arms, sizes and seeds may be added.
     """
+    _require_buildable(config)
     claim(config.output, config)
     with writing(config.output):
         config, lines = require_no_leak(config)
