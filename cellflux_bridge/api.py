@@ -15,6 +15,7 @@ from cellflux_bridge.classifier.guides import seen_by
 from cellflux_bridge.cli.places import configuration
 from cellflux_bridge.config import load_config, parse_overrides, registry
 from cellflux_bridge.config.registry import trusting
+from cellflux_bridge.data.layout.folder import Folder
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.flow.network import build_flow
 from cellflux_bridge.training.run import differences
@@ -44,9 +45,10 @@ class Bridge(FlowTranslator):
         """Train a flow and the classifiers that its translations ask, and load it; a stopped training goes on.
 
         `where` is a folder of patches (trained as configs/own.yaml says), a YAML file, or a run's folder. `source` and
-        `target` are classes: level 0 and level 1. The training ends after `steps` updates or, instead, `minutes`, in
-        which case the learning rate stays as it is. `device` is cpu, cuda, cuda:1 or mps; `output` the run's folder
-        (runs/<name of `where`>). `overrides` are further `key.sub=value` settings. Raises UserError as the commands do.
+        `target` are classes: level 0 and level 1; other classes of a folder are left out. The training ends after
+        `steps` updates or, instead, `minutes`, in which case the learning rate stays as it is. `device` is cpu, cuda,
+        cuda:1 or mps; `output` the run's folder (runs/<name of `where`>). `overrides` are further `key.sub=value`
+        settings. Raises UserError as the commands do.
         """
         from cellflux_bridge.cli import train, train_classifier
 
@@ -55,6 +57,10 @@ class Bridge(FlowTranslator):
         if path.is_dir() and not (path / checkpoint.CONFIG).exists():
             given |= {"data.root": str(path), "name": path.resolve().name}
             path = Path(str(files("cellflux_bridge.config") / "own.yaml"))
+            if source and target:
+                labels = {record.label for record in Folder(Path(where).expanduser()).records()}
+                if {source, target} < labels:
+                    given["data.layout.ignore"] = sorted(labels - {source, target})
         if source and target:
             given["data.classes"] = [source, target]
         if minutes is not None:

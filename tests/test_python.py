@@ -22,7 +22,7 @@ TINY += ["classifier.train.steps=4", "classifier.train.batch_size=8", "translate
 @pytest.fixture(scope="module")
 def bridge(tmp_path_factory, make_patches) -> Bridge:
     root = tmp_path_factory.mktemp("python")
-    make_patches(root / "patches", num={"benign": 16, "malignant": 16})
+    make_patches(root / "patches", num={"benign": 16, "malignant": 16, "other": 4})  # a class that is left out
     options = {"source": "malignant", "target": "benign", "steps": 2, "device": "cpu"}
     caches = f"data.cache_dir={root / 'cache'}"
     return Bridge.train(root / "patches", output=root / "run", overrides=[*TINY, caches], **options)
@@ -43,7 +43,7 @@ def test_a_folder_of_patches_is_all_that_training_needs(bridge):
 
 def test_minutes_end_a_training_and_the_learning_rate_does_not_fall(bridge, tmp_path):
     options = {"minutes": 0.001, "output": tmp_path / "run", "overrides": TINY}
-    config = Bridge.train(folder_of(bridge), **options).config
+    config = Bridge.train(folder_of(bridge), source="benign", target="malignant", **options).config
     assert (config.train.max_minutes, config.train.lr_decay) == (0.001, "none")
     with pytest.raises(UserError, match="no patch of class 'begnin' in"):
         Bridge.train(folder_of(bridge), source="begnin", target="malignant", **options)
