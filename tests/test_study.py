@@ -374,7 +374,9 @@ def test_a_failed_job_is_recorded_the_others_go_on_and_only_it_is_done_again(stu
     stamps = [path.stat().st_mtime_ns for path in done]
     error = cell_folder(config, Cell("all", "small", "stair", 1)) / "error.txt"
     assert "has made no images" in error.read_text()
-    assert "| all | small | base |" in (config.output / "study.md").read_text()
+    text = (config.output / "study.md").read_text()
+    assert "| all | small | base |" in text
+    assert "NOT SHOWN, because fewer than 2 seeds are there: all/small/stair (0)" in text
     with pytest.raises(UserError, match="3 jobs failed"):
         run_study(config, fails_to_make, workers=1, slurm=None)
     assert [path.stat().st_mtime_ns for path in done] == stamps

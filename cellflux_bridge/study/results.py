@@ -20,7 +20,7 @@ from cellflux_bridge.study.settings import StudyConfig
 NUM_RESAMPLES = 2000
 _BINS = 15
 # With more groups an area under the curve has a value and no interval: its sums are of pairs of groups.
-_MOST_PAIRED = 2000
+_MOST_PAIRED = 500
 
 
 class Draws(NamedTuple):
@@ -93,11 +93,12 @@ def sums(values: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_groups:
         return Sums(confusion, excess, None)
     ordered = np.zeros((num_seeds, num_classes, num_groups, num_groups))
     for number, label in np.ndindex(num_seeds, num_classes):
-        inside, outside = np.flatnonzero(labels == label), np.flatnonzero(labels != label)
-        score = values[number, :, label]
-        for i in inside:
-            wins = (score[i] > score[outside]) + 0.5 * (score[i] == score[outside])
-            np.add.at(ordered[number, label, groups[i]], groups[outside], wins)
+        score, is_of = values[number, :, label], labels == label
+        for group in range(num_groups):
+            others = np.sort(score[~is_of & (groups == group)])
+            sides = [np.searchsorted(others, score[is_of], side=side) for side in ("left", "right")]
+            wins = np.mean(sides, axis=0)  # a tie counts half
+            ordered[number, label, :, group] = np.bincount(groups[is_of], wins, minlength=num_groups)
     return Sums(confusion, excess, ordered)
 
 
@@ -168,19 +169,21 @@ FIGURES: dict[str, Callable[[Sums, Draws], np.ndarray]] = {
 def resampled(figure: Callable[[Sums, Draws], np.ndarray], of: Sums, draws: Draws) -> np.ndarray:
     """(1 + R,): the mean over seeds of a figure, of all first and then of each resample."""
     each = figure(of, draws)
-    weights = draws.seeds / draws.seeds.sum(1, keepdims=True)
-    return (np.nan_to_num(each) * weights).sum(1) if not np.isnan(each).all() else np.full(len(each), np.nan)
+    weights = np.where(np.isnan(each), 0, draws.seeds)
+    with np.errstate(invalid="ignore"):
+        return (np.nan_to_num(each) * weights).sum(1) / weights.sum(1)
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """A value and its 95 % interval of `resampled` values."""
-    low, high = np.percentile(values[1:], COVERAGE) if np.isfinite(values).all() else (np.nan, np.nan)
+    known = values[1:][np.isfinite(values[1:])]  # a small resample may lack a class
+    low, high = np.percentile(known, COVERAGE) if len(known) else (np.nan, np.nan)
     return float(values[0]), float(low), float(high)
 
 
 def p_value(differences: np.ndarray) -> float:
     """Two-sided p of a difference being 0, from its resamples: twice the smaller share beyond 0."""
-    drawn = differences[1:]
+    drawn = differences[1:][np.isfinite(differences[1:])]
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
     return float(min(1.0, 2 * (tail + 1) / (len(drawn) + 1)))
 

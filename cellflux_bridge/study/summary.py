@@ -1,11 +1,13 @@
 """The tables and figures of a study: every arm beside the base arm, and the one test that was named beforehand."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from cellflux_bridge.base.errors import abbreviate
 from cellflux_bridge.base.files import csv_text, replace_text, without_nan
 from cellflux_bridge.classifier.scores import colour_probabilities
 from cellflux_bridge.data.compression import compare, encoding
@@ -14,7 +16,7 @@ from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.images import write_png
 from cellflux_bridge.images.panels import named_rows
 from cellflux_bridge.study.figures import write_figures
-from cellflux_bridge.study.plan import Cell, generator_config, makings, sized
+from cellflux_bridge.study.plan import Cell, cells, generator_config, makings, sized
 from cellflux_bridge.study.results import (
     FIGURES,
     Draws,
@@ -69,7 +71,8 @@ def write_summary(config: StudyConfig) -> list[Path]:
         return []
     output, lines = config.output, [f"# {config.name}", "", *_primary_words(config, primary)]
     table = _table(rows)
-    notes = (config.output / "checks.txt").read_text(encoding="utf-8").splitlines() + _compression(config)
+    notes = [*_lacking(config), *(config.output / "checks.txt").read_text(encoding="utf-8").splitlines()]
+    notes += _compression(config)
     lines += ["| " + " | ".join(line) + " |" for line in (table[0], ["---"] * len(table[0]), *table[1:])]
     lines += ["", *(f"- {note}" for note in (*_NOTES, *notes)), ""]
     (output / "figures").mkdir(exist_ok=True)
@@ -115,6 +118,15 @@ _NOTES = (
     "Sensitivity is the recall of the last class and specificity that of the others (means over classes of more).",
     "Nothing was chosen on the test split.",
 )
+
+
+def _lacking(config: StudyConfig) -> list[str]:
+    """What is not in the table, because not all of its seeds are there."""
+    counts = Counter(cell[:3] for cell in finished(config))
+    keys = {cell[:3]: None for cell in cells(config)}
+    lacking = [f"{size}/{backbone}/{arm} ({counts[size, backbone, arm]})" for size, backbone, arm in keys]
+    lacking = [text for text, key in zip(lacking, keys, strict=True) if counts[key] < config.seeds]
+    return [f"NOT SHOWN, because fewer than {config.seeds} seeds are there: {abbreviate(lacking)}"] if lacking else []
 
 
 def summarise(config: StudyConfig) -> tuple[list[Row], Primary | None]:
