@@ -218,9 +218,13 @@ def test_smaller_sizes_are_part_of_larger_ones_and_held_out_patches_stay(study):
 
 
 def test_a_generator_trains_on_the_studys_data_and_the_groups_of_its_size(study, tmp_path, write_config):
-    write_config(tmp_path, file="flow.yaml", data={"root": "elsewhere", "image_size": 64})
-    config = study(generators={"flow": {"config": "flow.yaml", "set": ["train.steps=7"]}}, sizes=[3], seed=5)
-    found = generator_config(config, Making(3, "flow"))
+    elsewhere = {"data": {"root": "elsewhere", "image_size": 64}, "pairs": {"transitions": [["X", "Y"]]}}
+    write_config(tmp_path, file="flow.yaml", **elsewhere, translate={"source": "X", "target": "Y"})
+    flow = {"config": "flow.yaml", "set": ["train.steps=7"]}
+    config = study(generators={"flow": flow, "one": {**flow, "directions": "forward"}}, sizes=[3], seed=5)
+    found, one = (generator_config(config, Making(3, name)) for name in config.generators)
+    assert (found.translate.source, found.translate.target, found.pairs.transitions) == ("A", "B", "all")
+    assert one.pairs.transitions == [("A", "B")]
     assert found.data == sized(config, 3).data
     assert found.data.split.train_groups == training_groups(config, 3)
     assert (found.seed, found.train.steps, found.translate.split, found.translate.num) == (5, 7, "train", None)

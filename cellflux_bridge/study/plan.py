@@ -102,12 +102,16 @@ def guide_config(config: StudyConfig, size: Size) -> Config:
 
 
 def generator_config(config: StudyConfig, making: Making) -> Config:
-    """The configuration of a generator's run: its own file with the study's data, seed and output and the size's groups
-    and guide; it translates all training patches."""
+    """The configuration of a generator's run: its own file with the study's data, seed, output and transitions and the
+    size's groups and guide; it translates all training patches."""
     of, output = config.generators[making.generator], size_folder(config, making.size) / safe_name(making.generator)
     read = load_config(of.config, [*of.set, f"data.root={json.dumps(str(config.data.root))}"], output=output)
+    pairs = directions(config, making)
     guidance = read.translate.guidance.model_copy(update={"guides": [size_folder(config, making.size) / GUIDE]})
-    translate = read.translate.model_copy(update={"split": "train", "num": None, "guidance": guidance})
+    ends = dict(zip(("source", "target"), pairs[0], strict=True))
+    translate = read.translate.model_copy(update={**ends, "split": "train", "num": None, "guidance": guidance})
+    transitions = [pair for pair in pairs if pair[0] != pair[1]] if of.directions == "forward" else "all"
+    read = read.model_copy(update={"pairs": read.pairs.model_copy(update={"transitions": transitions})})
     changes = {"data": sized(config, making.size).data, "seed": config.seed, "output": output, "translate": translate}
     return read.model_copy(update=changes | {"name": making.generator})
 
@@ -135,4 +139,5 @@ def directions(config: StudyConfig, making: Making) -> list[tuple[str, str]]:
     classes, kind = patch_index(config.data, seed=config.seed).classes, config.generators[making.generator].directions
     if kind == "forward":
         return [(classes[0], classes[-1])]
-    return [(a, b) for a in classes for b in classes if a != b or kind == "all"]
+    pairs = [(a, b) for a in classes for b in classes if a != b]
+    return pairs + ([(a, a) for a in classes] if kind == "all" else [])
