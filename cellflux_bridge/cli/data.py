@@ -1,6 +1,7 @@
-"""`cellflux-bridge data check`"""
+"""`cellflux-bridge data check` and `data prepare`"""
 
 import argparse
+from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cli.places import configuration
@@ -58,3 +59,18 @@ def run(args: argparse.Namespace) -> None:
     except UserError as error:
         raise UserError(f"the cache is filled; before training mend this: {error}") from error
     print("the cache is filled: training can start")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """data prepare NAME SRC OUT: write the manifest of a published data set's own download; --list names them."""
+    from cellflux_bridge.data import published
+    from cellflux_bridge.data.published.base import prepare
+
+    if args.list:
+        print(published.listing())
+        return
+    if args.config is None or len(args.overrides) != 2:
+        raise UserError(f"data prepare: expected NAME SRC OUT; names:\n{published.listing()}")
+    source, out = map(Path, args.overrides)
+    entry, counts, split = published.find(args.config), args.allow_other_counts, args.published_split
+    print(*prepare(entry, source, out, table=args.table, other_counts=counts, published_split=split), sep="\n")

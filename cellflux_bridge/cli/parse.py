@@ -13,8 +13,8 @@ Flag = tuple[str, dict[str, Any]]
 
 
 class Command(NamedTuple):
-    """A command's positional argument, its flags, the fixed word after its name, and whether several processes share
-    its work (of any other command one process is enough). `optional`: the positional argument may be missing."""
+    """A command's positional arguments, its flags, the fixed word after its name, and whether several processes share
+    its work (of any other command one process is enough). `optional`: the first positional argument may be missing."""
 
     positional: str
     flags: tuple[Flag, ...] = ()
@@ -36,6 +36,16 @@ _FOLDER = _path("--output", "folder to write to (default: in the run)")
 COMMANDS = {
     "data": Command(
         "CONFIG", (_path("--output", "PNG file of the contact sheet (default: in the run)"),), word="check"
+    ),
+    "data prepare": Command(
+        "NAME SRC OUT",
+        (
+            _flag("--list", "name the data sets that are known", action="store_true"),
+            _path("--table", "groups or labels that a data set lacks; its entry says which columns", metavar="CSV"),
+            _flag("--allow-other-counts", "accept other numbers of images than were published", action="store_true"),
+            _flag("--published-split", "keep a published split that divides groups", action="store_true"),
+        ),
+        optional=True,
     ),
     "config": Command("CONFIG_OR_RUN", (_flag("--key", "print one key or section only"),), word="show"),
     "run": Command("CONFIG"),
@@ -126,7 +136,8 @@ COMMANDS = {
 
 
 def _function(name: str) -> Callable[[argparse.Namespace], None]:
-    return import_module(f"cellflux_bridge.cli.{name.replace('-', '_')}").run
+    module, _, word = name.partition(" ")
+    return getattr(import_module(f"cellflux_bridge.cli.{module.replace('-', '_')}"), word or "run")
 
 
 def usage() -> str:
@@ -154,16 +165,26 @@ def parse(argv: Sequence[str]) -> tuple[Command, Callable[[argparse.Namespace], 
         raise SystemExit(0)
     from cellflux_bridge.config.schema import nearest
 
-    if argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; known: {', '.join(COMMANDS)}")
+    name, rest = argv[0], argv[1:]
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
+    if name not in COMMANDS:
+        known = dict.fromkeys(command.split()[0] for command in COMMANDS)
+        raise UserError(f"unknown command {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     if dashed := [text for text in argv if re.match(r"--?[A-Za-z_]\w*\.[\w.]+(=|$)", text)]:
         raise UserError(f"{dashed[0]}: settings are written without dashes, as in {dashed[0].lstrip('-')}")
-    command, function = COMMANDS[argv[0]], _function(argv[0])
-    parser = argparse.ArgumentParser(prog=f"cellflux-bridge {argv[0]}", description=function.__doc__)
+    command, function = COMMANDS[name], _function(name)
+    parser = argparse.ArgumentParser(prog=f"cellflux-bridge {name}", description=function.__doc__)
     if command.word is not None:
-        parser.add_argument("action", choices=[command.word])
-    parser.add_argument("config", metavar=command.positional, **({"nargs": "?"} if command.optional else {}))
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
-    for name, options in (*command.flags, _TRUST):
-        parser.add_argument(name, **options)
-    return command, function, parser.parse_intermixed_args(argv[1:])
+        others = [other.split()[1] for other in COMMANDS if other.startswith(f"{name} ")]
+        parser.add_argument("action", choices=[command.word, *others])
+    first, *more = command.positional.split()
+    parser.add_argument("config", metavar=first, **({"nargs": "?"} if command.optional else {}))
+    overrides = {"metavar": "key.sub=value", "help": "settings that replace those of the file"}
+    parser.add_argument("overrides", nargs="*", **({"metavar": " ".join(more)} if more else overrides))
+    for flag, options in (*command.flags, _TRUST):
+        parser.add_argument(flag, **options)
+    args = parser.parse_intermixed_args(rest)
+    if command.word is not None and args.action != command.word:
+        parser.error(f"write {name} {args.action} before its flags")
+    return command, function, args
