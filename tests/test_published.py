@@ -179,17 +179,20 @@ def test_bci_pairs_are_groups(source, out):
 
 
 def test_breastpathq(source, out):
-    put(source, "train/99788_1.tif", "train/99788_2.tif", "train/99800_7.tif", "validation/102174_1.tif")
-    put_text(source, "train_labels.csv", "slide,rid,y\n99788,1,0\n99788,2,0.3\n99800,7,0.71\n")
-    put_text(source, "val_labels.csv", "slide,rid,p1,p2\n102174,1,0.4,0.5\n")
+    train, val = "breastpathq/datasets/train", "breastpathq/datasets/validation"
+    put(source, f"{train}/99788_1.tif", f"{train}/99788_2.tif", f"{train}/99800_7.tif", f"{val}/102174_1.tif")
+    put_text(source, f"{train}_labels.csv", "slide,rid,y\n99788,1,0\n99788,2,0.3\n99800,7,0.71\n")
+    put_text(source, "breastpathq-test/val_labels.csv", "slide,rid,p1,p2\n102174,1,0.4,0.5\n")
     assert prepared("breastpathq", source, out) == {
-        "train/99788_1.tif": ("healthy", "train", "99788", 0, None),
-        "train/99788_2.tif": ("low", "train", "99788", 0.3, None),
-        "train/99800_7.tif": ("high", "train", "99800", 0.71, None),
-        "validation/102174_1.tif": ("medium", "val", "102174", 0.45, None),
+        f"{train}/99788_1.tif": ("healthy", "train", "99788", 0, None),
+        f"{train}/99788_2.tif": ("low", "train", "99788", 0.3, None),
+        f"{train}/99800_7.tif": ("high", "train", "99800", 0.71, None),
+        f"{val}/102174_1.tif": ("medium", "val", "102174", 0.45, None),
     }
-    put_text(source, "val_labels.csv", "slide,rid,p1,p2\n102174,1,0.4,1.5\n")
+    put_text(source, "breastpathq-test/val_labels.csv", "slide,rid,p1,p2\n102174,1,0.4,1.5\n")
     refused("breastpathq", source, out.with_name("o"), "val_labels.csv, row 2: '1.5'; expected a number from 0 to 1")
+    put_text(source, "breastpathq-test/val_labels.csv", "slide,rid,z\n102174,1,0.4\n")
+    refused("breastpathq", source, out.with_name("o"), "row 2: no column y, p1 or p2; found: slide, rid, z")
 
 
 def test_nct_crc(source, out):
@@ -491,6 +494,11 @@ def test_images_take_no_room_twice(mhist, out, monkeypatch):
     assert copy.read_bytes() == (mhist / "images/MHIST_aaa.png").read_bytes()
 
 
+def test_a_stopped_preparation_goes_on(mhist, out):
+    put(out, "images/MHIST_aaa.png")  # the same image, in another file
+    assert len(prepared("mhist", mhist, out)) == 2
+
+
 def test_a_download_may_be_prepared_where_it_lies(mhist):
     before = sorted(mhist.rglob("*"))
     assert set(prepared("mhist", mhist, mhist)) == {"images/MHIST_aaa.png", "images/MHIST_aab.png"}
@@ -498,10 +506,10 @@ def test_a_download_may_be_prepared_where_it_lies(mhist):
 
 
 def test_what_is_there_is_not_overwritten(mhist, out):
-    put(out, "images/MHIST_aaa.png")
-    before = put(out, "images/MHIST_aaa.png") / "images/MHIST_aaa.png"
-    write_png(before, image(99))
+    other = put(out, "images/MHIST_aaa.png") / "images/MHIST_aaa.png"
+    write_png(other, image(99))
     refused("mhist", mhist, out, "images/MHIST_aaa.png: is another file; choose an empty folder")
+    assert np.array_equal(read_rgb(other), image(99))
     put_text(out, "manifest.csv", "mine")
     with pytest.raises(UserError, match=r"manifest\.csv: is there already"):
         prepared("mhist", mhist, out)

@@ -4,6 +4,7 @@ An entry reads a `Download` and yields a `Patch` for every image. All else happe
 compared with the published ones, images are linked or written, and the manifest is written last and read again.
 """
 
+import filecmp
 import json
 import os
 import shutil
@@ -326,7 +327,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(real, target)
     except FileExistsError as error:
-        if not os.path.samefile(real, target):
+        if not filecmp.cmp(real, target, shallow=False):
             raise UserError(f"{target}: is another file; choose an empty folder") from error
     except OSError:  # another disk, or one without hard links
         with replacing(target) as temporary:

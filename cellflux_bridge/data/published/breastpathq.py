@@ -6,11 +6,15 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.data.published.base import Download, Patch, Published, number
 
 _BANDS = (("healthy", 0.0), ("low", 0.3), ("medium", 0.7), ("high", 1.0))  # up to and with this cellularity
+_PARTS = (
+    ("train", "breastpathq/datasets/train", "breastpathq/datasets/train_labels.csv"),
+    ("val", "breastpathq/datasets/validation", "breastpathq-test/val_labels.csv"),
+)
 _RATINGS = ("y", "p1", "p2")
 
 
 def _read(download: Download) -> Iterator[Patch]:
-    for split, folder, table in (("train", "train", "train_labels.csv"), ("val", "validation", "val_labels.csv")):
+    for split, folder, table in _PARTS:
         for where, row in download.rows(table, "slide", "rid"):
             ratings = [number(row[name], where=where, high=1) for name in _RATINGS if name in row]
             if not ratings:
@@ -26,14 +30,14 @@ DATASET = Published(
     source="https://breastpathq.grand-challenge.org (after registration)",
     licence="not confirmed: see the challenge's page",
     citation="Petrick et al. 2021, Journal of Medical Imaging 8(3)",
-    tree="  SRC/train_labels.csv (slide,rid,y), SRC/val_labels.csv\n  SRC/train/<slide>_<rid>.tif ...\n"
-    "  SRC/validation/<slide>_<rid>.tif ... (SRC is the folder datasets)",
+    tree="  SRC/breastpathq/datasets/train_labels.csv (slide,rid,y)\n"
+    "  SRC/breastpathq/datasets/train/<slide>_<rid>.tif ..., SRC/breastpathq/datasets/validation/...\n"
+    "  SRC/breastpathq-test/val_labels.csv",
     read=_read,
     classes=tuple(name for name, _ in _BANDS),
     counts={"train": 2394, "val": 185},
     groups="slide",
     scores="cellularity, the mean where two pathologists give it",
     note="classes are bands of this program: healthy 0, low to .3, medium to .7, high above",
-    unconfirmed="the columns of val_labels.csv (y, or p1 and p2, are read), the licence, and which slides are one "
-    "patient's",
+    unconfirmed="whether val_labels.csv has y, or p1 and p2 (any is read), the licence, and slides of one patient",
 )

