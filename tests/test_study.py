@@ -196,6 +196,18 @@ def test_a_difference_is_paired_so_that_equal_arms_have_none_at_all():
     assert results.p_value(np.concatenate([[0.1], np.full(1999, 0.1)])) == pytest.approx(0.001)
 
 
+def test_many_groups_are_drawn_in_bundles_that_keep_each_whole():
+    groups = np.repeat(np.arange(1000), 3)
+    numbers, num = results.bundled(groups, seed=0)
+    assert num == 300
+    assert np.array_equal(np.unique(numbers), np.arange(300))
+    assert all(len(set(numbers[groups == group])) == 1 for group in (0, 17, 999))
+    assert np.bincount(numbers).max() <= 12
+    few, num = results.bundled(np.array(["b", "a", "b"]), seed=0)
+    assert num == 2
+    assert few[0] == few[2] != few[1]
+
+
 def test_holm_corrects_the_smallest_most_and_keeps_their_order():
     assert results.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert results.holm([0.6, 0.7]) == [1, 1]

@@ -19,8 +19,8 @@ from cellflux_bridge.study.settings import StudyConfig
 
 NUM_RESAMPLES = 2000
 _BINS = 15
-# With more groups an area under the curve has a value and no interval: its sums are of pairs of groups.
-_MOST_PAIRED = 500
+# Areas under the curve rest on pairs of groups, so that more groups than these are drawn in bundles.
+_MOST_GROUPS = 300
 
 
 class Draws(NamedTuple):
@@ -70,14 +70,22 @@ def probabilities(config: StudyConfig, cell: Cell, split: str, *, num: int, num_
     return values
 
 
+def bundled(groups: np.ndarray, *, seed: int) -> tuple[np.ndarray, int]:
+    """The number of each patch's group, (N,) from 0 on, and how many there are. Of more than 300 several share a
+    number, whole and by the seed: draws of bundles are draws of independent parts, too."""
+    names, numbers = np.unique(groups, return_inverse=True)
+    order = numpy_generator(seed, "study bundles").permutation(len(names))
+    return order[numbers] % _MOST_GROUPS, min(len(names), _MOST_GROUPS)
+
+
 class Sums(NamedTuple):
     """What the figures of one arm need, of S seeds and G groups: counts of (true, predicted) classes (S, G, C, C);
     excess of confidence over accuracy in bins (S, G, 15); and of every class the pairs of a patch of it and another
-    one that are in order (S, C, G, G), the first index the group of the class's patch, or None."""
+    one that are in order (S, C, G, G), the first index the group of the class's patch."""
 
     confusion: np.ndarray
     excess: np.ndarray
-    ordered: np.ndarray | None
+    ordered: np.ndarray
 
 
 def sums(values: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_groups: int) -> Sums:
@@ -89,9 +97,7 @@ def sums(values: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_groups:
     for number in range(num_seeds):
         np.add.at(confusion[number], (groups, labels, predicted[number]), 1)
         np.add.at(excess[number], (groups, bins[number]), top[number] - (predicted[number] == labels))
-    if num_groups > _MOST_PAIRED:
-        return Sums(confusion, excess, None)
-    ordered = np.zeros((num_seeds, num_classes, num_groups, num_groups))
+    ordered = np.zeros((num_seeds, num_classes, num_groups, num_groups), np.float32)
     for number, label in np.ndindex(num_seeds, num_classes):
         score, is_of = values[number, :, label], labels == label
         for group in range(num_groups):
@@ -140,8 +146,6 @@ def specificity(of: Sums, draws: Draws) -> np.ndarray:
 
 def area_under_curve(of: Sums, draws: Draws) -> np.ndarray:
     """The mean over classes, one against the rest (of two classes that of the last): the share of ordered pairs."""
-    if of.ordered is None:
-        return np.full((len(draws.groups), len(of.confusion)), np.nan)
     true = np.einsum("rg,sgij->rsi", draws.groups, of.confusion)
     pairs = true * (true.sum(-1, keepdims=True) - true)
     won = np.einsum("rg,scgh,rh->rsc", draws.groups, of.ordered, draws.groups, optimize=True)

@@ -22,6 +22,7 @@ from cellflux_bridge.study.results import (
     Draws,
     Sums,
     balanced_accuracy,
+    bundled,
     draw,
     finished,
     holm,
@@ -136,10 +137,11 @@ def summarise(config: StudyConfig) -> tuple[list[Row], Primary | None]:
     for cell in finished(config):
         done.setdefault(cell[:3], []).append(cell)
     whole = {key: of for key, of in done.items() if len(of) == config.seeds}
-    rows, sums_of, draws = [], {}, _draws(patches, "test", config)
+    rows, sums_of, draws = [], {}, draw(_groups(patches, "test", config)[1], config.seeds, seed=config.seed)
     for (size, backbone, arm), of in whole.items():
         found = sums_of[size, backbone, arm] = _sums(config, patches, of, "test")
-        validation = balanced_accuracy(_sums(config, patches, of, "val"), _everything(patches, "val", config.seeds))
+        of_validation = _sums(config, patches, of, "val")
+        validation = balanced_accuracy(of_validation, draw(of_validation.excess.shape[1], config.seeds, seed=0))
         figures = {name: interval(resampled(figure, found, draws)) for name, figure in FIGURES.items()}
         rows.append(Row(size, backbone, arm, config.arms[arm].family, len(of), float(validation[0].mean()), figures))
     rows = [
@@ -151,24 +153,15 @@ def summarise(config: StudyConfig) -> tuple[list[Row], Primary | None]:
     return rows + [_colour(config, size) for size in config.sizes], _primary(config, rows, sums_of, draws)
 
 
-def _everything(patches: Patches, split: str, num_seeds: int) -> Draws:
-    return Draws(np.ones((1, len(_groups(patches, split)[1]))), np.ones((1, num_seeds)))
-
-
-def _groups(patches: Patches, split: str) -> tuple[np.ndarray, np.ndarray]:
-    names, numbers = np.unique(patches.groups[patches.indices(split)], return_inverse=True)
-    return numbers, names
-
-
-def _draws(patches: Patches, split: str, config: StudyConfig) -> Draws:
-    return draw(len(_groups(patches, split)[1]), config.seeds, seed=config.seed)
+def _groups(patches: Patches, split: str, config: StudyConfig) -> tuple[np.ndarray, int]:
+    return bundled(patches.groups[patches.indices(split)], seed=config.seed)
 
 
 def _sums(config: StudyConfig, patches: Patches, of: list[Cell], split: str) -> Sums:
-    chosen, (numbers, names) = patches.indices(split), _groups(patches, split)
+    chosen, (numbers, num) = patches.indices(split), _groups(patches, split, config)
     size = {"num": len(chosen), "num_classes": len(patches.classes)}
     values = np.stack([probabilities(config, cell, split, **size) for cell in sorted(of)])
-    return sums(values, patches.labels[chosen], numbers, len(names))
+    return sums(values, patches.labels[chosen], numbers, num)
 
 
 def _compared(rows, sums_of, draws: Draws, size, backbone: str, base: str) -> list[Row]:
@@ -208,10 +201,10 @@ def _colour(config: StudyConfig, size) -> Row:
     patches = load_patches(sized(config, size).data, seed=config.seed)
     found, draws = {}, {}
     for split in ("val", "test"):
-        chosen, (numbers, names) = patches.indices(split), _groups(patches, split)
+        chosen, (numbers, num) = patches.indices(split), _groups(patches, split, config)
         values = colour_probabilities(patches, chosen)[None]
-        found[split] = sums(values, patches.labels[chosen], numbers, len(names))
-        draws[split] = draw(len(names), 1, seed=config.seed)
+        found[split] = sums(values, patches.labels[chosen], numbers, num)
+        draws[split] = draw(num, 1, seed=config.seed)
     figures = {name: interval(resampled(figure, found["test"], draws["test"])) for name, figure in FIGURES.items()}
     validation = balanced_accuracy(found["val"], draws["val"])[0].mean()
     return Row(size, "", COLOUR, "baseline", 1, float(validation), figures)
