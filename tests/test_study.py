@@ -1,11 +1,14 @@
 """Studies: made images are chosen as said, nothing leaks, figures agree with their definitions, jobs resume."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
+from safetensors.torch import save_file
 from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score, roc_auc_score
 
 from cellflux_bridge.base.errors import UserError
@@ -15,6 +18,7 @@ from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.images import read_rgb, write_png
 from cellflux_bridge.study import results, summary
+from cellflux_bridge.study import run as run_module
 from cellflux_bridge.study.cell import CellTask, run_cell
 from cellflux_bridge.study.leaks import require_no_leak, require_trained_on
 from cellflux_bridge.study.plan import (
@@ -23,6 +27,7 @@ from cellflux_bridge.study.plan import (
     cell_digest,
     cell_folder,
     cells,
+    feature_key,
     generator_config,
     sized,
     training_groups,
@@ -30,6 +35,7 @@ from cellflux_bridge.study.plan import (
 from cellflux_bridge.study.pool import Pool, candidates, choose
 from cellflux_bridge.study.run import run_study
 from cellflux_bridge.study.settings import ArmConfig, StudyConfig
+from cellflux_bridge.training.loop import Stopped
 from cellflux_bridge.trajectory import TrajectoryHeader, TrajectoryWriter
 from tests.test_trajectory import sequences
 
@@ -209,8 +215,9 @@ def test_many_groups_are_drawn_in_bundles_that_keep_each_whole():
 
 
 def test_holm_corrects_the_smallest_most_and_keeps_their_order():
-    assert results.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert results.holm([0.6, 0.7]) == [1, 1]
+    assert results.holm([0.04, 0.01, 0.03], num=3) == pytest.approx([0.06, 0.03, 0.06])
+    assert results.holm([0.6, 0.7], num=2) == [1, 1]
+    assert results.holm([0.01], num=5) == [0.05], "tests that are not done yet count, too"
 
 
 # Plan
@@ -227,6 +234,17 @@ def test_smaller_sizes_are_part_of_larger_ones_and_held_out_patches_stay(study):
     assert np.array_equal(part.indices("test"), whole.indices("test"))
     with pytest.raises(UserError, match=r"sizes: 20 groups of every class, but class 'A' has 12"):
         training_groups(config, 20)
+
+
+def test_a_group_of_two_classes_counts_for_both(study, make_patches, tmp_path):
+    config = study()
+    shutil.rmtree(tmp_path / "patches")
+    for group in "abcdefgh":
+        make_patches(tmp_path / "new" / group, num={"A": 1, "B": 1}, low=16, high=16, seed=ord(group))
+        for label in CLASSES:
+            (tmp_path / "patches" / label).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "new" / group / label).rename(tmp_path / "patches" / label / group)
+    assert len(training_groups(config, 2)) == 2
 
 
 def test_a_generator_trains_on_the_studys_data_and_the_groups_of_its_size(study, tmp_path, write_config):
@@ -252,6 +270,10 @@ def test_mistakes_in_a_study_name_what_is_there(study):
         ({"primary": {"arms": ["base"], "against": ["base"], "size": "all", "backbone": "small"}}, "both sides"),
         ({"primary": {"arms": ["base"], "against": ["base"], "size": 9, "backbone": "small"}}, "no size called '9'"),
         ({"generators": {"x": {"config": "missing.yaml"}}}, r"generators.x.config=missing.yaml: no such file"),
+        ({"generators": {"guide": {"folder": "f"}}}, "generators.guide: is the guide's own name"),
+        ({"arms": {"base": {}, "Base": {}}}, "Base and base differ by letter case only"),
+        ({"arms": {"base": {}, "x.": {}}}, "'x.' cannot be a name here"),
+        ({"sizes": [3, 3]}, "sizes: 3 stands twice"),
     ):
         with pytest.raises(UserError, match=message):
             study(**keys)
@@ -267,12 +289,28 @@ def test_a_near_copy_of_a_held_out_patch_is_refused_or_left_out(study, tmp_path)
     mirrored = read_rgb(config.data.root / patches.ids[held_out])[:, ::-1]
     write_png(config.data.root / patches.ids[train], mirrored)
     name = patches.ids[train]
-    with pytest.raises(UserError, match=rf"near copies of held-out ones.*{name}"):
+    with pytest.raises(UserError, match=rf"near copies of them in another split.*{name}"):
         require_no_leak(config)
     config, lines = require_no_leak(study(near_copies="leave_out"))
     kept = load_patches(config.data, seed=0)
-    assert name not in kept.ids
+    assert name not in {kept.ids[i] for i in kept.indices("train")}
+    assert name not in training_groups(config, "all")
     assert any(name in line for line in lines)
+    for split in ("val", "test"):
+        assert np.array_equal(kept.indices(split), patches.indices(split)), "no patch changes its split"
+
+
+def test_the_whole_group_of_a_near_copy_is_left_out(study, make_patches, tmp_path):
+    config = study(near_copies="leave_out")
+    shutil.rmtree(tmp_path / "patches")
+    for split, group in (("train", "g"), ("train", "h"), ("val", "v"), ("test", "t")):
+        make_patches(tmp_path / "new" / group, num={"A": 3, "B": 3}, low=16, high=16, seed=ord(group))
+        for label in CLASSES:
+            (tmp_path / "patches" / split / label).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "new" / group / label).rename(tmp_path / "patches" / split / label / group)
+    shutil.copy(tmp_path / "patches/test/A/t/A001.png", tmp_path / "patches/train/A/g/A002.png")
+    config, _ = require_no_leak(config)
+    assert training_groups(config, "all") == ["h"]
 
 
 def test_a_folder_that_was_made_with_held_out_patches_is_refused(study, tmp_path):
@@ -325,16 +363,29 @@ def test_arms_see_the_same_real_patches_and_made_ones_take_their_share(study):
     assert not torch.equal(one.x, again.x)
 
 
-def test_a_frozen_backbone_trains_its_last_layer_on_features_of_augmented_patches(study):
-    config = study(backbones={"probe": {"name": "resnet10t", "frozen": True}}, train={"steps": 3, "batch_size": 4})
+def test_a_frozen_backbone_trains_its_last_layer_on_features_of_augmented_patches(study, tmp_path):
+    with pytest.raises(UserError, match="a frozen backbone needs weights"):
+        study(backbones={"probe": {"name": "resnet10t", "frozen": True}})
+    (tmp_path / "weights").mkdir()
+    torch.manual_seed(0)
+    known = timm.create_model("resnet10t").state_dict()
+    save_file(known, tmp_path / "weights" / "model.safetensors")
+    probe = {"name": "resnet10t", "frozen": True, "weights": str(tmp_path / "weights"), "size": 16}
+    config = study(backbones={"probe": probe}, train={"steps": 3, "batch_size": 4})
     patches = load_patches(config.data, seed=0)
     task = CellTask(config, patches, Cell("all", "probe", "base", 0), patches.indices("train"), None)
+    assert torch.equal(task.network.net.conv1[0].weight, known["conv1.0.weight"])
+    task.fill_bank(torch.device("cpu"))
     batch = task.batch(0, rank=0)
     assert sum(p.numel() for p in task.model.parameters()) == 2 * batch.x.shape[1] + 2
     with torch.no_grad():
         expected = task.network.eval().features(task._drawn(1, 0).x)
     assert torch.allclose(task.batch(1, rank=0).x, expected, atol=1e-5)
     assert torch.equal(task.batch(3, rank=0).x, batch.x)
+    first = feature_key(config, Cell("all", "probe", "base", 0))
+    assert first == feature_key(config, Cell("all", "probe", "base", 1))
+    other = study(backbones={"probe": {**probe, "size": 32}})
+    assert first != feature_key(other, Cell("all", "probe", "base", 0)), "features of another network are others"
 
 
 def test_a_cell_writes_its_probabilities_once_and_repeats_itself(study, tmp_path):
@@ -375,6 +426,75 @@ def test_a_result_of_other_settings_is_made_anew_and_one_elsewhere_is_not(study,
     assert results.result_of(longer, cell)["steps"] == 5
 
 
+class Maker:
+    """Notes what it is asked for and makes nothing but a folder."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, file, kind, directions):
+        self.asked.append((file.name, kind, [tuple(pair) for pair in directions]))
+        (file.with_name(file.name.removesuffix(".yaml")) / "part").mkdir(exist_ok=True)
+
+
+def test_a_generator_is_made_anew_with_other_settings_and_gone_on_with_the_same(study, tmp_path, write_config):
+    write_config(tmp_path, file="flow.yaml")
+    flow, arms = {"config": "flow.yaml"}, {"base": {}, "x": {"images": "s0.1"}}
+    maker = Maker()
+
+    def run(**keys):
+        config = study(generators={"s0.1": {**flow, **keys}}, arms=arms)
+        maker.asked.clear()
+        assert run_module._make_generator(config, maker, Making("all", "s0.1")) is None
+        return config.output / "sizes" / "all" / "s0.1"
+
+    folder = run()
+    assert maker.asked == [("s0.1.yaml", "flow", [("A", "B"), ("B", "A")])]
+    run()
+    assert maker.asked == []
+    (folder / "done.txt").unlink()
+    (folder / "part" / "checkpoint").touch()
+    run()
+    assert (folder / "part" / "checkpoint").exists(), "a stopped one goes on"
+    for keys in ({"directions": "forward"}, {"set": ["train.lr=1e-5"]}):
+        (folder / "part" / "checkpoint").touch()
+        run(**keys)
+        assert maker.asked
+        assert not (folder / "part" / "checkpoint").exists(), "what was begun otherwise is gone"
+
+
+def test_damaged_results_are_named(study):
+    config, cell = study(), Cell("all", "small", "base", 0)
+    folder = cell_folder(config, cell)
+    folder.mkdir(parents=True)
+    for text in ("", "[" * 100_000, "{}", '{"digest": "x"}', '{"digest": "x", "seconds": "soon"}'):
+        (folder / "result.json").write_text(text)
+        with pytest.raises(UserError, match=r"result\.json: damaged.*remove its folder"):
+            results.result_of(config, cell)
+    np.savez(folder / "whole.npz", test=np.full((3, 2), 0.5, np.float32))
+    whole = (folder / "whole.npz").read_bytes()
+    texts, high = np.array([["a", "b"]] * 3), np.full((3, 2), 2, np.float32)
+    for content in (b"", whole[:50], whole[:-30], texts, high):
+        if isinstance(content, bytes):
+            (folder / "probabilities.npz").write_bytes(content)
+        else:
+            np.savez(folder / "probabilities.npz", test=content)
+        with pytest.raises(UserError, match=r"probabilities\.npz: (damaged|of other patches)"):
+            results.probabilities(config, cell, "test", num=3, num_classes=2)
+
+
+def stops(config, cell):
+    raise Stopped(2, 1)
+
+
+def test_a_stop_ends_the_study_and_is_no_failed_cell(study, monkeypatch):
+    monkeypatch.setattr(run_module, "run_cell", stops)
+    config = study(seeds=3)
+    with pytest.raises(Stopped):
+        run_study(config, fails_to_make, workers=1, slurm=None)
+    assert not list(config.output.glob("cells/**/error.txt"))
+
+
 def fails_to_make(file, kind, directions):
     if kind != "guide":
         raise UserError("no such luck")
@@ -389,7 +509,7 @@ def test_a_failed_job_is_recorded_the_others_go_on_and_only_it_is_done_again(stu
     done = [cell_folder(config, cell) / "result.json" for cell in cells(config) if cell.arm == "base"]
     stamps = [path.stat().st_mtime_ns for path in done]
     error = cell_folder(config, Cell("all", "small", "stair", 1)) / "error.txt"
-    assert "has made no images" in error.read_text()
+    assert "generator 'flow' is not made" in error.read_text()
     text = (config.output / "study.md").read_text()
     assert "| all | small | base |" in text
     assert "NOT SHOWN, because fewer than 2 seeds are there: all/small/stair (0)" in text
@@ -491,7 +611,7 @@ def test_a_study_makes_its_images_trains_and_tells(study, tmp_path, write_config
     assert text.count("| stair |") == 2
     for name in ("study.csv", "study.tex", "study.json", "figures/forest.png", "figures/curve.pdf"):
         assert (tmp_path / "study" / name).stat().st_size > 0
-    assert (tmp_path / "study" / "sizes" / "6" / "flow" / "trajectories").is_dir()
+    assert len(list((tmp_path / "study" / "sizes" / "6" / "flow" / "made").iterdir())) == 2
     result = json.loads((tmp_path / "study" / "cells" / "6" / "small" / "stair" / "0" / "result.json").read_text())
     assert result["num_made"] == result["num_real"] == 12
     # A chapter of the report, which runs nothing that the file says.

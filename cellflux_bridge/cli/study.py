@@ -18,8 +18,10 @@ def make(file: Path, kind: str, directions: Sequence[tuple[str, str]]) -> None:
 
     lines = [(_TRAINS[kind], str(file))]
     with trusting(False):  # what the user's own file names is then accepted in the run made from it
-        run = str(configuration(file, ()).output)
-        lines += [("translate", run, "--source", a, "--target", b, "--overwrite") for a, b in directions]
+        run = configuration(file, ()).output
+        for number, (source, target) in enumerate(directions):
+            place = str(run / "made" / str(number))
+            lines.append(("translate", str(run), f"--source={source}", f"--target={target}", "--output", place))
         for line in lines:
             _, function, args = parse(line)
             function(args)
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     writes tables and figures. Cells that are done are not done again.
     """
     from cellflux_bridge.config import load_config, parse_overrides
-    from cellflux_bridge.study.run import describe, run_study
+    from cellflux_bridge.study.run import dry_run, run_study
     from cellflux_bridge.study.settings import StudyConfig
 
     path = Path(args.config)
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected a number of processes, or 0 for one a core")
     if args.dry_run:
-        print("\n".join(describe(config)))
+        print("\n".join(dry_run(config)))
         return
     slurm = None if args.slurm is None else parse_overrides(args.slurm)
     tell_written(run_study(config, make, workers=args.workers, slurm=slurm))

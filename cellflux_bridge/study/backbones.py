@@ -97,7 +97,7 @@ def _timm_network(config: BackboneConfig, preset: _Preset | None) -> tuple[nn.Mo
                 f"{config.weights}: expected one file of weights (.safetensors or .bin), found {len(found)}"
             )
         arguments["pretrained_cfg_overlay"] = {"file": str(found[0])}
-    make = partial(timm.create_model, name, pretrained=config.pretrained or preset is not None, **arguments)
+    make = partial(timm.create_model, name, pretrained=_has_weights(config, preset), **arguments)
     try:
         if config.size is not None and _is_of_fixed_size(name):
             make = partial(make, img_size=config.size)
@@ -116,8 +116,12 @@ def _timm_network(config: BackboneConfig, preset: _Preset | None) -> tuple[nn.Mo
         ) from error
     data = timm.data.resolve_model_data_config(net)
     data["fixed_input_size"] = net.pretrained_cfg.get("fixed_input_size", False) and "dynamic_img_size" not in arguments
-    data["fixed_input_size"] |= config.pretrained or preset is not None
+    data["fixed_input_size"] |= _has_weights(config, preset)
     return net, data
+
+
+def _has_weights(config: BackboneConfig, preset: _Preset | None) -> bool:
+    return config.pretrained or config.weights is not None or preset is not None
 
 
 def _is_of_fixed_size(name: str) -> bool:

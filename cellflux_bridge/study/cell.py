@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +13,31 @@ from torch import nn
 
 from cellflux_bridge import checkpoint, images
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import replace_text, replacing, safe_name
+from cellflux_bridge.base.files import replace_text, replacing
 from cellflux_bridge.base.seeds import derive_seed, numpy_generator, torch_generator
 from cellflux_bridge.classifier import inference
 from cellflux_bridge.classifier.calibration import balanced_weights, fit_temperature, negative_log_likelihood
 from cellflux_bridge.config import registry
 from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.patches import Patches, load_patches
+from cellflux_bridge.images import stain
 from cellflux_bridge.study.backbones import Backbone
 from cellflux_bridge.study.leaks import require_trained_on
-from cellflux_bridge.study.plan import GUIDE, Cell, cell_digest, cell_folder, size_folder, sized
+from cellflux_bridge.study.plan import (
+    DONE,
+    GUIDE,
+    Cell,
+    Making,
+    cell_digest,
+    cell_folder,
+    directions,
+    feature_key,
+    generator_key,
+    guide_key,
+    made_folder,
+    size_folder,
+    sized,
+)
 from cellflux_bridge.study.pool import Pool, candidates, choose
 from cellflux_bridge.study.results import result_of
 from cellflux_bridge.study.settings import StudyConfig
@@ -58,7 +72,8 @@ class CellTask:
         self._num_classes = len(patches.classes)
         backbone = config.backbones[cell.backbone]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(*self._seed, "study weights", cell.backbone))
+            seeds = (config.seed,) if backbone.frozen else self._seed  # a frozen one is the same for all seeds
+            torch.manual_seed(derive_seed(*seeds, "study weights", cell.backbone))
             self.network = Backbone(backbone, self._num_classes, patch_size=patches.preprocessing.image_size)
         self.model: nn.Module = self.network.head if backbone.frozen else self.network
         self.is_frozen = backbone.frozen
@@ -84,19 +99,19 @@ class CellTask:
             turns = torch.randint(8 if self._config.data.flips else 1, (num,), generator=draw).tolist()
             made = images.encode(self._made.patches[which])
             made = torch.stack([_turned(one, turn) for one, turn in zip(made, turns, strict=True)])
+            if self._config.data.stain.mode == "augment":  # as real patches are
+                made = stain.augment(made, strength=self._config.data.stain.strength, generator=draw)
             x = torch.where(is_made[:, None, None, None], made, x)
             y = torch.where(is_made[:, None], torch.from_numpy(self._made.labels)[which], y)
         return Batch(*(self._augment(x, y, generator=generator("augmentation")) if self._augment else (x, y)))
 
-    @cached_property
     @torch.no_grad()
-    def _bank(self) -> Batch:
-        """Features of augmented patches, of which a frozen backbone's head sees the same ones again and again."""
-        train = self._config.train
-        num = min(train.steps, -(-_BANK // train.batch_size))
-        drawn = [self._drawn(index, 0) for index in range(num)]
-        x = [self.network.eval().features(batch.x).float() for batch in drawn]
-        return Batch(torch.cat(x), torch.cat([batch.y for batch in drawn]))
+    def fill_bank(self, device: torch.device) -> None:
+        """Take a frozen backbone's features of augmented patches: its head sees the same ones again and again."""
+        train, network = self._config.train, self.network.to(device).eval()
+        drawn = [self._drawn(index, 0) for index in range(min(train.steps, -(-_BANK // train.batch_size)))]
+        x = [network.features(batch.x.to(device)).float().cpu() for batch in drawn]
+        self._bank = Batch(torch.cat(x), torch.cat([batch.y for batch in drawn]))
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return nn.functional.cross_entropy(model(batch.x), batch.y)
@@ -134,16 +149,21 @@ def _turned(image: torch.Tensor, turn: int) -> torch.Tensor:
     return torch.rot90(image if turn < 4 else image.flip(-1), turn % 4, dims=(-2, -1))
 
 
-def trajectory_folders(config: StudyConfig, cell: Cell, generator: str, patches: Patches) -> list[Path]:
-    """Where a generator's images are for the size of a cell."""
+def made_folders(config: StudyConfig, cell: Cell, generator: str, patches: Patches) -> list[Path]:
+    """Where a generator's images are for a cell's size; UserError where they are not whole, or of other settings."""
     if (folder := config.generators[generator].folder) is not None:
         return [folder]
-    run = size_folder(config, cell.size) / safe_name(generator)
-    found = sorted(path.parent for path in (run / "trajectories").glob("*/trajectory.json"))
-    if not found:
-        raise UserError(f"{run}: generator {generator!r} has made no images; its training failed, see error.txt there")
-    require_trained_on(run, patches)
-    return found
+    making = Making(cell.size, generator)
+    made = made_folder(config, making)
+    _require_made(made.parent, generator_key(config, making), f"generator {generator!r}")
+    require_trained_on(made.parent, patches)
+    return [made / str(number) for number in range(len(directions(config, making)))]
+
+
+def _require_made(folder: Path, key: str, what: str) -> None:
+    done = folder / DONE
+    if not done.exists() or done.read_text(encoding="utf-8") != key:
+        raise UserError(f"{folder}: {what} is not made, or with other settings; see error.txt there")
 
 
 def _made(config: StudyConfig, patches: Patches, cell: Cell, train: np.ndarray, device: torch.device) -> Pool | None:
@@ -151,9 +171,10 @@ def _made(config: StudyConfig, patches: Patches, cell: Cell, train: np.ndarray, 
     if arm.images is None:
         return None
     guide, classes = None, patches.classes
-    folders = trajectory_folders(config, cell, arm.images, patches)
+    folders = made_folders(config, cell, arm.images, patches)
     pool = candidates(folders, arm, classes=classes, preprocessing=patches.preprocessing)
-    if arm.select != "random" or arm.labels == "classifier":
+    if arm.asks_guide:
+        _require_made(size_folder(config, cell.size) / GUIDE, guide_key(config, cell.size), "the guide")
         guide = inference.load(checkpoint.latest(size_folder(config, cell.size) / GUIDE), device)
 
     def look(batch: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -185,6 +206,8 @@ def run_cell(config: StudyConfig, cell: Cell) -> None:
     fabric.launch()
     made = _made(config, patches, cell, train, fabric.device)
     task = CellTask(config, patches, cell, train, made)
+    if task.is_frozen:
+        task.fill_bank(fabric.device)
     folder.mkdir(parents=True, exist_ok=True)
     pace = {"checkpoint_every": config.train.steps, "validate_every": config.train.steps, "log_every": 100}
     begun = folder / "training" / "digest.txt"
@@ -194,7 +217,7 @@ def run_cell(config: StudyConfig, cell: Cell) -> None:
         begun.write_text(digest)
     newest = fit(task, config, config.train.model_copy(update=pace), folder=folder / "training", fabric=fabric)
     checkpoint.load_weights(newest, task.model)
-    logits, cache = {}, config.output / "features" / safe_name(cell.backbone)
+    logits, cache = {}, config.output / "features" / feature_key(config, cell)
     for split in ("val", "test"):
         chosen = patches.indices(split)
         logits[split] = task.logits(task.model, chosen, fabric.device, cache=cache / f"{split}.npy")

@@ -23,6 +23,11 @@ def write_figures(rows: "Sequence[Row]", folder: Path, *, base: str) -> list[Pat
     return written + (_saved(_curve(trained), folder / "curve") if len({row.size for row in trained}) > 1 else [])
 
 
+def _plain(name: str) -> str:
+    """A name that matplotlib takes for no formula and leaves in a legend."""
+    return name.replace("$", r"\$") if not name.startswith("_") else f" {name}".replace("$", r"\$")
+
+
 def _saved(figure: Figure, stem: Path) -> list[Path]:
     written = [stem.with_suffix(f".{kind}") for kind in _FORMATS]
     for path, kind in zip(written, _FORMATS, strict=True):
@@ -45,11 +50,11 @@ def _forest(rows: "Sequence[Row]", *, base: str) -> Figure:
                 axis.plot([low, high], [y, y], color=colour, linewidth=1.5)
                 axis.plot([value], [y], "o", color=colour, markersize=5)
         axis.axvline(0, color="#999999", linewidth=0.8)
-        axis.set_title(f"{size} groups of every class, {backbone}", fontsize=9)
-        axis.set_xlabel(f"balanced accuracy less {base}, points", fontsize=8)
+        axis.set_title(_plain(f"{size} groups of every class, {backbone}"), fontsize=9)
+        axis.set_xlabel(_plain(f"balanced accuracy less {base}, points"), fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(arms), 0, -1), arms)
+    axes[0].set_yticks(range(len(arms), 0, -1), list(map(_plain, arms)))
     figure.tight_layout()
     return figure
 
@@ -65,11 +70,11 @@ def _curve(rows: "Sequence[Row]") -> Figure:
             known = [size for size in sizes if size in own]
             values = [100 * own[size].figures["balanced accuracy"][0] for size in known]
             style = ("-", "--", ":", "-.")[number // 10 % 4]
-            axis.plot(range(len(known)), values, style, marker="o", markersize=3, linewidth=1.2, label=arm)
+            axis.plot(range(len(known)), values, style, marker="o", markersize=3, linewidth=1.2, label=_plain(arm))
         axis.set_xticks(range(len(sizes)), list(map(str, sizes)))
         axis.set_xlabel("training groups of every class", fontsize=8)
         axis.set_ylabel("balanced accuracy, %", fontsize=8)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(_plain(name), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -65,10 +65,16 @@ def _of_class_folders(folder: Path, classes: Sequence[str], preprocessing: Prepr
         files = image_files(folder / label) if (folder / label).is_dir() else []
         if not files:
             raise UserError(f"{folder / label}: holds no image; a folder of made images is root/<class>/*")
-        patches = np.stack([preprocessing(images.read_rgb(file), name=str(file)) for file in files])
+        patches = np.stack([ready_patch(file, preprocessing) for file in files])
         labels = np.eye(len(classes), dtype=np.float32)[np.full(len(files), number)]
         parts.append(Pool(torch.from_numpy(patches.transpose(0, 3, 1, 2).copy()), labels))
     return parts
+
+
+def ready_patch(file: Path, preprocessing: Preprocessing) -> np.ndarray:
+    """A made image (S, S, 3) uint8: as it is where it has the network's size, else scaled and cropped as files are."""
+    rgb, size = images.read_rgb(file), preprocessing.image_size
+    return rgb if rgb.shape[:2] == (size, size) else preprocessing(rgb, name=str(file))
 
 
 def choose(
@@ -90,6 +96,11 @@ def choose(
     labels=classifier. Raises UserError for a side that runs short, with the number that it lacks.
     """
     labels, wanted = pool.labels, round(arm.ratio * num_real / len(classes))
+    if wanted == 0:
+        least = len(classes) / (2 * num_real)
+        raise UserError(
+            f"ratio={arm.ratio:g}: of {num_real} real images that is none a class; raise it above {least:.2g}"
+        )
     features = probabilities = None
     if arm.select != "random" or arm.labels == "classifier":
         features, probabilities = look(pool.patches)

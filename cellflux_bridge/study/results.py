@@ -1,12 +1,14 @@
 """Figures of cells on held-out patches: from sums over groups, so that intervals come from drawing groups and seeds.
 
 Every figure is a function of sums over the patches of a group. A resample draws the groups, and the seeds, with
-replacement; the same draws serve all arms, so that differences are paired (cluster bootstrap).
+replacement; the same draws serve all arms, so that differences are paired (cluster bootstrap). A resample that lacks a
+class has no figure and is left out.
 """
 
 import json
 from collections.abc import Callable
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -47,9 +49,11 @@ def result_of(config: StudyConfig, cell: Cell) -> dict | None:
         return None
     try:
         found = json.loads(regular(file).read_text(encoding="utf-8"))
+        if not 0 <= float(found["seconds"]) < float("inf"):
+            raise ValueError("seconds is no time")
         return found if found["digest"] == cell_digest(config, cell) else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error}); remove its folder, the cell is run again") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: damaged ({error!r:.200}); remove its folder, the cell is run again") from error
 
 
 def finished(config: StudyConfig) -> dict[Cell, dict]:
@@ -63,9 +67,11 @@ def probabilities(config: StudyConfig, cell: Cell, split: str, *, num: int, num_
     try:
         with np.load(regular(file), allow_pickle=False) as found:
             values = found[split]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: damaged ({error}); remove its folder, the cell is run again") from error
-    if values.shape != (num, num_classes) or not np.isfinite(values).all():
+        fits = values.shape == (num, num_classes) and values.dtype == np.float32
+        fits = fits and bool((values >= 0).all() and (values <= 1).all())
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        raise UserError(f"{file}: damaged ({error!r:.200}); remove its folder, the cell is run again") from error
+    if not fits:
         raise UserError(f"{file}: of other patches than this study's; remove its folder, the cell is run again")
     return values
 
@@ -119,19 +125,20 @@ def _table(of: Sums, draws: Draws) -> np.ndarray:
 
 
 def balanced_accuracy(of: Sums, draws: Draws) -> np.ndarray:
-    return np.nanmean(_recalls(_table(of, draws)), -1)
+    return _recalls(_table(of, draws)).mean(-1)
 
 
 def macro_f1(of: Sums, draws: Draws) -> np.ndarray:
     table = _table(of, draws)
     right = np.diagonal(table, axis1=-2, axis2=-1)
-    return (2 * right / np.maximum(table.sum(-1) + table.sum(-2), 1e-12)).mean(-1)
+    each = 2 * right / np.maximum(table.sum(-1) + table.sum(-2), 1e-12)
+    return np.where((table.sum(-1) == 0).any(-1), np.nan, each.mean(-1))
 
 
 def sensitivity(of: Sums, draws: Draws) -> np.ndarray:
     """The recall of the last class; of more than two the mean recall."""
     recalls = _recalls(_table(of, draws))
-    return recalls[..., -1] if recalls.shape[-1] == 2 else np.nanmean(recalls, -1)
+    return recalls[..., -1] if recalls.shape[-1] == 2 else recalls.mean(-1)
 
 
 def specificity(of: Sums, draws: Draws) -> np.ndarray:
@@ -141,7 +148,7 @@ def specificity(of: Sums, draws: Draws) -> np.ndarray:
     right = np.diagonal(table, axis1=-2, axis2=-1)
     with np.errstate(invalid="ignore"):
         found = (total - true - called + right) / (total - true)
-    return found[..., -1] if table.shape[-1] == 2 else np.nanmean(found, -1)
+    return found[..., -1] if table.shape[-1] == 2 else found.mean(-1)
 
 
 def area_under_curve(of: Sums, draws: Draws) -> np.ndarray:
@@ -151,7 +158,7 @@ def area_under_curve(of: Sums, draws: Draws) -> np.ndarray:
     won = np.einsum("rg,scgh,rh->rsc", draws.groups, of.ordered, draws.groups, optimize=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         area = won / pairs
-    return area[..., -1] if area.shape[-1] == 2 else np.nanmean(area, -1)
+    return area[..., -1] if area.shape[-1] == 2 else area.mean(-1)
 
 
 def calibration_error(of: Sums, draws: Draws) -> np.ndarray:
@@ -192,10 +199,10 @@ def p_value(differences: np.ndarray) -> float:
     return float(min(1.0, 2 * (tail + 1) / (len(drawn) + 1)))
 
 
-def holm(values: list[float]) -> list[float]:
-    """p values after Holm's correction (1979), in their order."""
+def holm(values: list[float], *, num: int) -> list[float]:
+    """p values, in their order, after Holm's correction (1979) for `num` tests; those not done yet count as larger."""
     order, adjusted, largest = np.argsort(values), np.empty(len(values)), 0.0
     for rank, number in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[number]))
+        largest = max(largest, min(1.0, (num - rank) * values[number]))
         adjusted[number] = largest
     return adjusted.tolist()

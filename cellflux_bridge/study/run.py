@@ -1,6 +1,8 @@
 """A study run: guides, generators, cells, each a job with a folder of its own, over processes or a SLURM cluster."""
 
+import multiprocessing
 import os
+import shutil
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from cellflux_bridge.base.files import replace_text
 from cellflux_bridge.base.locks import writing
 from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
+from cellflux_bridge.config import Config
 from cellflux_bridge.data.index import patch_index
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.flow.network import build_flow
@@ -27,10 +30,16 @@ from cellflux_bridge.study.leaks import require_no_leak
 from cellflux_bridge.study.results import finished
 from cellflux_bridge.study.settings import StudyConfig
 from cellflux_bridge.study.summary import write_summary
+from cellflux_bridge.training.loop import Stopped
 from cellflux_bridge.training.run import claim
 
 # Trains the generator of a YAML file and translates in directions; a guide is trained alone, without directions.
 Make = Callable[[Path, str, Sequence[tuple[str, str]]], None]
+
+
+def dry_run(config: StudyConfig) -> list[str]:
+    """`describe`, of a study that was begun with what it leaves out."""
+    return describe(require_no_leak(config)[0] if (config.output / "checks.txt").exists() else config)
 
 
 def describe(config: StudyConfig) -> list[str]:
@@ -88,8 +97,11 @@ def run_study(config: StudyConfig, make: Make, *, workers: int, slurm: Mapping[s
     The next call does these again, and what was made with other settings: arms, sizes and seeds may be added.
     """
     _require_buildable(config)
-    claim(config.output, config)
+    if any((config.output / name).exists() for name in ("checkpoints", "trajectories")):
+        raise UserError(f"{config.output}: holds a run; choose another output for the study")
+    config.output.mkdir(parents=True, exist_ok=True)
     with writing(config.output):
+        claim(config.output, config)
         config, lines = require_no_leak(config)
         print("\n".join([*lines, *describe(config)]), flush=True)
         replace_text(config.output / "checks.txt", "\n".join(lines) + "\n")
@@ -153,7 +165,9 @@ def _attempt(folder: Path, name: str, work: Callable[[], None]) -> str | None:
     try:
         with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
             work()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, Stopped) and multiprocessing.parent_process() is None:
+            raise  # the user stops the study
         reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
         replace_text(folder / "error.txt", reason + "\n")
         return f"{name}: {reason.strip().splitlines()[-1]}"
@@ -162,29 +176,37 @@ def _attempt(folder: Path, name: str, work: Callable[[], None]) -> str | None:
 
 
 def _make_guide(config: StudyConfig, make: Make, size: plan.Size) -> str | None:
-    folder = plan.size_folder(config, size)
-    return _attempt(
-        folder, f"guide of size {size}", lambda: _make(make, folder / "guide.yaml", plan.guide_config(config, size))
-    )
+    folder = plan.size_folder(config, size) / plan.GUIDE
+    key = plan.guide_key(config, size)
+    work = partial(_make_once, make, plan.guide_config(config, size), "guide", [], key, folder)
+    return _attempt(folder, f"guide of size {size}", work)
 
 
 def _make_generator(config: StudyConfig, make: Make, making: plan.Making) -> str | None:
-    def work() -> None:
-        found, kind = plan.generator_config(config, making), config.generators[making.generator].kind
-        _make(make, found.output.with_suffix(".yaml"), found, kind=kind, pairs=plan.directions(config, making))
-
-    folder = plan.size_folder(config, making.size) / making.generator
-    return _attempt(folder, f"{making.generator} of size {making.size}", work)
+    found, kind = plan.generator_config(config, making), config.generators[making.generator].kind
+    key, pairs = plan.generator_key(config, making), plan.directions(config, making)
+    work = partial(_make_once, make, found, kind, pairs, key, found.output)
+    return _attempt(found.output, f"{making.generator} of size {making.size}", work)
 
 
-def _make(make: Make, file: Path, config, *, kind: str = "guide", pairs: Sequence[tuple[str, str]] = ()) -> None:
-    done, text = file.with_suffix(".done"), config.to_yaml()
-    if done.exists() and done.read_text(encoding="utf-8") == text:
+def _make_once(make: Make, config: Config, kind: str, pairs: Sequence[tuple[str, str]], key: str, folder: Path) -> None:
+    """Make what is not made yet. `key` says with what: a folder that was begun with something else is emptied first,
+    one that was begun with the same is gone on with."""
+    begun, done = folder / plan.BEGUN, folder / plan.DONE
+    if done.exists() and done.read_text(encoding="utf-8") == key:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, text)
+    done.unlink(missing_ok=True)
+    if not begun.exists() or begun.read_text(encoding="utf-8") != key:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "log.txt":
+                path.unlink()
+        replace_text(begun, key)
+    file = folder.with_name(f"{folder.name}.yaml")
+    replace_text(file, config.to_yaml())
     make(file, kind, pairs)
-    replace_text(done, text)
+    replace_text(done, key)
 
 
 def _run_cell(config: StudyConfig, cell: plan.Cell) -> str | None:

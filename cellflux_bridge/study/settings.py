@@ -13,6 +13,7 @@ from cellflux_bridge.config.schema import Count, Few, Section, nearest
 from cellflux_bridge.data.settings import DataConfig
 
 FORMAT = 1  # of study.json
+FOUNDATION = ("uni", "virchow2")  # see backbones.PRESETS
 Ratio = Annotated[float, Field(gt=0, le=100)]
 
 
@@ -54,6 +55,10 @@ class ArmConfig(Section):
         return None if spec is None else registry.validate("augmentation", spec, key="arms.<name>.augmentation")
 
     @property
+    def asks_guide(self) -> bool:
+        return self.images is not None and (self.select != "random" or self.labels == "classifier")
+
+    @property
     def family(self) -> str:
         """What an arm is of: "base", "augmentation", "images", or "images and augmentation"."""
         parts = [name for name, given in (("images", self.images), ("augmentation", self.augmentation)) if given]
@@ -67,7 +72,16 @@ class BackboneConfig(Section):
     pretrained: bool = False
     frozen: bool = False  # a linear probe on features
     size: Count | None = None  # px that patches are brought to; null: its own where it has one, else the patch's
-    weights: Path | None = None  # a local folder with them, where the hub cannot be reached
+    weights: Path | None = None  # a local folder with them, where the hub cannot be reached; pretrained is then implied
+
+    @model_validator(mode="after")
+    def _has_weights_where_it_is_frozen(self):
+        has_weights = self.pretrained or self.weights is not None or self.name in FOUNDATION
+        if self.name == "small" and (self.frozen or self.weights is not None):
+            raise ValueError("the small classifier has no weights from elsewhere: leave out frozen and weights")
+        if self.frozen and not has_weights:
+            raise ValueError("a frozen backbone needs weights: set pretrained=true, or name a folder in weights")
+        return self
 
 
 class StudyTrainConfig(ClassifierTrainConfig):
@@ -102,7 +116,7 @@ class StudyConfig(Root):
     base: str = "base"  # the arm that all others are compared with
     backbones: dict[str, BackboneConfig] = Field(default={"small": BackboneConfig()}, min_length=1)
     sizes: list[Count | Literal["all"]] = Field(default=["all"], min_length=1)  # training groups of every class
-    seeds: Few = 3
+    seeds: Few = 5
     near_copies: Literal["refuse", "leave_out"] = "refuse"  # of held-out patches among those that train
     train: StudyTrainConfig = StudyTrainConfig()
     primary: PrimaryConfig | None = None
@@ -118,6 +132,20 @@ class StudyConfig(Root):
                     raise UserError(f"generators.{name}.config={of.config}: no such file, nor in {folder}")
             found[name] = of.model_copy(update={"config": file})
         return self.model_copy(update={"generators": found})
+
+    @model_validator(mode="after")
+    def _names_can_be_folders(self):
+        for key, names in (("arms", self.arms), ("generators", self.generators), ("backbones", self.backbones)):
+            folded = [name.casefold() for name in names]
+            if again := [name for name in names if folded.count(name.casefold()) > 1]:
+                raise UserError(f"{key}: {' and '.join(again)} differ by letter case only; name them otherwise")
+            if wrong := [name for name in names if not name.strip(" .") or name.endswith((".", " ")) or "|" in name]:
+                raise UserError(f"{key}: {wrong[0]!r} cannot be a name here; leave out | and dots or blanks at its end")
+        if taken := {"guide", "guide_rgb"}.intersection(map(str.casefold, self.generators)):
+            raise UserError(f"generators.{taken.pop()}: is the guide's own name; choose another")
+        if again := [size for size in self.sizes if self.sizes.count(size) > 1]:
+            raise UserError(f"sizes: {again[0]} stands twice")
+        return self
 
     @model_validator(mode="after")
     def _names_what_is_there(self):
