@@ -516,6 +516,19 @@ def test_what_is_there_is_not_overwritten(mhist, out):
     assert (out / "manifest.csv").read_text() == "mine"
 
 
+def test_an_image_that_is_listed_twice_is_refused(chaoyang, out):
+    item = {"name": "train/535940-IMG009x024-2.JPG", "label": 2}
+    put_text(chaoyang, "train.json", json.dumps([item, item]))
+    refused("chaoyang", chaoyang, out, "manifest.csv, line", "stands already on line")
+
+
+def test_a_slide_without_label_is_refused(source, out, tmp_path):
+    put(source, "s/1.jpg")
+    table = put_text(tmp_path, "t.csv", "PATIENT,FILENAME,label\np,s,\n")
+    refused("stamp", source, out, "s/1.jpg: label ''; expected one", table=table)
+    assert not out.exists()
+
+
 def test_a_manifest_that_the_layout_refuses_is_not_left_behind(mhist, out):
     put(mhist, "images/.hidden.png")
     put_text(mhist, "annotations.csv", f"{MHIST}.hidden.png,SSA,6,train\n")

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -255,7 +256,7 @@ def prepare(
             _link(source / patch.path, out / patch.path)
 
     threaded(place, patches, workers=_WRITERS, desc="images")
-    rows = sorted([getattr(patch, column) for column in COLUMNS] for patch in patches)
+    rows = [[getattr(patch, column) for column in COLUMNS] for patch in sorted(patches, key=attrgetter("path"))]
     replace_text(out / "manifest.csv", csv_text([COLUMNS, *rows]))
     try:
         Folder(out).records()
@@ -285,8 +286,11 @@ def _inside(name: str, *, where: object) -> str:
 def _checked(patch: Patch, download: Download) -> Patch:
     """A patch whose path, label and split are what they may be."""
     where = patch.where or f"{download.root / patch.path}"
-    if (classes := download.entry.classes) and patch.label not in classes:
-        raise UserError(f"{where}: label {patch.label!r}; expected one of {', '.join(classes)}")
+    classes = download.entry.classes
+    if not patch.label or (classes and patch.label not in classes):
+        raise UserError(
+            f"{where}: label {patch.label!r}; expected {'one of ' * bool(classes)}{', '.join(classes) or 'one'}"
+        )
     if patch.split is not None and split_of(patch.split) is None:
         raise UserError(f"{where}: split {patch.split!r}; expected train, val or test")
     path = _inside(patch.path, where=where)

@@ -14,16 +14,20 @@ from cellflux_bridge.images import UnreadableImage, read_rgb, read_size, write_p
 
 SIZE = 512
 _CLASSES = ("benign", "grade 3", "grade 4", "grade 5")
-_VALUES = ((1, 6), (3,), (4,), (5,))  # of the maps; 0 is not annotated
+_NONE, _FOREIGN = len(_CLASSES), len(_CLASSES) + 1
+# The class of each value of the maps; 0 is not annotated.
+_CLASS_OF = np.full(256, _FOREIGN, np.uint8)
+_CLASS_OF[[0, 1, 6, 3, 4, 5]] = _NONE, 0, 0, 1, 2, 3
 _CORE = re.compile(r"^(slide\d+_core\d+)(_classimg_nonconvex\.png|\.jpe?g)$", re.IGNORECASE)
 _LEAST_SHARE = 0.5
 
 
 def vote(maps: list[np.ndarray]) -> np.ndarray:
-    """The class (H, W) that most maps give a pixel, -1 where none does or two are equal."""
-    votes = np.stack([sum(np.isin(one, values).astype(np.uint8) for one in maps) for values in _VALUES])
-    most = votes.max(0)
-    return np.where((most > 0) & ((votes == most).sum(0) == 1), votes.argmax(0), -1)
+    """The class (H, W) that most maps of classes give a pixel, `_NONE` where none does or two are equal."""
+    votes = [sum((one == number).view(np.uint8) for one in maps) for number in range(len(_CLASSES))]
+    most = np.maximum.reduce(votes)
+    equal = [count == most for count in votes]
+    return np.where((most > 0) & (sum(same.view(np.uint8) for same in equal) == 1), np.argmax(equal, axis=0), _NONE)
 
 
 @lru_cache(maxsize=4)
@@ -36,10 +40,11 @@ def _cut(core: Path, top: int, left: int, path: Path) -> None:
 
 
 def _maps(files: list[Path], core: Path) -> list[np.ndarray]:
-    maps, size = [read_rgb(file)[..., 0] for file in files], read_size(core)
+    """The class of every pixel, as each pathologist sees it."""
+    maps, size = [_CLASS_OF[read_rgb(file)[..., 0]] for file in files], read_size(core)
     for file, one in zip(files, maps, strict=True):
-        if one.shape != size or not np.isin(one, (0, *sum(_VALUES, ()))).all():
-            raise UserError(f"{file}: {one.shape}, values {np.unique(one)[:9]}; expected {size}, values 0, 1, 3 to 6")
+        if one.shape != size or (one == _FOREIGN).any():
+            raise UserError(f"{file}: size {one.shape}, or a foreign value; expected {size}, values 0, 1, 3 to 6")
     return maps
 
 
@@ -54,13 +59,13 @@ def _read(download: Download) -> Iterator[Patch]:
         if core not in files:
             continue  # nobody annotated it
         try:
-            grades = vote(_maps(files[core], image := download.file(path)))
+            maps = _maps(files[core], image := download.file(path))
         except UnreadableImage as error:
             raise UserError(f"{error}; unpack the download again") from error
-        for top in range(0, grades.shape[0] - SIZE + 1, SIZE):
-            for left in range(0, grades.shape[1] - SIZE + 1, SIZE):
-                part = grades[top : top + SIZE, left : left + SIZE]
-                shares = np.bincount(part[part >= 0], minlength=len(_CLASSES)) / part.size
+        for top in range(0, maps[0].shape[0] - SIZE + 1, SIZE):
+            for left in range(0, maps[0].shape[1] - SIZE + 1, SIZE):
+                voted = vote([one[top : top + SIZE, left : left + SIZE] for one in maps])
+                shares = np.bincount(voted.ravel(), minlength=_FOREIGN)[:_NONE] / SIZE**2
                 if shares.max() >= _LEAST_SHARE:
                     best, name = int(shares.argmax()), f"patches/{core}_{top}_{left}.png"
                     write = partial(_cut, image, top, left)
