@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from cellflux_bridge.base.errors import UserError
@@ -91,6 +92,11 @@ def test_weights_that_cannot_be_fetched_are_named_with_a_way_out(tmp_path, monke
         Backbone(BackboneConfig(name="virchow2"), 2, patch_size=224)
     with pytest.raises(UserError, match="no such folder"):
         Backbone(BackboneConfig(name="virchow2", weights=tmp_path / "missing"), 2, patch_size=224)
+
+
+def test_a_received_study_fetches_no_backbone(tmp_path):
+    with pytest.raises(ValidationError, match="pass --trust"):
+        BackboneConfig(name="hf-hub:somebody/model")
 
 
 def test_published_arguments_of_foundation_models_build_their_architecture():

@@ -76,8 +76,8 @@ def _require_buildable(config: StudyConfig) -> None:
     classes = len(patch_index(config.data, seed=config.seed).classes)
     with torch.device("meta"):
         for backbone in config.backbones.values():
-            if backbone.name not in PRESETS:  # those need their weights, and say so in their cells
-                untrained = backbone.model_copy(update={"pretrained": False})
+            if backbone.name not in PRESETS and ":" not in backbone.name:  # of others weights tell what they are
+                untrained = backbone.model_copy(update={"pretrained": False, "weights": None})
                 Backbone(untrained, classes, patch_size=config.data.image_size)
         for making in plan.makings(config):
             kind, found = config.generators[making.generator].kind, plan.generator_config(config, making)

@@ -74,6 +74,15 @@ class BackboneConfig(Section):
     size: Count | None = None  # px that patches are brought to; null: its own where it has one, else the patch's
     weights: Path | None = None  # a local folder with them, where the hub cannot be reached; pretrained is then implied
 
+    @field_validator("name")
+    @classmethod
+    def _comes_from_the_hub_for_the_user_alone(cls, name):
+        if ":" in name:
+            registry.require_trusted(
+                name, key="backbones.<name>.name", what="fetched from elsewhere", not_done="fetched"
+            )
+        return name
+
     @model_validator(mode="after")
     def _has_weights_where_it_is_frozen(self):
         has_weights = self.pretrained or self.weights is not None or self.name in FOUNDATION
