@@ -16,6 +16,7 @@ from cellflux_bridge.classifier.calibration import expected_calibration_error
 from cellflux_bridge.cli import main
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.images import read_rgb, write_png
 from cellflux_bridge.study import results, summary
 from cellflux_bridge.study import run as run_module
@@ -141,6 +142,27 @@ def test_candidates_are_the_frames_of_the_levels_that_an_arm_names(tmp_path):
     preprocessing.image_size = 8
     with pytest.raises(UserError, match="frames of 3x4x4, the study has 3x8x8"):
         candidates([tmp_path / "t"], ArmConfig(images="x"), classes=CLASSES, preprocessing=preprocessing)
+
+
+def test_a_folder_of_made_images_is_taken_as_it_is_or_scaled(tmp_path):
+    preprocessing = Preprocessing(8, 16)
+    rng, made = np.random.default_rng(0), tmp_path / "made"
+    ready, large = (rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for side in (8, 32))
+    for label, rgb in (("A", ready), ("B", large)):
+        (made / label).mkdir(parents=True)
+        write_png(made / label / "0.png", rgb)
+    found = candidates([made], ArmConfig(images="x"), classes=CLASSES, preprocessing=preprocessing)
+    assert np.array_equal(found.patches[0].numpy().transpose(1, 2, 0), ready)
+    assert np.array_equal(found.patches[1].numpy().transpose(1, 2, 0), preprocessing(large, name=""))
+    assert found.labels.tolist() == [[1, 0], [0, 1]]
+    (made / "B" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"made/B: holds no image"):
+        candidates([made], ArmConfig(images="x"), classes=CLASSES, preprocessing=preprocessing)
+
+
+def test_a_ratio_that_asks_for_no_image_is_refused():
+    with pytest.raises(UserError, match=r"ratio=0.02: of 20 real images that is none a class; raise it above 0.05"):
+        chosen({"images": "x", "ratio": 0.02}, [1, 9], [A, B], num_real=20)
 
 
 # Figures
