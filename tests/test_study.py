@@ -615,6 +615,14 @@ def test_a_dry_run_prints_the_cells_and_trains_nothing(study, tmp_path, capsys):
     assert not (tmp_path / "study").exists()
 
 
+def test_a_received_study_is_not_run(study, tmp_path):
+    study(output=str(tmp_path))
+    (tmp_path / "study.yaml").rename(tmp_path / "config.yaml")
+    for where in (tmp_path, tmp_path / "config.yaml"):
+        with pytest.raises(SystemExit, match="expected the YAML file that the study was begun with"):
+            main(["study", str(where)])
+
+
 def test_a_study_makes_its_images_trains_and_tells(study, tmp_path, write_config, capsys):
     """The whole of it on patches of 16 px: guide, flow in both directions, cells, tables, figures."""
     translate = {"method": "progression", "levels": 3, "steps": 2, "solver": "euler"}

@@ -38,8 +38,11 @@ def run(args: argparse.Namespace) -> None:
     from cellflux_bridge.study.settings import StudyConfig
 
     path = Path(args.config)
-    config = load_config(path / "config.yaml" if path.is_dir() else path, args.overrides, schema=StudyConfig)
-    config = config.beside(path.parent)
+    if path.is_dir() or path.name == "config.yaml":  # it may come from somebody else, and names files that are trusted
+        raise UserError(
+            f"{path}: expected the YAML file that the study was begun with, as in configs/study_example.yaml"
+        )
+    config = load_config(path, args.overrides, schema=StudyConfig).beside(path.parent)
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected a number of processes, or 0 for one a core")
     if args.dry_run:

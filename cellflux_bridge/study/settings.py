@@ -139,7 +139,7 @@ class StudyConfig(Root):
                 file = folder / file
                 if not file.is_file():
                     raise UserError(f"generators.{name}.config={of.config}: no such file, nor in {folder}")
-            found[name] = of.model_copy(update={"config": file})
+            found[name] = of.model_copy(update={"config": file and file.absolute()})
         return self.model_copy(update={"generators": found})
 
     @model_validator(mode="after")
