@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +60,8 @@ class CellTask:
     """Cross-entropy on batches of real patches, every class alike, in which made images take their share.
 
     The same seed gives all arms the same initial weights and the same real patches, so that arms are compared in pairs.
-    A batch has no part in the arm's name: with a generator's images a row is replaced by one of them with probability
-    ratio / (1 + ratio); then the arm's augmentation is laid over all rows.
+    With a generator's images a row is replaced by one of them with probability ratio / (1 + ratio); then the arm's
+    augmentation is laid over all rows.
     """
 
     def __init__(self, config: StudyConfig, patches: Patches, cell: Cell, train: np.ndarray, made: Pool | None):
@@ -127,22 +128,20 @@ class CellTask:
         """Logits (N, num_classes) of middle patches by the trained model; of a frozen backbone features are kept in a
         file, since they are the same for all cells."""
         if not self.is_frozen:
-            network = head.to(device).eval()
-            parts = [images.encode(self._patches.centre(part).to(device)) for part in _parts(indices)]
-            return torch.cat([network(x).float().cpu() for x in parts]).numpy()
+            return self._of_middle(head.to(device).eval(), indices, device)
         if not cache.exists():
-            network = self.network.to(device).eval()
-            parts = [images.encode(self._patches.centre(part).to(device)) for part in _parts(indices)]
-            found = torch.cat([network.features(x).float().cpu() for x in parts]).numpy()
+            found = self._of_middle(self.network.to(device).eval().features, indices, device)
             cache.parent.mkdir(parents=True, exist_ok=True)
             with replacing(cache) as temporary, open(temporary, "wb") as file:
                 np.save(file, found)
         features = torch.from_numpy(np.load(cache)).to(device)
         return head.to(device).eval()(features).cpu().numpy()
 
-
-def _parts(indices: np.ndarray) -> list[np.ndarray]:
-    return np.split(indices, range(_CHUNK, len(indices), _CHUNK))
+    def _of_middle(self, function: Callable, indices: np.ndarray, device: torch.device) -> np.ndarray:
+        """`function` of middle patches, never more than a chunk of them in memory."""
+        chunks = np.split(indices, range(_CHUNK, len(indices), _CHUNK))
+        batches = (images.encode(self._patches.centre(chunk).to(device)) for chunk in chunks)
+        return torch.cat([function(x).float().cpu() for x in batches]).numpy()
 
 
 def _turned(image: torch.Tensor, turn: int) -> torch.Tensor:
@@ -199,7 +198,7 @@ def run_cell(config: StudyConfig, cell: Cell) -> None:
     if result_of(config, cell) is not None:
         return
     (folder / "result.json").unlink(missing_ok=True)
-    config = sized(config, cell.size)
+    whole, config = config, sized(config, cell.size)
     patches = load_patches(config.data, seed=config.seed)
     train = patches.indices("train")
     fabric = make_fabric(config.train, section="train")
@@ -217,7 +216,7 @@ def run_cell(config: StudyConfig, cell: Cell) -> None:
         begun.write_text(digest)
     newest = fit(task, config, config.train.model_copy(update=pace), folder=folder / "training", fabric=fabric)
     checkpoint.load_weights(newest, task.model)
-    logits, cache = {}, config.output / "features" / feature_key(config, cell)
+    logits, cache = {}, config.output / "features" / feature_key(whole, cell)
     for split in ("val", "test"):
         chosen = patches.indices(split)
         logits[split] = task.logits(task.model, chosen, fabric.device, cache=cache / f"{split}.npy")
