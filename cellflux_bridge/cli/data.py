@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     sheet.parent.mkdir(parents=True, exist_ok=True)
     report, usable = check_data(config.data, seed=config.seed, sheet=sheet)
     print(report)
-    for line in _nuclei(config):
+    for line in _nuclei(config) if config.data.channels == 3 else ():
         print(line)
     if not usable:
         raise UserError("some files cannot be used, or a class lacks patches (listed above): mend that first")

@@ -44,5 +44,6 @@ def run(args: argparse.Namespace) -> None:
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
     if fabric.is_global_zero:
         tell_trained(newest, last_values(config.output, "val/"))
-        if by_level and task.path.from_data and newest.name not in trained_before:
+        is_rgb = config.data.channels == 3  # as the figures of level 1 are
+        if by_level and is_rgb and task.path.from_data and newest.name not in trained_before:
             print("\n".join(too_little(Bridge.load(config.output, ALONE, fabric=fabric), config.output)))

@@ -39,7 +39,7 @@ _MADE_FROM = "made_from.npy"
 def cached_pixels(
     config: DataConfig, index: Index, *, seed: int, reference: stain.StainReference | None, build: bool
 ) -> tuple[np.ndarray, Preprocessing]:
-    """Every patch (N, H, W, 3) uint8, memory-mapped, and how it was made; built first where there is no cache yet.
+    """Every patch (N, H, W, C) uint8, memory-mapped, and how it was made; built first where there is no cache yet.
 
     Raises UserError that lists unreadable files, and for a cache that is damaged, missing and not to be built, or too
     large for the disk.
@@ -61,8 +61,8 @@ def cached_pixels(
             finally:
                 if not (building / _MADE_FROM).exists():
                     shutil.rmtree(building, ignore_errors=True)
-    num, size = len(stats), config.image_size
-    pixels = _mapped(folder / "pixels.npy", np.uint8, lambda n, h, w, c: n == num and min(h, w) >= size and c == 3)
+    last, size = (len(stats), config.channels), config.image_size
+    pixels = _mapped(folder / "pixels.npy", np.uint8, lambda n, h, w, c: (n, c) == last and min(h, w) >= size)
     status = os.stat(folder / "pixels.npy")
     pixels = remembered((str(folder), status.st_ino, status.st_size, status.st_mtime_ns), lambda: pixels)
     return pixels, Preprocessing.load(folder / "preprocessing.json")
@@ -95,6 +95,7 @@ def _folders(
         "crop": config.crop,
         "stain": config.stain.method if normalised else None,
         "reference": reference.values if normalised and reference else None,
+        **({} if config.channels == 3 else {"channels": config.channels}),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + repr(index.ids).encode())
     if normalised and reference is None:  # it comes from the training split
@@ -133,7 +134,7 @@ def _build(
     reference: stain.StainReference | None,
 ) -> None:
     """Decodes what is not there yet into arrays in `folder`."""
-    num, preprocessing = len(stats), Preprocessing(config.image_size, config.crop)
+    num, preprocessing = len(stats), Preprocessing.of(config)
 
     def each(work: Callable[[int], Any], numbers: Sequence[int], desc: str) -> list:
         """`work` of these patches; UserError that lists the files for which it raised one."""
@@ -160,7 +161,7 @@ def _build(
         return preprocessing.scaled_size(height, width, name=str(index.file(i)))
 
     def prepared(i: int) -> np.ndarray:
-        return preprocessing.prepare(images.read_rgb(index.file(i)), name=str(index.file(i)))
+        return preprocessing.prepare(preprocessing.read(index.file(i)), name=str(index.file(i)))
 
     # One array needs one size: images are cut to the smallest height and width there is.
     height, width = np.min(each(size, range(num), "reading image sizes"), axis=0).tolist()
@@ -175,7 +176,7 @@ def _build(
                 raise
             reference = stain.fit_reference(config.stain.method, shown)
         preprocessing = replace(preprocessing, reference=reference)
-    shape, missing = (num, height, width, 3), np.arange(num)
+    shape, missing = (num, height, width, config.channels), np.arange(num)
     try:
         if is_begun := Preprocessing.load(folder / "preprocessing.json") == preprocessing:
             pixels = _mapped(folder / "pixels.npy", np.uint8, lambda *found: found == shape, mode="r+")
@@ -183,7 +184,7 @@ def _build(
             missing = np.flatnonzero((made_from != stats).any(axis=1))
     except UserError:
         is_begun = False
-    free, needed = shutil.disk_usage(folder).free, len(missing) * height * width * 3
+    free, needed = shutil.disk_usage(folder).free, len(missing) * height * width * config.channels
     if free < needed:
         raise UserError(
             f"data.cache_dir: {folder.parent} has {free / 1e9:.1f} GB free, the cache needs {needed / 1e9:.1f} GB; "

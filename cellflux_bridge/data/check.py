@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     index = patch_index(config, seed=seed)
     records, classes = index.records(), index.classes
     given = {SPLITS[number] for number in np.unique(index.named) if number < len(SPLITS)}
-    preprocessing = Preprocessing(config.image_size, config.crop)
+    preprocessing = Preprocessing.of(config)
     found = threaded(lambda r: _inspect(r, preprocessing, config), records, workers=config.workers, desc="checking")
     facts = [one for one in found if isinstance(one, _Facts)]
     unreadable = {record.id: one for record, one in zip(records, found, strict=True) if isinstance(one, str)}
@@ -92,7 +93,7 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
         lines.append(f"left out by data.without: {len(left_out(config))} patches")
     lines += compare([one.encoding for one in facts], [one.record.label for one in facts])
     lines += _duplicates(facts)
-    lines += _near_copies(facts, index, sheet=sheet.with_name("near_copies.png"))
+    lines += _near_copies(facts, index, sheet=sheet.with_name("near_copies.png"), channels=config.channels)
     if any(record.mpp is not None for record in records):
         mpp = frame_mpp([one.record for one in facts], preprocessing)
         unknown = "not known (missing for some patches, or more than 5 % apart); set --mpp where nuclei are counted"
@@ -102,7 +103,8 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
         for label in classes:
             members = [one.record for one in facts if one.record.label == label]
             order = numpy_generator(seed, "contact sheet", label).permutation(len(members))[:12]
-            rows.append([preprocessing(images.read_rgb(members[i].file), name=members[i].id) for i in order])
+            shown = (preprocessing(preprocessing.read(members[i].file), name=members[i].id) for i in order)
+            rows.append(list(map(images.to_rgb, shown)))
         named = {label: row for label, row in zip(classes, rows, strict=True) if row}
         images.write_png(sheet, named_rows(named, scale=max(1, 96 // config.image_size)))
         lines.append(f"contact sheet: {sheet}")
@@ -131,13 +133,13 @@ def require_pairs(patches: Patches, config: Config, *, batch_size: int) -> None:
 
 def _inspect(record: PatchRecord, preprocessing: Preprocessing, config: DataConfig) -> _Facts | str:
     try:
-        rgb = images.read_rgb(record.file)
+        rgb = preprocessing.read(record.file)
         preprocessing.scaled_size(*rgb.shape[:2], name=str(record.file))
         require_no_enlargement(config, preprocessing, *rgb.shape[:2], name=str(record.file))
     except ValueError as error:
         return str(error)
     digest = hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
-    return _Facts(record, rgb.shape[:2], digest, thumbnail(rgb), encoding(record.file))
+    return _Facts(record, rgb.shape[:2], digest, thumbnail(images.to_rgb(rgb)), encoding(record.file))
 
 
 def _lacking(counts: Counter, classes: Sequence[str], config: DataConfig, *, given: set[str]) -> list[str]:
@@ -179,7 +181,7 @@ def _duplicates(facts: Sequence[_Facts]) -> list[str]:
     return lines
 
 
-def _near_copies(facts: Sequence[_Facts], index: Index, *, sheet: Path) -> list[str]:
+def _near_copies(facts: Sequence[_Facts], index: Index, *, sheet: Path, channels: int) -> list[str]:
     """Pairs of different groups that are nearly one picture, across splits and across classes, the most alike drawn."""
     sheet.unlink(missing_ok=True)  # an older one would mislead
     if not facts:
@@ -202,7 +204,8 @@ def _near_copies(facts: Sequence[_Facts], index: Index, *, sheet: Path) -> list[
             more = " ..." if len(crossing) > 3 else ""
             lines.append(f"  {title}: {len(crossing)} pairs: {'; '.join(examples)}{more}")
     if found:
-        tiles = [[images.resize(images.read_rgb(r.file), 96, 96) for r in (a, b)] for a, b, _ in found[:12]]
+        read = partial(images.read, channels=channels)
+        tiles = [[images.resize(images.to_rgb(read(r.file)), 96, 96) for r in (a, b)] for a, b, _ in found[:12]]
         images.write_png(sheet, images.sheet(tiles))
         lines.append(f"  give copies one group in a manifest.csv, or remove them; the most alike are drawn in {sheet}")
     return lines

@@ -31,7 +31,7 @@ def near_level(scores: np.ndarray, level: float) -> np.ndarray:
 class Patches:
     """All patches of a data set at the network's scale, in the order of `ids`.
 
-    `pixels` (N, H, W, 3) uint8, memory-mapped, H and W at least image_size; `labels` (N,) int64 into `classes`;
+    `pixels` (N, H, W, C) uint8, memory-mapped, H and W at least image_size; `labels` (N,) int64 into `classes`;
     `splits` (N,) into SPLITS, 3 for none; `groups` (N,) int64, patches of one group sharing a number; `scores` (N,)
     float32, NaN where the data has none; `ids` the paths relative to the root.
     """
@@ -69,11 +69,11 @@ class Patches:
         return numpy_generator(seed, "sample", split, str(label)).permutation(indices)[:num]
 
     def centre(self, indices: Sequence[int]) -> torch.Tensor:
-        """The middle patch of each image: (B, 3, S, S) uint8."""
+        """The middle patch of each image: (B, C, S, S) uint8."""
         return self.cut(indices, self.middle_places(len(indices)))
 
     def random(self, indices: Sequence[int], *, flips: bool, generator: torch.Generator) -> torch.Tensor:
-        """A random patch of each image, (B, 3, S, S) uint8, with `flips` in one of the square's eight symmetries."""
+        """A random patch of each image, (B, C, S, S) uint8, with `flips` in one of the square's eight symmetries."""
         return self.cut(indices, self.random_places(len(indices), flips=flips, generator=generator))
 
     def middle_places(self, num: int) -> np.ndarray:
@@ -88,7 +88,7 @@ class Patches:
         return (torch.rand(num, 3, generator=generator).numpy() * room).astype(int)
 
     def cut(self, indices: Sequence[int], places: np.ndarray) -> torch.Tensor:
-        """The patch of each image at a place, (B, 3, S, S) uint8; `places` (B, 3) int64 hold top, left and symmetry:
+        """The patch of each image at a place, (B, C, S, S) uint8; `places` (B, 3) int64 hold top, left and symmetry:
         that many quarter turns, from 4 on of the mirrored patch."""
         size = self.preprocessing.image_size
         crops = []
@@ -108,8 +108,6 @@ def load_patches(
     split. Raises UserError that lists unreadable files, for a data.cache_dir that cannot be written to, and where the
     cache is missing and not to be built.
     """
-    if config.channels != 3:
-        raise UserError(f"data.channels={config.channels}: the files are read as RGB; set data.channels=3")
     index = patch_index(config, seed=seed)
     pixels, preprocessing = cached_pixels(config, index, seed=seed, reference=reference, build=build)
     return Patches(

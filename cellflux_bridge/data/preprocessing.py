@@ -31,7 +31,7 @@ def require_no_enlargement(
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an RGB uint8 image of any size becomes an (image_size, image_size, 3) patch.
+    """How a uint8 image of any size becomes an (image_size, image_size, channels) patch.
 
     `crop` is the side, in the file's own pixels, of the square that one patch shows; it is scaled to `image_size`
     pixels (None: the shorter side of the whole image is). `reference` is the stain that images are normalised to.
@@ -40,6 +40,16 @@ class Preprocessing:
     image_size: _Side
     crop: _Side | None = None
     reference: stain.StainReference | None = None
+    channels: Annotated[int, Field(ge=1, le=1024)] = 3
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Preprocessing":
+        """As a configuration says, without a stain to normalise to."""
+        return cls(config.image_size, config.crop, channels=config.channels)
+
+    def read(self, file: Path) -> np.ndarray:
+        """An image file, uint8 (H, W, channels)."""
+        return images.read(file, channels=self.channels)
 
     def scale_of(self, height: int, width: int) -> float:
         """The network's pixels for one of an image file's."""

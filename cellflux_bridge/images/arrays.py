@@ -22,9 +22,11 @@ def decode(images: torch.Tensor) -> torch.Tensor:
 
 
 def resize(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
-    """An RGB uint8 image at another size: area-weighted (box) when it shrinks, bicubic when it grows."""
+    """A uint8 image (H, W, C) at another size: area-weighted (box) when it shrinks, bicubic when it grows."""
     if rgb.shape[:2] == (height, width):
         return rgb
+    if rgb.ndim == 3 and rgb.shape[2] != 3:  # each channel by itself, which is what happens to the three of RGB
+        return np.stack([resize(channel, height, width) for channel in np.moveaxis(rgb, 2, 0)], axis=2)
     shrinks = height <= rgb.shape[0] and width <= rgb.shape[1]
     resampling = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(rgb).resize((width, height), resampling))

@@ -1,6 +1,6 @@
 """Image files: PNG, JPEG, TIFF and NPY in, PNG out.
 
-Whatever a file's suffix, its first bytes say what it is. Outside this room images are RGB uint8 (H, W, 3).
+Whatever a file's suffix, its first bytes say what it is. Outside this room images are uint8 (H, W, C), for C = 3 RGB.
 """
 
 import mmap
@@ -51,6 +51,23 @@ def read_rgb(path: Path) -> np.ndarray:
         return rgb
 
 
+def read(path: Path, *, channels: int = 3) -> np.ndarray:
+    """An image file as uint8 (H, W, channels): as `read_rgb` where there are three, otherwise a NPY file of so many.
+
+    Raises UnreadableImage, too, for a file of another number of channels.
+    """
+    if channels == 3:
+        return read_rgb(path)
+    with _opened(path) as image:
+        if not isinstance(image, _NPYImage) or image.array.shape[2:] not in ((channels,), ()[: channels > 1]):
+            found = f"{image.array.shape}" if isinstance(image, _NPYImage) else "a picture"
+            raise UnreadableImage(
+                f"{found}: data.channels={channels} is read from .npy files, uint8 (H, W, {channels}); save it so, or "
+                "set data.channels"
+            )
+        return np.array(image.array).reshape(image.height, image.width, channels)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The image in a file: `height`, `width`, and `read()` for its pixels."""
@@ -81,18 +98,23 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class _NPYImage:
-    """A NumPy array file of uint8 (H, W, 3) or (H, W); nothing in it is unpickled."""
+    """A NumPy array file of uint8 (H, W, C) or (H, W); nothing in it is unpickled."""
 
     def __init__(self, path: Path):
-        self._array = np.load(path, mmap_mode="r", allow_pickle=False)
-        shape, dtype = self._array.shape, self._array.dtype
-        if dtype != np.uint8 or len(shape) < 2 or shape[2:] not in ((), (3,)) or not self._array.size:
+        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+        shape, dtype = self.array.shape, self.array.dtype
+        if dtype != np.uint8 or len(shape) not in (2, 3) or not self.array.size:
             found = f"{dtype} of shape {shape}"
             raise UnreadableImage(f"an array of {found}; expected uint8 of shape (H, W, 3) or (H, W)")
         self.height, self.width = shape[:2]
 
     def read(self) -> np.ndarray:
-        return samples.to_rgb(np.array(self._array.reshape(self.height, self.width, -1)))
+        if self.array.shape[2:] not in ((), (3,)):
+            raise UnreadableImage(
+                f"an array of uint8 of shape {self.array.shape}; expected uint8 of shape (H, W, 3) or (H, W), or "
+                f"data.channels={self.array.shape[2]}"
+            )
+        return samples.to_rgb(np.array(self.array.reshape(self.height, self.width, -1)))
 
 
 class _PillowImage:

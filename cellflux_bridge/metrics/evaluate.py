@@ -17,7 +17,7 @@ from cellflux_bridge.metrics.quantities import add_figures
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target, stain_transfer
 from cellflux_bridge.metrics.warnings import data_warnings, figure_warnings
-from cellflux_bridge.trajectory import TrajectoryHeader, read_header, read_source_ids
+from cellflux_bridge.trajectory import TrajectoryHeader, load_trajectory, read_header, read_source_ids
 
 # At how many levels methods are compared, where trajectories have as many.
 _NUM_LEVELS = 10
@@ -115,6 +115,9 @@ def evaluate(
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a trajectory is named twice; name each once, as a trajectory or with --unguided")
     headers = {folder: read_header(folder) for folder in folders}
+    for folder in folders:
+        if (num := load_trajectory(folder, num=1).frames.shape[2]) != 3:
+            raise UserError(f"{folder}: {num} channels; evaluate's figures are of RGB images only")
     source, target = _transition(headers)
     num_levels = num_levels or min(_NUM_LEVELS, *(len(header.levels) - 1 for header in headers.values()))
     pairs = _guided_pairs(trajectories, unguided, headers)

@@ -191,11 +191,7 @@ def _preprocessing(config: Config, folders: Collection[Path]) -> Preprocessing:
     if not found:
         is_fitted = config.data.stain.mode == "normalise"
         data = config.data
-        return (
-            load_patches(data, seed=config.seed).preprocessing
-            if is_fitted
-            else Preprocessing(data.image_size, data.crop)
-        )
+        return load_patches(data, seed=config.seed).preprocessing if is_fitted else Preprocessing.of(data)
     if found[0] != found[-1]:
         raise UserError(
             f"{config.output}: its networks saw patches of different preprocessings; train one of them again"

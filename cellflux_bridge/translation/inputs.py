@@ -19,7 +19,7 @@ Images = str | Path | np.ndarray | Image.Image | torch.Tensor | Sequence[str | P
 
 
 class Sources(NamedTuple):
-    """Sources by number: their names, and patches(numbers) -> (B, 3, S, S) uint8."""
+    """Sources by number: their names, and patches(numbers) -> (B, C, S, S) uint8."""
 
     ids: list[str]
     patches: Callable[[Sequence[int]], torch.Tensor]
@@ -34,12 +34,12 @@ def of_images(images: Images, preprocessing: Preprocessing) -> Sources:
     """What a user gives, scaled and cropped as training patches are when it is asked for. UserError names what is
     none of `Images`."""
     if isinstance(images, torch.Tensor):
-        size = preprocessing.image_size
+        size, num = preprocessing.image_size, preprocessing.channels
         batch = images[None] if images.ndim == 3 else images
-        if batch.dtype != torch.uint8 or batch.shape[1:] != (3, size, size) or len(batch) == 0:
+        if batch.dtype != torch.uint8 or batch.shape[1:] != (num, size, size) or len(batch) == 0:
             raise UserError(
-                f"images: expected uint8 (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}; "
-                "give files or (H, W, 3) arrays to have them scaled"
+                f"images: expected uint8 (B, {num}, {size}, {size}), found {images.dtype} {tuple(images.shape)}; "
+                f"give files or (H, W, {num}) arrays to have them scaled"
             )
         return Sources([str(i) for i in range(len(batch))], lambda numbers: batch[list(numbers)])
     if isinstance(images, (str, Path)) and Path(images).is_dir():
@@ -59,8 +59,8 @@ def of_images(images: Images, preprocessing: Preprocessing) -> Sources:
     def patches(numbers: Sequence[int]) -> torch.Tensor:
         found = []
         for number in numbers:
-            rgb, name = _rgb(images[number], name=f"images[{number}]")
-            found.append(preprocessing(rgb, name=name))
+            image, name = _array(images[number], preprocessing, name=f"images[{number}]")
+            found.append(preprocessing(image, name=name))
         return torch.from_numpy(np.stack(found).transpose(0, 3, 1, 2).copy())
 
     return Sources(names, patches)
@@ -79,15 +79,17 @@ def _require_readable(folder: Path, files: Sequence[Path], preprocessing: Prepro
         raise UserError(f"{folder}: {len(errors)} of {len(files)} images cannot be used; mend or remove them:{shown}")
 
 
-def _rgb(image: Any, *, name: str) -> tuple[np.ndarray, str]:
-    """An image as RGB uint8 (H, W, 3), and its name for errors."""
+def _array(image: Any, preprocessing: Preprocessing, *, name: str) -> tuple[np.ndarray, str]:
+    """An image as uint8 (H, W, channels), and its name for errors."""
     if isinstance(image, (str, Path)):
-        return image_io.read_rgb(Path(image)), str(image)
+        return preprocessing.read(Path(image)), str(image)
+    num = preprocessing.channels
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
+    what = "RGB uint8 array (H, W, 3)" if num == 3 else f"uint8 array (H, W, {num})"
     if not isinstance(image, np.ndarray):
         found = type(image).__name__
-        raise UserError(f"{name}: expected a file, a PIL image or an RGB uint8 array (H, W, 3), found {found}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise UserError(f"{name}: expected RGB uint8 (H, W, 3), found {image.dtype} {image.shape}")
+        raise UserError(f"{name}: expected a file, a PIL image or an {what}, found {found}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != num:
+        raise UserError(f"{name}: expected {what.replace(' array', '')}, found {image.dtype} {image.shape}")
     return image, name
