@@ -574,6 +574,7 @@ def test_what_cannot_be_built_is_refused_before_anything_is_trained(study, tmp_p
             r"generators.g: .*form=score asks a guide",
         ),
         ({"generators": {"g": {"config": "deep.yaml"}}, "arms": arms}, "data.image_size=16: not divisible"),
+        ({"data": {"root": str(tmp_path / "patches"), "channels": 4}}, "data.channels=4: a study is of RGB"),
     ):
         config = study(**keys)
         with pytest.raises(UserError, match=message):

@@ -74,6 +74,8 @@ def describe(config: StudyConfig) -> list[str]:
 def _require_buildable(config: StudyConfig) -> None:
     """UserError, before anything is trained, for a backbone or a generator that cannot be built."""
     classes = len(patch_index(config.data, seed=config.seed).classes)
+    if config.data.channels != 3:
+        raise UserError(f"data.channels={config.data.channels}: a study is of RGB images only")
     with torch.device("meta"):
         for backbone in config.backbones.values():
             if backbone.name not in PRESETS and ":" not in backbone.name:  # of others weights tell what they are

@@ -16,7 +16,7 @@ from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.images import write_png
 from cellflux_bridge.images.panels import named_rows
 from cellflux_bridge.study.figures import write_figures
-from cellflux_bridge.study.plan import Cell, cells, made_folder, makings, sized
+from cellflux_bridge.study.plan import DONE, Cell, cells, made_folder, makings, sized
 from cellflux_bridge.study.results import (
     FIGURES,
     Draws,
@@ -106,12 +106,13 @@ def _made_sheet(config: StudyConfig) -> np.ndarray:
     for label in patches.classes:
         chosen = patches.sample("train", label, num=_COLUMNS, seed=config.seed)
         rows[f"real, {label}"] = list(patches.centre(chosen).numpy().transpose(0, 2, 3, 1))
-    for making in makings(config):
-        for folder in sorted(made_folder(config, making).glob("*/trajectory.json")):
-            found = load_trajectory(folder.parent, num=_COLUMNS)
+    runs = (made_folder(config, making).parent for making in makings(config))
+    for run in (run for run in runs if (run / DONE).exists()):
+        for file in sorted((run / "made").glob("*/trajectory.json")):
+            found = load_trajectory(file.parent, num=_COLUMNS)
             is_stair = len(found.header.levels) > 2
             frames = found.frames[:, 0] if is_stair else found.frames[-1]
-            name = f"size {making.size}, {making.generator}: {found.header.source} to {found.header.target}"
+            name = f"size {run.parent.name}, {run.name}: {found.header.source} to {found.header.target}"
             rows[name] = list(frames[:_COLUMNS].transpose(0, 2, 3, 1))
     return named_rows(rows, scale=max(1, 64 // patches.preprocessing.image_size))
 
