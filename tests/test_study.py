@@ -604,6 +604,8 @@ def test_the_primary_test_chooses_by_validation_and_asks_the_test_split_once(stu
     assert of["two"].difference == (1.0, 1.0, 1.0)
     assert of["two"].p_holm == pytest.approx(3 * of["two"].p)
     assert of["base"].difference is None
+    assert of["two"].figures["calibration error"][0] == pytest.approx(0)
+    assert np.isnan(of["two"].figures["calibration error"][1]), "resamples have more of it"
     assert of[summary.COLOUR].figures["balanced accuracy"][0] > 0.9, "the classes of these patches differ in colour"
 
 

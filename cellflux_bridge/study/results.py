@@ -177,6 +177,10 @@ FIGURES: dict[str, Callable[[Sums, Draws], np.ndarray]] = {
 }
 
 
+# Resamples repeat patches, and with them chance, so that they have more calibration error: it gets no interval.
+BIASED = ("calibration error",)
+
+
 def resampled(figure: Callable[[Sums, Draws], np.ndarray], of: Sums, draws: Draws) -> np.ndarray:
     """(1 + R,): the mean over seeds of a figure, of all first and then of each resample."""
     each = figure(of, draws)

@@ -18,6 +18,7 @@ from cellflux_bridge.images.panels import named_rows
 from cellflux_bridge.study.figures import write_figures
 from cellflux_bridge.study.plan import DONE, Cell, cells, made_folder, makings, sized
 from cellflux_bridge.study.results import (
+    BIASED,
     FIGURES,
     Draws,
     Sums,
@@ -164,7 +165,7 @@ def summarise(config: StudyConfig) -> tuple[list[Row], Primary | None]:
         found = sums_of[size, backbone, arm] = _sums(config, patches, of, "test")
         of_validation = _sums(config, patches, of, "val")
         validation = balanced_accuracy(of_validation, draw(of_validation.excess.shape[1], config.seeds, seed=0))
-        figures = {name: interval(resampled(figure, found, draws)) for name, figure in FIGURES.items()}
+        figures = _figures(found, draws)
         rows.append(Row(size, backbone, arm, config.arms[arm].family, len(of), float(validation[0].mean()), figures))
     rows = [
         row
@@ -184,6 +185,12 @@ def _sums(config: StudyConfig, patches: Patches, of: list[Cell], split: str) -> 
     size = {"num": len(chosen), "num_classes": len(patches.classes)}
     values = np.stack([probabilities(config, cell, split, **size) for cell in sorted(of)])
     return sums(values, patches.labels[chosen], numbers, num)
+
+
+def _figures(of: Sums, draws: Draws) -> dict[str, tuple[float, float, float]]:
+    """Every figure with its 95 % interval, NaN where it has none."""
+    found = {name: interval(resampled(figure, of, draws)) for name, figure in FIGURES.items()}
+    return found | {name: (found[name][0], np.nan, np.nan) for name in BIASED}
 
 
 def _compared(config: StudyConfig, rows, sums_of, draws: Draws, size, backbone: str) -> list[Row]:
@@ -228,7 +235,7 @@ def _colour(config: StudyConfig, size) -> Row:
         values = colour_probabilities(patches, chosen)[None]
         found[split] = sums(values, patches.labels[chosen], numbers, num)
         draws[split] = draw(num, 1, seed=config.seed)
-    figures = {name: interval(resampled(figure, found["test"], draws["test"])) for name, figure in FIGURES.items()}
+    figures = _figures(found["test"], draws["test"])
     validation = balanced_accuracy(found["val"], draws["val"])[0].mean()
     return Row(size, "", COLOUR, "baseline", 1, float(validation), figures)
 
@@ -260,7 +267,10 @@ def _table(rows: list[Row]) -> list[list[str]]:
     table = [heading]
     for row in rows:
         cells = [str(row.size), row.backbone or "-", row.arm, f"{row.val_balanced_accuracy:.3f}"]
-        cells += [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in row.figures.values()]
+        spans = (
+            (value, "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]") for value, low, high in row.figures.values()
+        )
+        cells += [f"{value:.3f}{span}" for value, span in spans]
         if row.difference is None:
             cells += ["-"] * 3
         else:
