@@ -8,6 +8,7 @@ from cellflux_bridge.api import Bridge
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
+from cellflux_bridge.metrics.evaluate import require_rgb
 from cellflux_bridge.trajectory import load_trajectory
 
 NUM = 5
@@ -82,7 +83,7 @@ def test_a_flow_of_five_channels_trains_translates_and_is_shown(cells, tmp_path,
     assert bridge.translate(one, source="A", target="B").frames.shape == (3, 1, NUM, 16, 16)
     with pytest.raises(UserError, match=r"expected uint8 \(H, W, 5\), found uint8 \(16, 16, 3\)"):
         bridge.translate(one[..., :3], source="A", target="B")
-    with pytest.raises(SystemExit, match="5 channels; evaluate's figures are of RGB images only"):
-        cli.main(["evaluate", str(folder), "--judge", str(run), "--features", str(run)])
+    with pytest.raises(UserError, match="5 channels; evaluate's figures are of RGB images only"):
+        require_rgb(folder)
     with pytest.raises(SystemExit, match="5 channels; nuclei are counted in RGB"):
         cli.main(["cellularity", str(folder)])

@@ -78,6 +78,12 @@ def _guided_pairs(
     return pairs
 
 
+def require_rgb(folder: Path) -> None:
+    """UserError for sequences of other than three channels."""
+    if (num := load_trajectory(folder, num=1).frames.shape[2]) != 3:
+        raise UserError(f"{folder}: {num} channels; evaluate's figures are of RGB images only")
+
+
 def evaluate(
     trajectories: Sequence[Path],
     *,
@@ -115,9 +121,6 @@ def evaluate(
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a trajectory is named twice; name each once, as a trajectory or with --unguided")
     headers = {folder: read_header(folder) for folder in folders}
-    for folder in folders:
-        if (num := load_trajectory(folder, num=1).frames.shape[2]) != 3:
-            raise UserError(f"{folder}: {num} channels; evaluate's figures are of RGB images only")
     source, target = _transition(headers)
     num_levels = num_levels or min(_NUM_LEVELS, *(len(header.levels) - 1 for header in headers.values()))
     pairs = _guided_pairs(trajectories, unguided, headers)
@@ -126,6 +129,8 @@ def evaluate(
     runs += [("scores", scores)] if scores is not None else []
     networks = load_networks(runs, source=source, target=target, overrides=overrides, device=device, cache=cache)
     names = _names(headers, unguided)
+    for folder in folders:
+        require_rgb(folder)
     looked = {of: collect(of, networks, name=names[of], num_levels=num_levels) for of in folders}
     methods = list(looked.values())
     there_and_back = None if cycle is None else match_cycle(methods, cycle, networks)
