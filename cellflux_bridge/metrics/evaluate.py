@@ -17,7 +17,7 @@ from cellflux_bridge.metrics.quantities import add_figures
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target, stain_transfer
 from cellflux_bridge.metrics.warnings import data_warnings, figure_warnings
-from cellflux_bridge.trajectory import TrajectoryHeader, load_trajectory, read_header, read_source_ids
+from cellflux_bridge.trajectory import TrajectoryHeader, iter_trajectory, read_header, read_source_ids
 
 # At how many levels methods are compared, where trajectories have as many.
 _NUM_LEVELS = 10
@@ -80,7 +80,8 @@ def _guided_pairs(
 
 def require_rgb(folder: Path) -> None:
     """UserError for sequences of other than three channels."""
-    if (num := load_trajectory(folder, num=1).frames.shape[2]) != 3:
+    first = next(iter_trajectory(folder, batch_size=1), None)
+    if first is not None and (num := first.frames.shape[2]) != 3:
         raise UserError(f"{folder}: {num} channels; evaluate's figures are of RGB images only")
 
 
