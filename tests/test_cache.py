@@ -31,13 +31,13 @@ from cellflux_bridge.images import read_rgb, stain, write_png
 def decoded(monkeypatch) -> list[Path]:
     """The files that were decoded, in any order."""
     files = []
-    read = images.read_rgb
+    read = images.read
 
-    def counting(path):
+    def counting(path, **options):
         files.append(path)
-        return read(path)
+        return read(path, **options)
 
-    monkeypatch.setattr(images, "read_rgb", counting)
+    monkeypatch.setattr(images, "read", counting)
     return files
 
 
@@ -237,15 +237,15 @@ def assert_the_files_pixels(patches: Patches, root: Path) -> None:
 
 def stop_after(monkeypatch, num: int, error: BaseException) -> None:
     """Reading images raises `error` from the one after `num` on."""
-    files, read = [], images.read_rgb
+    files, read = [], images.read
 
-    def stopping(path):
+    def stopping(path, **options):
         files.append(path)
         if len(files) > num:
             raise error
-        return read(path)
+        return read(path, **options)
 
-    monkeypatch.setattr(images, "read_rgb", stopping)
+    monkeypatch.setattr(images, "read", stopping)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full"), UserError("unreadable")])
@@ -300,15 +300,15 @@ def test_a_killed_process_loses_no_more_than_what_was_not_yet_on_the_disk(
     patch_folder, data_config, decoded, monkeypatch
 ):
     config = data_config(patch_folder, workers=1)
-    read, files = images.read_rgb, []
+    read, files = images.read, []
 
-    def killed(path):
+    def killed(path, **options):
         files.append(path)
-        return os.kill(os.getpid(), signal.SIGKILL) if len(files) > 30 else read(path)
+        return os.kill(os.getpid(), signal.SIGKILL) if len(files) > 30 else read(path, **options)
 
     monkeypatch.setattr(cache_module, "_NUM_AT_RISK", 8)
     if (process := os.fork()) == 0:
-        images.read_rgb = killed
+        images.read = killed
         load_patches(config, seed=0)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
@@ -319,14 +319,14 @@ def test_a_killed_process_loses_no_more_than_what_was_not_yet_on_the_disk(
 
 def test_processes_that_build_at_once_wait_for_each_other(patch_folder, data_config, decoded, monkeypatch):
     config, started = data_config(patch_folder), Event()
-    read = images.read_rgb
+    read = images.read
 
-    def slow(path):
+    def slow(path, **options):
         started.set()
         time.sleep(0.03)
-        return read(path)
+        return read(path, **options)
 
-    monkeypatch.setattr(images, "read_rgb", slow)
+    monkeypatch.setattr(images, "read", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(load_patches, config, seed=0)
         started.wait()
