@@ -48,7 +48,11 @@ def test_the_cache_holds_what_the_files_hold(cells, data_config):
 
 
 @pytest.mark.parametrize(
-    ("channels", "message"), [(3, "or data.channels=5"), (4, r"\(16, 16, 5\): data.channels=4 is read")]
+    ("channels", "message"),
+    [
+        (3, r"\(16, 16, 5\); data\.channels=3 is \(H, W, 3\) or \(H, W\)"),
+        (4, r"\(16, 16, 5\); data\.channels=4 is \(H, W, 4\)"),
+    ],
 )
 def test_another_number_of_channels_is_told(cells, data_config, channels, message):
     with pytest.raises(UserError, match=message):
@@ -57,7 +61,7 @@ def test_another_number_of_channels_is_told(cells, data_config, channels, messag
 
 def test_a_picture_is_no_file_of_five_channels(tmp_path):
     images.write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(UserError, match=r"a picture: data\.channels=5 is read from \.npy files"):
+    with pytest.raises(UserError, match=r"a picture; data\.channels=5 is read from \.npy files"):
         images.read(tmp_path / "a.png", channels=NUM)
     np.save(tmp_path / "grey.npy", np.ones((4, 6), np.uint8))
     assert images.read(tmp_path / "grey.npy", channels=1).shape == (4, 6, 1)

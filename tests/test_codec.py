@@ -134,7 +134,7 @@ def test_channels_other_than_three_are_counted_or_refused(folded, tmp_path):
     config = load_config(folded(), grey)
     assert build_codec(config).channels == 20
     assert build_classifier(config)(torch.zeros(2, 5, 16, 16)).shape == (2, 2)
-    with pytest.raises(UserError, match=r"data\.channels=5: the files are read as RGB"):
+    with pytest.raises(UserError, match=r"a picture; data\.channels=5 is read from \.npy files"):
         load_patches(config.data, seed=0)
     with pytest.raises(UserError, match=r"stain\.mode=augment is for RGB images only, found channels=5"):
         load_config(folded(), [*grey, "data.stain.mode=augment"])

@@ -16,7 +16,6 @@ import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from numpy.lib.format import open_memmap
 
-from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import reserved
 from cellflux_bridge.base.parallel import threaded
@@ -156,7 +155,7 @@ def _build(
         return results
 
     def size(i: int) -> tuple[int, int]:
-        height, width = images.read_size(index.file(i))
+        height, width = preprocessing.read_size(index.file(i))
         require_no_enlargement(config, preprocessing, height, width, name=str(index.file(i)))
         return preprocessing.scaled_size(height, width, name=str(index.file(i)))
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.files import regular
 from cellflux_bridge.base.parallel import threaded
@@ -199,7 +198,7 @@ def frame_mpp(records: Sequence[PatchRecord], preprocessing: Preprocessing) -> f
         return None
     sizes = [(0, 0)] * len(records)
     if preprocessing.crop is None:
-        sizes = threaded(images.read_size, [record.file for record in records], desc="reading image sizes")
+        sizes = threaded(preprocessing.read_size, [record.file for record in records], desc="reading image sizes")
     found = [r.mpp / preprocessing.scale_of(*size) for r, size in zip(records, sizes, strict=True)]
     return float(np.median(found)) if max(found) <= 1.05 * min(found) else None
 

@@ -51,6 +51,10 @@ class Preprocessing:
         """An image file, uint8 (H, W, channels)."""
         return images.read(file, channels=self.channels)
 
+    def read_size(self, file: Path) -> tuple[int, int]:
+        """(height, width) of an image file, which is not decoded."""
+        return images.read_size(file, channels=self.channels)
+
     def scale_of(self, height: int, width: int) -> float:
         """The network's pixels for one of an image file's."""
         return self.image_size / (self.crop or min(height, width))

@@ -27,9 +27,10 @@ _NPY_MAGIC = b"\x93NUMPY"
 _EXIF = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of what `read_rgb` gives, without decoding it."""
+def read_size(path: Path, *, channels: int = 3) -> tuple[int, int]:
+    """(height, width) of what `read` gives, without decoding it."""
     with _opened(path) as image:
+        _require(image, channels)
         return image.height, image.width
 
 
@@ -59,13 +60,24 @@ def read(path: Path, *, channels: int = 3) -> np.ndarray:
     if channels == 3:
         return read_rgb(path)
     with _opened(path) as image:
-        if not isinstance(image, _NPYImage) or image.array.shape[2:] not in ((channels,), ()[: channels > 1]):
-            found = f"{image.array.shape}" if isinstance(image, _NPYImage) else "a picture"
-            raise UnreadableImage(
-                f"{found}: data.channels={channels} is read from .npy files, uint8 (H, W, {channels}); save it so, or "
-                "set data.channels"
-            )
+        _require(image, channels)
         return np.array(image.array).reshape(image.height, image.width, channels)
+
+
+def _require(image: Any, channels: int) -> None:
+    """UnreadableImage for an open image of another number of channels."""
+    if isinstance(image, _NPYImage):
+        shape = image.array.shape
+        if shape[2:] != (channels,) and not (len(shape) == 2 and channels in (1, 3)):
+            raise UnreadableImage(
+                f"an array of uint8 of shape {shape}; data.channels={channels} is (H, W, {channels})"
+                + (" or (H, W)" if channels in (1, 3) else "")
+            )
+    elif channels != 3:
+        raise UnreadableImage(
+            f"a picture; data.channels={channels} is read from .npy files, uint8 (H, W, {channels}): save it so, or "
+            "set data.channels=3"
+        )
 
 
 @contextmanager
@@ -109,11 +121,7 @@ class _NPYImage:
         self.height, self.width = shape[:2]
 
     def read(self) -> np.ndarray:
-        if self.array.shape[2:] not in ((), (3,)):
-            raise UnreadableImage(
-                f"an array of uint8 of shape {self.array.shape}; expected uint8 of shape (H, W, 3) or (H, W), or "
-                f"data.channels={self.array.shape[2]}"
-            )
+        _require(self, 3)
         return samples.to_rgb(np.array(self.array.reshape(self.height, self.width, -1)))
 
 

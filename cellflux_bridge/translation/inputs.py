@@ -71,7 +71,7 @@ def _require_readable(folder: Path, files: Sequence[Path], preprocessing: Prepro
     errors = []
     for file in files:
         try:
-            preprocessing.scaled_size(*image_io.read_size(file), name=str(file))
+            preprocessing.scaled_size(*preprocessing.read_size(file), name=str(file))
         except UserError as error:
             errors.append(str(error))
     if errors:
