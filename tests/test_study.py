@@ -181,9 +181,8 @@ def test_figures_of_a_resample_are_those_of_its_patches(num_classes):
     values, labels, groups = example(num_classes)
     of, draws = results.sums(values, labels, groups, 7), results.draw(7, 3, seed=1)
     for row in (0, 5):
-        drawn = np.concatenate(
-            [np.flatnonzero(np.tile(groups == g, 1)) for g in np.repeat(range(7), draws.groups[row].astype(int))]
-        )
+        counts = draws.groups[row].astype(int)
+        drawn = np.concatenate([np.flatnonzero(groups == g) for g in np.repeat(range(7), counts)])
         for seed in range(3):
             found, truth = values[seed, drawn], labels[drawn]
             called = found.argmax(1)

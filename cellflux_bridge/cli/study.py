@@ -6,14 +6,13 @@ from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cli.parse import parse
-from cellflux_bridge.cli.places import tell_written
+from cellflux_bridge.cli.places import configuration, tell_written
 
 _TRAINS = {"guide": "train-classifier", "flow": "train", "ddim": "train-ddim"}
 
 
 def make(file: Path, kind: str, directions: Sequence[tuple[str, str]]) -> None:
     """Train what a YAML file says, and carry its training patches in `directions`."""
-    from cellflux_bridge.cli.places import configuration
     from cellflux_bridge.config.registry import trusting
 
     lines = [(_TRAINS[kind], str(file))]

@@ -20,8 +20,8 @@ def _swiglu() -> dict[str, Any]:
 
 
 class _Preset(NamedTuple):
-    """A foundation model as its card says to build it; `tokens`: how many registers follow the class token, where
-    features are the class token beside the mean of the patch tokens, else None."""
+    """A foundation model as its card says to build it. `registers`: how many of them follow the class token, where
+    features are the class token beside the mean of the patch tokens; None where they are as timm has them."""
 
     hub: str
     arguments: Callable[[], dict[str, Any]]
@@ -49,15 +49,13 @@ class Backbone(nn.Module):
         self._registers = preset.registers if preset else None
         if config.name == "small":
             self.net = SmallCNN(3, num_classes)
-            width = self.net.head[-1].in_features
+            self.net.head = nn.Identity()  # `head` takes its place
         else:
             self.net, data = _timm_network(config, preset)
             mean, std = data["mean"], data["std"]
             self.size = config.size or (data["input_size"][-1] if data["fixed_input_size"] else self.size)
-            width = self.net.num_features if self._registers is None else 2 * self.net.num_features
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self.head = nn.Linear(width, num_classes)
         try:
             with torch.no_grad():
                 width = self.eval().features(torch.zeros(1, 3, patch_size, patch_size)).shape[1]
@@ -66,8 +64,7 @@ class Backbone(nn.Module):
                 f"backbones: {config.name} cannot see patches of {self.size} px ({error}); set a larger size, to which "
                 "patches are enlarged, such as size=224"
             ) from error
-        if width != self.head.in_features:  # of some networks the last layers widen
-            self.head = nn.Linear(width, num_classes)
+        self.head = nn.Linear(width, num_classes)
         self.train()
 
     def features(self, x: torch.Tensor) -> torch.Tensor:

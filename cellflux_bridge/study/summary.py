@@ -69,8 +69,6 @@ class Primary(NamedTuple):
 def write_summary(config: StudyConfig) -> list[Path]:
     """Write study.md, .csv, .tex and .json and figures/ from the finished cells; returns the files."""
     rows, primary = summarise(config)
-    if not rows:
-        return []
     output, lines = config.output, [f"# {config.name}", "", *_primary_words(config, primary)]
     table = _table(rows)
     notes = [
@@ -107,9 +105,9 @@ def _made_sheet(config: StudyConfig) -> np.ndarray:
     for label in patches.classes:
         chosen = patches.sample("train", label, num=_COLUMNS, seed=config.seed)
         rows[f"real, {label}"] = list(patches.centre(chosen).numpy().transpose(0, 2, 3, 1))
-    runs = (made_folder(config, making).parent for making in makings(config))
-    for run in (run for run in runs if (run / DONE).exists()):
-        for file in sorted((run / "made").glob("*/trajectory.json")):
+    for made in (made_folder(config, making) for making in makings(config)):
+        run = made.parent
+        for file in sorted(made.glob("*/trajectory.json")) if (run / DONE).exists() else ():
             found = load_trajectory(file.parent, num=_COLUMNS)
             is_stair = len(found.header.levels) > 2
             frames = found.frames[:, 0] if is_stair else found.frames[-1]
