@@ -44,6 +44,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, num_classes: int, *, patch_size: int):
         super().__init__()
+        require_weights(config)
         self.size, preset = config.size or patch_size, PRESETS.get(config.name)
         mean = std = (0.5,) * 3
         self._registers = preset.registers if preset else None
@@ -115,6 +116,16 @@ def _timm_network(config: BackboneConfig, preset: _Preset | None) -> tuple[nn.Mo
     data["fixed_input_size"] = net.pretrained_cfg.get("fixed_input_size", False) and "dynamic_img_size" not in arguments
     data["fixed_input_size"] |= _has_weights(config, preset)
     return net, data
+
+
+def require_weights(config: BackboneConfig) -> None:
+    """UserError for a frozen backbone without weights, and for weights of the small one, of which there are none."""
+    if config.name == "small" and (config.frozen or config.weights is not None):
+        raise UserError("backbones: the small classifier has no weights from elsewhere: leave out frozen and weights")
+    if config.frozen and not _has_weights(config, PRESETS.get(config.name)):
+        raise UserError(
+            f"backbones: {config.name}: a frozen backbone needs weights: set pretrained=true, or name their folder"
+        )
 
 
 def _has_weights(config: BackboneConfig, preset: _Preset | None) -> bool:

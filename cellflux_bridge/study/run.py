@@ -24,7 +24,7 @@ from cellflux_bridge.data.index import patch_index
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.flow.network import build_flow
 from cellflux_bridge.study import plan
-from cellflux_bridge.study.backbones import PRESETS, Backbone
+from cellflux_bridge.study.backbones import PRESETS, Backbone, require_weights
 from cellflux_bridge.study.cell import run_cell
 from cellflux_bridge.study.leaks import require_no_leak
 from cellflux_bridge.study.results import finished
@@ -78,8 +78,9 @@ def _require_buildable(config: StudyConfig) -> None:
         raise UserError(f"data.channels={config.data.channels}: a study is of RGB images only")
     with torch.device("meta"):
         for backbone in config.backbones.values():
+            require_weights(backbone)
             if backbone.name not in PRESETS and ":" not in backbone.name:  # of others weights tell what they are
-                untrained = backbone.model_copy(update={"pretrained": False, "weights": None})
+                untrained = backbone.model_copy(update={"pretrained": False, "weights": None, "frozen": False})
                 Backbone(untrained, classes, patch_size=config.data.image_size)
         for making in plan.makings(config):
             kind, found = config.generators[making.generator].kind, plan.generator_config(config, making)

@@ -13,7 +13,6 @@ from cellflux_bridge.config.schema import Count, Few, Section, nearest
 from cellflux_bridge.data.settings import DataConfig
 
 FORMAT = 1  # of study.json
-FOUNDATION = ("uni", "virchow2")  # see backbones.PRESETS
 Ratio = Annotated[float, Field(gt=0, le=100)]
 
 
@@ -82,15 +81,6 @@ class BackboneConfig(Section):
                 name, key="backbones.<name>.name", what="fetched from elsewhere", not_done="fetched"
             )
         return name
-
-    @model_validator(mode="after")
-    def _has_weights_where_it_is_frozen(self):
-        has_weights = self.pretrained or self.weights is not None or self.name in FOUNDATION
-        if self.name == "small" and (self.frozen or self.weights is not None):
-            raise ValueError("the small classifier has no weights from elsewhere: leave out frozen and weights")
-        if self.frozen and not has_weights:
-            raise ValueError("a frozen backbone needs weights: set pretrained=true, or name a folder in weights")
-        return self
 
 
 class StudyTrainConfig(ClassifierTrainConfig):
