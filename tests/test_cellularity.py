@@ -491,6 +491,9 @@ def scored_patches(steps, scores) -> Patches:
         scores=scores,
         classes=("A", "B"),
         preprocessing=Preprocessing(pixels.shape[1]),
+        batches=np.full(num, -1),
+        batch_names=(),
+        doses=np.full(num, np.nan, np.float32),
     )
 
 

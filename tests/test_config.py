@@ -158,7 +158,7 @@ def test_the_reference_bridges_method_names_its_own_command(load):
 def test_wrong_values_of_the_data_section_are_refused(load):
     message = refusal(load, root="data: {root: x, split: {val: 0.5, test: 0.5}}")
     assert "data.split: val + test must stay below 1" in message
-    assert "data.classes: class 'A' stands twice" in refusal(load, root="data: {root: x, classes: [A, B, A]}")
+    assert "data.classes: 'A' stands twice" in refusal(load, root="data: {root: x, classes: [A, B, A]}")
     message = refusal(load, root="data: {root: x, layout: {name: phantom, size: 8}}")
     assert "data.layout.size: input should be greater than or equal to 16, found 8" in message
     assert "data: field required" in refusal(load, root="")
@@ -458,7 +458,7 @@ def test_a_word_that_looks_like_a_value_stays_a_word_when_written(word):
 def test_a_value_is_found_by_its_key_and_a_section_is_a_mapping(load):
     config = load("train: {steps: 7}")
     assert config.value("train.steps") == 7
-    assert config.value("data.split") == {"val": 0.1, "test": 0.2, "train_groups": None}
+    assert config.value("data.split") == {"val": 0.1, "test": 0.2, "train_groups": None, "unseen": []}
     for key in ("train.stepz", "train.steps.more", "trian"):
         with pytest.raises(UserError, match=rf"^{key}: no such key"):
             config.value(key)

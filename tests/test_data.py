@@ -126,6 +126,45 @@ def test_a_manifest_names_patches_splits_groups_scores_and_scale(patch_folder, d
     np.testing.assert_array_equal(scores, np.array([0.25, np.nan, np.nan, 1.0], np.float32))
 
 
+def test_a_manifest_names_batches_and_doses_and_the_index_keeps_them(patch_folder, data_config, tmp_path):
+    rows = [
+        ("A/A000.png", "p2", "0"),
+        ("A/A001.png", "", "NA"),
+        ("B/B000.png", "p10", "0.5"),
+        ("B/B001.png", "p2", "20"),
+    ]
+    columns = ("path", "batch", "dose")
+    rows = [{"label": row[0][0], "patch": 7, **dict(zip(columns, row, strict=True))} for row in rows]
+    write_manifest(patch_folder, rows)
+    index = patch_index(data_config(patch_folder), seed=0)
+    assert index.batch_names == ("p10", "p2")
+    assert index.batches.tolist() == [1, -1, 0, 1]
+    expected = [("p2", None), (None, None), ("p10", 0.5), ("p2", 20.0)]
+    assert [(record.batch, record.dose) for record in index.records()] == expected
+    known = load_patches(data_config(patch_folder, batches=["p2", "p3"]), seed=0)
+    assert known.batch_names == ("p2", "p3")
+    assert known.batches.tolist() == [0, -1, -1, 0], "a batch that the configuration does not know is none"
+    text, _ = check_data(data_config(patch_folder), seed=0, sheet=tmp_path / "sheet.png")
+    assert "batches: 2, of 1 to 2 patches" in text
+    assert "doses: 2, from 0.5 to 20" in text
+    write_manifest(patch_folder, [{**rows[0], "dose": "-1"}])
+    with pytest.raises(UserError, match=r"line 2, dose: -1.0 is outside"):
+        list_records(data_config(patch_folder), seed=0)
+
+
+def test_an_unseen_class_is_all_test_and_no_problem(patch_folder, make_patches, data_config, tmp_path):
+    make_patches(patch_folder, num={"C": 6})
+    config = data_config(patch_folder, split={"unseen": ["C"]})
+    patches = load_patches(config, seed=0)
+    whole = load_patches(data_config(patch_folder), seed=0)
+    assert len(patches.indices("test", "C")) == 6
+    others = patches.labels != patches.class_index("C")
+    assert np.array_equal(patches.splits[others], whole.splits[others])
+    assert "PROBLEM" not in check_data(config, seed=0, sheet=tmp_path / "sheet.png")[0]
+    with pytest.raises(UserError, match=r"data.split.unseen: no class 'c' .* known: A, B, C"):
+        load_patches(data_config(patch_folder, split={"unseen": ["c"]}), seed=0)
+
+
 def test_microns_per_pixel_are_brought_to_the_networks_scale(tmp_path):
     def record(name: str, height: int, width: int, mpp: float | None) -> PatchRecord:
         file = tmp_path / f"{name}.png"

@@ -36,6 +36,9 @@ def hand_made(pixels: np.ndarray, *, labels=None, groups=None, splits=None, size
         scores=np.arange(num, dtype=np.float32) / max(1, num),
         classes=("A", "B", "C"),
         preprocessing=Preprocessing(size),
+        batches=np.full(num, -1),
+        batch_names=(),
+        doses=np.full(num, np.nan, np.float32),
     )
 
 

@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     require_pairs(patches, config, batch_size=1)
     try:
         require_pairs(patches, config, batch_size=config.train.batch_size)
-        data = config.data.model_copy(update={"classes": list(patches.classes)})
+        names = {"classes": list(patches.classes), "batches": list(patches.batch_names) or None}
+        data = config.data.model_copy(update=names)
         build_flow(config.model_copy(update={"data": data}))
     except UserError as error:
         raise UserError(f"the cache is filled; before training mend this: {error}") from error

@@ -72,7 +72,8 @@ def start(config, train, *, section: str):
 
     on_rank_zero(fabric, fill_cache)
     patches = load_patches(config.data, seed=config.seed)
-    data = config.data.model_copy(update={"classes": list(patches.classes)})
+    names = {"classes": list(patches.classes), "batches": list(patches.batch_names) or None}
+    data = config.data.model_copy(update=names)
     return fabric, config.model_copy(update={"data": data}), patches
 
 

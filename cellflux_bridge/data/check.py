@@ -71,6 +71,10 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
         lines.append(f"direction: level 0 = {classes[0]}, level 1 = {classes[1]}; data.classes=[...] turns it round")
     if taken := taken_from_training(index):
         lines.append(taken)
+    if index.batch_names:
+        batches, doses = np.bincount(index.batches + 1, minlength=1)[1:], np.unique(index.doses[index.doses > 0])
+        lines.append(f"batches: {(batches > 0).sum()}, of {batches[batches > 0].min()} to {batches.max()} patches")
+        lines += [f"doses: {len(doses)}, from {doses.min():.4g} to {doses.max():.4g}"] if len(doses) else []
     groups = {record.group for record in records} - {None}
     lines.append(f"groups: {len(groups) or 'none named; every patch counts as its own'}")
     shares = describe_shares(records, given=given, val=config.split.val, test=config.split.test)
@@ -146,7 +150,8 @@ def _lacking(counts: Counter, classes: Sequence[str], config: DataConfig, *, giv
     """Which classes lack patches of which split, so that they cannot be trained or judged."""
     lines = []
     for split in SPLITS:
-        without = [repr(label) for label in classes if not counts[label, split]]
+        seen = [label for label in classes if split == "test" or label not in config.split.unseen]
+        without = [repr(label) for label in seen if not counts[label, split]]
         if without and (split != "test" or "test" in given or config.split.test):
             how = f"name a {split} split for it" if split in given else f"raise data.split.{split}"
             way = "add patches or groups of it" if split == "train" else f"add patches or groups of it, or {how}"

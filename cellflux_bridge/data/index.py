@@ -43,8 +43,8 @@ class Index:
     `ids` are the records' ids and `files` their paths, from `root` on where they lie below it; `labels` (N,) int64
     into `classes`; `splits` (N,) int64 into SPLITS, and `named` likewise, those that the data itself names; 3 means
     none, in `splits` of what data.split.train_groups leaves aside; `groups` (N,) int64 into `group_names`, of which
-    those that start with a NUL stand for a patch without group; `scores` and `mpp` (N,) float64, NaN where not known;
-    `reading` as `Layout.reading` says it.
+    those that start with a NUL stand for a patch without group; `scores`, `mpp` and `doses` (N,) float64, NaN where not
+    known; `batches` (N,) int64 into `batch_names`, -1 for none; `reading` as `Layout.reading` says it.
     """
 
     root: Path
@@ -58,6 +58,9 @@ class Index:
     group_names: tuple[str, ...]
     scores: np.ndarray
     mpp: np.ndarray
+    doses: np.ndarray
+    batches: np.ndarray
+    batch_names: tuple[str, ...]
     reading: tuple[str, ...]
 
     @classmethod
@@ -68,9 +71,13 @@ class Index:
         labels, classes = _numbered([record.label for record in records])
         named = np.array([_SPLITS.index(record.split) for record in records], np.int64)
         groups = _numbered([f"\0{r.id}" if r.group is None else r.group for r in records])
-        numbers = np.array([(r.score, r.mpp) for r in records], np.float64).reshape(-1, 2).T  # None becomes NaN
+        numbers = np.array([(r.score, r.mpp, r.dose) for r in records], np.float64).reshape(-1, 3).T  # None becomes NaN
+        batches, batch_names = _numbered([r.batch or "" for r in records])  # "" is the first, where there is one
+        if batch_names[:1] == ("",):
+            batches, batch_names = batches - 1, batch_names[1:]
         files = ids if files == ids else files
-        return cls(root, ids, files, labels, classes, named, named, *groups, *numbers, tuple(reading))
+        columns = (*groups, *numbers, batches, batch_names)
+        return cls(root, ids, files, labels, classes, named, named, *columns, tuple(reading))
 
     def file(self, number: int) -> Path:
         return self.root / self.files[number]
@@ -78,8 +85,9 @@ class Index:
     def records(self) -> list[PatchRecord]:
         """The patches as records, made anew."""
         groups = [None if name.startswith("\0") else name for name in self.group_names]
-        columns = (self.labels, self.splits, self.groups, self.scores, self.mpp)
+        columns = (self.labels, self.splits, self.groups, self.batches, self.scores, self.mpp, self.doses)
         rows = zip(self.ids, self.files, *(column.tolist() for column in columns), strict=True)
+        batches = (*self.batch_names, None)
         return [
             PatchRecord(
                 name,
@@ -87,9 +95,11 @@ class Index:
                 self.classes[c],
                 _SPLITS[s],
                 groups[g],
-                *(n if n == n else None for n in numbers),
+                *(n if n == n else None for n in (score, mpp)),
+                batches[b],
+                dose if dose == dose else None,
             )
-            for name, file, c, s, g, *numbers in rows
+            for name, file, c, s, g, b, score, mpp, dose in rows
         ]
 
 
@@ -149,7 +159,7 @@ def patch_index(config: DataConfig, *, seed: int) -> Index:
         return _with_splits(listed(), fresh, config, seed=seed)
     key = (str(root.absolute()), repr(config.layout), _stamp(root), without)
     index = remembered(key, listed)
-    settings = (repr(config.classes), repr(config.split), seed)
+    settings = (repr(config.classes), repr(config.batches), repr(config.split), seed)
     return remembered((*key, *settings), lambda: _with_splits(index, fresh or index.records(), config, seed=seed))
 
 
@@ -182,7 +192,17 @@ def _with_splits(listed: Index, records: Sequence[PatchRecord], config: DataConf
         kept = np.isin(names, config.split.train_groups)[listed.groups]
         splits[(splits == SPLITS.index("train")) & ~kept] = _SPLITS.index(None)
     labels = np.array([classes.index(label) for label in found], np.int64)[listed.labels]
-    return replace(listed, classes=classes, labels=labels, splits=splits)
+    if unknown := [label for label in config.split.unseen if label not in classes]:
+        known = f"{nearest(unknown[0], classes)}; known: {abbreviate(classes, limit=10)}"
+        raise UserError(f"data.split.unseen: no class {unknown[0]!r} in {config.root}{known}")
+    unseen = [classes.index(label) for label in config.split.unseen]
+    splits[np.isin(labels, unseen)] = SPLITS.index("test")
+    # A batch that the configuration does not know is none: nothing was learned of it.
+    batch_names = listed.batch_names if config.batches is None else tuple(config.batches)
+    number_of = {name: number for number, name in enumerate(batch_names)}
+    numbers = np.array([*(number_of.get(name, -1) for name in listed.batch_names), -1], np.int64)
+    batches = {"batches": numbers[listed.batches], "batch_names": batch_names}
+    return replace(listed, classes=classes, labels=labels, splits=splits, **batches)
 
 
 def list_records(config: DataConfig, *, seed: int) -> tuple[list[PatchRecord], tuple[str, ...]]:

@@ -33,7 +33,8 @@ class Patches:
 
     `pixels` (N, H, W, C) uint8, memory-mapped, H and W at least image_size; `labels` (N,) int64 into `classes`;
     `splits` (N,) into SPLITS, 3 for none; `groups` (N,) int64, patches of one group sharing a number; `scores` (N,)
-    float32, NaN where the data has none; `ids` the paths relative to the root.
+    float32, NaN where the data has none; `ids` the paths relative to the root; `batches` (N,) int64 into `batch_names`,
+    -1 for none; `doses` (N,) float32, NaN for none.
     """
 
     pixels: np.ndarray
@@ -45,6 +46,9 @@ class Patches:
     scores: np.ndarray
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    batches: np.ndarray
+    batch_names: tuple[str, ...]
+    doses: np.ndarray
 
     def indices(self, split: str, label: str | None = None) -> np.ndarray:
         """Numbers of the patches of a split, of one class or of all."""
@@ -120,4 +124,7 @@ def load_patches(
         scores=index.scores.astype(np.float32),
         classes=index.classes,
         preprocessing=preprocessing,
+        batches=index.batches,
+        batch_names=index.batch_names,
+        doses=index.doses.astype(np.float32),
     )

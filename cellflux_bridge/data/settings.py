@@ -1,5 +1,6 @@
 """Where patches come from, what they look like, and how they are paired."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,12 +25,13 @@ class SplitConfig(Section):
 
     They are taken from the patches that would train, named so or not; 0 takes none and leaves that split empty.
     `train_groups` names the groups that train, of all that would (a patch in no group is its own, by its id); the
-    others stand in no split.
+    others stand in no split. `unseen` names classes that no training sees: all their patches are test patches.
     """
 
     val: Fraction = 0.1
     test: Fraction = 0.2
     train_groups: list[str] | None = None
+    unseen: list[str] = Field(default=[])
 
     @model_validator(mode="after")
     def _leaves_training_data(self):
@@ -42,6 +44,7 @@ class DataConfig(Section):
     root: Path
     layout: Layout
     classes: list[str] | None = None
+    batches: list[str] | None = None  # plates or experiments in the order of their numbers; the data's by default
     without: Path | None = None  # a text file of patches to leave out, an id (as in a report of them) a line
     image_size: Annotated[int, Field(ge=8, le=16_384)] = 64
     channels: Annotated[int, Field(ge=1, le=1024)] = 3
@@ -59,13 +62,12 @@ class DataConfig(Section):
             raise ValueError(f"stain.mode={self.stain.mode} is for RGB images only, found channels={self.channels}")
         return self
 
-    @field_validator("classes")
+    @field_validator("classes", "batches")
     @classmethod
-    def _differ(cls, classes):
-        repeated = [label for label in classes or () if classes.count(label) > 1]
-        if repeated:
-            raise ValueError(f"class {repeated[0]!r} stands twice")
-        return classes
+    def _differ(cls, names):
+        if repeated := [name for name, num in Counter(names or ()).items() if num > 1]:
+            raise ValueError(f"{repeated[0]!r} stands twice")
+        return names
 
 
 class PairsConfig(Section):

@@ -23,7 +23,9 @@ _SPLIT_WORDS = {
 @dataclass(frozen=True, slots=True)
 class PatchRecord:
     """One image file. `id` is its path relative to the root, with forward slashes; `group` is the patient, slide or
-    original tile that must stay in one split; `score` is a progression score in [0, 1]; `mpp` microns per pixel."""
+    original tile that must stay in one split; `score` is a progression score in [0, 1]; `mpp` microns per pixel; of
+    cells under a treatment, `batch` is the plate or experiment and `dose` the concentration, above 0, in any one unit.
+    """
 
     id: str
     file: Path
@@ -32,6 +34,8 @@ class PatchRecord:
     group: str | None = None
     score: float | None = None
     mpp: float | None = None
+    batch: str | None = None
+    dose: float | None = None
 
 
 class Layout(ABC):

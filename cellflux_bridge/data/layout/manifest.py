@@ -14,7 +14,7 @@ from cellflux_bridge.base.walk import is_hidden
 from cellflux_bridge.config.schema import nearest
 from cellflux_bridge.data.layout.base import SPLITS, Layout, PatchRecord, in_order, split_of
 
-COLUMNS = ("path", "label", "split", "group", "score", "mpp")
+COLUMNS = ("path", "label", "split", "group", "score", "mpp", "batch", "dose")
 # What R, pandas, Excel and people write where a value is not known.
 _ABSENT = {"", *"na n/a n.a. #n/a <na> nan none null nil (null) - -- ? missing unknown".split()}
 _NO_NUMBER = _ABSENT - {"nan"}  # nan is a calculation that failed
@@ -25,11 +25,11 @@ _MAX_CELL = 4096
 class Manifest(Layout):
     """Lists the patches that `manifest.csv` under the root names, a row a patch.
 
-    Columns are path (relative to the root) and label, optionally split (train, val, test), group, score in [0, 1] and
-    mpp (microns per pixel of the file); other columns are ignored. The file is CSV in UTF-8, divided by commas,
-    semicolons, tabs or bars; numbers have a decimal point. An empty cell, NA, None and the like mean "not given": a
-    patch without group stands alone. `ignore` names classes to leave out; `follow_links` allows files that lie outside
-    of the root, behind symbolic links.
+    Columns are path (relative to the root) and label, optionally split (train, val, test), group, score in [0, 1], mpp
+    (microns per pixel of the file), batch (plate, experiment) and dose (above 0); other columns are ignored. The file
+    is CSV in UTF-8, divided by commas, semicolons, tabs or bars; numbers have a decimal point. An empty cell, NA, None
+    and the like mean "not given": a patch without group stands alone. `ignore` names classes to leave out;
+    `follow_links` allows files that lie outside of the root, behind symbolic links.
     """
 
     def __init__(self, root: Path, *, ignore: list[str] = [], follow_links: bool = False):  # noqa: B006 -- read only
@@ -84,7 +84,8 @@ class Manifest(Layout):
             raise UserError(f"{self._file}: cannot be read as CSV in UTF-8 ({error}); save it so") from error
 
     def _check_columns(self, columns: list[str]) -> None:
-        slips = [(name, known) for name in columns for known in COLUMNS if name != known and _one_slip(name, known)]
+        others = [name for name in columns if name not in (*COLUMNS, "patch")]  # a patch is no slip for a batch
+        slips = [(name, known) for name in others for known in COLUMNS if _one_slip(name, known)]
         found = abbreviate(columns, limit=10) or "nothing"
         faults = [f"column {name!r}: did you mean {known!r}? Rename it, whatever it holds" for name, known in slips]
         faults += [f"no column {name}; found: {found}" for name in COLUMNS[:2] if name not in columns]
@@ -106,15 +107,17 @@ class Manifest(Layout):
                 f"list {label!r} in data.layout.ignore"
             )
         relative, file, exists = self._find(path, where=where)
-        word, group = (None if _is_absent(cell := row.get(name, "")) else cell for name in ("split", "group"))
+        words = (row.get(name, "") for name in ("split", "group", "batch"))
+        word, group, batch = (None if _is_absent(cell) else cell for cell in words)
         split = word and split_of(word)
         if word and not split:
             raise UserError(
                 f"{where}: unknown split {word!r}; expected one of {', '.join(SPLITS)}{nearest(word, SPLITS)}"
             )
-        score = _number(row.get("score", ""), where=f"{where}, score", low=0, high=1)
-        mpp = _number(row.get("mpp", ""), where=f"{where}, mpp", low=0.001, high=1000)
-        return PatchRecord(relative, Path(file), label, split, group, score, mpp), exists
+        score = number(row.get("score", ""), where=f"{where}, score", low=0, high=1)
+        mpp = number(row.get("mpp", ""), where=f"{where}, mpp", low=0.001, high=1000)
+        dose = number(row.get("dose", ""), where=f"{where}, dose", low=0, high=1e12) or None  # 0: no treatment
+        return PatchRecord(relative, Path(file), label, split, group, score, mpp, batch, dose), exists
 
     def _find(self, path: str, *, where: str) -> tuple[str, str, bool]:
         """A path relative to the root in its shortest form, that of its file, and whether this exists."""
@@ -168,7 +171,8 @@ def _one_slip(a: str, b: str) -> bool:
     return a[1:] == b or a == b[1:] or a[1:] == b[1:] or (a[2:] == b[2:] and a[:2] == b[1::-1])
 
 
-def _number(text: str, *, where: str, low: float, high: float) -> float | None:
+def number(text: str, *, where: str, low: float, high: float) -> float | None:
+    """The number in a cell, None where it says that none is known; UserError for another text or a number outside."""
     if text.casefold() in _NO_NUMBER:
         return None
     try:
