@@ -482,7 +482,7 @@ def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, mo
 
     x, t = torch.zeros(1, 3, 16, 16), torch.tensor([0.5])
     _, flow, _ = painter._use(painter._settings("A", "B", {"guidance": {"form": "endpoint"}}))
-    cond = flow.condition(x, torch.tensor([[0.5, 0.5]]))
+    cond = flow.condition(x, torch.tensor([[0.5, 0.5]]), torch.zeros(1, dtype=torch.long))
     plain = flow.plain(t, x, cond).velocity
     p = painter.path.endpoint(x, plain, t, x).mean().sigmoid()  # what a guide without a leaning says of the endpoint
     target, both = torch.tensor([[1 - p, p]]), [Leaning(0.1, 0.9), Leaning(0.9, 0.1)]

@@ -164,9 +164,16 @@ def velocity_error(model: nn.Module, batch: FlowBatch, weight: torch.Tensor | No
     return (squares if weight is None else weight * squares).mean()
 
 
+IGNORED = (
+    "WARNING: the network ignores its condition, as far as validation shows: where targets are exchanged its error "
+    "rises by {condition_gain:.2%} +- {condition_gain_error:.2%}, which is no more than chance. Train longer, validate "
+    "more pairs (train.validate_pairs), or see whether the classes differ at all"
+)
+
+
 def ignores_condition(figures: Mapping[str, float]) -> bool:
     """Whether a validation shows no more than chance (two standard errors) that the condition is used."""
-    return figures["val/condition_gain"] <= 2 * figures["val/condition_gain_error"]
+    return figures.get("val/condition_gain", 1.0) <= 2 * figures.get("val/condition_gain_error", 0.0)
 
 
 def _swapped(spec: ConditionSpec, cond: Condition) -> Condition:
