@@ -135,6 +135,23 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     model.load_state_dict(weights, strict=True)
 
 
+def init_from(run: Path, model: nn.Module, config: Config) -> None:
+    """Load the averaged weights of another run's newest checkpoint into a network that is about to be trained.
+
+    UserError for a run without checkpoint, of another architecture, or in which numbers mean other classes or batches.
+    """
+    folder = latest(run)
+    other = read_config(folder)
+    for key in ("data.classes", "data.batches"):
+        before, now = other.value(key), config.value(key)
+        if before != now:
+            raise UserError(
+                f"train.init_from: {folder} was trained with {key}={abbreviate(before or ['none'])}, here they are "
+                f"{abbreviate(now or ['none'])}; set {key} alike"
+            )
+    load_weights(folder, model)
+
+
 def _require_shapes(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     """UserError where a weights file, of which names and shapes are read, is truncated or has others than `state`."""
     own = {name: list(tensor.shape) for name, tensor in state.items()}

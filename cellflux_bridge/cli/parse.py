@@ -81,6 +81,18 @@ COMMANDS = {
             _path("--output", "JSON file to write (default: in the first trajectory); .csv and .md go beside it"),
         ),
     ),
+    "perturbations": Command(
+        "RUN",
+        (
+            _path("--beside", "another run on the same cells; may be repeated", action="append", metavar="RUN"),
+            _flag("--features", "a judge's run, timm:, hf-hub: or local-dir:; may be repeated", action="append"),
+            _path("--moa", "columns name, moa: the mode of action of each perturbation", metavar="CSV"),
+            _flag("--dna", "number of the nuclear channel (0)", type=int, default=0),
+            _flag("--num", "use at most so many cells of each perturbation", type=int),
+            _flag("--split", "whose cells (test)", default="test", choices=("train", "val", "test")),
+            _path("--output", "folder to write to (default: RUN/perturbations)"),
+        ),
+    ),
     "cellularity": Command(
         "TRAJECTORY_OR_RUN",
         (

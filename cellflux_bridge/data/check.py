@@ -64,7 +64,7 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
     lines.append("  " + " " * width + "".join(f"{split:>9}" for split in SPLITS))
     lines += [f"  {c:<{width}}" + "".join(f"{counts[c, split]:>9}" for split in SPLITS) for c in classes]
-    lines += [*index.reading, *_ids_for_classes(classes, config)]
+    lines += [*index.reading, *(() if index.batch_names else _ids_for_classes(classes, config))]
     if aside := sum(record.split is None for record in records):
         lines.append(f"left aside by data.split.train_groups: {aside} patches of other groups")
     if len(classes) == 2:

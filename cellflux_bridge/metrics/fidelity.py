@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import eigh
+from scipy.linalg import eigh, svdvals
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.statistics import COVERAGE, Estimate, Groups, half_splits
@@ -125,20 +125,27 @@ def kid_by_level(
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the distance of FID (Heusel et al. 2017) in any features.
 
-    The trace of the root equals the trace of (C_a^(1/2) C_b C_a^(1/2))^(1/2), whose eigenvalues are real and >= 0 for
-    any n, also with fewer images than features. The distance is biased upward at small n: state n, and compare only
-    values of the same n. NaN where a set has fewer than two images.
+    The trace of the root is the sum of the singular values of A B^T, where A^T A = C_a and B^T B = C_b: with fewer
+    images than features A and B are the centred features themselves, otherwise symmetric roots. The distance is biased
+    upward at small n: state n, and compare only values of the same n. NaN where a set has fewer than two images.
     """
     a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
     if min(len(a), len(b)) < 2:
         return float("nan")
-    cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
-    values, vectors = eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = eigh(root @ cov_b @ root, eigvals_only=True)
+    (root_a, trace_a), (root_b, trace_b) = map(_covariance_root, (a, b))
     mean = a.mean(0) - b.mean(0)
-    apart = mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.maximum(cross, 0)).sum()
+    apart = mean @ mean + trace_a + trace_b - 2 * svdvals(root_a @ root_b.T).sum()
     return max(0.0, float(apart))  # rounding alone takes it below
+
+
+def _covariance_root(features: np.ndarray) -> tuple[np.ndarray, float]:
+    """A matrix A with A^T A = C, the covariance of features (N, D), and the trace of C."""
+    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    trace = float(np.square(centred).sum())
+    if len(centred) <= centred.shape[1]:
+        return centred, trace
+    values, vectors = eigh(centred.T @ centred)
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T, trace
 
 
 def kid_floor(features: np.ndarray, groups: Groups, *, generator: np.random.Generator, num_splits: int = 100) -> Floor:

@@ -3,7 +3,7 @@ knows them. And the check that sequences and the classifiers that judge them com
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,12 @@ from cellflux_bridge.base.files import run_of
 from cellflux_bridge.classifier import inference
 from cellflux_bridge.config import Config, load_config, parse_overrides
 from cellflux_bridge.data.patches import load_patches
+from cellflux_bridge.images import to_rgb
+from cellflux_bridge.metrics.fidelity import require_finite
 from cellflux_bridge.metrics.networks import Network
 
 USES = ("judge", "features", "scores")
+_CHUNK = 1024
 PREFIXES = ("timm:", "hf-hub:", "local-dir:")
 
 
@@ -186,3 +189,28 @@ def _place(config: Config, key: str):
         return config.data.root.expanduser().resolve()
     # Which classes are left out is no other place: an extractor may have learned more of them than are compared.
     return {name: value for name, value in config.value("data.layout").items() if name != "ignore"}
+
+
+def cell_extractor(name: str, *, channels: int, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from cells (N, C, H, W) uint8 to features (N, D) float64: of a judge's run that was trained on as many
+    channels, or of a `NamedExtractor`, which sees other than three channels as `images.to_rgb` shows them."""
+    if is_name(name):
+        model, is_rgb = NamedExtractor(name).to(device).eval(), True
+    else:
+        folder = checkpoint.latest(Path(name))
+        if (known := judge_config(folder).data.channels) != channels:
+            raise UserError(f"--features {name}: was trained on {known} channels, the cells have {channels}")
+        model, is_rgb = inference.load(folder, device), False
+
+    def extract(cells: np.ndarray) -> np.ndarray:
+        found = []
+        for start in range(0, len(cells), _CHUNK):
+            part = np.asarray(cells[start : start + _CHUNK])
+            if is_rgb:
+                part = to_rgb(part.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+            found.append(inference.features(model, torch.from_numpy(part.copy()), device=device))
+        features = np.concatenate(found).astype(np.float64)
+        require_finite(features, name=name)
+        return features
+
+    return extract

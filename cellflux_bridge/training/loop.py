@@ -99,6 +99,8 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
 
 def _fit(task: Task, config: Config, train: TrainConfig, folder: Path, fabric: Fabric) -> Path:
     model = task.model.to(memory_format=torch.channels_last)
+    if train.init_from is not None and not any((folder / "checkpoints").glob("step-*[0-9]")):
+        checkpoint.init_from(train.init_from.expanduser(), model, config)
     wrapped, optimiser = fabric.setup(model, build_optimiser(model, train))
     state = TrainState(model, optimiser, EMA(model, train.ema_decay))
     state.load(folder)

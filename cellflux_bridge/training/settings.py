@@ -1,5 +1,6 @@
 """How long, how fast and on what a network is trained."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,6 +24,7 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     max_cpu_minutes: Annotated[float, Field(gt=0)] | None = None  # summed over a process's threads
+    init_from: Path | None = None  # a run of the same network, whose averaged weights this training begins with
     resume: Literal["auto", "never"] = "auto"
     checkpoint_every: Count = 500
     keep_checkpoints: Few = 1

@@ -1,6 +1,6 @@
 """Translation by a trained flow: a field made from its network, carried by a transport method."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from cellflux_bridge.flow.network import make_condition
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
 from cellflux_bridge.translation.base import Translator, require_finite
-from cellflux_bridge.translation.inputs import Context
+from cellflux_bridge.translation.inputs import Context, Sources
 from cellflux_bridge.translation.level_calibration import LevelCalibration
 from cellflux_bridge.translation.settings import TranslateConfig, method_keys
 from cellflux_bridge.transport.base import Flow, Transport, source_noise
@@ -228,6 +228,19 @@ class FlowTranslator(Translator):
             guides = [lambda x, guide=guide: guide(self.codec.decode(x)) for guide in guides]
         how = {"form": guidance.form, "weight": guidance.weight, "start": guidance.start}
         return ClassifierGuided(plain, guides, self.path, labels, **how)
+
+    def identity(self) -> str:
+        """A short text that differs where translations would: of other settings, another step or other weights."""
+        return f"{self.config.digest()}@{self.step}:{self._weights}"
+
+    def last_frames(self, sources: Sources, *, source: str, target: str) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """What sources become at level 1 alone, batch by batch: their numbers, and frames (B, C, S, S) uint8."""
+        own = method_keys(self.config.translate.method, None)
+        only_last = {key: value for key, value in (("levels", 1), ("frames", 2)) if key in own}
+        settings = self._settings(source, target, only_last)
+        numbers = range(len(sources.ids))
+        for part, made in self._batches(sources, numbers, settings, batch_name=f"{source} -> {target}"):
+            yield part, made.frames[-1]
 
     def _translate_batch(self, batch, ids, settings, context) -> Trajectory:
         x0 = self.codec.encode(batch.to(self.fabric.device))

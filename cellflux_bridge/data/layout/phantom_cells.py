@@ -78,9 +78,7 @@ class PhantomCells(Made):
     def _write(self, folder: Path) -> None:
         settings, seed = self._settings, self._settings["seed"]
         compounds = draw_compounds(settings["num_compounds"], settings["num_unseen"], seed=seed)
-        batches = {
-            f"batch{n + 1}": _draw_batch(numpy_generator(seed, "batch", n)) for n in range(settings["num_batches"])
-        }
+        batches = {f"batch{n + 1}": _draw_batch(seed, n) for n in range(settings["num_batches"])}
         effects, largest = {(CONTROL, ""): Effect()}, max(settings["doses"])
         for number, name in enumerate(compounds.names):
             for dose in settings["doses"]:

@@ -204,6 +204,32 @@ def _expose(rng: np.random.Generator, amounts: np.ndarray, batch: Batch) -> np.n
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
+def find_nucleus(dna: np.ndarray) -> tuple[float, float]:
+    """Area in px, and mean grey level less background, of the nucleus nearest to the middle of a nuclear channel (H, W)
+    of any number type; NaN where none is found."""
+    nuclei, main = _nuclei(np.asarray(dna, dtype=np.float64))
+    if not main:
+        return float("nan"), float("nan")
+    nucleus = nuclei == main
+    return float(nucleus.sum()), float(dna[nucleus].mean() - np.percentile(dna, 10))
+
+
+def _nuclei(dna: np.ndarray) -> tuple[np.ndarray, int]:
+    """Labels (H, W) of nuclei, and that of the one nearest to the middle; 0 where there is none."""
+    from skimage.filters import threshold_otsu
+    from skimage.measure import label
+    from skimage.morphology import h_maxima
+    from skimage.segmentation import watershed
+
+    smooth = gaussian_filter(dna, 0.7)
+    nuclear = smooth > threshold_otsu(smooth)
+    within = gaussian_filter(distance_transform_edt(nuclear), 0.5)  # its peaks divide nuclei that touch
+    nuclei = watershed(-within, label(h_maxima(within, 0.5)), mask=nuclear)
+    rows, columns = np.indices(nuclei.shape) - (np.reshape(nuclei.shape, (2, 1, 1)) - 1) / 2
+    nearest = np.where(nuclei > 0, np.hypot(rows, columns), np.inf).argmin()
+    return nuclei, int(nuclei.flat[nearest])
+
+
 def measure(image: np.ndarray) -> Measurement:
     """The cell whose nucleus is nearest to the middle of an image (H, W, 3) of any number type, found in it alone.
 
@@ -211,25 +237,16 @@ def measure(image: np.ndarray) -> Measurement:
     """
     from skimage.feature import structure_tensor
     from skimage.filters import threshold_otsu
-    from skimage.measure import label
-    from skimage.morphology import h_maxima
     from skimage.segmentation import watershed
 
     dna, actin, tubulin = np.moveaxis(np.asarray(image, dtype=np.float64), -1, 0)
-    smooth = gaussian_filter(dna, 0.7)
-    nuclear = smooth > threshold_otsu(smooth)
-    if not nuclear.any():
+    nuclei, main = _nuclei(dna)
+    if not main:
         return Measurement(*[float("nan")] * 4)
-    within = gaussian_filter(distance_transform_edt(nuclear), 0.5)  # its peaks divide nuclei that touch
-    nuclei = watershed(-within, label(h_maxima(within, 0.5)), mask=nuclear)
-    rows, columns = np.indices(nuclei.shape) - (np.reshape(nuclei.shape, (2, 1, 1)) - 1) / 2
-    main = nuclei.flat[np.where(nuclei > 0, np.hypot(rows, columns), np.inf).argmin()]
     both = gaussian_filter(sum(np.sqrt(plane / max(plane.mean(), 1e-9)) for plane in (actin, tubulin)), 1)
-    bodies = (both > threshold_otsu(both)) | nuclear
+    bodies = (both > threshold_otsu(both)) | (nuclei > 0)
     cell = watershed(-gaussian_filter(tubulin, 1.5), nuclei, mask=bodies) == main
     edges = structure_tensor(gaussian_filter(actin, 0.5), sigma=1, order="rc")
     down, cross, right = (plane[cell].sum() for plane in edges)
     coherence = np.hypot(down - right, 2 * cross) / max(down + right, 1e-9)
-    nucleus = nuclei == main
-    intensity = dna[nucleus].mean() - np.percentile(dna, 10)
-    return Measurement(float(nucleus.sum()), float(intensity), float(cell.sum()), float(coherence))
+    return Measurement(*find_nucleus(dna), float(cell.sum()), float(coherence))

@@ -1,0 +1,254 @@
+"""Made treated cells beside real ones: CellFlux's protocol, with floors, intervals and numbers of cells.
+
+FIDo and KIDo compare all cells of all perturbations at once; FIDc and KIDc are means over perturbations (CellFlux, ICML
+2025). Features decide the values: compare only values of the same features and the same numbers of cells. KID is the
+unbiased estimate on all cells, whose expectation is that of the mean over subsets that torchmetrics draws.
+
+Real training cells of the same perturbations, in the same numbers, go through everything as a method does: they are
+what perfect cells would reach. So do the controls themselves, which are what no treatment would reach.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from cellflux_bridge.base.parallel import in_processes
+from cellflux_bridge.base.progress import progress
+from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.base.statistics import COVERAGE, NUM_RESAMPLES, Estimate, estimate_mean
+from cellflux_bridge.data.phantom.cells import find_nucleus
+from cellflux_bridge.metrics.bands import band_statistics
+from cellflux_bridge.metrics.fidelity import frechet_distance, kid
+
+# A perturbation with fewer cells on either side enters no mean over perturbations.
+FEWEST = 5
+_NUM_HALVES = 100
+_QUANTILES = (1, 25, 50, 75, 99)
+_CHUNK = 1024
+_MOST_SPREADS = 5.0
+# Of a perturbation's number and a dose, the effect on each quantity.
+Effects = dict[tuple[int, float], np.ndarray]
+# What is measured of the nucleus nearest to the middle of a cell's image.
+QUANTITIES = ("nuclear_area", "nuclear_intensity")
+
+
+class Row(NamedTuple):
+    """A figure of a method: of "seen" or "unseen" perturbations, by some features; `num` are cells, or perturbations
+    where the figure is over these."""
+
+    method: str
+    perturbations: str
+    figure: str
+    by: str
+    estimate: Estimate
+    num: int
+
+
+@dataclass(frozen=True)
+class Cells:
+    """N cells: images (N, C, H, W) uint8, the numbers (N,) int64 of their perturbations and batches (-1: none), and
+    doses (N,) float32 (0: none)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    batches: np.ndarray
+    doses: np.ndarray
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def at(self, chosen: np.ndarray) -> "Cells":
+        features = {name: values[chosen] for name, values in self.features.items()}
+        return Cells(self.images[chosen], self.labels[chosen], self.batches[chosen], self.doses[chosen], features)
+
+
+class Profile:
+    """Features (N, 17 C) float64 of cells (N, C, H, W) uint8 that need no weights: of every channel five quantiles of
+    its grey levels, and log power, skewness and kurtosis of four octaves (`metrics.bands`).
+
+    They are in standard deviations of `reference`, real training cells, from their mean, cut at +-5: a single bright
+    speck would outweigh all else.
+    """
+
+    def __init__(self, reference: np.ndarray):
+        found = self._raw(reference)
+        self._mean, self._spread = found.mean(0), found.std(0) + 1e-6
+
+    def __call__(self, cells: np.ndarray) -> np.ndarray:
+        return np.clip((self._raw(cells) - self._mean) / self._spread, -_MOST_SPREADS, _MOST_SPREADS)
+
+    @staticmethod
+    def _raw(cells: np.ndarray) -> np.ndarray:
+        found = []
+        for start in range(0, len(cells), _CHUNK):
+            part = cells[start : start + _CHUNK].astype(np.float32)
+            levels = np.percentile(part, _QUANTILES, axis=(2, 3)).transpose(1, 2, 0).reshape(len(part), -1)
+            found.append(np.concatenate([levels, band_statistics(part)], axis=1))
+        return np.concatenate(found)
+
+
+def distances(made: np.ndarray, real: np.ndarray, made_labels: np.ndarray, labels: np.ndarray, *, seed: int):
+    """FIDo, FIDc, KIDo and KIDc of features (N, D) and (M, D), each with a 95 % interval and its number.
+
+    The interval of a mean over perturbations is the bootstrap over these; that of KIDo is `fidelity.kid`'s; FIDo has
+    none (a resample repeats cells, which moves its bias).
+    """
+    draw = numpy_generator(seed, "perturbations")
+    shared = [c for c in np.unique(labels) if min((labels == c).sum(), (made_labels == c).sum()) >= FEWEST]
+    each = [(made[made_labels == c], real[labels == c]) for c in shared]
+    nothing = Estimate(frechet_distance(made, real), float("nan"), float("nan"))
+    found = {"FIDo": (nothing, len(made))}
+    for name, of in (("FIDc", frechet_distance), ("KIDc", lambda a, b: kid(a, b).value)):
+        values = np.array([of(*pair) for pair in each])
+        found[name] = estimate_mean(values, np.arange(len(values)), num=NUM_RESAMPLES, generator=draw), len(values)
+    found["KIDo"] = kid(made, real, num_subsamples=_NUM_HALVES, generator=draw), len(made)
+    return found
+
+
+class Teller:
+    """A logistic regression on standardised features, fitted to real training cells."""
+
+    def __init__(self, features: np.ndarray, truth: np.ndarray):
+        self._model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=0.1))
+        self._model.fit(features, truth)
+
+    def right(self, features: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Whether each cell is told rightly, (N,) float64."""
+        return (self._model.predict(features) == truth).astype(np.float64)
+
+
+def measured(images: np.ndarray, *, dna: int, desc: str) -> np.ndarray:
+    """(N, 2) float64: area in px and intensity of the nucleus nearest to each image's middle; NaN where none is."""
+    jobs = progress(in_processes(find_nucleus, images[:, dna], chunk=64), total=len(images), desc=desc, unit="cell")
+    return np.array(list(jobs), np.float64).reshape(-1, len(QUANTITIES))
+
+
+def effects(values: np.ndarray, cells: Cells, controls: np.ndarray, of: Cells) -> Effects:
+    """The median log ratio (2,) of measured quantities (N, 2) of cells to those of real controls (M, 2) of their batch,
+    by perturbation and dose; of at least FEWEST cells with a nucleus."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs, of_controls = (np.log(np.where(v > 0, v, np.nan)) for v in (values, controls))
+    base = {b: np.nanmedian(of_controls[of.batches == b], axis=0) for b in np.unique(of.batches)}
+    ratio = logs - np.stack([base.get(b, np.full(2, np.nan)) for b in cells.batches])
+    keys = list(zip(cells.labels.tolist(), cells.doses.round(6).tolist(), strict=True))
+    numbers = {key: [] for key in dict.fromkeys(keys)}
+    for row, key in enumerate(keys):
+        numbers[key].append(row)
+    found = {key: ratio[rows] for key, rows in numbers.items()}
+    return {key: np.nanmedian(r, axis=0) for key, r in found.items() if np.isfinite(r).all(1).sum() >= FEWEST}
+
+
+def correlation(made: np.ndarray, real: np.ndarray, *, seed: int) -> Estimate:
+    """Pearson's correlation of effects (K,) with a bootstrap over the K conditions; NaN for fewer than three."""
+    if len(made) < 3:
+        return Estimate(*(float("nan"),) * 3)
+    draw = numpy_generator(seed, "perturbations", "correlation")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = float(np.corrcoef(made, real)[0, 1])
+        drawn = [np.corrcoef(made[i], real[i])[0, 1] for i in draw.integers(len(made), size=(NUM_RESAMPLES, len(made)))]
+    return Estimate(value, *np.nanpercentile(drawn, COVERAGE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What methods are compared with: real cells, and what is trained on them.
+
+    `train`, `test` and `controls` are real cells with features by name; `unseen` numbers perturbations that no training
+    saw; `moa` gives the mode of action of a perturbation's number, where known; `dna` is the nuclear channel.
+    """
+
+    train: Cells
+    test: Cells
+    controls: Cells
+    unseen: Sequence[int]
+    moa: Mapping[int, str]
+    dna: int
+    seed: int
+    _tellers: dict[tuple[str, str], Teller | None] = field(default_factory=dict, init=False)
+
+    def rows(self, methods: Mapping[str, Cells]) -> list[Row]:
+        """All figures of all methods, each a set of made cells with features of the same names."""
+        of_controls = self._measured(self.controls, "controls")
+        found = {
+            name: effects(self._measured(cells, name), cells, of_controls, self.controls)
+            for name, cells in {"real cells": self.test, **methods}.items()
+        }
+        rows = []
+        for name, cells in methods.items():
+            for group, wanted in (("seen", False), ("unseen", True)):
+                made, real = (
+                    c.at(np.flatnonzero(np.isin(c.labels, self.unseen) == wanted)) for c in (cells, self.test)
+                )
+                if len(made.labels) and len(real.labels):
+                    own = {key: value for key, value in found[name].items() if (key[0] in self.unseen) == wanted}
+                    figures = [*self._distances(made, real), *self._told(made, group)]
+                    figures += self._correlations(own, found["real cells"])
+                    rows += [Row(name, group, *figure) for figure in figures]
+        return rows
+
+    def _measured(self, cells: Cells, name: str) -> np.ndarray:
+        return measured(cells.images, dna=self.dna, desc=f"nuclei: {name}")
+
+    def _distances(self, made: Cells, real: Cells) -> Iterator[tuple[str, str, Estimate, int]]:
+        for by, features in made.features.items():
+            found = distances(features, real.features[by], made.labels, real.labels, seed=self.seed)
+            yield from ((figure, by, *value) for figure, value in found.items())
+
+    def _told(self, made: Cells, group: str) -> Iterator[tuple[str, str, Estimate, int]]:
+        """How many cells are told rightly by regressions on real training cells, of which none knows a perturbation
+        that no training saw."""
+        for figure, truth in self._truths(made).items():
+            known = truth != ""
+            for by in made.features if known.any() and (figure, group) != ("perturbation", "unseen") else ():
+                if teller := self._teller(by, figure):
+                    draw = numpy_generator(self.seed, "perturbations", "told")
+                    is_right = teller.right(made.features[by][known], truth[known])
+                    told = estimate_mean(is_right, wells(made)[known], num=NUM_RESAMPLES, generator=draw)
+                    yield f"{figure} told", by, told, int(known.sum())
+
+    def _truths(self, cells: Cells) -> dict[str, np.ndarray]:
+        """What is to be told of each cell; an empty text where it is not known."""
+        return {
+            "perturbation": cells.labels.astype(str),
+            "mode of action": np.array([self.moa.get(number, "") for number in cells.labels.tolist()]),
+            "batch": np.where(cells.batches < 0, "", cells.batches.astype(str)),
+        }
+
+    def _teller(self, by: str, figure: str) -> Teller | None:
+        if (by, figure) not in self._tellers:
+            truth = self._truths(self.train)[figure]
+            known = truth != ""
+            is_enough = len(np.unique(truth[known])) > 1
+            self._tellers[by, figure] = Teller(self.train.features[by][known], truth[known]) if is_enough else None
+        return self._tellers[by, figure]
+
+    def _correlations(self, own: Effects, real: Effects) -> Iterator[tuple[str, str, Estimate, int]]:
+        keys = [key for key in own if key in real]
+        sides = [np.array([side[key] for key in keys]).reshape(-1, len(QUANTITIES)).T for side in (own, real)]
+        for quantity, *pair in zip(QUANTITIES, *sides, strict=True):
+            name = f"effect on {quantity.replace('_', ' ')}"
+            yield name, "measurement", correlation(*pair, seed=self.seed), len(keys)
+
+
+def wells(cells: Cells) -> np.ndarray:
+    """A number (N,) for the cells of one perturbation, dose and batch, which are not independent."""
+    columns = np.stack([cells.labels, cells.batches, cells.doses.round(6)])
+    return np.unique(columns, axis=1, return_inverse=True)[1].ravel()
+
+
+def swap_rows(method: str, made: np.ndarray, swapped: np.ndarray, sources: np.ndarray, *, seed: int) -> list[Row]:
+    """How far cells (n, C, H, W) uint8 move where only their condition changes: in grey levels, and as the cosine of
+    both changes of the source (1: the condition is ignored)."""
+    made, swapped, sources = (of.reshape(len(of), -1).astype(np.float64) for of in (made, swapped, sources))
+    one, other = made - sources, swapped - sources
+    size = np.maximum(np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1), 1e-9)
+    values = {"grey levels": np.abs(made - swapped).mean(1), "cosine": (one * other).sum(1) / size}
+    draw, each = numpy_generator(seed, "perturbations", "swap"), np.arange(len(made))
+    return [
+        Row(method, "all", f"condition swapped, {name}", "pixels", found, len(made))
+        for name, of in values.items()
+        for found in [estimate_mean(of, each, num=NUM_RESAMPLES, generator=draw)]
+    ]
