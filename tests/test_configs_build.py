@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from cellflux_bridge.classifier.inference import build_classifier
-from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.config import Config, load_config, registry
 from cellflux_bridge.field.classifier_guided import require_form
-from cellflux_bridge.flow.network import build_flow
+from cellflux_bridge.flow.network import build_flow, make_condition
 from cellflux_bridge.study.settings import StudyConfig
 from cellflux_bridge.training.loop import make_fabric
 
@@ -30,8 +29,16 @@ def generators() -> list:
 @pytest.fixture(params=[*(pytest.param((path, []), id=path.stem) for path in CONFIGS), *generators()])
 def config(request) -> Config:
     config = load_config(*request.param)
-    classes = config.data.classes or ["A", "B"]
-    return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
+    named = {
+        *config.data.split.unseen,
+        *(label for part in config.condition.parts for label in part.get("without", ())),
+    }
+    named |= {label for label in (config.translate.source, config.translate.target) if label is not None}
+    names = {
+        "classes": config.data.classes or sorted({"A", "B", *named}),
+        "batches": config.data.batches or ["p1", "p2"],
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=names)})
 
 
 def test_configurations_are_found():
@@ -43,13 +50,8 @@ def test_the_network_turns_states_into_velocities(config):
         _, network = build_flow(config)
         size = config.data.image_size
         x = torch.empty(2, config.data.channels, size, size)
-        cond = Condition(
-            target_class=torch.empty(2, dtype=torch.long),
-            level=torch.empty(2, len(config.data.classes)),
-            source_class=torch.empty(2, dtype=torch.long),
-            source_image=x,
-            dropped=torch.empty(2, dtype=torch.bool),
-        )
+        label = torch.empty(2, len(config.data.classes))
+        cond = make_condition(network.spec, x0=x, target_label=label, source_class=0).null()
         assert network.eval()(torch.empty(2), x, cond).shape == x.shape
 
 
@@ -83,7 +85,7 @@ def test_classes_transitions_and_translations_know_each_other(config):
     named = {config.translate.source, config.translate.target} - {None}
     if config.pairs.transitions != "all":
         named |= {label for pair in config.pairs.transitions for label in pair}
-    assert named <= set(config.data.classes)
+    assert named - {"*"} <= set(config.data.classes)
 
 
 def test_precision_and_strategy_are_known(config):
