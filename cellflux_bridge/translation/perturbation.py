@@ -90,12 +90,13 @@ def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched,
         replace_text(stamp, json.dumps({**made_with, "done": []}) + "\n")
     try:
         kept = json.loads(regular(stamp).read_text(encoding="utf-8"))
-        done, made = list(kept.pop("done")), open_memmap(regular(file), mode="r+")
-        if made.shape != shape or made.dtype != np.uint8:
+        done, same = list(kept.pop("done")), kept == made_with
+        made = open_memmap(regular(file), mode="r+")
+        if same and (made.shape, made.dtype) != (shape, np.uint8):
             raise ValueError(f"{file.name} holds {made.dtype} {made.shape}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: damaged ({error}); remove it, and its cells are made again") from error
-    if kept != made_with:
+    if not same:
         raise UserError(f"{folder}: holds cells that were made otherwise; choose another --output, or remove it")
     source, labels = control_class(translator), patches.labels[matched.treated]
     for label in (patches.classes[number] for number in np.unique(labels)):

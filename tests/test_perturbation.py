@@ -1,0 +1,306 @@
+"""Made treated cells beside real ones: figures with closed-form answers, and the whole way on small made cells."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cellflux_bridge import cli
+from cellflux_bridge.api import Bridge
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.metrics import perturbation as protocol
+from cellflux_bridge.metrics.fidelity import frechet_distance, kid
+from cellflux_bridge.metrics.perturbation import Cells, Protocol
+from cellflux_bridge.trajectory import load_trajectory
+
+CLASSES = ("DMSO", "cmpd1", "cmpd2", "cmpd3")
+
+
+def features(rng, labels, shift=1.0):
+    """Three features; the first is the label's."""
+    return np.column_stack([shift * labels, np.zeros((len(labels), 2))]) + rng.normal(0, 0.3, (len(labels), 3))
+
+
+def cells(labels, *, batches=None, doses=None, images=None, **of) -> Cells:
+    num = len(labels)
+    images = np.zeros((num, 1, 16, 16), np.uint8) if images is None else images
+    batches = np.arange(num) % 2 if batches is None else batches
+    return Cells(images, np.asarray(labels), batches, np.ones(num, np.float32) if doses is None else doses, of)
+
+
+# Figures
+
+
+def test_pooled_and_mean_distances_are_those_of_their_definitions():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([1, 2, 3], [40, 30, 4])
+    real, made = features(rng, labels), features(rng, labels, shift=1.5)
+    found = protocol.distances(made, real, labels, labels, seed=0)
+    enough = [labels == 1, labels == 2]  # 4 cells are too few
+    assert found["FIDo"][0].value == pytest.approx(frechet_distance(made, real))
+    assert found["KIDo"][0].value == pytest.approx(kid(made, real).value)
+    assert found["FIDc"][0].value == pytest.approx(np.mean([frechet_distance(made[c], real[c]) for c in enough]))
+    assert found["KIDc"][0].value == pytest.approx(np.mean([kid(made[c], real[c]).value for c in enough]))
+    assert [found[name][1] for name in ("FIDo", "KIDo", "FIDc", "KIDc")] == [74, 74, 2, 2]
+
+
+def test_pooled_distance_does_not_see_perturbations_that_change_places_and_the_mean_does():
+    rng = np.random.default_rng(1)
+    labels = np.repeat([1, 2], 200)
+    real, made = features(rng, labels, shift=3), features(rng, labels, shift=3)
+    exchanged = protocol.distances(made, real, 3 - labels, labels, seed=0)
+    assert exchanged["FIDo"][0].value < 0.1
+    assert exchanged["FIDc"][0].value > 8  # the means are 3 apart
+
+
+def test_a_profile_is_in_spreads_of_the_reference():
+    rng = np.random.default_rng(0)
+    reference = rng.integers(0, 200, (50, 2, 16, 16), dtype=np.uint8)
+    profile = protocol.Profile(reference)
+    found = profile(reference)
+    assert found.shape == (50, 34)
+    assert np.abs(found).max() <= 5
+    assert abs(np.median(found)) < 0.2
+    brighter = reference.copy()
+    brighter[:, 1] += 50
+    moved = profile(brighter) - found
+    levels = np.arange(34) < 10  # five quantiles of two channels come first
+    assert (moved[:, levels].reshape(-1, 2, 5)[:, 1] > 0).all()
+    assert np.abs(moved[:, levels].reshape(-1, 2, 5)[:, 0]).max() == 0
+    assert np.abs(moved[:, ~levels]).max() < 1e-3  # what is added everywhere changes no octave
+
+
+def test_effects_are_ratios_to_the_controls_of_the_own_batch():
+    controls = cells([0] * 12)
+    of_controls = np.where((np.arange(12) % 2)[:, None] == 0, [[10.0, 2.0]], [[40.0, 8.0]])  # batches differ
+    treated = cells(
+        np.repeat([1, 2], 10), doses=np.tile([1.0, 5.0], 10).astype(np.float32), batches=np.arange(20) // 2 % 2
+    )
+    base = np.where(treated.batches[:, None] == 0, [[10.0, 2.0]], [[40.0, 8.0]])
+    factor = np.where(treated.labels == 1, 2.0, 0.5) * treated.doses
+    found = protocol.effects(base * factor[:, None], treated, of_controls, controls)
+    expected = {(1, 1.0): np.log(2), (1, 5.0): np.log(10), (2, 1.0): np.log(0.5), (2, 5.0): np.log(2.5)}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], [value] * 2, atol=1e-12)
+
+
+def test_a_nucleus_that_is_not_found_counts_for_nothing():
+    controls, treated = cells([0] * 6), cells([1] * 8, batches=np.zeros(8, int))
+    values = np.full((8, 2), 3.0)
+    values[:3] = np.nan
+    found = protocol.effects(values, treated, np.ones((6, 2)), controls)
+    np.testing.assert_allclose(found[1, 1.0], np.log(3))
+    values[3] = np.nan
+    assert not protocol.effects(values, treated, np.ones((6, 2)), controls), "four nuclei are too few"
+
+
+def test_correlation_has_an_interval_and_needs_three_conditions():
+    x = np.linspace(-1, 1, 12)
+    found = protocol.correlation(2 * x + 1, x, seed=0)
+    assert found == pytest.approx((1, 1, 1))
+    assert np.isnan(protocol.correlation(x[:2], x[:2], seed=0).value)
+
+
+def test_what_is_told_of_cells_and_of_whom():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 9, (180, 1, 16, 16), dtype=np.uint8)
+    labels = np.tile([1, 2, 3], 60)
+    train = labels < 3
+    found = features(rng, labels, shift=4)
+    found[:, 1] += 3 * (np.arange(180) % 2)  # the batch shows in the second feature
+    all_cells = cells(labels, images=images, f=found)
+    blind = cells(labels, images=images, f=rng.normal(0, 1, (180, 3)))
+    compared = Protocol(
+        train=all_cells.at(train),
+        test=all_cells,
+        controls=cells([0] * 6, images=images[:6], f=found[:6]),
+        unseen=[3],
+        moa={1: "x", 2: "y", 3: "y"},
+        dna=0,
+        seed=0,
+    )
+    rows = {(r.method, r.perturbations, r.figure): r for r in compared.rows({"same": all_cells, "blind": blind})}
+    assert rows["same", "seen", "perturbation told"].estimate.value > 0.95
+    assert rows["same", "seen", "batch told"].estimate.value > 0.95
+    assert rows["same", "unseen", "mode of action told"].estimate.value > 0.95
+    assert rows["same", "unseen", "mode of action told"].num == 60
+    assert rows["same", "seen", "FIDo"].estimate.value == pytest.approx(0, abs=1e-9)
+    assert ("same", "unseen", "perturbation told") not in rows, "no regression knows it"
+    assert rows["blind", "seen", "perturbation told"].estimate.value < 0.7
+    assert rows["blind", "seen", "batch told"].estimate.value < 0.7
+
+
+def test_a_condition_that_is_ignored_moves_nothing():
+    rng = np.random.default_rng(0)
+    sources, change = rng.integers(50, 100, (2, 9, 3, 4, 4))
+    made = (sources + change).astype(np.uint8)
+    rows = protocol.swap_rows("m", made, made, sources.astype(np.uint8), seed=0)
+    assert [row.estimate.value for row in rows] == pytest.approx([0, 1])
+    opposite = protocol.swap_rows("m", sources + 10, sources - 10, sources, seed=0)
+    assert [row.estimate.value for row in opposite] == pytest.approx([20, -1])
+
+
+# The whole way
+
+
+@pytest.fixture(scope="module")
+def plates(tmp_path_factory):
+    """root/manifest.csv of 16 px cells of two channels in two plates: compounds brighten channel 1 by their vector."""
+    root, rng = tmp_path_factory.mktemp("plates") / "patches", np.random.default_rng(0)
+    rows = []
+    for split, num in (("train", 12), ("val", 6), ("test", 8)):
+        for number, label in enumerate(CLASSES):
+            for n in range(num if label != "cmpd3" or split == "test" else 0):
+                plate, dose = n % 2, (1.0, 10.0)[n // 2 % 2]
+                pixels = rng.integers(0, 40, (16, 16, 2), dtype=np.uint8)
+                pixels[5:11, 5:11, 0] += 120
+                pixels[..., 1] += np.uint8(20 * number * (1 + np.log10(dose)) * (number > 0))
+                pixels += np.uint8(30 * plate)
+                file = root / split / f"{label}_{n}.npy"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                np.save(file, pixels)
+                shown = "" if label == "DMSO" else dose
+                rows.append([f"{split}/{file.name}", label, split, f"plate{plate}", shown])
+    with open(root / "manifest.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "label", "split", "batch", "dose"], *rows])
+    (root / "vectors.csv").write_text("name,a,b\n" + "".join(f"cmpd{k},{k},{4 - k}\n" for k in (1, 2, 3)))
+    (root / "moa.csv").write_text("name,moa\ncmpd1,weak\ncmpd2,strong\ncmpd3,strong\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def train(plates, write_config):
+    def make(name: str, **sections):
+        parts = [
+            {"name": "embedding", "table": str(plates / "vectors.csv"), "dimension": 2, "without": ["DMSO"]},
+            {"name": "dose"},
+            {"name": "batch"},
+        ]
+        folder = plates.parent
+        whole = {
+            "output": str(folder / "runs" / name),
+            "data": {"channels": 2, "layout": "manifest", "flips": False, "split": {"unseen": ["cmpd3"]}},
+            "pairs": {"transitions": [["DMSO", "*"]], "match_batch": True},
+            "condition": {"target": "none", "source_class": False, "parts": parts},
+            "train": {"steps": 12, "batch_size": 16, "validate_pairs": 16, "lr": 0.003},
+            "translate": {"method": "path", "steps": 2, "frames": 3, "solver": "euler", "num": 2},
+        }
+        cli.main(["train", str(write_config(folder, file=f"{name}.yaml", **{**whole, **sections}))])
+        return folder / "runs" / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(train):
+    return train("bridge")
+
+
+def test_cells_are_made_compared_and_written(run, plates, capsys):
+    moa = ["--moa", str(plates / "moa.csv")]
+    cli.main(["perturbations", str(run), *moa, "--num", "6"])
+    text, folder = capsys.readouterr().out, run / "perturbations"
+    assert "unseen: no training saw cmpd3." in text
+    assert "| bridge |" in text
+    record = json.loads((folder / "perturbations.json").read_text())
+    figures = {(r["method"], r["perturbations"], r["figure"], r["by"]) for r in record["rows"]}
+    for method in ("bridge", "controls, untreated"):
+        for name in ("FIDo", "FIDc", "KIDo", "KIDc", "mode of action told", "batch told"):
+            assert {(method, group, name, "profile") for group in ("seen", "unseen")} <= figures
+    assert ("bridge", "all", "condition swapped, cosine", "pixels") in figures
+    made = np.load(folder / "made" / "bridge" / "made.npy")
+    assert made.shape == (18, 2, 16, 16)
+    rows = list(csv.DictReader(open(folder / "made" / "bridge" / "cells.csv")))
+    assert len(rows) == 18
+    assert all(row["control"].startswith("test/DMSO") for row in rows)
+    place = {row["path"]: row["batch"] for row in csv.DictReader(open(plates / "manifest.csv"))}
+    assert all(place[row["control"]] == row["batch"] == place[row["real"]] for row in rows)
+    assert sorted(path.stem for path in (folder / "cells").iterdir()) == ["cmpd1", "cmpd2", "cmpd3"]
+    # A second call makes nothing again, and one that was stopped goes on.
+    stamp = folder / "made" / "bridge" / "made_with.json"
+    kept = json.loads(stamp.read_text())
+    assert kept["done"] == ["cmpd1", "cmpd2", "cmpd3"]
+    damaged = np.lib.format.open_memmap(folder / "made" / "bridge" / "made.npy", mode="r+")
+    damaged[:] = 0
+    damaged.flush()
+    stamp.write_text(json.dumps({**kept, "done": ["cmpd1"]}))
+    cli.main(["perturbations", str(run), *moa, "--num", "6"])
+    again = np.load(folder / "made" / "bridge" / "made.npy")
+    labels = np.array([row["perturbation"] for row in rows])
+    assert not again[labels == "cmpd1"].any()
+    assert np.array_equal(again[labels != "cmpd1"], made[labels != "cmpd1"])
+    with pytest.raises(SystemExit, match="holds cells that were made otherwise"):
+        cli.main(["perturbations", str(run), "--num", "5"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dna", "2"], "--dna 2: the cells have channels 0 to 1"),
+        (["--moa", "{root}/vectors.csv"], "expected columns name and moa, found name, a, b"),
+        (["--features", "{run}"], "no classifier|is a flow|of another architecture|cannot"),
+        (["--beside", "{run}"], "two runs are called 'bridge'"),
+    ],
+)
+def test_mistakes_are_told_before_cells_are_made(run, plates, tmp_path, arguments, message):
+    arguments = [text.format(root=plates, run=run) for text in arguments]
+    with pytest.raises((SystemExit, UserError), match=message):
+        cli.main(["perturbations", str(run), "--output", str(tmp_path), *arguments])
+    assert not (tmp_path / "made").exists()
+
+
+def test_two_stages_begin_with_the_weights_of_the_first(train, run, plates):
+    transitions = [["DMSO", "*"], ["DMSO", "DMSO"]]
+    pairs = {"transitions": transitions, "match_batch": True}
+    generate = {"method": "generate", "steps": 2, "solver": "euler", "num": 2}
+    first = train("noise", path={"name": "gaussian_source"}, pairs=pairs, translate=generate)
+    stage = {"steps": 1, "batch_size": 16, "validate_pairs": 16, "lr": 1e-12, "ema_decay": 0.0}
+    second = Bridge.load(train("stage2", train={**stage, "init_from": str(first)}))
+    for name, tensor in Bridge.load(first)._network.state_dict().items():
+        torch.testing.assert_close(second._network.state_dict()[name], tensor, atol=1e-6, rtol=0)
+    with pytest.raises(SystemExit, match=r"init_from: .* with data.classes=DMSO, cmpd1, .*, here they are cmpd2"):
+        train(
+            "other",
+            data={"channels": 2, "layout": "manifest", "classes": ["cmpd2", "cmpd1", "cmpd3", "DMSO"],
+                  "split": {"unseen": ["cmpd3"]}},
+            train={**stage, "init_from": str(first)},
+        )  # fmt: skip
+
+
+def test_a_stair_goes_along_doses_or_toward_a_compound_and_an_unseen_one_can_be_asked_for(run, plates, tmp_path):
+    bridge = Bridge.load(run)
+    seen = []
+    inner = bridge._network.forward
+    bridge._network.forward = lambda t, x, cond: seen.append(cond) or inner(t, x, cond)
+    one = np.load(plates / "test" / "DMSO_0.npy")
+    how = {"method": "progression", "levels": 2, "steps": 1, "solver": "euler", "noise_resampling": None}
+    assert bridge.translate(one, target="cmpd3", source="DMSO", dose=(0.1, 10), **how).frames.shape == (3, 1, 2, 16, 16)
+    torch.testing.assert_close(seen[-1].dose[:, 0], torch.tensor([0.0, 1.0]))  # log10 of 1 and 10
+    assert seen[-1].embedding.tolist() == [[0, 0, 0, 1], [0, 0, 0, 1]], "of the whole compound at any dose"
+    assert not seen[-1].present["batch"].any(), "of a foreign picture no plate is known"
+    bridge.translate(one, target="cmpd1", source="DMSO", dose=10, **how)
+    assert seen[-1].embedding.tolist() == [[0.5, 0.5, 0, 0], [0, 1, 0, 0]]
+    assert seen[-1].dose[:, 0].tolist() == [1, 1]
+    bridge.translate(one, target="cmpd1", source="DMSO", **how)
+    assert not seen[-1].present["dose"].any()
+    cli.main(["translate", str(run), "--source", "DMSO", "--target", "cmpd2", "translate.dose=10"])
+    folder = next((run / "trajectories").iterdir())
+    assert load_trajectory(folder).frames.shape == (3, 2, 2, 16, 16)
+
+
+def test_what_a_network_was_never_told_is_refused(train, run, plates):
+    plain = Bridge.load(train("plain", condition={"target": "class", "source_class": False}))
+    one = np.load(plates / "test" / "DMSO_0.npy")
+    with pytest.raises(UserError, match=r"no training saw 'cmpd3' \(data.split.unseen\).*part `embedding`"):
+        plain.translate(one, source="DMSO", target="cmpd3")
+    with pytest.raises(UserError, match=r"translate.dose=3.0: this network is not conditioned on a dose"):
+        plain.translate(one, source="DMSO", target="cmpd1", dose=3)
+    with pytest.raises(UserError, match=r"never saw cmpd1 -> cmpd2"):
+        plain.translate(one, source="cmpd1", target="cmpd2")
+    with pytest.raises(
+        UserError, match="spacing=adaptive: are measured on validation patches"
+    ):
+        Bridge.load(run).translate(one, source="DMSO", target="cmpd1", method="progression", calibrate="distance")
