@@ -30,20 +30,20 @@ _BRACES = re.compile(r"\{[^{},/]+(?:,[^{},/]+)+\}")
 _EXIF = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 
 
-def files_of(path: str | Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """The files that hold an image: the path itself or, of one file per channel, those that it names in braces.
 
     `well/s1_{w1,w2}.png` stands for `well/s1_w1.png` and `well/s1_w2.png`, unless a file has just that name.
     """
     text = str(path)
     if "{" not in text or not (lists := _BRACES.findall(text)) or os.path.lexists(path):
-        return [Path(path)]
+        return [path]
     return [Path(text.replace(lists[-1], name)) for name in lists[-1][1:-1].split(",")]
 
 
 def stat_of(path: str | Path) -> tuple[int, int]:
     """Size in bytes and time of change in ns of an image: of several files their sum and the last one."""
-    stats = [os.stat(file) for file in (files_of(path) if "{" in str(path) else (path,))]
+    stats = [os.stat(file) for file in (files_of(Path(path)) if "{" in str(path) else (path,))]
     return sum(status.st_size for status in stats), max(status.st_mtime_ns for status in stats)
 
 
