@@ -411,7 +411,9 @@ def test_the_check_counts_what_differs_and_draws_the_channels(screen, data_confi
     report, _ = check_data(config, seed=0, sheet=tmp_path / "sheet.png")
     assert "batches: 2, of 1 to 2 patches" in report
     assert "unusable files: 0" in report
-    assert images.read_rgb(tmp_path / "channels.png").shape[1] == ((16 + 2) * 6 - 2) * 6  # false colour and five channels
+    assert (
+        images.read_rgb(tmp_path / "channels.png").shape[1] == ((16 + 2) * 6 - 2) * 6
+    )  # false colour and five channels
     np.save(root / SCREENS["cpg0000"][4][0], cell(4, 0))
     report, usable = check_data(config, seed=0, sheet=tmp_path / "sheet.png")
     assert not usable

@@ -121,8 +121,9 @@ def _stamp(root: Path) -> str:
                 folders.clear()
             seen.add((status.st_dev, status.st_ino))
             digest.update(repr((folder, status.st_mtime_ns, sorted(folders), sorted(files))).encode())
-            tables = [os.stat(os.path.join(folder, file)) for file in sorted(files) if file.endswith(".csv")]
-            digest.update(repr([(table.st_size, table.st_mtime_ns) for table in tables]).encode())
+            tables = [os.path.join(folder, file) for file in sorted(files) if file.endswith(".csv")]
+            stats = [os.stat(table) for table in tables if os.path.exists(table)]
+            digest.update(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
         for file in (*sorted(root.glob("*.csv")), *sorted(root.glob("*.json"))):
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -109,7 +109,7 @@ class TIFFStack:
         self._page, self.dtype = series.keyframe, np.dtype(series.dtype)
         described = f"axes {series.axes}: {' x '.join(map(str, series.shape))}"
         kind = self._page.photometric
-        if kind not in (_MIN_IS_BLACK, _RGB) or self._page.bitspersample not in (8, 16, 32, 64):
+        if series.dtype is None or kind not in (_MIN_IS_BLACK, _RGB) or self._page.bitspersample not in (8, 16, 32, 64):
             raise UnreadableImage(f"{kind.name}, {self._page.bitspersample} bits: no grey channels of 8, 16 or 32 bits")
         axes = [i for i, (a, n) in enumerate(zip(series.axes, series.shape, strict=True)) if n > 1 or a in "YX"]
         self._shape = tuple(series.shape[i] for i in axes)
