@@ -493,7 +493,7 @@ def scored_patches(steps, scores) -> Patches:
         preprocessing=Preprocessing(pixels.shape[1]),
         batches=np.full(num, -1),
         batch_names=(),
-        doses=np.full(num, np.nan, np.float32),
+        doses=np.zeros(num, np.float32),
     )
 
 

@@ -242,7 +242,7 @@ def test_the_colour_baseline_weights_rare_classes_as_the_classifier_does():
         preprocessing=Preprocessing(16),
         batches=np.full(2000, -1),
         batch_names=(),
-        doses=np.full(2000, np.nan, np.float32),
+        doses=np.zeros(2000, np.float32),
     )
     scores = classifier_scores.image_scores(PatchClassifier(2), patches, device=CPU)
     assert scores["test/colour_only_balanced_accuracy"] == pytest.approx(norm.cdf(1), abs=0.06)

@@ -126,7 +126,7 @@ def test_config_show_fills_in_and_overrides(tmp_path, write_config, capsys):
     cli.main(["config", "show", str(file), "--key", "train.batch_size"])
     assert capsys.readouterr().out == "8\n"
     cli.main(["config", "show", str(file), "--key", "data.split"])
-    assert capsys.readouterr().out == "val: 0.1\ntest: 0.2\ntrain_groups: null\n"
+    assert capsys.readouterr().out == "val: 0.1\ntest: 0.2\ntrain_groups: null\nunseen: []\n"
     with pytest.raises(SystemExit, match=r"train\.bath_size: no such key"):
         cli.main(["config", "show", str(file), "--key", "train.bath_size"])
     with pytest.raises(SystemExit, match=r"train\.bath_size: unknown key; did you mean 'train\.batch_size'"):

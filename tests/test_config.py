@@ -434,7 +434,8 @@ def test_a_path_with_an_equals_sign_is_no_override(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", sorted(registry.KINDS))
 def test_every_file_of_a_kind_is_a_component_with_defaults(kind):
     for name in registry.names(kind):
-        assert registry.validate(kind, name, key=kind)["name"] == name
+        needed = {"table": "vectors.csv", "dimension": 2} if name == "embedding" else {}
+        assert registry.validate(kind, {"name": name, **needed}, key=kind)["name"] == name
 
 
 def test_a_saved_configuration_is_complete_and_loads_equal(load, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 from cellflux_bridge import Bridge, checkpoint, cli, images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.classifier import inference
-from cellflux_bridge.condition.base import ConditionSpec
+from cellflux_bridge.condition.base import ConditionSpec, Names
 from cellflux_bridge.condition.level import Level
 from cellflux_bridge.condition.source_image import SourceImage
 from cellflux_bridge.config import load_config
@@ -23,6 +23,7 @@ from cellflux_bridge.trajectory import load_trajectory, read_header
 from cellflux_bridge.transport import depth, progression
 from cellflux_bridge.transport.base import carry_rows, source_noise
 
+NAMES = Names(("A", "B"))
 LEVEL = {"target": "level", "source_image": True, "source_class": False}
 TRAIN = ("train.steps=3", "train.validate_pairs=8", "train.lr=0.02")
 TWO_LEVELS = ("translate.method=progression", "translate.levels=2")
@@ -330,7 +331,7 @@ class Dark(nn.Module):
 class Fake(nn.Module):
     """A network without weights; `spec` is that of the network whose place it takes."""
 
-    spec = ConditionSpec((Level(2, 3), SourceImage(2, 3)))
+    spec = ConditionSpec((Level(NAMES, 3), SourceImage(NAMES, 3)))
 
 
 class Painter(Fake):
@@ -481,7 +482,7 @@ def test_guides_that_disagree_are_left_alone_at_their_pooled_opinion(painter, mo
 
     x, t = torch.zeros(1, 3, 16, 16), torch.tensor([0.5])
     _, flow, _ = painter._use(painter._settings("A", "B", {"guidance": {"form": "endpoint"}}))
-    cond = flow.condition(x, torch.tensor([[0.5, 0.5]]))
+    cond = flow.condition(x, torch.tensor([[0.5, 0.5]]), torch.zeros(1, dtype=torch.long))
     plain = flow.plain(t, x, cond).velocity
     p = painter.path.endpoint(x, plain, t, x).mean().sigmoid()  # what a guide without a leaning says of the endpoint
     target, both = torch.tensor([[1 - p, p]]), [Leaning(0.1, 0.9), Leaning(0.9, 0.1)]

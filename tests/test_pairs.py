@@ -2,10 +2,12 @@
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy.stats import chi2_contingency, chisquare
 
 from cellflux_bridge import images
@@ -16,7 +18,7 @@ from cellflux_bridge.coupling.independent import Independent
 from cellflux_bridge.coupling.minibatch_ot import MinibatchOT
 from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.layout.base import SPLITS
-from cellflux_bridge.data.pairs import PairBatch, Pairs
+from cellflux_bridge.data.pairs import PairBatch, Pairs, named_transitions
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.data.settings import PairsConfig
@@ -38,7 +40,7 @@ def hand_made(pixels: np.ndarray, *, labels=None, groups=None, splits=None, size
         preprocessing=Preprocessing(size),
         batches=np.full(num, -1),
         batch_names=(),
-        doses=np.full(num, np.nan, np.float32),
+        doses=np.zeros(num, np.float32),
     )
 
 
@@ -594,3 +596,71 @@ def test_stain_jitter_leaves_every_image_with_its_number(data_config, tmp_path):
     batch = make_pairs(hand_made(pixels, labels=np.arange(30) % 3), config).batch(0)
     for x, index in zip(batch.patches(), (batch.source_index, batch.target_index), strict=True):
         assert (numbers(x) - 8 * index).abs().max() <= 1
+
+
+# Batches of cells
+
+
+def cells(num: int = 48, *, batches=None, **keys) -> Patches:
+    """A is the control, B and C are treated; three batches take turns, and doses follow the number."""
+    numbers = np.arange(num)
+    batches = (numbers // 3) % 3 if batches is None else np.asarray(batches)
+    fields = {"batches": batches, "batch_names": ("p0", "p1", "p2"), "doses": numbers.astype(np.float32)}
+    return replace(numbered(num, **keys), **fields)
+
+
+STAR = {"transitions": [("A", "*")], "match_batch": True}
+
+
+@pytest.mark.parametrize("coupling", [Independent(), MinibatchOT(cost="pixels")])
+def test_a_control_comes_from_the_batch_of_its_target(data, coupling):
+    patches = cells()
+    pairs = make_pairs(patches, data, batch_size=24, coupling=coupling, **STAR)
+    seen = Counter()
+    for step in range(12):
+        batch = pairs.batch(step)
+        source, target = batch.source_index.numpy(), batch.target_index.numpy()
+        assert np.array_equal(patches.batches[source], patches.batches[target])
+        assert np.array_equal(batch.batch.numpy(), patches.batches[target])
+        assert np.array_equal(batch.dose.numpy(), patches.doses[target])
+        assert set(patches.labels[source]) == {0}
+        seen.update(zip(patches.labels[target].tolist(), patches.batches[target].tolist(), strict=True))
+    assert set(seen) == {(label, batch) for label in (1, 2) for batch in range(3)}
+    assert not pairs.unmatched
+
+
+def test_of_many_perturbations_a_few_are_drawn_at_once_so_that_rows_have_a_choice(data):
+    num = 20
+    labels = np.concatenate([np.zeros(40, np.int64), 1 + np.repeat(np.arange(num), 10)])
+    patches = replace(
+        numbered(240, labels=labels), classes=tuple(f"c{n}" for n in range(num + 1)), batches=np.zeros(240, np.int64)
+    )
+    pairs = make_pairs(patches, data, batch_size=32, **{**STAR, "transitions": [("c0", "*")]})
+    drawn = [Counter(pairs.batch(step).target_class.tolist()) for step in range(40)]
+    assert all(sorted(counts.values()) == [8] * 4 for counts in drawn)
+    assert len({label for counts in drawn for label in counts}) == num
+
+
+def test_a_batch_without_controls_is_told_or_left_out_and_counted(data):
+    batches = (np.arange(48) // 3) % 3
+    batches[np.arange(48) % 3 == 0] %= 2  # no control is left in p2
+    patches = cells(batches=batches)
+    message = r"pairs\.match_batch: 1 batches of the train split have targets and no source: p2 \(10 targets\)"
+    with pytest.raises(UserError, match=message):
+        make_pairs(patches, data, **STAR)
+    pairs = make_pairs(patches, data, batch_without_source="leave_out", **STAR)
+    assert pairs.unmatched == {"p2": 10}
+    assert {b for step in range(9) for b in pairs.batch(step).batch.tolist()} == {0, 1}
+    with pytest.raises(UserError, match=r"pairs\.match_batch: no batch of the train split holds both 'A' and 'B'"):
+        make_pairs(replace(patches, batches=np.full(48, -1)), data, **STAR)
+    with pytest.raises(ValidationError, match="match_group and match_batch are both on"):
+        PairsConfig(match_group=True, match_batch=True)
+
+
+def test_a_star_is_any_other_class_and_no_unseen_one():
+    classes, star = ("A", "B", "C"), PairsConfig(transitions=[("A", "*")])
+    assert named_transitions(classes, star) == [("A", "B"), ("A", "C")]
+    assert named_transitions(classes, star, unseen=["C"]) == [("A", "B")]
+    assert named_transitions(classes, PairsConfig(transitions=[("*", "A")])) == [("B", "A"), ("C", "A")]
+    assert named_transitions(classes, PairsConfig(), unseen=["C"]) == [("A", "B"), ("B", "A")]
+    assert named_transitions(classes, PairsConfig(transitions=[("A", "A")])) == [("A", "A")]

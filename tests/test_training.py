@@ -25,7 +25,7 @@ from cellflux_bridge.base.parallel import prefetch
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.flow.task import FlowTask, build_flow
+from cellflux_bridge.flow.task import FlowTask, build_flow, ignores_condition
 from cellflux_bridge.training import loop
 from cellflux_bridge.training.loop import Stopped, fit, make_fabric
 from cellflux_bridge.training.run import Log, differences
@@ -614,7 +614,10 @@ def test_figures_of_a_perfect_an_empty_and_a_blind_velocity(task):
         return next(batch.u_t for batch in batches if torch.equal(batch.x_t, x))
 
     figures = task.validate(perfect, cpu)
-    assert figures == {"val/velocity_mse": 0, "val/velocity_explained": 1, "val/condition_swap": 0}
+    nothing = {f"val/condition_{name}": 0 for name in ("swap", "gain", "gain_error")}
+    expected = {"val/velocity_mse": 0, "val/velocity_explained": 1, "val/condition_cosine": 1, **nothing}
+    assert figures == pytest.approx(expected)
+    assert ignores_condition(figures)
     figures = task.validate(lambda t, x, cond: torch.zeros_like(x), cpu)
     assert figures["val/velocity_explained"] == pytest.approx(0)
     assert figures["val/velocity_mse"] == pytest.approx(
@@ -625,7 +628,18 @@ def test_figures_of_a_perfect_an_empty_and_a_blind_velocity(task):
     def by_class(t, x, cond):
         return torch.ones_like(x) * (2.0 * cond.target_class - 1).view(-1, 1, 1, 1)
 
-    assert task.validate(by_class, cpu)["val/condition_swap"] == pytest.approx(2)
+    swapped = task.validate(by_class, cpu)
+    assert swapped["val/condition_swap"] == pytest.approx(2)
+    assert swapped["val/condition_cosine"] == pytest.approx(-1)
+
+    def told(t, x, cond):  # right where the class is the batch's own, the opposite where it is not
+        batch = next(batch for batch in batches if torch.equal(batch.x_t, x))
+        return torch.where((cond.target_class == batch.cond.target_class).view(-1, 1, 1, 1), batch.u_t, -batch.u_t)
+
+    used = task.validate(told, cpu)
+    assert not ignores_condition(used)
+    power = sum((task.model.error_weight(b.t)[:, None, None, None] * b.u_t**2).mean().item() for b in batches)
+    assert used["val/condition_gain"] == pytest.approx(4e12 * power / len(batches), rel=1e-3), "of no error, bounded"
 
 
 @pytest.mark.parametrize("source_class", [True, False])

@@ -9,7 +9,7 @@ import torch
 from toy_flow import mixing, sources, two_classes
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.condition.base import Condition, ConditionSpec, Names
 from cellflux_bridge.condition.source_class import SourceClass
 from cellflux_bridge.condition.target_class import TargetClass
 from cellflux_bridge.field.classifier_free import ClassifierFree
@@ -23,6 +23,7 @@ from cellflux_bridge.transport.integrate import frame_times, integrate
 from cellflux_bridge.transport.path import Path as PathTransport
 from cellflux_bridge.velocity.unet import UNet
 
+NAMES = Names(("A", "B"))
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 FORWARDS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 AWKWARD = (7, 25, 49)
@@ -53,7 +54,7 @@ def wavy(t, x, cond):
 @pytest.fixture(scope="module")
 def network() -> UNet:
     torch.manual_seed(0)
-    spec = ConditionSpec((TargetClass(2, 3), SourceClass(2, 3)))
+    spec = ConditionSpec((TargetClass(NAMES, 3), SourceClass(NAMES, 3)))
     unet = UNet(3, spec, channels=8, multipliers=(1, 2), blocks=1, attention=(1,), head_channels=4, predict="velocity")
     with torch.no_grad():
         for parameter in unet.parameters():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.condition.base import Condition, ConditionSpec, Part
+from cellflux_bridge.condition.base import Condition, ConditionSpec, Names, Part
 from cellflux_bridge.condition.level import Level
 from cellflux_bridge.condition.source_class import SourceClass
 from cellflux_bridge.condition.source_image import SourceImage
@@ -18,6 +18,7 @@ from cellflux_bridge.velocity.dit import DiT
 from cellflux_bridge.velocity.unet import UNet
 
 CLASSES = 3
+NAMES = Names(("A", "B", "C"))
 
 
 def spec_of(
@@ -31,7 +32,7 @@ def spec_of(
         SourceImage: source_image,
     }
     parts = (part for part, is_used in used.items() if is_used)
-    return ConditionSpec(tuple(part(CLASSES, channels) for part in (*parts, *more)))
+    return ConditionSpec(tuple(part(NAMES, channels) for part in (*parts, *more)))
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -60,7 +60,7 @@ def flow_of(path, velocity, guided=None, *, batch_size: int = 64, source: float 
         is_guided=guided is not None,
         batch_size=batch_size,
         labels=lambda levels: two_classes(torch.where(levels == 0, source, levels)),
-        condition=lambda x0, labels: Condition(level=labels, source_image=x0),
+        condition=lambda x0, labels, of: Condition(level=labels, source_image=x0),
         plain=velocity,
         field=guided or (lambda targets: velocity),
     )

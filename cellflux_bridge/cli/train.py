@@ -10,16 +10,17 @@ def run(args: argparse.Namespace) -> None:
     """train CONFIG_OR_RUN: train the flow; a stopped training goes on."""
     from cellflux_bridge.api import Bridge
     from cellflux_bridge.flow.levels import target_levels
-    from cellflux_bridge.flow.task import FlowTask, build_flow
+    from cellflux_bridge.flow.task import IGNORED, FlowTask, build_flow, ignores_condition
     from cellflux_bridge.metrics.level_one import ALONE, too_little
     from cellflux_bridge.training.loop import fit
     from cellflux_bridge.training.processes import on_rank_zero
     from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
 
     config = configuration(args.config, args.overrides)
-    # What cannot fit is said before anything is decoded; for that, any classes will do.
-    data = config.data.model_copy(update={"classes": config.data.classes or ["A", "B"]})
-    build_flow(config.model_copy(update={"data": data}))
+    # What cannot fit is said before anything is decoded; for that, any classes will do that no part asks for by name.
+    if not config.condition.parts:
+        data = config.data.model_copy(update={"classes": config.data.classes or ["A", "B"]})
+        build_flow(config.model_copy(update={"data": data}))
     fabric, config, patches = start(config, config.train, section="train")
     by_level = config.condition.target == "level"
     if by_level and len(config.data.classes) == 2:
@@ -43,7 +44,10 @@ def run(args: argparse.Namespace) -> None:
     trained_before = {path.name for path in (config.output / "checkpoints").glob("step-*[0-9]")}
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
     if fabric.is_global_zero:
-        tell_trained(newest, last_values(config.output, "val/"))
+        figures = last_values(config.output, "val/")
+        tell_trained(newest, figures)
+        if ignores_condition(figures):
+            print(IGNORED.format(**{key.partition("/")[2]: value for key, value in figures.items()}))
         is_rgb = config.data.channels == 3  # as the figures of level 1 are
         if by_level and is_rgb and task.path.from_data and newest.name not in trained_before:
             print("\n".join(too_little(Bridge.load(config.output, ALONE, fabric=fabric), config.output)))

@@ -53,9 +53,20 @@ class Condition:
         """The same condition with other tensors for some parts, or another `dropped`; None removes a part."""
         return Condition(**{"dropped": self.dropped, "present": self.present, **self.tensors, **tensors})
 
+    def permuted(self, parts: Sequence[str], order: torch.Tensor) -> "Condition":
+        """The same condition in which sample i has what sample order[i] has of some parts."""
+        tensors = {name: self.tensors[name][order] for name in parts}
+        present = self.present | {name: self.present[name][order] for name in parts if name in self.present}
+        return Condition(dropped=self.dropped, present=present, **{**self.tensors, **tensors})
+
     def drop(self, mask: torch.Tensor) -> "Condition":
         """The same condition with the samples of a (B,) bool mask dropped to the null."""
         return self.replace(dropped=mask if self.dropped is None else self.dropped | mask)
+
+    def without(self, part: str, mask: torch.Tensor) -> "Condition":
+        """The same condition in which the samples of a (B,) bool mask lack an optional part."""
+        present = self.present.get(part, self._mask(True)) & ~mask
+        return Condition(dropped=self.dropped, present={**self.present, part: present}, **self.tensors)
 
     def null(self) -> "Condition":
         """The unconditional condition of the same samples; parts that stay (the clean source image) stay."""
@@ -82,32 +93,42 @@ class Condition:
         )
 
 
+class Names(NamedTuple):
+    """What a data set's numbers of classes and of batches mean."""
+
+    classes: tuple[str, ...]
+    batches: tuple[str, ...] = ()
+
+
 class Part(ABC):
-    """One thing that a network is conditioned on. A part is constructed with the number of classes, the number of
-    channels of a state, and its own settings.
+    """One thing that a network is conditioned on. A part is constructed with the names of classes and batches, the
+    number of channels of a state, and its own settings.
 
     `form` says what the embedding is: a `vector` (B, width) that networks add to the time's, `tokens` (B, L, width)
     that they attend to, or a `map` (B, channels, H, W) that they lay beside the state. A dropped condition replaces
     the sum of all vectors by one learned null, and tokens and maps by nulls of their own; a map that `stays` is kept.
-    An `optional` part may be absent from single samples; it has a null of its own, too.
+    An `optional` part may be absent from single samples; it has a null of its own, too. Parts `of_target` say what a
+    sample is to become; the others say what it is, or where it comes from.
     """
 
     name: str
     form: Literal["vector", "tokens", "map"] = "vector"
     stays: bool = False
     optional: bool = False
+    of_target: bool = False
     field: str = ""  # what it reads, and the name of its weights in a checkpoint, if not the part's own name
     slot: str = ""
 
-    def __init__(self, num_classes: int, channels: int):
-        self.num_classes, self.channels = num_classes, channels
+    def __init__(self, names: Names, channels: int):
+        self.names, self.num_classes, self.channels = names, len(names.classes), channels
 
     def read(self, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The part's tensor (B, ...) for B samples: by default the field `field`, or that of the part's name.
 
         `fields` are what is known of the samples: x0 (B, C, H, W), the clean source states; source_class and
-        target_class (B,) int64; target_level (B, num_classes) float32, the soft label of the target; in training also
-        source_index and target_index (B,), the patches' numbers in the data set. All lie on the network's device.
+        target_class (B,) int64; target_level (B, num_classes) float32, the soft label of the target; batch (B,) int64,
+        -1 where not known; dose (B,) float32, that of the target, 0 for none; in training also source_index and
+        target_index (B,), the patches' numbers in the data set. All lie on the network's device.
         """
         return fields[self.field or self.name]
 
@@ -117,7 +138,18 @@ class Part(ABC):
 
     @abstractmethod
     def embedding(self, width: int) -> nn.Module:
-        """The module that embeds the part's tensor."""
+        """The module that embeds the part's tensor. Vectors begin with a mean square near 1 an entry, as the learned
+        vectors of classes do, which is more than the time's: a condition that begins far weaker stays ignored."""
+
+    def prepare(self, embedding: nn.Module) -> None:  # noqa: B027
+        """Put what is read and not learned into the module, before a training; UserError for what cannot be used."""
+
+
+def begin_at_one(layer: nn.Linear) -> nn.Linear:
+    """The layer with weights that turn entries of mean square 1 into such, and no bias to begin with."""
+    nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ConditionSpec(NamedTuple):
@@ -128,6 +160,11 @@ class ConditionSpec(NamedTuple):
     @property
     def map_channels(self) -> int:
         return sum(part.channels for part in self.parts if part.form == "map")
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The names of parts that may be absent from single samples."""
+        return tuple(part.name for part in self.parts if part.optional)
 
     def has(self, form: str) -> bool:
         return any(part.form == form for part in self.parts)
@@ -161,6 +198,11 @@ class ConditionEmbedding(nn.Module):
             if part.optional or not (part.form == "vector" or part.stays):
                 size = (part.channels, 1, 1) if part.form == "map" else (width,)
                 self.nulls[part.name] = nn.Parameter(torch.zeros(size))
+
+    def prepare(self) -> None:
+        """Let every part put in what it reads: see `Part.prepare`."""
+        for part in self._parts:
+            part.prepare(self.get_submodule(part.slot or part.name))
 
     def forward(self, cond: Condition) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """The vector (B, width), the tokens (B, L, width) or None, and the maps (B, C, H, W)."""

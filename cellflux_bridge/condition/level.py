@@ -14,7 +14,7 @@ class Level(Part):
     that the network has never seen.
     """
 
-    name, field, slot = "level", "target_level", "target"
+    name, field, slot, of_target = "level", "target_level", "target", True
 
     def embedding(self, width: int) -> nn.Module:
         return _LevelEmbedding(nn.Linear(self.num_classes, width), nn.SiLU(), nn.Linear(width, width))

@@ -11,7 +11,7 @@ from cellflux_bridge.config.schema import Few, Fraction, Section
 class ConditionConfig(Section):
     """The parts of the condition: the target as a class or a level, and what else the network knows."""
 
-    target: Literal["class", "level"] = "class"
+    target: Literal["class", "level", "none"] = "class"  # none: further parts say it
     # What the level of a training image is, where target is "level": its score in the data, the probabilities that
     # classifiers give it which were not trained on its group (cross-fitting), or its class alone.
     level: Literal["score", "crossfit", "class"] = "class"
@@ -41,3 +41,6 @@ class ConditionConfig(Section):
             "source_image": self.source_image,
         }
         return [*({"name": name} for name, is_used in named.items() if is_used), *self.parts]
+
+    def has(self, part: str) -> bool:
+        return any(found["name"] == part for found in self.all_parts())

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import permutations
+from itertools import permutations, product
 from threading import Lock
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cellflux_bridge import images
-from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.seeds import torch_generator
 from cellflux_bridge.config import Config, registry
 from cellflux_bridge.data.patches import Patches
@@ -27,7 +27,8 @@ _NUM_POOLS = 32
 
 class PairBatch(NamedTuple):
     """x0, x1 (B, 3, S, S) uint8; class numbers (B,) int64; the targets' soft labels (B, num_classes) float32, one-hot
-    by class; the patches' numbers in the data set, (B,) int64; and each pair's stain jitter (B, 4, 3), if any."""
+    by class; the patches' numbers in the data set, (B,) int64; the targets' batches (B,) int64, -1 for none, and doses
+    (B,) float32, 0 for none; and each pair's stain jitter (B, 4, 3), if any."""
 
     x0: torch.Tensor
     x1: torch.Tensor
@@ -36,6 +37,8 @@ class PairBatch(NamedTuple):
     target_level: torch.Tensor
     source_index: torch.Tensor
     target_index: torch.Tensor
+    batch: torch.Tensor
+    dose: torch.Tensor
     jitter: torch.Tensor | None = None
 
     def patches(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,9 +99,9 @@ class Pairs:
         self._patches, self._coupling, self._split, self._by_level = patches, coupling, split, levels is not None
         self._batch_size, self._seed, self._config, self._data, self._key = batch_size, seed, pairs, data, key
         self._levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels] if levels is None else levels
-        self.transitions = [
-            tuple(patches.class_index(label) for label in pair) for pair in named_transitions(patches.classes, pairs)
-        ]
+        self.unmatched: dict[str, int] = {}
+        named = named_transitions(patches.classes, pairs, unseen=data.split.unseen)
+        self.transitions = [tuple(map(patches.class_index, pair)) for pair in named]
         members = self._members(rows=-(-batch_size // len(self.transitions)))
         # Of each kind of pair the patches that are its sources and targets, and how often it is drawn by level.
         if self._by_level:
@@ -112,7 +115,7 @@ class Pairs:
             self._kinds = [(source, target, len(target) ** 0.5) for source in sources for target in targets]
         else:
             self._kinds = [(members[source], members[target], 1.0) for source, target in self.transitions]
-        self._groups = self._shared_groups() if pairs.match_group else None
+        self._groups = self._shared_groups() if pairs.match_group or pairs.match_batch else None
         self._coupled_pools: dict[tuple[int, int], Future[list[_Rows]]] = {}
         self._lock, self._background = Lock(), ThreadPoolExecutor(1)
 
@@ -136,21 +139,39 @@ class Pairs:
         return members
 
     def _shared_groups(self) -> list[tuple[list[tuple[np.ndarray, np.ndarray]], torch.Tensor]]:
-        """For each kind, the (sources, targets) of every group that holds both, and how often each is drawn."""
-        groups, shared, kept = self._patches.groups, [], []
-        refusal = f"pairs.match_group: no group of the {self._split} split holds "
-        remedy = "; name groups (slide, plate, batch) in the manifest or set pairs.match_group=false"
+        """For each kind, the (sources, targets) of every group, or batch, that holds both, and how often each is drawn.
+
+        Counts in `unmatched` the patches that could only be targets, by the name of their batch.
+        """
+        by_batch, shared, kept = self._config.match_batch, [], []
+        groups = self._patches.batches if by_batch else self._patches.groups
+        key, what, names = "match_group", "group", "groups (slide, plate, batch)"
+        if by_batch:
+            key, what, names = "match_batch", "batch", "batches"
+        refusal = f"pairs.{key}: no {what} of the {self._split} split holds "
+        remedy = f"; name {names} in the manifest or set pairs.{key}=false"
+        lacking: dict[int, set[int]] = {}
         for kind in self._kinds:
-            sources, targets = (_by_group(members, groups) for members in kind[:2])
+            sources, targets = (_by_group(members[groups[members] >= 0], groups) for members in kind[:2])
+            for number in targets.keys() - sources.keys():
+                lacking.setdefault(number, set()).update(targets[number].tolist())
             if both := [(sources[g], targets[g]) for g in sources if g in targets]:
                 shared.append((both, torch.tensor([float(min(len(a), len(b))) for a, b in both])))
                 kept.append(kind)
             elif not self._by_level:
-                names = " and ".join(repr(self._patches.classes[self._patches.labels[m[0]]]) for m in kind[:2])
-                raise UserError(f"{refusal}both {names}{remedy}")
+                both = " and ".join(repr(self._patches.classes[self._patches.labels[m[0]]]) for m in kind[:2])
+                raise UserError(f"{refusal}both {both}{remedy}")
         # By level a source is a target, too: where it is alone in its group, it could only become itself.
         if not any(len(a) > 1 or len(b) > 1 or a[0] != b[0] for both, _ in shared for a, b in both):
             raise UserError(f"{refusal}a source and another patch as target{remedy}")
+        if by_batch:
+            self.unmatched = {self._patches.batch_names[n]: len(found) for n, found in sorted(lacking.items())}
+            if self.unmatched and self._config.batch_without_source == "error":
+                counts = abbreviate([f"{name} ({num} targets)" for name, num in self.unmatched.items()])
+                raise UserError(
+                    f"pairs.match_batch: {len(self.unmatched)} batches of the {self._split} split have targets and no "
+                    f"source: {counts}; add sources (controls), or set pairs.batch_without_source=leave_out"
+                )
         self._kinds = kept
         return shared
 
@@ -176,7 +197,8 @@ class Pairs:
         is_jittered = self._split == "train" and how.mode == "augment"
         jitter = stain.draw_jitter(len(x0), strength=how.strength, generator=generator) if is_jittered else None
         columns = (self._patches.labels[rows.source], self._patches.labels[shown], self._levels[rows.target])
-        return PairBatch(x0, x1, *map(torch.from_numpy, (*columns, rows.source, shown)), jitter)
+        columns += (rows.source, shown, self._patches.batches[shown], self._patches.doses[shown])
+        return PairBatch(x0, x1, *map(torch.from_numpy, columns), jitter)
 
     def _coupled(self, number: int, rank: int) -> list[_Rows]:
         """The batches of a pool, each with the targets that the coupling gave to its sources."""
@@ -221,6 +243,8 @@ class Pairs:
             order = torch.multinomial(weights, num, replacement=True, generator=generator).tolist()
         else:
             order = torch.randperm(len(self._kinds), generator=generator).tolist()
+            if self._config.match_batch:  # of many perturbations a few, so that each row has others to choose from
+                order = order[: -(-self._batch_size // _ROWS_PER_DRAW)]
         shares = np.array_split(np.arange(self._batch_size), len(order))
         rows = []
         for kind, share in zip(order, shares, strict=True):
@@ -264,7 +288,7 @@ def _by_group(members: np.ndarray, groups: np.ndarray) -> dict[int, np.ndarray]:
     """The members of each group, in their order; groups ascend."""
     order = members[np.argsort(groups[members], kind="stable")]
     names, starts = np.unique(groups[order], return_index=True)
-    return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True))
+    return dict(zip(names.tolist(), np.split(order, starts[1:]) if len(order) else [], strict=True))
 
 
 def _numbered_blocks(kind: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -288,9 +312,21 @@ def _draw(pool: np.ndarray, num: int, generator: torch.Generator) -> np.ndarray:
     return pool[torch.randint(len(pool), (num,), generator=generator).numpy()]
 
 
-def named_transitions(classes: Sequence[str], pairs: PairsConfig) -> list[tuple[str, str]]:
-    """The (source, target) classes that a network is trained on, identity pairs at the end."""
-    found = list(permutations(classes, 2) if pairs.transitions == "all" else pairs.transitions)
+def named_transitions(
+    classes: Sequence[str], pairs: PairsConfig, *, unseen: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """The (source, target) classes that a network is trained on, identity pairs at the end; `unseen` ones are left out
+    where "*" or "all" names them."""
+    if pairs.transitions == "all":
+        found = [(a, b) for a, b in permutations(classes, 2) if not {a, b} & set(unseen)]
+    else:
+        seen = [label for label in classes if label not in unseen]
+        found = [
+            (a, b)
+            for pair in pairs.transitions
+            for a, b in product(*(seen if label == "*" else [label] for label in pair))
+            if a != b or "*" not in pair
+        ]
     if not found:
         raise UserError("pairs.transitions: empty; expected 'all' or a list of [source, target] pairs")
     if pairs.identity:

@@ -34,7 +34,7 @@ class Patches:
     `pixels` (N, H, W, C) uint8, memory-mapped, H and W at least image_size; `labels` (N,) int64 into `classes`;
     `splits` (N,) into SPLITS, 3 for none; `groups` (N,) int64, patches of one group sharing a number; `scores` (N,)
     float32, NaN where the data has none; `ids` the paths relative to the root; `batches` (N,) int64 into `batch_names`,
-    -1 for none; `doses` (N,) float32, NaN for none.
+    -1 for none; `doses` (N,) float32, 0 for none.
     """
 
     pixels: np.ndarray
@@ -126,5 +126,5 @@ def load_patches(
         preprocessing=preprocessing,
         batches=index.batches,
         batch_names=index.batch_names,
-        doses=index.doses.astype(np.float32),
+        doses=np.nan_to_num(index.doses).astype(np.float32),
     )

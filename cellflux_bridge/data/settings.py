@@ -80,8 +80,16 @@ class DataConfig(Section):
 
 
 class PairsConfig(Section):
-    transitions: Literal["all"] | list[tuple[str, str]] = "all"
+    transitions: Literal["all"] | list[tuple[str, str]] = "all"  # "*" in a pair: any other class
     identity: bool = False
     self_pairs: Fraction = 0.0  # by level: how often a source that has the target's level already is its own target
     match_group: bool = False
+    match_batch: bool = False  # source and target are of one batch
+    batch_without_source: Literal["error", "leave_out"] = "error"
     pool: Few = 1  # batches whose pairs are chosen together
+
+    @model_validator(mode="after")
+    def _match_one(self):
+        if self.match_group and self.match_batch:
+            raise ValueError("match_group and match_batch are both on; choose one")
+        return self

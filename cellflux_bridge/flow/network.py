@@ -4,7 +4,7 @@ import torch
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.codec.base import build_codec
-from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.condition.base import Condition, ConditionSpec, Names
 from cellflux_bridge.config import Config, registry
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.velocity.base import Velocity
@@ -15,8 +15,8 @@ def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
     without classes, on which the network's size depends."""
     if not config.data.classes:
         raise UserError("data.classes: none named; a trained network's configuration names its classes")
-    sizes = len(config.data.classes), channels
-    return ConditionSpec(tuple(registry.build("part", part, *sizes) for part in config.condition.all_parts()))
+    names = Names(tuple(config.data.classes), tuple(config.data.batches or ()))
+    return ConditionSpec(tuple(registry.build("part", part, names, channels) for part in config.condition.all_parts()))
 
 
 def build_flow(config: Config) -> tuple[Path, Velocity]:
@@ -42,12 +42,25 @@ def build_flow(config: Config) -> tuple[Path, Velocity]:
 
 
 def make_condition(
-    spec: ConditionSpec, *, x0: torch.Tensor, target_label: torch.Tensor, source_class: int
+    spec: ConditionSpec,
+    *,
+    x0: torch.Tensor,
+    target_label: torch.Tensor,
+    source_class: int,
+    batch: torch.Tensor | None = None,
+    dose: torch.Tensor | None = None,
 ) -> Condition:
-    """The condition of source states x0 (B, C, H, W) of a class, which are to become soft labels (B, num_classes).
-
-    `spec` is the network's own.
+    """The condition of source states x0 (B, C, H, W) of a class, which are to become soft labels (B, num_classes) at
+    doses (B,), 0 for none, and belong to batches (B,), -1 where not known. `spec` is the network's own.
     """
-    classes = {"target_class": target_label.argmax(1)}
-    classes["source_class"] = torch.full_like(classes["target_class"], source_class)
-    return spec.read({"x0": x0, "target_level": target_label, **classes})
+    target_class = target_label.argmax(1)
+    return spec.read(
+        {
+            "x0": x0,
+            "target_level": target_label,
+            "target_class": target_class,
+            "source_class": torch.full_like(target_class, source_class),
+            "batch": torch.full_like(target_class, -1) if batch is None else batch,
+            "dose": torch.zeros_like(target_label[:, 0]) if dose is None else dose,
+        }
+    )

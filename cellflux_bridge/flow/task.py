@@ -1,18 +1,19 @@
 """Flow matching as a training task."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from torch import nn
+from torch.nn.functional import cosine_similarity
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import torch_generator
 from cellflux_bridge.codec.base import build_codec
-from cellflux_bridge.condition.base import Condition
+from cellflux_bridge.condition.base import Condition, ConditionSpec
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.pairs import PairBatch, build_pairs
 from cellflux_bridge.data.patches import Patches
@@ -25,12 +26,14 @@ _SHEET_ROWS, _SHEET_STEPS, _SHEET_FRAMES = 8, 12, 7
 
 class FlowDraw(NamedTuple):
     """What is drawn for a batch and travels to the device: pairs of uint8 patches, times t (B,), the path's noise
-    (B, C, H, W) in the shape of states, and in training which samples lose their condition, (B,) bool."""
+    (B, C, H, W) in the shape of states, and in training which samples lose their condition, (B,) bool, and which lose
+    one of its P optional parts, (P, B) bool."""
 
     pairs: PairBatch
     t: torch.Tensor
     noise: torch.Tensor
     dropped: torch.Tensor | None = None
+    absent: torch.Tensor | None = None
 
 
 class FlowBatch(NamedTuple):
@@ -50,16 +53,18 @@ class FlowTask:
     """
 
     def __init__(self, config: Config, patches: Patches, *, levels: np.ndarray | None = None):
-        if config.pairs.self_pairs and config.condition.target == "class":
+        if config.pairs.self_pairs and config.condition.target != "level":
             raise UserError(
-                f"pairs.self_pairs={config.pairs.self_pairs}: is of levels and has no part in condition.target=class; "
-                "set pairs.self_pairs=0 (pairs.identity=true makes a class its own target, too), or target=level"
+                f"pairs.self_pairs={config.pairs.self_pairs}: is of levels and has no part in condition.target="
+                f"{config.condition.target}; set pairs.self_pairs=0 (pairs.identity=true makes a class its own target, "
+                "too), or target=level"
             )
         if levels is None and config.condition.target == "level":
             levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels]
         self._config, self.preprocessing = config, patches.preprocessing
         self.codec = build_codec(config)
         self.path, self.model = build_flow(config)
+        self.model.prepare()
         train, val_size = config.train, min(config.train.batch_size, 64)
         options = {"seed": config.seed, "levels": levels}
         self._train = build_pairs(config, patches, split="train", batch_size=train.batch_size, **options)
@@ -79,14 +84,18 @@ class FlowTask:
     def batch(self, index: int, *, rank: int) -> FlowDraw:
         drawn = self._draw(self._train.batch(index, rank=rank), "train", index, rank)
         generator = torch_generator(self._config.seed, "condition dropout", index, rank)
-        dropped = torch.rand(len(drawn.t), generator=generator) < self._config.condition.dropout
-        return drawn._replace(dropped=dropped)
+        share, optional = self._config.condition.dropout, self.model.spec.optional
+        dropped = torch.rand(len(drawn.t), generator=generator) < share
+        absent = torch.rand(len(optional), len(dropped), generator=generator) < share if optional else None
+        return drawn._replace(dropped=dropped, absent=absent)
 
     def states(self, drawn: FlowDraw) -> FlowBatch:
         """The states of a batch, on the device where it lies."""
         pairs, t = self._encoded(drawn.pairs), drawn.t
         cond = self.model.spec.read(pairs._asdict())
         cond = cond if drawn.dropped is None else cond.drop(drawn.dropped)
+        for part, mask in zip(self.model.spec.optional, () if drawn.absent is None else drawn.absent, strict=False):
+            cond = cond.without(part, mask)
         return FlowBatch(t, *self.path.sample(pairs.x0, pairs.x1, t, drawn.noise), cond)
 
     def validation_batches(self, device: torch.device) -> Iterator[FlowBatch]:
@@ -99,20 +108,31 @@ class FlowTask:
         return velocity_error(model, batch, self.model.error_weight(batch.t))
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """On held-out pairs: the velocity's mean squared error, the share of u_t's power that it explains, and how
-        far the output moves, relative to its norm, when source and target class change places ("condition swap";
-        near 0 means that the network ignores its condition)."""
-        squares = []
+        """On held-out pairs: the velocity's mean squared error and the share of u_t's power that it explains; and what
+        the condition does where it is exchanged (see `_swapped`).
+
+        "condition swap" is how far the output moves then, relative to its norm, and "condition cosine" the mean cosine
+        of both outputs. "condition gain" is how much the error rises, relative to the error, with its standard error
+        over pairs: 0 for a network that ignores its condition.
+        """
+        squares, rises, cosines = [], [], []
         for t, x_t, u_t, cond in self.validation_batches(device):
-            v, other = model(t, x_t, cond).float(), model(t, x_t, _swapped(cond)).float()
+            v, other = model(t, x_t, cond).float(), model(t, x_t, _swapped(self.model.spec, cond)).float()
             weight = self.model.error_weight(t)[:, None, None, None].sqrt()
             parts = (weight * (v - u_t), weight * u_t, weight * (other - v), weight * v)
             squares.append([part.square().mean().item() for part in parts])
+            rises.append((weight * (other - u_t)).square().mean((1, 2, 3)) - parts[0].square().mean((1, 2, 3)))
+            cosines.append(cosine_similarity(v.flatten(1), other.flatten(1)))
         error, power, moved, size = np.mean(squares, axis=0).tolist()
+        rise = torch.cat(rises)
+        spread = rise.std().item() / len(rise) ** 0.5 if len(rise) > 1 else float("inf")
         return {
             "val/velocity_mse": error,
             "val/velocity_explained": 1 - error / power,
             "val/condition_swap": (moved / max(size, 1e-12)) ** 0.5,
+            "val/condition_cosine": torch.cat(cosines).mean().item(),
+            "val/condition_gain": rise.mean().item() / max(error, 1e-12),
+            "val/condition_gain_error": spread / max(error, 1e-12),
         }
 
     def sheet(self, model: nn.Module, device: torch.device) -> np.ndarray | None:
@@ -144,10 +164,25 @@ def velocity_error(model: nn.Module, batch: FlowBatch, weight: torch.Tensor | No
     return (squares if weight is None else weight * squares).mean()
 
 
-def _swapped(cond: Condition) -> Condition:
-    """Source and target class change places; without a source class, and for levels, targets change with each other."""
-    if cond.target_class is None:
+IGNORED = (
+    "WARNING: the network ignores its condition, as far as validation shows: where targets are exchanged its error "
+    "rises by {condition_gain:.2%} +- {condition_gain_error:.2%}, which is no more than chance. Train longer, validate "
+    "more pairs (train.validate_pairs), or see whether the classes differ at all"
+)
+
+
+def ignores_condition(figures: Mapping[str, float]) -> bool:
+    """Whether a validation shows no more than chance (two standard errors) that the condition is used."""
+    return figures.get("val/condition_gain", 1.0) <= 2 * figures.get("val/condition_gain_error", 0.0)
+
+
+def _swapped(spec: ConditionSpec, cond: Condition) -> Condition:
+    """Source and target class change places; otherwise levels are mirrored, or samples get one another's targets."""
+    if cond.target_class is not None and cond.source_class is not None and not spec.optional:
+        return cond.replace(target_class=cond.source_class, source_class=cond.target_class)
+    if cond.level is not None and not spec.optional:
         return cond.replace(level=cond.level.flip(1))
-    if cond.source_class is None:
-        return cond.replace(target_class=cond.target_class.flip(0))
-    return cond.replace(target_class=cond.source_class, source_class=cond.target_class)
+    parts = [part.name for part in spec.parts if part.of_target]
+    return (
+        cond.permuted(parts, torch.arange(len(cond), device=cond.tensors[parts[0]].device).flip(0)) if parts else cond
+    )

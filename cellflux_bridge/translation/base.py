@@ -37,7 +37,7 @@ from cellflux_bridge.trajectory import (
     read_header,
     read_source_ids,
 )
-from cellflux_bridge.translation.inputs import Images, Sources, of_images, of_split
+from cellflux_bridge.translation.inputs import Context, Images, Sources, of_images, of_split
 from cellflux_bridge.translation.settings import TranslateConfig, without_foreign_keys
 
 # Sequences whose sources are looked at before a folder is completed: moved patches are, others of the same names not.
@@ -95,8 +95,10 @@ class Translator(ABC):
         """What the sequences of a translation will share; refuses what cannot be done before anything is computed."""
 
     @abstractmethod
-    def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
-        """The sequences of sources (B, 3, S, S) uint8."""
+    def _translate_batch(
+        self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig, context: Context
+    ) -> Trajectory:
+        """The sequences of sources (B, C, S, S) uint8."""
 
     @abstractmethod
     def _require_read(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
@@ -171,7 +173,8 @@ class Translator(ABC):
         with progress(desc=batch_name, disable=not self.fabric.is_global_zero, **options) as bar:
             for start in range(0, len(numbers), settings.batch_size):
                 part = numbers[start : start + settings.batch_size]
-                yield part, self._translate_batch(sources.patches(part), [sources.ids[n] for n in part], settings)
+                ids, context = [sources.ids[n] for n in part], sources.context(part)
+                yield part, self._translate_batch(sources.patches(part), ids, settings, context)
                 bar.update(len(part) * num_levels)
 
     def patches(self) -> Patches:

@@ -129,7 +129,7 @@ class DDIMTranslator(Translator):
     def _name(self, settings: TranslateConfig) -> str:
         return f"{super()._name(settings)}_ddim"
 
-    def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
+    def _translate_batch(self, batch, ids, settings, context) -> Trajectory:
         x0, header = image_io.encode(batch).to(self.fabric.device), self._header(settings)
         numbers = [self.classes.index(name) for name in (settings.source, settings.target)]
         quiet = not self.fabric.is_global_zero

@@ -1,6 +1,6 @@
 """Translation by a trained flow: a field made from its network, carried by a transport method."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.classifier.guides import Guides, seen_by
 from cellflux_bridge.codec.base import build_codec
+from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.config import Config, registry
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.preprocessing import Preprocessing
@@ -22,11 +23,13 @@ from cellflux_bridge.flow.network import make_condition
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
 from cellflux_bridge.translation.base import Translator, require_finite
+from cellflux_bridge.translation.inputs import Context
 from cellflux_bridge.translation.level_calibration import LevelCalibration
 from cellflux_bridge.translation.settings import TranslateConfig, method_keys
 from cellflux_bridge.transport.base import Flow, Transport, source_noise
 from cellflux_bridge.velocity.base import Velocity
 
+_NOTHING = Context()
 # Values of keys that ask for nothing, so that they are no mistake beside a method that does not read them.
 _OFF = (None, False, "none", "uniform")
 
@@ -63,6 +66,20 @@ class FlowTranslator(Translator):
         self._require_possible(settings, options)
         return settings.own()
 
+    def _require_condition(self, settings: TranslateConfig) -> None:
+        """UserError for a target or a dose that this network was never told."""
+        condition, unseen = self.config.condition, self.config.data.split.unseen
+        if settings.target in unseen and not condition.has("embedding"):
+            raise UserError(
+                f"translate.target: no training saw {settings.target!r} (data.split.unseen), and this network is not "
+                "conditioned on vectors of classes; train with a part `embedding` in condition.parts"
+            )
+        if settings.dose is not None and not condition.has("dose"):
+            raise UserError(
+                f"translate.dose={settings.dose}: this network is not conditioned on a dose; leave it out, or train "
+                "with a part `dose` in condition.parts"
+            )
+
     @property
     def _by_level(self) -> bool:
         return self.config.condition.target == "level"
@@ -98,7 +115,13 @@ class FlowTranslator(Translator):
         """Refuse, before anything is computed, what this network or its path cannot do."""
         method, flow, _ = self._use(settings)
         guidance, scale, condition = settings.guidance, settings.guidance_scale, self.config.condition
+        self._require_condition(settings)
         method.require(flow, given=given)
+        if method.is_calibrated and (condition.has("batch") or settings.dose is not None):
+            raise UserError(
+                "translate.calibrate, spacing=adaptive: are measured on validation patches, whose batches and doses "
+                "differ; set calibrate=none and spacing=uniform for a network that is conditioned on them"
+            )
         if method.is_calibrated:
             self._guides.load(guidance, sees="image")
         if guidance.form == "none":
@@ -132,25 +155,62 @@ class FlowTranslator(Translator):
         method, *use = self._use(settings)
         method.prepare(*use)
 
-    def _use(self, settings: TranslateConfig) -> tuple[Transport, Flow, LevelCalibration]:
+    def _use(self, settings: TranslateConfig, context: Context = _NOTHING) -> tuple[Transport, Flow, LevelCalibration]:
         """The method of a translation, and the flow and the meter that it uses."""
         method = _method(settings)
         source = settings.target if method.reverse else settings.source
-        number, spec, trained = self.classes.index(source), self._network.spec, self._trained()
+        trained = self._trained()
         knows_source = self.config.condition.source_class and not self._by_level
         plain = ClassifierFree(self._network, settings.guidance_scale)
         flow = Flow(
             path=self.path,
-            by_level=self._by_level,
+            by_level=self._by_level or self._between_classes,
             reaches_source=(source, source) in trained if knows_source else source in {b for _, b in trained},
             is_guided=settings.guidance.form != "none",
             batch_size=settings.batch_size,
             labels=partial(self._labels, settings),
-            condition=lambda x0, labels: make_condition(spec, x0=x0, target_label=labels, source_class=number),
+            condition=partial(self._condition, settings, self.classes.index(source), context),
             plain=plain,
             field=partial(self._guided, settings.guidance, plain),
         )
         return method, flow, self._meter(settings=settings)
+
+    @property
+    def _between_classes(self) -> bool:
+        """Whether levels between two classes mean something to a network that was trained on classes alone: as vectors
+        between theirs, or as doses."""
+        condition = self.config.condition
+        return condition.target == "none" and (condition.has("embedding") or condition.has("dose"))
+
+    def _condition(
+        self,
+        settings: TranslateConfig,
+        source: int,
+        context: Context,
+        x0: torch.Tensor,
+        labels: torch.Tensor,
+        of: torch.Tensor,
+    ) -> Condition:
+        """The condition of states x0 (R, C, H, W) of sources `of` (R,), which are to become soft labels."""
+        target = self.classes.index(settings.target)
+        share, dose = labels[:, target], None
+        if context.doses is not None:
+            dose = context.doses.to(x0)[of]
+        elif isinstance(settings.dose, tuple):  # levels are doses, all of the target
+            first, last = settings.dose
+            dose, whole = first * (last / first) ** share, torch.zeros_like(labels)
+            whole[:, target] = 1
+            labels = torch.where(share[:, None] > 0, whole, labels)
+        elif settings.dose is not None:
+            dose = torch.full_like(share, settings.dose)
+        return make_condition(
+            self._network.spec,
+            x0=x0,
+            target_label=labels,
+            source_class=source,
+            batch=None if context.batches is None else context.batches.to(x0.device)[of],
+            dose=None if dose is None else torch.where(share > 0, dose, 0),
+        )
 
     def _labels(self, settings: TranslateConfig, levels: torch.Tensor) -> torch.Tensor:
         """Soft labels (..., num_classes) of levels (...) between a translation's source and target."""
@@ -169,9 +229,9 @@ class FlowTranslator(Translator):
         how = {"form": guidance.form, "weight": guidance.weight, "start": guidance.start}
         return ClassifierGuided(plain, guides, self.path, labels, **how)
 
-    def _translate_batch(self, batch: torch.Tensor, ids: Sequence[str], settings: TranslateConfig) -> Trajectory:
+    def _translate_batch(self, batch, ids, settings, context) -> Trajectory:
         x0 = self.codec.encode(batch.to(self.fabric.device))
-        header, (method, flow, meter) = self._header(settings), self._use(settings)
+        header, (method, flow, meter) = self._header(settings), self._use(settings, context)
         noise = source_noise(x0.shape[1:], ids, seed=self.config.seed).to(x0)
         with self.fabric.autocast():
             result = method.carry(flow, x0, noise=noise, levels=torch.tensor(header.levels[1:]), meter=meter)

@@ -19,15 +19,31 @@ Images = str | Path | np.ndarray | Image.Image | torch.Tensor | Sequence[str | P
 
 
 class Sources(NamedTuple):
-    """Sources by number: their names, and patches(numbers) -> (B, C, S, S) uint8."""
+    """Sources by number: their names, and patches(numbers) -> (B, C, S, S) uint8. Where they are known, batches (N,)
+    int64 that the sources belong to, and doses (N,) float32 of their targets."""
 
     ids: list[str]
     patches: Callable[[Sequence[int]], torch.Tensor]
+    batches: np.ndarray | None = None
+    doses: np.ndarray | None = None
+
+    def context(self, numbers: Sequence[int]) -> "Context":
+        """What is known of some sources beside their pixels."""
+        known = (self.batches, self.doses)
+        return Context(*(None if column is None else torch.from_numpy(column[list(numbers)]) for column in known))
+
+
+class Context(NamedTuple):
+    """Of B sources, where known: batches (B,) int64, and doses (B,) float32 of their targets."""
+
+    batches: torch.Tensor | None = None
+    doses: torch.Tensor | None = None
 
 
 def of_split(patches: Patches, chosen: np.ndarray) -> Sources:
     """The chosen patches of a data set, without their random windows."""
-    return Sources([patches.ids[i] for i in chosen], lambda numbers: patches.centre(chosen[np.asarray(numbers)]))
+    ids, batches = [patches.ids[i] for i in chosen], patches.batches[chosen]
+    return Sources(ids, lambda numbers: patches.centre(chosen[np.asarray(numbers)]), batches)
 
 
 def of_images(images: Images, preprocessing: Preprocessing) -> Sources:

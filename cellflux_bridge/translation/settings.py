@@ -1,14 +1,16 @@
 """What is translated, and how."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.config import registry
 from cellflux_bridge.config.schema import Count, Few, NonNegative, Section, nearest
 from cellflux_bridge.field.settings import GuidanceConfig
+
+Positive = Annotated[float, Field(gt=0, le=1e12)]
 
 
 def method_keys(method: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -43,6 +45,9 @@ class TranslateConfig(Section):
     num: Count | None = 64
     method: str = "path"
     guidance_scale: NonNegative = 1.0
+    # Of networks that are conditioned on a dose: that of the target, or the first and the last of a stair along doses,
+    # which rise evenly in their logarithm; null: not known.
+    dose: Positive | tuple[Positive, Positive] | None = None
     guidance: GuidanceConfig = GuidanceConfig()
     batch_size: Few = 64  # images that go through the network at once
 

@@ -62,8 +62,8 @@ class Flow:
     is_guided: bool  # a classifier steers `field`
     batch_size: int  # rows that go through the network at once, at most
     labels: Callable[[torch.Tensor], torch.Tensor]  # levels (...) -> soft labels (..., num_classes)
-    # source states (R, C, H, W), target labels (R, num_classes) -> condition
-    condition: Callable[[torch.Tensor, torch.Tensor], Condition]
+    # source states (R, C, H, W), target labels (R, num_classes), the number of each one's source (R,) -> condition
+    condition: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Condition]
     plain: Callable  # the velocity without a classifier
     field: Callable[[torch.Tensor], Callable]  # target labels (R, num_classes) -> the velocity steered toward them
 
@@ -168,7 +168,7 @@ def carry_rows(
     ends, nfe, gradients = [], 0, 0
     for rows in torch.arange(len(start), device=x0.device).split(flow.batch_size):
         field = at_trained_times(flow.plain if targets is None else flow.field(targets[rows]), flow.path)
-        cond = flow.condition(x0[rows], labels[rows])
+        cond = flow.condition(x0[rows], labels[rows], rows % sources)
         result = integrate(field, start[rows], cond, interval=(begin[rows], end[rows]), **how)
         ends.append(result.states[-1])
         nfe, gradients = nfe + result.nfe * len(rows), gradients + result.gradients * len(rows)

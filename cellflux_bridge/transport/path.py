@@ -57,7 +57,8 @@ class Path(Transport):
 
     def carry(self, flow, x0, *, noise, levels, meter) -> Result:
         target = flow.labels(torch.tensor([0.0 if self.reverse else 1.0])).expand(len(x0), -1)
-        return self.along(flow.field(target), flow.path, x0, flow.condition(x0, target), noise=noise)
+        cond = flow.condition(x0, target, torch.arange(len(x0), device=x0.device))
+        return self.along(flow.field(target), flow.path, x0, cond, noise=noise)
 
     def along(
         self, velocity: Callable, path: paths.Path, x0: torch.Tensor, cond: Condition, *, noise: torch.Tensor

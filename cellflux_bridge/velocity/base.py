@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.condition.base import Condition, ConditionEmbedding, ConditionSpec
 from cellflux_bridge.config.schema import Count, FewLevels
 
 # Bounds of the networks' arguments, which become the schema of their YAML.
@@ -33,6 +33,12 @@ class Velocity(nn.Module):
     def forward(self, t: torch.Tensor, x: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Velocity (B, C, H, W) at times t (B,) of states x (B, C, H, W)."""
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Put what parts of the condition read, and do not learn, into the network; before a training."""
+        for module in self.modules():
+            if isinstance(module, ConditionEmbedding):
+                module.prepare()
 
     def error_weight(self, t: torch.Tensor) -> torch.Tensor:
         """The weight (B,) in training of squared errors of velocities at times t (B,)."""

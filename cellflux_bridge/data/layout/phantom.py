@@ -1,22 +1,17 @@
-"""Made phantom tissue as a data set: written once as PNG files with a manifest, then read like any folder."""
+"""Made phantom tissue as a data set: written once as PNG files with a manifest, then read like any manifest."""
 
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import csv_text
 from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.seeds import derive_seed, numpy_generator
-from cellflux_bridge.config.schema import ReceivedPath
-from cellflux_bridge.data.layout.base import SPLITS, PatchRecord
-from cellflux_bridge.data.layout.folder import Folder
+from cellflux_bridge.data.layout._made import Made
+from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.phantom import make_phantom
 from cellflux_bridge.data.phantom.drawing import MIN_SIZE
 from cellflux_bridge.images import write_png
@@ -29,7 +24,7 @@ HALVES = {"A": (0.0, 0.5), "B": (0.5, 1.0)}
 _COLUMNS = ("path", "label", "split", "score", "num_nuclei", "area_fraction")
 
 
-class Phantom(Folder):
+class Phantom(Made):
     """Phantom H&E tissue: class A of severity near 0, class B near 1, made on first use under `data.root`.
 
     `num_range` more images cover the whole range of severity, the only ground truth for what lies between; they are
@@ -52,54 +47,21 @@ class Phantom(Folder):
         seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0,
         whole_range: bool = False,
     ):
-        super().__init__(root)
         nums = {"train": num_train, "val": num_val, "test": num_test, "range": num_range}
         # Without the whole range the stamp says nothing of it.
-        self._settings = {"size": size, **nums, "seed": seed} | ({"whole_range": True} if whole_range else {})
+        settings = {"size": size, **nums, "seed": seed} | ({"whole_range": True} if whole_range else {})
+        super().__init__(root, settings)
 
-    def records(self) -> list[PatchRecord]:
-        """Every patch of the two classes, with its severity as score; makes the files if they are not there.
-
-        UserError where they would be made at a root that somebody else named, and for files of other settings.
-        """
-        stamp = self.root / "phantom.json"
-        if not stamp.exists():
-            self._make()
-        try:
-            found = json.loads(stamp.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{stamp}: cannot be read ({error}); remove {self.root} and it is made again") from error
-        if found != self._settings:
-            raise UserError(
-                f"{self.root}: holds phantoms made with other settings ({json.dumps(found)}); "
-                "remove the folder or choose another data.root"
-            )
-        return super().records()
-
-    def _make(self) -> None:
-        if isinstance(self.root, ReceivedPath):
-            raise UserError(
-                f"data.root={self.root}: holds no phantoms, and none are made where a saved configuration says, which "
-                "may come from somebody else; name the folder yourself (data.root=...), or pass --trust (trust=True)"
-            )
-        if self.root.exists() and any(self.root.iterdir()):
-            raise UserError(f"{self.root}: is not empty and holds no phantoms; choose another data.root")
-        building = self.root.with_name(f"{self.root.name}.making")
-        shutil.rmtree(building, ignore_errors=True)
+    def _write(self, folder: Path) -> None:
         jobs = self._jobs()
-        for folder in {(building / path).parent for path, *_ in jobs}:
-            folder.mkdir(parents=True)
-        made = in_processes(_make_one, ((building, self._settings["size"], *job) for job in jobs))
+        for parent in {(folder / path).parent for path, *_ in jobs}:
+            parent.mkdir(parents=True)
+        made = in_processes(_make_one, ((folder, self._settings["size"], *job) for job in jobs))
         rows = list(progress(made, total=len(jobs), desc="making phantom tissue", unit="image"))
         for table, in_range in (("manifest.csv", False), ("range/range.csv", True)):
             chosen = [row for row in rows if (row[1] == "range") == in_range]
             if chosen:
-                (building / table).write_text(csv_text([_COLUMNS, *chosen]), encoding="utf-8", newline="")
-        (building / "phantom.json").write_text(json.dumps(self._settings) + "\n")
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        if self.root.exists():
-            self.root.rmdir()
-        os.replace(building, self.root)
+                (folder / table).write_text(csv_text([_COLUMNS, *chosen]), encoding="utf-8", newline="")
 
     def _jobs(self) -> list[tuple[str, str, str, float, int]]:
         """Path, label, split, severity and seed of every image."""
