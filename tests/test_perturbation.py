@@ -300,7 +300,5 @@ def test_what_a_network_was_never_told_is_refused(train, run, plates):
         plain.translate(one, source="DMSO", target="cmpd1", dose=3)
     with pytest.raises(UserError, match=r"never saw cmpd1 -> cmpd2"):
         plain.translate(one, source="cmpd1", target="cmpd2")
-    with pytest.raises(
-        UserError, match="spacing=adaptive: are measured on validation patches"
-    ):
+    with pytest.raises(UserError, match="spacing=adaptive: are measured on validation patches"):
         Bridge.load(run).translate(one, source="DMSO", target="cmpd1", method="progression", calibrate="distance")

@@ -16,6 +16,7 @@ import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from numpy.lib.format import open_memmap
 
+from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import reserved
 from cellflux_bridge.base.parallel import threaded
@@ -68,12 +69,11 @@ def cached_pixels(
 
 
 def _file_stats(index: Index) -> np.ndarray:
-    """Size and time of change of every image file, (N, 2) int64."""
+    """Size and time of change of every image, (N, 2) int64."""
     root, stats = str(index.root), np.empty((len(index.ids), 2), np.int64)
     try:
         for i, file in enumerate(index.files):
-            status = os.stat(os.path.join(root, file))
-            stats[i] = status.st_size, status.st_mtime_ns
+            stats[i] = images.stat_of(os.path.join(root, file))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend or remove it") from error
     return stats
@@ -95,6 +95,7 @@ def _folders(
         "stain": config.stain.method if normalised else None,
         "reference": reference.values if normalised and reference else None,
         **({} if config.channels == 3 else {"channels": config.channels}),
+        **({"value_range": config.value_range} if config.value_range else {}),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + repr(index.ids).encode())
     if normalised and reference is None:  # it comes from the training split

@@ -3,8 +3,7 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +28,8 @@ from cellflux_bridge.images.panels import named_rows
 
 # The list of files that cannot be used, beside the contact sheet.
 UNUSABLE = "unusable.txt"
+# Classes are many where they are perturbations: so many are tabled and drawn, and so many drawn channel by channel.
+_FEW, _FEWEST = 20, 6
 _ACROSS = (("across splits", "split"), ("across classes", "label"))
 
 
@@ -46,10 +47,11 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     """A report in plain words, and whether training can start: how the folder was read, counts, shares, sizes,
     compression, duplicates, near copies, unreadable files.
 
-    Every file is decoded once. Two pictures are written: to `sheet`, a row a class, patches as the network will see
-    them (before stain normalisation), and beside it, to `near_copies.png`, the most alike near copies. Ids of
-    unreadable files go to `unusable.txt` there, for `data.without`. Duplicates are files whose decoded pixels are
-    equal. Training cannot start with an unreadable file, nor where a class lacks
+    Every file is decoded once. Pictures are written: to `sheet`, a row a class, patches as the network will see them
+    (before stain normalisation), and beside it, to `near_copies.png`, the most alike near copies, and, where images are
+    not RGB or have batches, to `channels.png`, a few patches in false colour and channel by channel. Of many classes
+    the largest are tabled and drawn. Ids of unreadable files go to `unusable.txt` there, for `data.without`. Duplicates
+    are files whose decoded pixels are equal. Training cannot start with an unreadable file, nor where a class lacks
     training, validation or test patches (test patches may be done without by data.split.test=0).
     """
     index = patch_index(config, seed=seed)
@@ -60,10 +62,17 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
     facts = [one for one in found if isinstance(one, _Facts)]
     unreadable = {record.id: one for record, one in zip(records, found, strict=True) if isinstance(one, str)}
     counts = Counter((record.label, record.split) for record in records)
-    width = max(map(len, classes))
+    sizes = Counter(record.label for record in records)
+    largest = {label for label, _ in sizes.most_common(_FEW)}
+    few = [label for label in classes if label in largest or len(classes) <= _FEW]
+    others = [label for label in classes if label not in few]
+    width = max(map(len, few))
     lines = [f"{config.root}: {len(records)} patches, {len(classes)} classes"]
     lines.append("  " + " " * width + "".join(f"{split:>9}" for split in SPLITS))
-    lines += [f"  {c:<{width}}" + "".join(f"{counts[c, split]:>9}" for split in SPLITS) for c in classes]
+    lines += [f"  {c:<{width}}" + "".join(f"{counts[c, split]:>9}" for split in SPLITS) for c in few]
+    if others:
+        rest = "".join(f"{sum(counts[c, split] for c in others):>9}" for split in SPLITS)
+        lines.append(f"  {'others':<{width}}{rest}  ({len(others)} smaller classes)")
     lines += [*index.reading, *(() if index.batch_names else _ids_for_classes(classes, config))]
     if aside := sum(record.split is None for record in records):
         lines.append(f"left aside by data.split.train_groups: {aside} patches of other groups")
@@ -95,25 +104,36 @@ def check_data(config: DataConfig, *, seed: int, sheet: Path) -> tuple[str, bool
         lines.append(f"  all are listed in {unusable}; to go on without them set data.without={unusable}")
     if config.without is not None:
         lines.append(f"left out by data.without: {len(left_out(config))} patches")
-    lines += compare([one.encoding for one in facts], [one.record.label for one in facts])
+    tabled = [one for one in facts if one.record.label in few]
+    lines += compare([one.encoding for one in tabled], [one.record.label for one in tabled])
     lines += _duplicates(facts)
-    lines += _near_copies(facts, index, sheet=sheet.with_name("near_copies.png"), channels=config.channels)
+    lines += _near_copies(facts, index, sheet=sheet.with_name("near_copies.png"), read=preprocessing.read)
     if any(record.mpp is not None for record in records):
         mpp = frame_mpp([one.record for one in facts], preprocessing)
         unknown = "not known (missing for some patches, or more than 5 % apart); set --mpp where nuclei are counted"
         lines.append(f"microns per pixel at {config.image_size} px: {unknown if mpp is None else f'{mpp:.4g}'}")
     if facts:
-        rows = []
-        for label in classes:
+        rows = {}
+        for label in few:
             members = [one.record for one in facts if one.record.label == label]
             order = numpy_generator(seed, "contact sheet", label).permutation(len(members))[:12]
-            shown = (preprocessing(preprocessing.read(members[i].file), name=members[i].id) for i in order)
-            rows.append(list(map(images.to_rgb, shown)))
-        named = {label: row for label, row in zip(classes, rows, strict=True) if row}
-        images.write_png(sheet, named_rows(named, scale=max(1, 96 // config.image_size)))
+            rows[label] = [preprocessing(preprocessing.read(members[i].file), name=members[i].id) for i in order]
+        scale, drawn = max(1, 96 // config.image_size), {label: row for label, row in rows.items() if row}
+        colour = {label: list(map(images.to_rgb, row)) for label, row in drawn.items()}
+        images.write_png(sheet, named_rows(colour, scale=scale))
         lines.append(f"contact sheet: {sheet}")
+        if config.channels != 3 or index.batch_names:
+            largest = sorted(drawn, key=sizes.__getitem__, reverse=True)[:_FEWEST]
+            apart = {label: [tile for one in drawn[label][:2] for tile in _apart(one)] for label in largest}
+            images.write_png(sheet.with_name("channels.png"), named_rows(apart, scale=scale))
+            lines.append(f"false colour and each channel: {sheet.with_name('channels.png')}")
     lacking = _lacking(counts, classes, config, given=given)
     return "\n".join(lines + lacking), not unreadable and not lacking
+
+
+def _apart(image: np.ndarray) -> list[np.ndarray]:
+    """An image (H, W, C) uint8 in false colour, then each channel in grey."""
+    return [images.to_rgb(image), *(images.to_rgb(image[..., k : k + 1]) for k in range(image.shape[-1]))]
 
 
 def _ids_for_classes(classes: Sequence[str], config: DataConfig) -> list[str]:
@@ -186,7 +206,9 @@ def _duplicates(facts: Sequence[_Facts]) -> list[str]:
     return lines
 
 
-def _near_copies(facts: Sequence[_Facts], index: Index, *, sheet: Path, channels: int) -> list[str]:
+def _near_copies(
+    facts: Sequence[_Facts], index: Index, *, sheet: Path, read: Callable[[Path], np.ndarray]
+) -> list[str]:
     """Pairs of different groups that are nearly one picture, across splits and across classes, the most alike drawn."""
     sheet.unlink(missing_ok=True)  # an older one would mislead
     if not facts:
@@ -209,7 +231,6 @@ def _near_copies(facts: Sequence[_Facts], index: Index, *, sheet: Path, channels
             more = " ..." if len(crossing) > 3 else ""
             lines.append(f"  {title}: {len(crossing)} pairs: {'; '.join(examples)}{more}")
     if found:
-        read = partial(images.read, channels=channels)
         tiles = [[images.resize(images.to_rgb(read(r.file)), 96, 96) for r in (a, b)] for a, b, _ in found[:12]]
         images.write_png(sheet, images.sheet(tiles))
         lines.append(f"  give copies one group in a manifest.csv, or remove them; the most alike are drawn in {sheet}")

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from cellflux_bridge.base.errors import abbreviate
+from cellflux_bridge.images import files_of, stat_of
 
 _CHROMA = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
 # Classes differ where a judge that knows one trait alone is right for 60 % of two classes of equal size.
@@ -31,17 +32,17 @@ class Encoding(NamedTuple):
 
 
 def encoding(path: Path) -> Encoding:
-    """How a readable image file is compressed, from its header."""
+    """How a readable image is compressed, from the header of its first file."""
     codec, quality, chroma = path.suffix[1:].upper(), None, None
     try:
-        with Image.open(path) as image:
+        with Image.open(files_of(path)[0]) as image:
             codec = f"TIFF {image.info.get('compression')}" if image.format == "TIFF" else image.format
             if tables := getattr(image, "quantization", None):
                 quality = 1 + int(np.abs(_luminance_tables() - np.array(tables[min(tables)])).sum(1).argmin())
                 chroma = "grey" if image.mode == "L" else _CHROMA.get(JpegImagePlugin.get_sampling(image), "other")
     except (OSError, SyntaxError, ValueError):
         pass  # what Pillow does not read: the suffix has to do
-    return Encoding(codec, quality, chroma, path.stat().st_size / 1000)
+    return Encoding(codec, quality, chroma, stat_of(path)[0] / 1000)
 
 
 @cache

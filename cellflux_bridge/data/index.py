@@ -111,7 +111,8 @@ def _numbered(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _stamp(root: Path) -> str:
-    """A digest of what a layout may read below its root: the names in every folder, and the tables in the root."""
+    """A digest of what a layout may read below its root: the names in every folder, the tables in the root, and the
+    sizes and times of the CSV below."""
     digest, seen = hashlib.sha256(), set()
     with suppress(OSError):  # the layout says what cannot be read
         for folder, folders, files in os.walk(root, followlinks=True):
@@ -120,6 +121,9 @@ def _stamp(root: Path) -> str:
                 folders.clear()
             seen.add((status.st_dev, status.st_ino))
             digest.update(repr((folder, status.st_mtime_ns, sorted(folders), sorted(files))).encode())
+            tables = [os.path.join(folder, file) for file in sorted(files) if file.endswith(".csv")]
+            stats = [os.stat(table) for table in tables if os.path.exists(table)]
+            digest.update(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
         for file in (*sorted(root.glob("*.csv")), *sorted(root.glob("*.json"))):
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

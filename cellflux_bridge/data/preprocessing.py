@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import regular
-from cellflux_bridge.data.settings import DataConfig
+from cellflux_bridge.data.settings import DataConfig, ValueRange
 from cellflux_bridge.images import stain
 
 _Side = Annotated[int, Field(ge=1, le=images.MAX_PIXELS)]
@@ -35,25 +35,27 @@ class Preprocessing:
 
     `crop` is the side, in the file's own pixels, of the square that one patch shows; it is scaled to `image_size`
     pixels (None: the shorter side of the whole image is). `reference` is the stain that images are normalised to.
+    `value_range` holds the values of a file that become 0 and 255 (see `images.read`).
     """
 
     image_size: _Side
     crop: _Side | None = None
     reference: stain.StainReference | None = None
     channels: Annotated[int, Field(ge=1, le=1024)] = 3
+    value_range: ValueRange | None = None
 
     @classmethod
     def of(cls, config: DataConfig) -> "Preprocessing":
         """As a configuration says, without a stain to normalise to."""
-        return cls(config.image_size, config.crop, channels=config.channels)
+        return cls(config.image_size, config.crop, channels=config.channels, value_range=config.value_range)
 
     def read(self, file: Path) -> np.ndarray:
         """An image file, uint8 (H, W, channels)."""
-        return images.read(file, channels=self.channels)
+        return images.read(file, channels=self.channels, value_range=self.value_range)
 
     def read_size(self, file: Path) -> tuple[int, int]:
         """(height, width) of an image file, which is not decoded."""
-        return images.read_size(file, channels=self.channels)
+        return images.read_size(file, channels=self.channels, value_range=self.value_range)
 
     def scale_of(self, height: int, width: int) -> float:
         """The network's pixels for one of an image file's."""

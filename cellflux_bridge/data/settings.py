@@ -4,11 +4,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, field_validator, model_validator
 
 from cellflux_bridge.config.registry import component
 from cellflux_bridge.config.schema import Count, Few, Fraction, Section
 
+
+def _rising(value_range: tuple[float, float]) -> tuple[float, float]:
+    if not value_range[0] < value_range[1]:
+        raise ValueError(f"expected [low, high] with low below high, found {list(value_range)}")
+    return value_range
+
+
+ValueRange = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_rising)]
 Layout = component("layout", "data.layout", default="folder")
 
 
@@ -48,6 +56,7 @@ class DataConfig(Section):
     without: Path | None = None  # a text file of patches to leave out, an id (as in a report of them) a line
     image_size: Annotated[int, Field(ge=8, le=16_384)] = 64
     channels: Annotated[int, Field(ge=1, le=1024)] = 3
+    value_range: ValueRange | None = None  # the files' values that become 0 and 255; without it they are uint8
     crop: Count | None = None
     enlarge: bool = False  # whether files may be enlarged to image_size
     flips: bool = True

@@ -7,8 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-# ImageJ's order of colours for the channels of a composite: red, green, blue, white, cyan, magenta, yellow.
-_COMPOSITE = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0)]
+# The colours of two channels, in halves of full strength, and of more: those of the six stains of RxRx1, the nucleus
+# blue, then green, red, cyan, magenta, yellow (recursionpharma/rxrx1-utils), the mixed ones at half strength, so that
+# channels that lie on each other do not become white (yuhui-zh15/CellFlux shows and scores RxRx1 so).
+_TWO = [(2, 0, 2), (0, 2, 0)]
+_STAINS = [(0, 0, 2), (0, 2, 0), (2, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]
 
 
 def encode(images: torch.Tensor) -> torch.Tensor:
@@ -41,16 +44,17 @@ def centre_crop(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
 def to_rgb(image: np.ndarray) -> np.ndarray:
     """An RGB view (..., 3) uint8 of an image (..., C) uint8 with any number of channels C >= 1.
 
-    One channel is grey. Two are magenta and green. Three are RGB and returned as they are. Of more, channel k has
-    colour k of ImageJ's composite (from the eighth on the colours repeat); the colours are added and cut at 255.
+    One channel is grey. Two are magenta and green. Three are RGB and returned as they are. More are blue, green, red,
+    and at half strength cyan, magenta and yellow (from the seventh on the colours repeat), added and cut at 255. The
+    view depends on nothing but the values, so that two images may be compared by it.
     """
     channels = image.shape[-1]
     if channels == 3:
         return image
     if channels == 1:
         return image.repeat(3, axis=-1)
-    colours = [(1, 0, 1), (0, 1, 0)] if channels == 2 else [_COMPOSITE[k % 7] for k in range(channels)]
-    return (image.astype(np.uint16) @ np.array(colours, np.uint16)).clip(max=255).astype(np.uint8)
+    colours = _TWO if channels == 2 else [_STAINS[k % 6] for k in range(channels)]
+    return (image.astype(np.uint32) @ np.array(colours, np.uint32) // 2).clip(max=255).astype(np.uint8)
 
 
 def sheet(rows: list[list[np.ndarray]], *, gap: int = 2, scale: int = 1) -> np.ndarray:

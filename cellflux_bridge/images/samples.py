@@ -42,13 +42,30 @@ def to_uint8(values: np.ndarray, *, white: int | None = None) -> np.ndarray:
         if white and 0 < high <= white / 4:
             raise UnreadableImage(
                 f"{found}, and the file does not say which value is white: {white}, or less (8 to 14 bits of a camera)?"
-                " Write it as 8-bit RGB, or state the largest value (TIFF: SMaxSampleValue; OME: SignificantBits)"
+                " Write it as 8-bit RGB, or state the largest value (TIFF: SMaxSampleValue; OME: SignificantBits), "
+                "or set data.value_range"
             )
     if white is None or low < -white * _HAIR or high > white * (1 + _HAIR):
         expected = " or ".join(f"0 to {r}" for r in ranges) or "unsigned integers"
         raise UnreadableImage(f"{found}; expected {expected}; write it as 8-bit RGB")
     scaled = values.astype(np.float32 if bits <= 32 else np.float64) * (255 / white)
     return np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled).astype(np.uint8)
+
+
+def scaled(values: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
+    """Samples as uint8: low..high linearly to 0..255, cut outside; without a range they are uint8 already.
+
+    Raises UnreadableImage for NaN, infinity, and what is no real number.
+    """
+    if value_range is None:
+        return values
+    if values.dtype.kind not in "uif":
+        raise UnreadableImage(f"samples of type {values.dtype}; expected integers or floats")
+    low, high = value_range
+    share = (values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64) - low) / (high - low)
+    if not np.isfinite(share).all():
+        raise UnreadableImage("holds NaN or infinite values; replace them")
+    return np.rint(255 * share.clip(0, 1)).astype(np.uint8)
 
 
 def to_rgb(samples: np.ndarray, *, alpha: str | None = None) -> np.ndarray:

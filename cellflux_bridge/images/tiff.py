@@ -94,6 +94,57 @@ class TIFFImage:
             return samples.to_rgb(255 - grey if first.photometric == _MIN_IS_WHITE else grey)
 
 
+class TIFFStack:
+    """The `channels` of a TIFF file as they are stored: (`height`, `width`, `channels`) of `dtype`.
+
+    They are the pages or samples that the file calls channels, or pages without a name, which NumPy arrays are saved
+    as, (C, H, W) or (H, W, C). Raises UnreadableImage for z-stacks, time series and colours that are no channels.
+    """
+
+    def __init__(self, file: BinaryIO, channels: int):
+        self._file, self._tiff = file, TiffFile(file, _multifile=False)
+        if (num := len(self._tiff.pages)) > _MOST_PAGES:
+            raise UnreadableImage(f"holds {num} pages; {_ALONE}")
+        self._series = series = _meant(self._tiff)
+        self._page, self.dtype = series.keyframe, np.dtype(series.dtype)
+        described = f"axes {series.axes}: {' x '.join(map(str, series.shape))}"
+        kind = self._page.photometric
+        if series.dtype is None or kind not in (_MIN_IS_BLACK, _RGB) or self._page.bitspersample not in (8, 16, 32, 64):
+            raise UnreadableImage(f"{kind.name}, {self._page.bitspersample} bits: no grey channels of 8, 16 or 32 bits")
+        axes = [i for i, (a, n) in enumerate(zip(series.axes, series.shape, strict=True)) if n > 1 or a in "YX"]
+        self._shape = tuple(series.shape[i] for i in axes)
+        names = "".join(series.axes[i] for i in axes)
+        stacked = names.strip("YX")
+        if len(stacked) > 1 or stacked in ("Z", "T"):
+            raise UnreadableImage(f"no stack of {channels} channels ({described}); save it as one, axes CYX")
+        self._last = len(names) == 3 and (names[-1] == stacked or (self._shape[0] != channels == self._shape[-1]))
+        self.channels = 1 if len(names) == 2 else self._shape[-1 if self._last else 0]
+        if self.channels != channels:
+            raise UnreadableImage(f"has {self.channels} channels ({described}); data.channels={channels}")
+        stored = self._shape[:2] if self._last else self._shape[-2:]
+        self._orientation = self._page.tags.valueof(274, default=1)
+        self.height, self.width = samples.turned_size(*stored, self._orientation)
+
+    def samples(self) -> np.ndarray:
+        if self._page.compression in (_UNCOMPRESSED, *_DEFLATE):
+            for page in self._series.pages:
+                _require_whole(page, self._page, self._tiff)
+            values = self._series.asarray()
+        else:
+            values = np.stack([self._by_pillow(page) for page in self._series.pages])
+        values = values.reshape(self._shape if len(self._shape) == 3 else (1, *self._shape))
+        return samples.turned(values if self._last else np.moveaxis(values, 0, -1), self._orientation)
+
+    def _by_pillow(self, page: TiffPage) -> np.ndarray:
+        self._file.seek(0)
+        with Image.open(self._file, formats=("TIFF",)) as image:
+            image.seek(page.index)
+            values = np.asarray(image)
+        if values.shape != page.shape or values.dtype.itemsize < self.dtype.itemsize:
+            raise UnreadableImage(f"{self._page.compression.name} compression is not read here; save it uncompressed")
+        return values.astype(self.dtype)
+
+
 def _size(series: TiffPageSeries) -> tuple[int, int]:
     return series.keyframe.imagelength, series.keyframe.imagewidth
 

@@ -22,6 +22,7 @@ from cellflux_bridge.base.walk import image_files
 from cellflux_bridge.config import Config, load_config, merged, parse_overrides
 from cellflux_bridge.data.index import Index, patch_index, remembered
 from cellflux_bridge.data.layout.base import SPLITS
+from cellflux_bridge.images import stat_of
 from cellflux_bridge.study.settings import BackboneConfig, StudyConfig
 
 GUIDE = "guide_rgb"
@@ -112,7 +113,7 @@ def generator_key(config: StudyConfig, making: Making) -> str:
     """What the images of a generator are made with, as text; of a folder which files it holds."""
     of = config.generators[making.generator]
     if of.folder is not None:
-        files = [(file.relative_to(of.folder).as_posix(), *_stat(file)) for file in image_files(of.folder)]
+        files = [(file.relative_to(of.folder).as_posix(), *stat_of(file)) for file in image_files(of.folder)]
         return json.dumps(files)
     parts = [_settings(generator_config(config, making)), of.kind, directions(config, making)]
     return json.dumps([*parts, guide_key(config, making.size)], sort_keys=True)
@@ -124,18 +125,13 @@ def _settings(config: Config) -> dict:
     return config.flat(without=ignore)
 
 
-def _stat(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
 def _data_digest(config: StudyConfig, size: Size) -> str:
     """A hash of the patches of a size: files, labels, splits and groups."""
     index = patch_index(sized(config, size).data, seed=config.seed)
 
     def make() -> tuple[str, Index]:
         digest = hashlib.sha256(repr((index.ids, index.classes, index.group_names)).encode())
-        stats = np.array([_stat(index.file(number)) for number in range(len(index.ids))])
+        stats = np.array([stat_of(index.file(number)) for number in range(len(index.ids))])
         for column in (index.labels, index.splits, index.groups, stats):
             digest.update(column.tobytes())
         return digest.hexdigest()[:16], index  # which is kept, so that its id is not another's
@@ -170,7 +166,7 @@ def generator_config(config: StudyConfig, making: Making) -> Config:
 def backbone_files(backbone: BackboneConfig) -> list[tuple]:
     """The files of a backbone's local weights."""
     folder = backbone.weights
-    return [(file.name, *_stat(file)) for file in sorted(folder.iterdir())] if folder and folder.is_dir() else []
+    return [(file.name, *stat_of(file)) for file in sorted(folder.iterdir())] if folder and folder.is_dir() else []
 
 
 def feature_key(config: StudyConfig, cell: Cell) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.walk import refuse_repeats
+from cellflux_bridge.images import files_of
 
 SPLITS = ("train", "val", "test")
 _KIND = r"(set|data|dataset|split|images?|imgs?|patches|tiles)?s?\d*"
@@ -22,9 +23,10 @@ _SPLIT_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class PatchRecord:
-    """One image file. `id` is its path relative to the root, with forward slashes; `group` is the patient, slide or
-    original tile that must stay in one split; `score` is a progression score in [0, 1]; `mpp` microns per pixel; of
-    cells under a treatment, `batch` is the plate or experiment and `dose` the concentration, above 0, in any one unit.
+    """One image. `id` is its path relative to the root, with forward slashes; `file` that of its file, or the name of
+    one file per channel (see `images.files_of`); `group` is the patient, slide or original tile that must stay in one
+    split; `score` is a progression score in [0, 1]; `mpp` microns per pixel; of cells under a treatment, `batch` is the
+    plate or experiment and `dose` the concentration, above 0, in any one unit.
     """
 
     id: str
@@ -67,5 +69,5 @@ def in_order(records: Iterable[PatchRecord], *, ignore: Collection[str]) -> list
     for label in sorted({record.label for record in kept}):
         if (first := labels.setdefault(label.casefold(), label)) != label:
             raise UserError(f"labels {first!r} and {label!r} differ by letter case only: write them alike")
-    refuse_repeats(record.file for record in kept)
+    refuse_repeats(file for record in kept for file in files_of(record.file))
     return kept

@@ -256,8 +256,9 @@ def prepare(
             _link(source / patch.path, out / patch.path)
 
     threaded(place, patches, workers=_WRITERS, desc="images")
-    rows = [[getattr(patch, column) for column in COLUMNS] for patch in sorted(patches, key=attrgetter("path"))]
-    replace_text(out / "manifest.csv", csv_text([COLUMNS, *rows]))
+    columns = [name for name in COLUMNS if name in Patch._fields]
+    rows = [[getattr(patch, name) for name in columns] for patch in sorted(patches, key=attrgetter("path"))]
+    replace_text(out / "manifest.csv", csv_text([columns, *rows]))
     try:
         Folder(out).records()
     except UserError:
