@@ -161,6 +161,10 @@ def test_an_unseen_class_is_all_test_and_no_problem(patch_folder, make_patches, 
     others = patches.labels != patches.class_index("C")
     assert np.array_equal(patches.splits[others], whole.splits[others])
     assert "PROBLEM" not in check_data(config, seed=0, sheet=tmp_path / "sheet.png")[0]
+    two = load_patches(data_config(patch_folder, classes=["A", "B"], split={"unseen": ["C"]}), seed=0)
+    assert two.classes == ("A", "B")
+    assert two.pixels is patches.pixels
+    assert np.array_equal(two.splits, np.where(others, whole.splits, 3))
     with pytest.raises(UserError, match=r"data.split.unseen: no class 'c' .* known: A, B, C"):
         load_patches(data_config(patch_folder, split={"unseen": ["c"]}), seed=0)
 

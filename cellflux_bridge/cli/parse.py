@@ -86,7 +86,11 @@ COMMANDS = {
         (
             _path("--beside", "another run on the same cells; may be repeated", action="append", metavar="RUN"),
             _flag("--features", "a judge's run, timm:, hf-hub: or local-dir:; may be repeated", action="append"),
-            _path("--moa", "columns name, moa: the mode of action of each perturbation", metavar="CSV"),
+            _path(
+                "--moa",
+                "columns name, moa: modes of action (default: moa.csv in data.root, if there is one)",
+                metavar="CSV",
+            ),
             _flag("--dna", "number of the nuclear channel (0)", type=int, default=0),
             _flag("--num", "use at most so many cells of each perturbation", type=int),
             _flag("--split", "whose cells (test)", default="test", choices=("train", "val", "test")),

@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> None:
         _require_same(patches, bridge.patches(), name)
     if not 0 <= args.dna < channels:
         raise UserError(f"--dna {args.dna}: the cells have channels 0 to {channels - 1}")
-    moa = files.read_moa(args.moa, patches.classes) if args.moa else {}
+    beside = config.data.root.expanduser() / "moa.csv"
+    table = args.moa or (beside if beside.is_file() else None)
+    moa = files.read_moa(table, patches.classes) if table else {}
     control = patches.class_index(control_class(first))
     train = patches.indices("train")
     train = numpy_generator(config.seed, "perturbations", "training cells").permutation(train)

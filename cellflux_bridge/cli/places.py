@@ -54,8 +54,9 @@ def trajectories_and_overrides(args) -> tuple[list[Path], list[str]]:
     return [trajectory_folder(text) for text in (args.config, *paths)], overrides
 
 
-def start(config, train, *, section: str):
-    """The processes of a training, its configuration with the classes that the patches turned out to have, and them."""
+def start(config, train, *, section: str, knows_unseen: bool = True):
+    """The processes of a training, its configuration with the classes that the patches turned out to have, and them;
+    classes in data.split.unseen are among them where the network can know what it never saw."""
     from cellflux_bridge.data.index import patch_index, taken_from_training
     from cellflux_bridge.data.patches import load_patches
     from cellflux_bridge.training.processes import make_fabric, on_rank_zero
@@ -63,6 +64,11 @@ def start(config, train, *, section: str):
     fabric = make_fabric(train, section=section)
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
+
+    if config.data.split.unseen and not knows_unseen:
+        found = patch_index(config.data, seed=config.seed).classes
+        seen = [label for label in found if label not in config.data.split.unseen]
+        config = config.model_copy(update={"data": config.data.model_copy(update={"classes": seen})})
 
     def fill_cache() -> None:
         taken = taken_from_training(patch_index(config.data, seed=config.seed))

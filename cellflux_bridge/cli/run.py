@@ -11,6 +11,20 @@ from cellflux_bridge.cli.parse import parse
 from cellflux_bridge.cli.places import configuration
 
 
+def perturbation_stages(config: str, overrides: Sequence[str], output: Path) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """`stages` of treated cells, which are compared with real ones perturbation by perturbation."""
+    run, features = str(output), output / "features"
+    judge = ("train-classifier", config, *overrides, "classifier.role=judge", f"output={features}")
+    return (
+        ("training the flow", ("train", config, *overrides)),
+        ("translating held-out controls", ("translate", run, *overrides, "--overwrite")),
+        ("video", ("video", run, *overrides)),
+        ("training a classifier of perturbations, for distances", judge),
+        ("making treated cells, beside real ones", ("perturbations", run, "--features", str(features / "judge_rgb"))),
+        ("report", ("report", run)),
+    )
+
+
 def stages(
     config: str, overrides: Sequence[str], output: Path, *, seed: int = 0
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -81,7 +95,11 @@ def run(args: argparse.Namespace) -> None:
             "after the other: " + ", ".join(dict.fromkeys(line[0] for _, line in stages("", (), Path("run"))))
         )
     _require_ends(config)
-    began, steps = time.monotonic(), stages(args.config, args.overrides, config.output, seed=config.classifier.seed)
+    if config.pairs.match_batch:
+        steps = perturbation_stages(args.config, args.overrides, config.output)
+    else:
+        steps = stages(args.config, args.overrides, config.output, seed=config.classifier.seed)
+    began = time.monotonic()
     for number, (title, line) in enumerate(steps, start=1):
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         print(f"\n[{number} of {len(steps)}, after {minutes}:{seconds:02}] {title}", flush=True)

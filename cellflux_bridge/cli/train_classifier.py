@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     train = config.classifier.train
     of_states = config.classifier.sees == "state"
     folder = config.output / f"{config.classifier.role}_{config.classifier.view}{'_state' if of_states else ''}"
-    fabric, config, patches = start(config, train, section="classifier.train")
+    fabric, config, patches = start(config, train, section="classifier.train", knows_unseen=False)
     unused = ("train", "velocity", "ddim") + (() if of_states else ("coupling", "path", "codec", "condition", "pairs"))
 
     def prepare() -> None:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -94,10 +95,11 @@ class Condition:
 
 
 class Names(NamedTuple):
-    """What a data set's numbers of classes and of batches mean."""
+    """What a data set's numbers of classes and of batches mean, and the folder that it lies in."""
 
     classes: tuple[str, ...]
     batches: tuple[str, ...] = ()
+    root: Path = Path()
 
 
 class Part(ABC):

@@ -19,7 +19,7 @@ class Embedding(Part):
     """The vectors of a table, weighed by the target's soft label, and projected: a class is its vector, a level between
     two classes lies between theirs.
 
-    `table` is a CSV file whose first column names classes; the others are the `dimension` numbers of each vector. A
+    `table` is a CSV file (in data.root, where its path is relative) whose first column names classes; the others are the `dimension` numbers of each vector. A
     single other column `smiles` is turned into Morgan fingerprints of radius 2 and `dimension` bits (Rogers & Hahn
     2010), for which RDKit must be installed. Vectors are scaled together to a mean square of 1 and travel with the
     network's weights, so that the table is read in training only. Classes in `without`, such as the control, have no
@@ -32,7 +32,7 @@ class Embedding(Part):
         super().__init__(names, channels)
         if unknown := [label for label in without if label not in names.classes]:
             raise UserError(f"condition.parts, embedding.without: no class {unknown[0]!r}")
-        self._table, self._dimension = table, dimension
+        self._table, self._dimension = names.root / table.expanduser(), dimension
         self._without = [names.classes.index(label) for label in without]
 
     def is_present(self, fields) -> torch.Tensor:
@@ -43,7 +43,7 @@ class Embedding(Part):
 
     def prepare(self, embedding):
         """UserError for a table that cannot be read, lacks a class, or has another dimension."""
-        rows = _vectors(self._table.expanduser(), self._dimension)
+        rows = _vectors(self._table, self._dimension)
         labels = {i: label for i, label in enumerate(self.names.classes) if i not in self._without}
         if missing := [label for label in labels.values() if label not in rows]:
             raise UserError(

@@ -175,7 +175,10 @@ def _with_splits(listed: Index, records: Sequence[PatchRecord], config: DataConf
             f"data.classes: no patch of class {missing[0]!r} in {config.root}{nearest(missing[0], found)}; "
             f"found: {', '.join(found) or 'none'}"
         )
-    if unknown := [repr(label) for label in found if label not in classes]:
+    if unknown := [label for label in config.split.unseen if label not in found]:
+        known = f"{nearest(unknown[0], found)}; known: {abbreviate(found, limit=10)}"
+        raise UserError(f"data.split.unseen: no class {unknown[0]!r} in {config.root}{known}")
+    if unknown := [repr(label) for label in found if label not in (*classes, *config.split.unseen)]:
         raise UserError(
             f"{config.root}: label {abbreviate(unknown)} is not in data.classes; add it there, or to "
             "data.layout.ignore to leave it out"
@@ -195,12 +198,10 @@ def _with_splits(listed: Index, records: Sequence[PatchRecord], config: DataConf
             )
         kept = np.isin(names, config.split.train_groups)[listed.groups]
         splits[(splits == SPLITS.index("train")) & ~kept] = _SPLITS.index(None)
-    labels = np.array([classes.index(label) for label in found], np.int64)[listed.labels]
-    if unknown := [label for label in config.split.unseen if label not in classes]:
-        known = f"{nearest(unknown[0], classes)}; known: {abbreviate(classes, limit=10)}"
-        raise UserError(f"data.split.unseen: no class {unknown[0]!r} in {config.root}{known}")
-    unseen = [classes.index(label) for label in config.split.unseen]
-    splits[np.isin(labels, unseen)] = SPLITS.index("test")
+    number_of = {label: number for number, label in enumerate(classes)}
+    labels = np.array([number_of.get(label, 0) for label in found], np.int64)[listed.labels]
+    for label in config.split.unseen:
+        splits[listed.labels == found.index(label)] = _SPLITS.index("test" if label in classes else None)
     # A batch that the configuration does not know is none: nothing was learned of it.
     batch_names = listed.batch_names if config.batches is None else tuple(config.batches)
     number_of = {name: number for number, name in enumerate(batch_names)}

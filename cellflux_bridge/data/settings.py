@@ -33,7 +33,8 @@ class SplitConfig(Section):
 
     They are taken from the patches that would train, named so or not; 0 takes none and leaves that split empty.
     `train_groups` names the groups that train, of all that would (a patch in no group is its own, by its id); the
-    others stand in no split. `unseen` names classes that no training sees: all their patches are test patches.
+    others stand in no split. `unseen` names classes that no training sees: all their patches are test patches, or stand
+    in no split where data.classes leaves such a class out.
     """
 
     val: Fraction = 0.1

@@ -15,7 +15,8 @@ def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
     without classes, on which the network's size depends."""
     if not config.data.classes:
         raise UserError("data.classes: none named; a trained network's configuration names its classes")
-    names = Names(tuple(config.data.classes), tuple(config.data.batches or ()))
+    data = config.data
+    names = Names(tuple(data.classes), tuple(data.batches or ()), data.root.expanduser())
     return ConditionSpec(tuple(registry.build("part", part, names, channels) for part in config.condition.all_parts()))
 
 
