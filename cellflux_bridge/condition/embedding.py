@@ -19,11 +19,12 @@ class Embedding(Part):
     """The vectors of a table, weighed by the target's soft label, and projected: a class is its vector, a level between
     two classes lies between theirs.
 
-    `table` is a CSV file (in data.root, where its path is relative) whose first column names classes; the others are the `dimension` numbers of each vector. A
-    single other column `smiles` is turned into Morgan fingerprints of radius 2 and `dimension` bits (Rogers & Hahn
-    2010), for which RDKit must be installed. Vectors are scaled together to a mean square of 1 and travel with the
-    network's weights, so that the table is read in training only. Classes in `without`, such as the control, have no
-    vector: for them the part is absent. `condition.target=class` has learned vectors instead.
+    `table` is a CSV file (in data.root, if its path is relative) whose first column names classes; the others are the
+    `dimension` numbers of each vector. A single other column `smiles` is turned into Morgan fingerprints of radius 2
+    and `dimension` bits (Rogers & Hahn 2010), for which RDKit must be installed. Vectors are scaled together to a mean
+    square of 1 and travel with the network's weights, so that the table is read in training only. Classes in `without`,
+    such as the control, have no vector: for them the part is absent. `condition.target=class` has learned vectors
+    instead.
     """
 
     name, field, optional, of_target = "embedding", "target_level", True, True
