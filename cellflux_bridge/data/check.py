@@ -223,7 +223,10 @@ def _near_copies(
 
     pairs, likeness = near_copies(np.stack([one.thumbnail for one in facts]), counts=counts)
     found = [(facts[i].record, facts[j].record, alike) for (i, j), alike in zip(pairs, likeness, strict=True)]
-    lines = [f"near copies (saved again, resized, turned, mirrored) of different groups: {len(found)} pairs"]
+    what = "near copies (saved again, resized, turned, mirrored)"
+    if index.batch_names or np.isfinite(index.doses).any():
+        what = "cells that look alike, as centred ones often do, or near copies"
+    lines = [f"{what} of different groups: {len(found)} pairs"]
     for title, trait in _ACROSS:
         crossing = [(a, b, alike) for a, b, alike in found if getattr(a, trait) != getattr(b, trait)]
         if crossing:

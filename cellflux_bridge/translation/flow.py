@@ -164,7 +164,7 @@ class FlowTranslator(Translator):
         plain = ClassifierFree(self._network, settings.guidance_scale)
         flow = Flow(
             path=self.path,
-            by_level=self._by_level or self._between_classes,
+            by_level=self._by_level or self._between_classes(settings),
             reaches_source=(source, source) in trained if knows_source else source in {b for _, b in trained},
             is_guided=settings.guidance.form != "none",
             batch_size=settings.batch_size,
@@ -175,12 +175,11 @@ class FlowTranslator(Translator):
         )
         return method, flow, self._meter(settings=settings)
 
-    @property
-    def _between_classes(self) -> bool:
-        """Whether levels between two classes mean something to a network that was trained on classes alone: as vectors
-        between theirs, or as doses."""
+    def _between_classes(self, settings: TranslateConfig) -> bool:
+        """Whether levels between two classes mean something to a network that was trained on classes alone: as doses,
+        or as vectors between theirs."""
         condition = self.config.condition
-        return condition.target == "none" and (condition.has("embedding") or condition.has("dose"))
+        return isinstance(settings.dose, tuple) or (condition.target == "none" and condition.has("embedding"))
 
     def _condition(
         self,
