@@ -100,7 +100,7 @@ def _pooled(fine: np.ndarray) -> np.ndarray:
 
 
 def _harmonics(rng: np.random.Generator, count: int, strength: float) -> np.ndarray:
-    return strength * (rng.standard_normal((count, 3)) + 1j * rng.standard_normal((count, 3))) / [1, 1.5, 2]
+    return strength * (rng.standard_normal((count, 3, 2)).clip(-1.6, 1.6) @ [1, 1j]) / [1, 1.5, 2]
 
 
 def _place(rng: np.random.Generator, effect: Effect, extent: float) -> _Cells:

@@ -9,7 +9,7 @@ from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.data.phantom.cells import Effect
 
 WIDTH = 16
-# Modes of action: directions over the fields of Effect.
+# Modes of action: directions over the fields of Effect. Those two places apart are the most opposed.
 MOAS = {
     "DNA damage": (1.0, -0.6, 0.8, 0.0, -0.7),
     "actin disruption": (0.0, 0.2, -0.8, -1.0, 0.1),
@@ -44,10 +44,10 @@ def response(dose: float, *, largest: float) -> float:
 
 
 def draw_compounds(num_seen: int, num_unseen: int, *, seed: int) -> Compounds:
-    """Compounds that are seen, whose modes of action take turns, and unseen ones that lie between two or three of them.
+    """At least 4 compounds that are seen, whose modes of action take turns, and unseen ones between two modes.
 
-    An unseen compound's embedding is a convex combination of seen ones, scaled to norm 1, and its mode of action that
-    of the nearest seen one.
+    An unseen compound's embedding is a convex combination of two seen ones, scaled to norm 1, and its mode of action
+    that of the nearest seen one.
     """
     rng = numpy_generator(seed, "compounds")
     basis = np.linalg.qr(rng.standard_normal((WIDTH, len(STRENGTH))))[0].T
@@ -56,8 +56,8 @@ def draw_compounds(num_seen: int, num_unseen: int, *, seed: int) -> Compounds:
     seen = _unit(centres[modes] + 0.4 * _unit(rng.standard_normal((num_seen, WIDTH))))
     between = np.zeros((num_unseen, num_seen))
     for number, weights in enumerate(between):
-        parents = rng.permutation(num_seen)[: 2 + number % 2]
-        weights[parents] = rng.dirichlet(np.full(len(parents), 6.0))
+        parents = [rng.choice(np.flatnonzero(modes == turn % len(MOAS))) for turn in (number, number + 1)]
+        weights[parents] = 0.5 + rng.uniform(-0.1, 0.1) * np.array([1, -1])
     unseen = _unit(between @ seen)
     modes = [*modes, *modes[(unseen @ seen.T).argmax(axis=1)]]
     return Compounds(
