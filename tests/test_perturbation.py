@@ -259,7 +259,8 @@ def test_two_stages_begin_with_the_weights_of_the_first(train, run, plates):
     first = train("noise", path={"name": "gaussian_source"}, pairs=pairs, translate=generate)
     stage = {"steps": 1, "batch_size": 16, "validate_pairs": 16, "lr": 1e-12, "ema_decay": 0.0}
     second = Bridge.load(train("stage2", train={**stage, "init_from": str(first)}))
-    for name, tensor in Bridge.load(first)._network.state_dict().items():
+    noise = Bridge.load(first)
+    for name, tensor in noise._network.state_dict().items():
         torch.testing.assert_close(second._network.state_dict()[name], tensor, atol=1e-6, rtol=0)
     with pytest.raises(SystemExit, match=r"init_from: .* with data.classes=DMSO, cmpd1, .*, here they are cmpd2"):
         train(
@@ -268,6 +269,27 @@ def test_two_stages_begin_with_the_weights_of_the_first(train, run, plates):
                   "split": {"unseen": ["cmpd3"]}},
             train={**stage, "init_from": str(first)},
         )  # fmt: skip
+    # A flow from noise carries a cell back as the control that it is, and makes it again at rising doses.
+    seen, inner = [], noise._network.forward
+    noise._network.forward = lambda t, x, cond: seen.append(cond) or inner(t, x, cond)
+    how = {"method": "depth", "depths": "full", "conditions": "rising", "levels": 2, "steps": 1, "solver": "euler"}
+    one = np.load(plates / "test" / "DMSO_0.npy")
+    assert noise.translate(one, source="DMSO", target="cmpd2", dose=(1, 100), **how).frames.shape == (3, 1, 2, 16, 16)
+    back, forth = seen
+    assert not back.present["embedding"].any()
+    assert not back.present["dose"].any()
+    torch.testing.assert_close(forth.dose[:, 0], torch.tensor([1.0, 2.0]))
+    assert forth.embedding.argmax(1).tolist() == [2, 2]
+
+
+def test_the_way_back_to_control_is_a_transition_like_any_other(train, plates):
+    back = Bridge.load(train("back", pairs={"transitions": [["*", "DMSO"]], "match_batch": True}))
+    one = np.load(plates / "test" / "cmpd2_0.npy")
+    assert back.translate(one, source="cmpd2", target="DMSO").frames.shape == (3, 1, 2, 16, 16)
+    with pytest.raises(UserError, match="never saw DMSO -> cmpd2"):
+        back.translate(one, source="DMSO", target="cmpd2")
+    with pytest.raises(SystemExit, match="transitions start from cmpd1, cmpd2, cmpd3; name the controls' class"):
+        cli.main(["perturbations", str(back.config.output)])
 
 
 def test_a_stair_goes_along_doses_or_toward_a_compound_and_an_unseen_one_can_be_asked_for(run, plates, tmp_path):
