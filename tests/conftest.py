@@ -1,5 +1,7 @@
 """Small made data sets and configurations that tests of every room share."""
 
+import importlib.util
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from cellflux_bridge.images import write_png
 
 torch.set_num_threads(1)
 
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 _COLOURS = {"A": (225.0, 165.0, 205.0), "B": (140.0, 90.0, 170.0)}
 
 
@@ -90,3 +95,18 @@ def data_config(tmp_path) -> Callable[..., DataConfig]:
         return DataConfig.model_validate({"root": root, "image_size": 16, "cache_dir": tmp_path / "cache", **keys})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("playwright is not installed: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine: install the system's package (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # A container's root cannot have Chromium's sandbox.
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()

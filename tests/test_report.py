@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import importlib.util
 import io
 import json
 import re
@@ -32,9 +31,6 @@ from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, TrajectoryW
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 JUDGES = ("judges/rgb", "judges/grey")
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 def write_trajectory(folder, *, method="progression", num=6, size=16, levels=LEVELS, source="A", target="B", ids=None):
@@ -687,21 +683,6 @@ def test_a_far_baseline_does_not_flatten_what_is_compared():
 )
 def test_numbers_are_short(given, text):
     assert number(given) == text
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("playwright is not installed: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: install the system's package (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # A container's root cannot have Chromium's sandbox.
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

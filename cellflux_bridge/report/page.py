@@ -96,6 +96,7 @@ def write_report(
         version=__version__,
         today=date.today().isoformat(),
     )
+    text = text.encode(errors="replace").decode()  # a received name may hold half of a surrogate pair
     if (size := len(text.encode())) > _MOST:
         raise UserError(f"{output}: would take {size / 1e6:.1f} MB, {_MOST / 1e6:g} at most; report fewer runs at once")
     replace_text(output, text)

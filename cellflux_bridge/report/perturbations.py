@@ -105,10 +105,11 @@ def _pictures(folder: Path, drawn: Sequence[str], budget: int) -> dict[str, str]
 
 
 def _paragraphs(rows: Sequence[PerturbationRow], method: str) -> Iterator[str]:
-    """What was found of a method's cells, by the first kind of features that gives a figure."""
+    """What was found of a method's cells; of each figure by the first kind of features."""
     found: dict[tuple[str, str, str], Interval] = {}
+    first: dict[tuple[str, str], str] = {}
     for row in rows:
-        if row.estimate[0] is not None:
+        if first.setdefault((row.perturbations, row.figure), row.by) == row.by and row.estimate[0] is not None:
             found.setdefault((row.perturbations, row.figure, row.method), row.estimate)
     for group in ("seen", "unseen"):
         own = {figure: _Beside(found, group, figure, method) for which, figure, _ in found if which == group}
@@ -138,8 +139,7 @@ class _Beside:
     @property
     def way(self) -> float:
         """0 where made cells are as untreated controls, 1 where they are as real training cells."""
-        whole = self.real[0] - self.controls[0]
-        return (self.made[0] - self.controls[0]) / whole if whole else 1.0
+        return (self.made[0] - self.controls[0]) / (self.real[0] - self.controls[0])
 
 
 def _percent(share: float) -> str:
@@ -160,7 +160,7 @@ def _told(own: dict[str, _Beside]) -> Iterator[str]:
         elif None in (low, high) or low <= high:
             words = "this may be chance"
         else:
-            words = "it is shown" + (" in part" if beside.real and beside.way < 0.5 else "")
+            words = "it is shown" + (" in part" if beside.real and beside.real[0] > value and beside.way < 0.5 else "")
         yield f"{text}: {words}."
 
 
@@ -185,5 +185,9 @@ def _near(own: dict[str, _Beside]) -> Iterator[str]:
         yield f"{text}: made cells are no nearer to real treated cells than untreated controls are."
         return
     chance = "" if None not in (low, high) and high < low else "; this may be chance"
-    way = f", {_percent(min(1.0, beside.way))} of the way to real training cells" if beside.real else ""
+    way = (
+        f", {_percent(min(1.0, beside.way))} of the way to real training cells"
+        if beside.real and beside.real[0] < floor
+        else ""
+    )
     yield f"{text}: made cells are nearer to real treated cells than untreated controls are{way}{chance}."
