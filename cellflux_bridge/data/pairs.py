@@ -151,8 +151,14 @@ class Pairs:
         refusal = f"pairs.{key}: no {what} of the {self._split} split holds "
         remedy = f"; name {names} in the manifest or set pairs.{key}=false"
         lacking: dict[int, set[int]] = {}
+        by_group: dict[
+            int, dict[int, np.ndarray]
+        ] = {}  # of an array once: a thousand perturbations share their controls
         for kind in self._kinds:
-            sources, targets = (_by_group(members[groups[members] >= 0], groups) for members in kind[:2])
+            for members in kind[:2]:
+                if id(members) not in by_group:
+                    by_group[id(members)] = _by_group(members[groups[members] >= 0], groups)
+            sources, targets = (by_group[id(members)] for members in kind[:2])
             for number in targets.keys() - sources.keys():
                 lacking.setdefault(number, set()).update(targets[number].tolist())
             if both := [(sources[g], targets[g]) for g in sources if g in targets]:
