@@ -5,7 +5,6 @@ from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
 
-_REAL, _CONTROLS = "real training cells", "controls, untreated"
 # Real training cells that regressions are fitted to, and cells that are made again under another condition.
 _MOST_TRAINED, _NUM_SWAPPED = 20_000, 64
 
@@ -67,14 +66,14 @@ def run(args: argparse.Namespace) -> None:
         dna=args.dna,
         seed=config.seed,
     )
-    rows = compared.rows({_REAL: cells(as_many), _CONTROLS: untreated, **made})
+    rows = compared.rows({files.REAL: cells(as_many), files.CONTROLS: untreated, **made})
     again = numpy_generator(config.seed, "perturbations", "swapped").permutation(len(treated))[:_NUM_SWAPPED]
     for name, bridge in zip(names, bridges, strict=True):
         swapped = make_swapped(bridge, patches, matched, again)
         sides = made[name].images[again], swapped, untreated.images[again]
         rows += protocol.swap_rows(name, *sides, seed=config.seed)
     labels = {number: patches.classes[number] for number in np.unique(test.labels).tolist()}
-    drawn = files.draw(output, labels, test, {_CONTROLS: untreated, **made})
+    drawn = files.draw(output, labels, test, {files.CONTROLS: untreated, **made})
     written = files.write(rows, _notes(config), output, name=", ".join(names), drawn=drawn)
     print(written[-1].read_text(encoding="utf-8"))
     for path in written:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from cellflux_bridge.base.files import csv_rows, csv_text, replace_text, safe_na
 from cellflux_bridge.metrics.perturbation import Cells, Row
 
 FORMAT = 1
+# What stands beside every method: what perfect cells would reach, and what no treatment would.
+REAL, CONTROLS = "real training cells", "controls, untreated"
 # Pictures of perturbations that are drawn at most, and cells of each.
 MOST_DRAWN, _NUM_SHOWN = 48, 8
 NOTES = (
@@ -27,8 +30,8 @@ NOTES = (
     "Compare only values of the same features and the same n: FID is biased upward at small n.",
     "real training cells: as many, of the same perturbations; perfect cells would reach this. controls, untreated: the "
     "sources themselves; no treatment would reach this.",
-    "told: by a logistic regression on real training cells, intervals over wells. The batch is kept where that of "
-    "made cells is told as often as that of real ones.",
+    "told: by a logistic regression on real training cells, which are therefore told too easily; intervals over wells. "
+    "The batch is kept where that of made cells is told as often as that of real ones.",
     "effect on: the correlation, over perturbations and doses, of made with real median log ratios to the controls of "
     "the batch, measured on the nucleus nearest to the middle.",
     "condition swapped: how far cells move when only perturbation and dose change; a cosine near 1 means that they "
@@ -47,19 +50,37 @@ def shown(row: Row) -> str:
     return f"{value:.3g}" + (f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) else "")
 
 
-def tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
-    """A title and the cells, heading first, of one table for each kind of perturbation and of features."""
+class Table(NamedTuple):
+    """Figures of one kind of perturbations by one kind of features; `cells` are by (method, figure)."""
+
+    title: str
+    methods: list[str]
+    figures: list[str]
+    cells: dict[tuple[str, str], Row]
+
+    def heading(self) -> list[str]:
+        return [f"{figure} x100" if figure in HUNDREDFOLD else figure for figure in self.figures]
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One table for each kind of perturbations and of features."""
     found = []
     for group, by in dict.fromkeys((row.perturbations, row.by) for row in rows):
         own = [row for row in rows if (row.perturbations, row.by) == (group, by)]
-        figures, methods = (list(dict.fromkeys(getattr(row, key) for row in own)) for key in ("figure", "method"))
-        cells = {(row.method, row.figure): shown(row) for row in own}
-        heading = [f"{figure} x100" if figure in HUNDREDFOLD else figure for figure in figures]
-        counts = {row.figure: row.num for row in own}
-        body = [[method, *(cells.get((method, figure), "-") for figure in figures)] for method in methods]
-        last = ["n", *(str(counts[figure]) for figure in figures)]
-        found.append((f"{group} perturbations, by {by}", [["method", *heading], *body, last]))
+        methods, figures = (list(dict.fromkeys(getattr(row, key) for row in own)) for key in ("method", "figure"))
+        cells = {(row.method, row.figure): row for row in own}
+        found.append(Table(f"{group} perturbations, by {by}", methods, figures, cells))
     return found
+
+
+def _lines(table: Table) -> list[list[str]]:
+    """A table as text: the heading, a line a method, and the numbers."""
+    counts = {figure: row.num for (_, figure), row in table.cells.items()}
+    body = [
+        [method, *(shown(row) if (row := table.cells.get((method, figure))) else "-" for figure in table.figures)]
+        for method in table.methods
+    ]
+    return [["method", *table.heading()], *body, ["n", *(str(counts[figure]) for figure in table.figures)]]
 
 
 def write(rows: Sequence[Row], notes: Sequence[str], folder: Path, *, name: str, drawn: Sequence[str]) -> list[Path]:
@@ -73,9 +94,10 @@ def write(rows: Sequence[Row], notes: Sequence[str], folder: Path, *, name: str,
     table = [["method", "perturbations", "figure", "by", "value", "low", "high", "n"]]
     table += [[*row[:4], *map(number, row.estimate), row.num] for row in rows]
     lines = [f"# Perturbations: {name}", ""]
-    for title, cells in tables(rows):
-        lines += [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in (cells[0], ["---"] * len(cells[0])))]
-        lines += [*(f"| {' | '.join(line)} |" for line in cells[1:]), ""]
+    for of in tables(rows):
+        first, *others = _lines(of)
+        listed_lines = [first, ["---"] * len(first), *others]
+        lines += [f"## {of.title}", "", *(f"| {' | '.join(line)} |" for line in listed_lines), ""]
     lines += [f"- {note}" for note in notes]
     files = [folder / f"perturbations.{kind}" for kind in ("json", "csv", "md")]
     texts = (json.dumps(record, indent=1) + "\n", csv_text(table), "\n".join(lines) + "\n")

@@ -26,13 +26,15 @@ from cellflux_bridge.report import gallery as sequences
 from cellflux_bridge.report.figures import write_figures
 from cellflux_bridge.report.gallery import Gallery, Segment
 from cellflux_bridge.report.media import Film, Stills, films, stills
-from cellflux_bridge.report.runs import Chapter, Method, file_inside, load_chapters
+from cellflux_bridge.report.perturbations import load_perturbations, perturbations_of
+from cellflux_bridge.report.runs import Chapter, Method, file_inside, is_evaluated, load_chapters
 from cellflux_bridge.report.studies import is_study, load_studies
 from cellflux_bridge.report.warnings import warnings_of
 
 # Bytes of the page; of them the pictures', which leaves the rest to words, curves and numbers; of the pictures' again
-# what real patches with near copies, and what videos may take. Sequences get what these leave.
-_MOST, _MOST_SEEN, _MOST_OF_STILLS, _MOST_OF_FILMS = 15_000_000, 13_000_000, 3_000_000, 3_500_000
+# what real patches with near copies, videos and, beside sequences, cells may take. Sequences get what these leave.
+_MOST, _MOST_SEEN = 15_000_000, 13_000_000
+_MOST_OF_STILLS, _MOST_OF_FILMS, _MOST_OF_CELLS = 3_000_000, 3_500_000, 4_000_000
 # Frames are shown at so many pixels of the screen.
 _SHOWN = 256
 # Sections whose curves are open when the page opens.
@@ -51,21 +53,25 @@ def write_report(
 
     Of each transition at most `num_sequences` sources are shown, fewer where the page would grow beyond 15 MB.
     `segment` finds nuclei, RGB uint8 (H, W, 3) -> labels (H, W) int32, by default as the run's cellularity.json counted
-    them; where it raises UserError a frame is shown without outlines. Raises UserError for a run without metrics.json,
-    damaged files, an output that is no .html, and so many runs that no choice of sequences makes the page small enough.
+    them; where it raises UserError a frame is shown without outlines. Raises UserError for a run with neither
+    metrics.json nor perturbations.json, damaged files, an output that is no .html, and so many runs that no choice of
+    sequences makes the page small enough.
     """
     if output.suffix != ".html":
         raise UserError(f"--output {output}: expected a name that ends in .html")
     if num_sequences < 1:
         raise UserError(f"--sequences {num_sequences}: expected at least 1")
     studies = load_studies([run for run in runs if is_study(run)])
-    chapters = load_chapters([run for run in runs if not is_study(run)])
+    with_cells = [run for run in runs if perturbations_of(run)]
+    chapters = load_chapters([run for run in runs if is_evaluated(run) or not (is_study(run) or run in with_cells)])
     output.parent.mkdir(parents=True, exist_ok=True)
     views, figures = [], []
     beside = [stills(chapter, budget=_MOST_OF_STILLS // len(chapters)) for chapter in chapters]
     videos = films(chapters, budget=_MOST_OF_FILMS)
     left = _MOST_SEEN - sum(of.stored for of in beside) - sum(film.stored for of in videos for film in of)
     left -= sum(len(study.made or "") for study in studies)
+    treated = load_perturbations(with_cells, budget=min(left, _MOST_OF_CELLS) if chapters else left)
+    left -= sum(of.stored for of in treated)
     for place, chapter in enumerate(chapters):
         budget = left // (len(chapters) - place)
         segment_of = _as_counted if segment is None else lambda method: segment
@@ -78,10 +84,12 @@ def write_report(
     templates = Environment(loader=PackageLoader("cellflux_bridge.report", "template"), **options)
     templates.globals |= {"charts": charts, "tables": tables, "number": number, "interval": interval}
     templates.globals["verdict_words"] = WORDS
+    titles = [chapter.title for chapter in chapters] + [f"Perturbations: {of.record.name}" for of in treated]
     text = templates.get_template("page.html").render(
-        title=" · ".join(dict.fromkeys([*(chapter.title for chapter in chapters), *(s.record.name for s in studies)])),
+        title=" · ".join(dict.fromkeys([*titles, *(study.record.name for study in studies)])),
         runs=[run for chapter in chapters for run in chapter.runs],
         studies=studies,
+        treated=treated,
         chapters=views,
         **{name: Markup(templates.loader.get_source(templates, f"page.{name}")[0]) for name in ("css", "js")},
         uses=_USES,

@@ -5,7 +5,7 @@ A run may come from somebody else, so every key is checked for its type and rang
 
 import json
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,6 +13,8 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import regular
 from cellflux_bridge.cellularity.along import FORMAT as CELLULARITY_FORMAT
 from cellflux_bridge.cellularity.parameters import Parameters, Scale
+from cellflux_bridge.metrics.perturbation_files import FORMAT as PERTURBATIONS_FORMAT
+from cellflux_bridge.metrics.perturbation_files import MOST_DRAWN
 from cellflux_bridge.metrics.results import FORMAT as METRICS_FORMAT
 from cellflux_bridge.study.settings import FORMAT as STUDY_FORMAT
 
@@ -185,12 +187,33 @@ class Study(_Part):
     notes: tuple[str, ...]
 
 
-_Model = TypeVar("_Model", Metrics, Cellularity, Study)
+class PerturbationRow(_Part):
+    """A figure of a method; `estimate` is value, low and high."""
+
+    method: str
+    perturbations: Literal["seen", "unseen", "all"]
+    figure: str
+    by: str
+    estimate: _Interval
+    num: _Count
+
+
+class Perturbations(_Part):
+    """perturbations.json."""
+
+    name: str
+    rows: Annotated[tuple[PerturbationRow, ...], Field(max_length=2000)]
+    notes: Annotated[tuple[str, ...], Field(max_length=100)]
+    drawn: Annotated[tuple[str, ...], Field(max_length=MOST_DRAWN)]
+
+
+_Model = TypeVar("_Model", Metrics, Cellularity, Study, Perturbations)
 # The format that is read of each file, and the command that makes it.
 _MADE = {
     Metrics: (METRICS_FORMAT, "evaluate TRAJECTORY ... --output {}"),
     Cellularity: (CELLULARITY_FORMAT, "cellularity TRAJECTORY ... --output {}"),
     Study: (STUDY_FORMAT, "study STUDY.yaml"),
+    Perturbations: (PERTURBATIONS_FORMAT, "perturbations RUN"),
 }
 
 

@@ -212,6 +212,10 @@ def _newest(folder: Path, name: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def is_evaluated(folder: Path) -> bool:
+    return _newest(folder, METRICS) is not None
+
+
 def load_run(folder: Path, name: str) -> Run:
     """Read a run folder (or a trajectory folder, or any folder with metrics.json).
 
@@ -223,7 +227,8 @@ def load_run(folder: Path, name: str) -> Run:
     if file is None:
         raise UserError(
             f"{folder}: holds no {METRICS}, on which a report rests; make it with: cellflux-bridge evaluate "
-            f"TRAJECTORY ... --judge RUN --features RUN --output {folder / METRICS}"
+            f"TRAJECTORY ... --judge RUN --features RUN --output {folder / METRICS}; for cells under perturbations "
+            f"cellflux-bridge perturbations {folder} is enough"
         )
     metrics, counted = reading.read(file, reading.Metrics), _newest(folder, CELLULARITY)
     if not any(network.use == "judge" for network in metrics.networks):

@@ -1,15 +1,18 @@
 """What a reader must know before believing a report, in plain words."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from cellflux_bridge.config import Config
 from cellflux_bridge.config.registry import trusts_everything
+from cellflux_bridge.flow.task import IGNORED, ignores_condition
 from cellflux_bridge.metrics.warnings import UNKNOWN
 from cellflux_bridge.metrics.words import floor_of, interval, number
 from cellflux_bridge.report.gallery import Gallery
-from cellflux_bridge.report.runs import CELLULARITY, Chapter, Method
+from cellflux_bridge.report.runs import CELLULARITY, Chapter, Method, file_inside
 from cellflux_bridge.report.runs import NUCLEI as OF_NUCLEI
 from cellflux_bridge.report.tables import find, levels_of, words_of
+from cellflux_bridge.training.run import last_values
 
 # A level counts as missed where the judges' mean p lies this far off, and its interval does not reach nearer.
 _MISSED, _FAR_FRAME = 0.15, 0.05
@@ -19,7 +22,7 @@ _RECOLOURED = 0.15
 
 def warnings_of(chapter: Chapter, gallery: Gallery | None) -> list[str]:
     """Every warning of a chapter: the gravest first, last what is not known."""
-    parts = (_outdated, _networks, _of_evaluate, _recolouring, _missed, _nuclei, _uncounted, _floors)
+    parts = (_outdated, _networks, _unconditional, _of_evaluate, _recolouring, _missed, _nuclei, _uncounted, _floors)
     found = [text for part in parts for text in part(chapter)]
     if gallery is None:
         found.append("The sequence folders that metrics.json names are not here. So only figures are shown, no images.")
@@ -37,6 +40,24 @@ def _outdated(chapter: Chapter) -> Iterator[str]:
             )
         if not isinstance(method.config, Config | None):
             yield f"{method.name}: its configuration is not shown. {method.config}"
+
+
+def ignored_condition(run: Path) -> str:
+    """What a run's validation says, where it says that the network ignores its condition; else nothing."""
+    try:
+        figures = last_values(run, "val/condition_gain") if file_inside(run, "metrics.jsonl") else {}
+        if not ignores_condition(figures):
+            return ""
+        figures = {name.removeprefix("val/"): value for name, value in figures.items()}
+        return IGNORED.removeprefix("WARNING: ").format(**figures) + "."
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return ""  # a log that no training wrote
+
+
+def _unconditional(chapter: Chapter) -> Iterator[str]:
+    for method in (method for method in chapter.methods if method.trajectory):
+        if text := ignored_condition(method.trajectory.parent.parent):
+            yield f"{method.name}: {text}"
 
 
 def _recolouring(chapter: Chapter) -> Iterator[str]:

@@ -225,7 +225,27 @@ function viewer(root) {
   };
 }
 
-const viewers = [...document.querySelectorAll(".viewer")].map(viewer);
+/* One of several pictures, chosen by name; without this script the first is shown. */
+function picker(root) {
+  const [select, figures] = [root.querySelector("select"), [...root.querySelectorAll("figure")]];
+  function show(place) {
+    select.value = Math.max(0, Math.min(figures.length - 1, place));
+    figures.forEach((figure, k) => { figure.hidden = k !== Number(select.value); });
+  }
+  const step = (by) => () => show(Number(select.value) + by);
+  const keys = { n: step(1), p: step(-1) };
+  root.querySelector(".controls").hidden = false;
+  root.querySelector(".next").addEventListener("click", keys.n);
+  root.querySelector(".previous").addEventListener("click", keys.p);
+  select.addEventListener("change", step(0));
+  step(0)();
+  return { root, press: (key) => Boolean(keys[key] && (keys[key](), true)) };
+}
+
+const viewers = [
+  ...[...document.querySelectorAll(".viewer")].map(viewer),
+  ...[...document.querySelectorAll(".picker")].map(picker),
+];
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("select")) return;
