@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from cellflux_bridge import cli
 from cellflux_bridge.api import Bridge
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.config import load_config
 from cellflux_bridge.metrics import perturbation as protocol
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.perturbation import Cells, Protocol
@@ -324,3 +326,71 @@ def test_what_a_network_was_never_told_is_refused(train, run, plates):
         plain.translate(one, source="cmpd1", target="cmpd2")
     with pytest.raises(UserError, match="spacing=adaptive: are measured on validation patches"):
         Bridge.load(run).translate(one, source="DMSO", target="cmpd1", method="progression", calibrate="distance")
+
+
+# Screens as they are published, by the configurations that ship
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+KEYS = {"bbbc021": "Week{b}_2{b}_{n}", "rxrx1": "U2OS-0{b}_1_C05_s1_{n}", "cpg0000": "BR{b}_r01c01_f1_{n}"}
+FILES = {
+    "bbbc021": "Week{b}/2{b}/{n}.npy",
+    "rxrx1": "0{b}_1/C05/s1_{n}.npy",
+    "cpg0000": "BR{b}/r01c01_f1/r01c01_f1_{n}.npy",
+}
+INDEX = {
+    "bbbc021": "metadata/bbbc021_df_all.csv",
+    "rxrx1": "metadata/rxrx1_df.csv",
+    "cpg0000": "metadata/metadata_large.csv",
+}
+COLUMNS = {
+    "bbbc021": ("STATE", ("0", "1"), "CPD_NAME", "BATCH"),
+    "rxrx1": ("ANNOT", ("negative_control", "treated"), "CPD_NAME", "BATCH"),
+    "cpg0000": ("STATE", ("control", "trt"), "BROAD_SAMPLE", "PLATE"),
+}
+SMALL = [
+    *("data.image_size=16", "train.steps=2", "train.batch_size=8", "train.accumulate=1", "train.validate_pairs=8"),
+    *("train.precision=32-true", "train.accelerator=cpu", "train.sample_every=0", "translate.steps=1"),
+    "velocity={name: unet, channels: 8, multipliers: [1, 2], blocks: 1, attention: []}",
+]
+
+
+@pytest.mark.parametrize(("name", "channels"), [("bbbc021", 3), ("rxrx1", 6), ("cpg0000", 5)])
+def test_a_published_screen_trains_and_is_evaluated(tmp_path, name, channels, capsys):
+    root, rng, rows = tmp_path / name, np.random.default_rng(0), []
+    state, (control, treated), perturbation, batch = COLUMNS[name]
+    for n in range(64):
+        at = {"b": n % 2 + 1, "n": n}
+        label = ("", "taxol", "docetaxel")[n // 2 % 3]
+        split = "test" if n % 4 > 1 else "train"
+        file = root / FILES[name].format(**at)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, rng.integers(0, 255, (16, 16, channels), dtype=np.uint8))
+        row = {"SAMPLE_KEY": KEYS[name].format(**at), "SPLIT": split, state: treated if label else control}
+        rows.append({**row, perturbation: label or "EMPTY", batch: at["b"], "DOSE": 0.3 if label else 0})
+    config = load_config(CONFIGS / f"{name}.yaml")
+    index = root / INDEX[name]
+    index.parent.mkdir(parents=True)
+    with open(index, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    part = config.condition.parts[0]
+    vectors = rng.normal(size=(2, part["dimension"])).round(3).tolist()
+    lines = [[label, *vector] for label, vector in zip(("taxol", "docetaxel"), vectors, strict=True)]
+    with open(root / part["table"], "w", newline="") as file:
+        csv.writer(file).writerows([["", *range(part["dimension"])], *lines])
+    run = tmp_path / "run"
+    unseen = "[docetaxel]" if name == "bbbc021" else "[]"
+    given = [
+        f"data.root={root}",
+        f"output={run}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"data.split.unseen={unseen}",
+        "data.split.val=0.2",
+    ]
+    cli.main(["train", str(CONFIGS / f"{name}.yaml"), *given, *SMALL])
+    cli.main(["perturbations", str(run), "translate.steps=1"])
+    text = capsys.readouterr().out
+    assert "## seen perturbations, by profile" in text
+    assert ("## unseen perturbations, by profile" in text) == (name == "bbbc021")
+    assert np.load(run / "perturbations" / "made" / "run" / "made.npy").shape[1:] == (channels, 16, 16)

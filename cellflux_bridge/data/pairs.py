@@ -151,14 +151,22 @@ class Pairs:
         refusal = f"pairs.{key}: no {what} of the {self._split} split holds "
         remedy = f"; name {names} in the manifest or set pairs.{key}=false"
         lacking: dict[int, set[int]] = {}
+        by_group: dict[
+            int, dict[int, np.ndarray]
+        ] = {}  # of an array once: a thousand perturbations share their controls
         for kind in self._kinds:
-            sources, targets = (_by_group(members[groups[members] >= 0], groups) for members in kind[:2])
+            for members in kind[:2]:
+                if id(members) not in by_group:
+                    by_group[id(members)] = _by_group(members[groups[members] >= 0], groups)
+            sources, targets = (by_group[id(members)] for members in kind[:2])
             for number in targets.keys() - sources.keys():
                 lacking.setdefault(number, set()).update(targets[number].tolist())
             if both := [(sources[g], targets[g]) for g in sources if g in targets]:
                 shared.append((both, torch.tensor([float(min(len(a), len(b))) for a, b in both])))
                 kept.append(kind)
-            elif not self._by_level:
+            elif not (
+                self._by_level or (by_batch and self._split != "train")
+            ):  # of a few held-out cells some match none
                 both = " and ".join(repr(self._patches.classes[self._patches.labels[m[0]]]) for m in kind[:2])
                 raise UserError(f"{refusal}both {both}{remedy}")
         # By level a source is a target, too: where it is alone in its group, it could only become itself.
@@ -166,7 +174,8 @@ class Pairs:
             raise UserError(f"{refusal}a source and another patch as target{remedy}")
         if by_batch:
             self.unmatched = {self._patches.batch_names[n]: len(found) for n, found in sorted(lacking.items())}
-            if self.unmatched and self._config.batch_without_source == "error":
+            is_refused = self._split == "train" and self._config.batch_without_source == "error"
+            if self.unmatched and is_refused:
                 counts = abbreviate([f"{name} ({num} targets)" for name, num in self.unmatched.items()])
                 raise UserError(
                     f"pairs.match_batch: {len(self.unmatched)} batches of the {self._split} split have targets and no "
