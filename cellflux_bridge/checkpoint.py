@@ -149,6 +149,11 @@ def init_from(run: Path, model: nn.Module, config: Config) -> None:
                 f"train.init_from: {folder} was trained with {key}={abbreviate(before or ['none'])}, here they are "
                 f"{abbreviate(now or ['none'])}; set {key} alike"
             )
+    if leaked := sorted(set(config.data.split.unseen) - set(other.data.split.unseen)):
+        raise UserError(
+            f"train.init_from: {folder} was trained on {abbreviate(leaked)}, which no training here may see "
+            "(data.split.unseen); train it with the same data.split.unseen"
+        )
     load_weights(folder, model)
 
 

@@ -651,6 +651,10 @@ def test_a_batch_without_controls_is_told_or_left_out_and_counted(data):
     pairs = make_pairs(patches, data, batch_without_source="leave_out", **STAR)
     assert pairs.unmatched == {"p2": 10}
     assert {b for step in range(9) for b in pairs.batch(step).batch.tolist()} == {0, 1}
+    alone = np.where(np.arange(48) % 3 == 2, 2, batches)  # class C stands in p2 alone
+    pairs = make_pairs(cells(batches=alone), data, batch_without_source="leave_out", **STAR)
+    assert {c for step in range(9) for c in pairs.batch(step).target_class.tolist()} == {1}
+    assert pairs.unmatched["p2"] > 16
     with pytest.raises(UserError, match=r"pairs\.match_batch: no batch of the train split holds both 'A' and 'B'"):
         make_pairs(replace(patches, batches=np.full(48, -1)), data, **STAR)
     with pytest.raises(ValidationError, match="match_group and match_batch are both on"):

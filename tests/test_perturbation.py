@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from cellflux_bridge.metrics import perturbation as protocol
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.perturbation import Cells, Protocol
 from cellflux_bridge.trajectory import load_trajectory
+from cellflux_bridge.translation.perturbation import make_swapped, match_controls
 
 CLASSES = ("DMSO", "cmpd1", "cmpd2", "cmpd3")
 
@@ -25,11 +27,13 @@ def features(rng, labels, shift=1.0):
     return np.column_stack([shift * labels, np.zeros((len(labels), 2))]) + rng.normal(0, 0.3, (len(labels), 3))
 
 
-def cells(labels, *, batches=None, doses=None, images=None, **of) -> Cells:
+def cells(labels, *, batches=None, doses=None, images=None, origins=None, **of) -> Cells:
     num = len(labels)
     images = np.zeros((num, 1, 16, 16), np.uint8) if images is None else images
     batches = np.arange(num) % 2 if batches is None else batches
-    return Cells(images, np.asarray(labels), batches, np.ones(num, np.float32) if doses is None else doses, of)
+    doses = np.ones(num, np.float32) if doses is None else doses
+    origins = np.random.default_rng().permutation(10**6)[:num] if origins is None else origins
+    return Cells(images, np.asarray(labels), batches, doses, origins, of)
 
 
 # Figures
@@ -39,7 +43,7 @@ def test_pooled_and_mean_distances_are_those_of_their_definitions():
     rng = np.random.default_rng(0)
     labels = np.repeat([1, 2, 3], [40, 30, 4])
     real, made = features(rng, labels), features(rng, labels, shift=1.5)
-    found = protocol.distances(made, real, labels, labels, seed=0)
+    found = protocol.distances(cells(labels, f=made), cells(labels, f=real), "f", seed=0)
     enough = [labels == 1, labels == 2]  # 4 cells are too few
     assert found["FIDo"][0].value == pytest.approx(frechet_distance(made, real))
     assert found["KIDo"][0].value == pytest.approx(kid(made, real).value)
@@ -52,7 +56,7 @@ def test_pooled_distance_does_not_see_perturbations_that_change_places_and_the_m
     rng = np.random.default_rng(1)
     labels = np.repeat([1, 2], 200)
     real, made = features(rng, labels, shift=3), features(rng, labels, shift=3)
-    exchanged = protocol.distances(made, real, 3 - labels, labels, seed=0)
+    exchanged = protocol.distances(cells(3 - labels, f=made), cells(labels, f=real), "f", seed=0)
     assert exchanged["FIDo"][0].value < 0.1
     assert exchanged["FIDc"][0].value > 8  # the means are 3 apart
 
@@ -83,7 +87,7 @@ def test_effects_are_ratios_to_the_controls_of_the_own_batch():
     base = np.where(treated.batches[:, None] == 0, [[10.0, 2.0]], [[40.0, 8.0]])
     factor = np.where(treated.labels == 1, 2.0, 0.5) * treated.doses
     found = protocol.effects(base * factor[:, None], treated, of_controls, controls)
-    expected = {(1, 1.0): np.log(2), (1, 5.0): np.log(10), (2, 1.0): np.log(0.5), (2, 5.0): np.log(2.5)}
+    expected = {(1, "1"): np.log(2), (1, "5"): np.log(10), (2, "1"): np.log(0.5), (2, "5"): np.log(2.5)}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], [value] * 2, atol=1e-12)
@@ -94,7 +98,7 @@ def test_a_nucleus_that_is_not_found_counts_for_nothing():
     values = np.full((8, 2), 3.0)
     values[:3] = np.nan
     found = protocol.effects(values, treated, np.ones((6, 2)), controls)
-    np.testing.assert_allclose(found[1, 1.0], np.log(3))
+    np.testing.assert_allclose(found[1, "1"], np.log(3))
     values[3] = np.nan
     assert not protocol.effects(values, treated, np.ones((6, 2)), controls), "four nuclei are too few"
 
@@ -129,10 +133,46 @@ def test_what_is_told_of_cells_and_of_whom():
     assert rows["same", "seen", "batch told"].estimate.value > 0.95
     assert rows["same", "unseen", "mode of action told"].estimate.value > 0.95
     assert rows["same", "unseen", "mode of action told"].num == 60
+    assert rows["real test cells", "seen", "batch told"].estimate == rows["same", "seen", "batch told"].estimate
+    assert ("real test cells", "seen", "FIDo") not in rows
     assert rows["same", "seen", "FIDo"].estimate.value == pytest.approx(0, abs=1e-9)
     assert ("same", "unseen", "perturbation told") not in rows, "no regression knows it"
     assert rows["blind", "seen", "perturbation told"].estimate.value < 0.7
     assert rows["blind", "seen", "batch told"].estimate.value < 0.7
+
+
+def test_cells_of_one_origin_are_no_pair_of_a_kernel():
+    rng = np.random.default_rng(0)
+    real, of_controls = features(rng, np.zeros(60)), features(rng, np.zeros(6))
+    copies = np.repeat(of_controls, 10, axis=0)  # each control stands for ten cells
+    labels = np.ones(60, int)
+    far = protocol.distances(cells(labels, f=copies), cells(labels, f=real), "f", seed=0)["KIDo"][0]
+    near = protocol.distances(
+        cells(labels, f=copies, origins=np.repeat(range(6), 10)), cells(labels, f=real), "f", seed=0
+    )
+    whole = protocol.distances(cells(labels[:6], f=of_controls), cells(labels, f=real), "f", seed=0)
+    assert near["KIDo"][0].value == pytest.approx(whole["KIDo"][0].value)
+    assert near["KIDo"][0].value < far.value
+
+
+def test_controls_are_halved_batch_by_batch():
+    one, other = protocol.halves(cells([0] * 11, batches=np.arange(11) % 3))
+    assert not set(one.origins) & set(other.origins)
+    assert len(one.origins) + len(other.origins) == 11
+    for batch in range(3):
+        assert abs((one.batches == batch).sum() - (other.batches == batch).sum()) <= 1
+
+
+def test_methods_are_compared_at_as_many_cells_of_each_perturbation():
+    rng, labels = np.random.default_rng(0), np.repeat([1, 2], 20)
+    whole = cells(labels, f=features(rng, labels))
+    few = whole.at(np.flatnonzero((labels == 2) | (np.arange(40) < 8)))
+    options = {"train": whole, "test": whole, "controls": cells([0] * 4, f=whole.features["f"][:4])}
+    rows = Protocol(**options, unseen=[], moa={}, dna=0, seed=0).rows({"whole": whole, "few": few})
+    counts = {row.method: row.num for row in rows if row.figure == "FIDo"}
+    assert counts == {"whole": 28, "few": 28}
+    narrow = [row.estimate for row in rows if row.figure == "FIDc"]
+    assert all(np.isnan(found.low) for found in narrow), "two perturbations give no interval"
 
 
 def test_a_condition_that_is_ignored_moves_nothing():
@@ -264,6 +304,21 @@ def test_two_stages_begin_with_the_weights_of_the_first(train, run, plates):
     noise = Bridge.load(first)
     for name, tensor in noise._network.state_dict().items():
         torch.testing.assert_close(second._network.state_dict()[name], tensor, atol=1e-6, rtol=0)
+    vectors = plates / "other.csv"
+    vectors.write_text("name,a,b\ncmpd1,9,0\ncmpd2,0,9\ncmpd3,9,9\n")
+    parts = [
+        {"name": "embedding", "table": str(vectors), "dimension": 2, "without": ["DMSO"]},
+        {"name": "dose"},
+        {"name": "batch"},
+    ]
+    condition = {"target": "none", "source_class": False, "parts": parts}
+    own = Bridge.load(train("vectors", condition=condition, train={**stage, "init_from": str(first)}))
+    found = own._network.condition.embedding.vectors
+    assert found[1, 1] == found[2, 0] == 0, "the table is this run's own"
+    data = {"channels": 2, "layout": "manifest", "split": {"unseen": ["cmpd2", "cmpd3"]}}
+    leaking = {**stage, "batch_size": 8, "init_from": str(first)}
+    with pytest.raises(SystemExit, match="was trained on cmpd2, which no training here may see"):
+        train("leak", data=data, train=leaking)
     with pytest.raises(SystemExit, match=r"init_from: .* with data.classes=DMSO, cmpd1, .*, here they are cmpd2"):
         train(
             "other",
@@ -280,7 +335,7 @@ def test_two_stages_begin_with_the_weights_of_the_first(train, run, plates):
     back, forth = seen
     assert not back.present["embedding"].any()
     assert not back.present["dose"].any()
-    torch.testing.assert_close(forth.dose[:, 0], torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(forth.dose[:, 0], torch.tensor([0.0, 2.0]))
     assert forth.embedding.argmax(1).tolist() == [2, 2]
 
 
@@ -302,7 +357,7 @@ def test_a_stair_goes_along_doses_or_toward_a_compound_and_an_unseen_one_can_be_
     one = np.load(plates / "test" / "DMSO_0.npy")
     how = {"method": "progression", "levels": 2, "steps": 1, "solver": "euler", "noise_resampling": None}
     assert bridge.translate(one, target="cmpd3", source="DMSO", dose=(0.1, 10), **how).frames.shape == (3, 1, 2, 16, 16)
-    torch.testing.assert_close(seen[-1].dose[:, 0], torch.tensor([0.0, 1.0]))  # log10 of 1 and 10
+    torch.testing.assert_close(seen[-1].dose[:, 0], torch.tensor([-1.0, 1.0]))  # log10 of the first and the last
     assert seen[-1].embedding.tolist() == [[0, 0, 0, 1], [0, 0, 0, 1]], "of the whole compound at any dose"
     assert not seen[-1].present["batch"].any(), "of a foreign picture no plate is known"
     bridge.translate(one, target="cmpd1", source="DMSO", dose=10, **how)
@@ -313,6 +368,54 @@ def test_a_stair_goes_along_doses_or_toward_a_compound_and_an_unseen_one_can_be_
     cli.main(["translate", str(run), "--source", "DMSO", "--target", "cmpd2", "translate.dose=10"])
     folder = next((run / "trajectories").iterdir())
     assert load_trajectory(folder).frames.shape == (3, 2, 2, 16, 16)
+
+
+def test_cells_are_swapped_with_those_of_another_condition_only(run, plates):
+    bridge = Bridge.load(run)
+    patches, calls = bridge.patches(), []
+    how = {"split": "test", "num": None, "pairs": bridge.config.pairs, "seed": 0}
+    matched = match_controls(patches, "DMSO", ["cmpd1", "cmpd3"], **how)
+    inner = bridge.last_frames
+
+    def noted(sources, **ends):
+        calls.extend(zip(sources.ids, [ends["target"]] * len(sources.ids), sources.doses.tolist(), strict=True))
+        return inner(sources, **ends)
+
+    bridge.last_frames = noted
+    rows, made = make_swapped(bridge, patches, matched, np.arange(len(matched.treated)))
+    assert len(rows) == len(made) == len(calls) == 16
+    for name, label, dose in calls:
+        number = patches.ids.index(name)
+        assert (patches.classes[patches.labels[number]], patches.doses[number]) != (label, dose)
+    alike = np.flatnonzero((patches.labels[matched.treated] == 1) & (patches.doses[matched.treated] == 1))
+    assert len(make_swapped(bridge, patches, matched, alike)[0]) == 0
+
+
+def test_treated_cells_without_a_control_of_their_plate_are_refused_or_left_out(run):
+    bridge = Bridge.load(run)
+    patches = bridge.patches()
+    lost = replace(patches, batches=np.where(np.arange(len(patches.batches)) % 3 == 0, -1, patches.batches))
+    how = {"split": "test", "num": None, "seed": 0}
+    with pytest.raises(UserError, match=r"have no control in their batch: not known; set pairs.batch_without_source"):
+        match_controls(lost, "DMSO", ["cmpd1"], pairs=bridge.config.pairs, **how)
+    lenient = bridge.config.pairs.model_copy(update={"batch_without_source": "leave_out"})
+    found = match_controls(lost, "DMSO", ["cmpd1", "cmpd2"], pairs=lenient, **how)
+    assert found.left_out == 16 - len(found.treated) > 0
+    assert np.array_equal(lost.batches[found.treated], lost.batches[found.control])
+    assert (lost.batches[found.treated] >= 0).all()
+    anyone = bridge.config.pairs.model_copy(update={"match_batch": False})
+    assert len(match_controls(lost, "DMSO", ["cmpd1"], pairs=anyone, **how).treated) == 8
+
+
+def test_a_network_of_names_is_not_asked_for_unseen_ones_and_a_batch_it_never_saw_is_nothing(train, plates, capsys):
+    run = train("names", condition={"target": "class", "source_class": False, "parts": ["batch"]})
+    cli.main(["perturbations", str(run), "--num", "6"])
+    assert "left out, because a network here cannot make them: cmpd3." in capsys.readouterr().out
+    module = Bridge.load(run)._network.condition.batch
+    assert module.trained.all()
+    module.trained[1] = False
+    assert not module(torch.tensor([0, 1]))[1].any()
+    assert module(torch.tensor([0, 1]))[0].any()
 
 
 def test_what_a_network_was_never_told_is_refused(train, run, plates):

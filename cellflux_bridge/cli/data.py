@@ -31,6 +31,7 @@ def _nuclei(config) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     """data check CONFIG: say how the patches were read and what is wrong with them; fill the cache."""
     from cellflux_bridge.data.check import check_data, require_pairs
+    from cellflux_bridge.data.pairs import left_out
     from cellflux_bridge.data.patches import load_patches
     from cellflux_bridge.data.soft_labels import soft_labels
     from cellflux_bridge.flow.levels import assign_folds
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     elif config.condition.target == "level":
         needed = [*patches.indices("train"), *patches.indices("val")]
         soft_labels(patches, level, needed=needed, key="condition.level")
-    require_pairs(patches, config, batch_size=1)
+    if unmatched := require_pairs(patches, config, batch_size=1):
+        print(left_out(unmatched))
     try:
         require_pairs(patches, config, batch_size=config.train.batch_size)
         names = {"classes": list(patches.classes), "batches": list(patches.batch_names) or None}

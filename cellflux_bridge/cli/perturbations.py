@@ -7,6 +7,8 @@ from cellflux_bridge.base.errors import UserError
 
 # Real training cells that regressions are fitted to, and cells that are made again under another condition.
 _MOST_TRAINED, _NUM_SWAPPED = 20_000, 64
+# Controls of a batch whose nuclei are measured.
+_MOST_CONTROLS = 400
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,6 +23,8 @@ def run(args: argparse.Namespace) -> None:
     from cellflux_bridge.metrics.loading import cell_extractor
     from cellflux_bridge.translation.perturbation import control_class, make_swapped, make_treated, match_controls
 
+    if args.num is not None and args.num < 1:
+        raise UserError(f"--num {args.num}: expected at least 1")
     runs = [Path(args.config), *(args.beside or [])]
     names = [run_of(run).resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -36,62 +40,103 @@ def run(args: argparse.Namespace) -> None:
     table = args.moa or (beside if beside.is_file() else None)
     moa = files.read_moa(table, patches.classes) if table else {}
     control = patches.class_index(control_class(first))
-    train = patches.indices("train")
-    train = numpy_generator(config.seed, "perturbations", "training cells").permutation(train)
-    train = train[patches.labels[train] != control][:_MOST_TRAINED]
-    extractors = {"profile": protocol.Profile(patches.centre(train).numpy())}
+    targets = [label for label in patches.classes if all(bridge.can_make(label) for bridge in bridges)]
+    others = [label for label in patches.classes if label not in (*targets, patches.classes[control])]
+    matched = match_controls(
+        *(patches, patches.classes[control], [label for label in targets if label != patches.classes[control]]),
+        **{"split": args.split, "num": args.num, "pairs": config.pairs, "seed": config.seed},
+    )
+    treated, controls = matched.treated, matched.control
+    as_many, fitted = _of_training(patches, treated, seed=config.seed)
+    extractors = {"profile": protocol.Profile(patches.centre(fitted).numpy())}
     for name in args.features or ():
         extractors[name] = cell_extractor(name, channels=channels, device=first.fabric.device)
-    matched = match_controls(patches, patches.classes[control], split=args.split, num=args.num, seed=config.seed)
-    treated, controls = matched.treated, matched.control
 
-    def cells(of: np.ndarray, pixels: np.ndarray | None = None) -> protocol.Cells:
-        """Real cells, or `pixels` that stand for them, with their features."""
+    def cells(of: np.ndarray, pixels: np.ndarray | None = None, made_from: np.ndarray | None = None) -> protocol.Cells:
+        """Real cells with their features, or `pixels` that stand for them and come from other cells."""
         pixels = patches.centre(of).numpy() if pixels is None else pixels
         features = {name: extract(pixels) for name, extract in extractors.items()}
-        return protocol.Cells(pixels, patches.labels[of], patches.batches[of], patches.doses[of], features)
+        origins = of if made_from is None else made_from
+        return protocol.Cells(pixels, patches.labels[of], patches.batches[of], patches.doses[of], origins, features)
 
     made = {}
     for name, bridge in zip(names, bridges, strict=True):
-        made[name] = cells(treated, make_treated(bridge, patches, matched, output / "made" / name))
-    counts = zip(*np.unique(patches.labels[treated], return_counts=True), strict=True)
-    as_many = np.concatenate([train[patches.labels[train] == c][:num] for c, num in counts])
-    test, untreated = cells(treated), cells(treated, patches.centre(controls).numpy())
+        made[name] = cells(treated, make_treated(bridge, patches, matched, output / "made" / name), controls)
+    test, untreated = cells(treated), cells(treated, patches.centre(controls).numpy(), controls)
+    beside = {} if args.split == "train" or not len(as_many) else {files.REAL: cells(as_many)}
+    some = _some_of_each_batch(patches.indices(args.split, patches.classes[control]), patches.batches)
+    columns = patches.labels[some], patches.batches[some], patches.doses[some], some
     compared = protocol.Protocol(
-        train=cells(train),
+        train=cells(fitted),
         test=test,
-        controls=cells(patches.indices(args.split, patches.classes[control])),
+        controls=protocol.Cells(patches.centre(some).numpy(), *columns),
         unseen=[patches.class_index(label) for label in config.data.split.unseen],
         moa=moa,
         dna=args.dna,
         seed=config.seed,
     )
-    rows = compared.rows({files.REAL: cells(as_many), files.CONTROLS: untreated, **made})
+    rows = compared.rows({**beside, files.CONTROLS: untreated, **made})
     again = numpy_generator(config.seed, "perturbations", "swapped").permutation(len(treated))[:_NUM_SWAPPED]
     for name, bridge in zip(names, bridges, strict=True):
-        swapped = make_swapped(bridge, patches, matched, again)
-        sides = made[name].images[again], swapped, untreated.images[again]
-        rows += protocol.swap_rows(name, *sides, seed=config.seed)
+        differ, swapped = make_swapped(bridge, patches, matched, again)
+        if len(differ):
+            sides = made[name].images[differ], swapped, untreated.images[differ]
+            rows += protocol.swap_rows(name, *sides, seed=config.seed)
     labels = {number: patches.classes[number] for number in np.unique(test.labels).tolist()}
     drawn = files.draw(output, labels, test, {files.CONTROLS: untreated, **made})
-    written = files.write(rows, _notes(config), output, name=", ".join(names), drawn=drawn)
+    written = files.write(rows, _notes(config, matched, others), output, name=", ".join(names), drawn=drawn)
     print(written[-1].read_text(encoding="utf-8"))
     for path in written:
         print(f"wrote: {path}")
 
 
+def _of_training(patches, treated, *, seed: int):
+    """Training cells of the treated cells' perturbations: as many as there are of these, at most half, to stand beside
+    methods, and others that regressions are fitted to."""
+    import numpy as np
+
+    from cellflux_bridge.base.seeds import numpy_generator
+
+    draw, parts = numpy_generator(seed, "perturbations", "training cells"), ([np.empty(0, int)], [np.empty(0, int)])
+    train = draw.permutation(patches.indices("train"))
+    for label, num in zip(*np.unique(patches.labels[treated], return_counts=True), strict=True):
+        own = train[patches.labels[train] == label]
+        for part, chosen in zip(parts, np.split(own, [min(num, len(own) // 2)]), strict=True):
+            part.append(chosen)
+    as_many, fitted = map(np.concatenate, parts)
+    return as_many, draw.permutation(fitted)[:_MOST_TRAINED]
+
+
+def _some_of_each_batch(controls, batches):
+    """At most so many controls of every batch as give it a sure median."""
+    import numpy as np
+
+    own = batches[controls]
+    return np.concatenate([controls[own == batch][:_MOST_CONTROLS] for batch in np.unique(own)])
+
+
 def _require_same(patches, other, name: str) -> None:
     import numpy as np
 
-    same = all(
-        getattr(other, key) == getattr(patches, key) for key in ("ids", "classes", "batch_names", "preprocessing")
-    )
-    if not (same and np.array_equal(other.splits, patches.splits)):
-        raise UserError(f"--beside: {name} knows other cells, splits, classes or sizes; compare runs of one data set")
+    keys = ("ids", "classes", "batch_names", "preprocessing")
+    differing = [key for key in keys if getattr(other, key) != getattr(patches, key)]
+    if not differing and not np.array_equal(other.splits, patches.splits):
+        differing = ["splits"]
+    if differing:
+        raise UserError(f"--beside: {name} knows other {' and '.join(differing)}; compare runs of one data set")
 
 
-def _notes(config) -> list[str]:
-    from cellflux_bridge.metrics.perturbation_files import NOTES
+def _notes(config, matched, others) -> list[str]:
+    from cellflux_bridge.base.errors import abbreviate
+    from cellflux_bridge.metrics.perturbation_files import NOTES, PLATE
 
+    found = [PLATE[config.pairs.match_batch], *NOTES]
+    found += [
+        f"{len(set(matched.control.tolist()))} different controls stand for {len(matched.treated)} treated cells."
+    ]
+    if matched.left_out:
+        found.append(f"{matched.left_out} treated cells without a control in their batch were left out.")
+    if others:
+        found.append(f"left out, because a network here cannot make them: {abbreviate(others, limit=20)}.")
     unseen = config.data.split.unseen
-    return [*NOTES, *([f"unseen: no training saw {', '.join(unseen)}."] if unseen else [])]
+    return [*found, *([f"unseen: no training saw {abbreviate(unseen, limit=20)}."] if unseen else [])]

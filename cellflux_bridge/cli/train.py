@@ -9,6 +9,7 @@ from cellflux_bridge.cli.places import configuration, holds_ddim, start, tell_tr
 def run(args: argparse.Namespace) -> None:
     """train CONFIG_OR_RUN: train the flow; a stopped training goes on."""
     from cellflux_bridge.api import Bridge
+    from cellflux_bridge.data.pairs import left_out
     from cellflux_bridge.flow.levels import target_levels
     from cellflux_bridge.flow.task import IGNORED, FlowTask, build_flow, ignores_condition
     from cellflux_bridge.metrics.level_one import ALONE, too_little
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
 
     task = FlowTask(config, patches)  # refuses what cannot be trained before anything is written
     on_rank_zero(fabric, prepare)
+    if task.unmatched:
+        fabric.print(left_out(task.unmatched))
     if by_level:
         levels = target_levels(config, patches, folder=config.output, fabric=fabric)
         fabric.seed_everything(config.seed, verbose=False)  # cross-fitting drew, where it was not done already

@@ -164,9 +164,11 @@ class ConditionSpec(NamedTuple):
         return sum(part.channels for part in self.parts if part.form == "map")
 
     @property
-    def optional(self) -> tuple[str, ...]:
-        """The names of parts that may be absent from single samples."""
-        return tuple(part.name for part in self.parts if part.optional)
+    def dropped_alone(self) -> tuple[str, ...]:
+        """The names of parts that training drops by themselves, too: those that may be absent, unless nothing else says
+        what the target is."""
+        of_target = [part.name for part in self.parts if part.of_target]
+        return tuple(part.name for part in self.parts if part.optional and [part.name] != of_target)
 
     def has(self, form: str) -> bool:
         return any(part.form == form for part in self.parts)

@@ -8,7 +8,7 @@ from cellflux_bridge.condition.base import Part
 
 
 class Batch(Part):
-    """The batch (B,) int64 as a learned vector; absent where it is not known.
+    """The batch (B,) int64 as a learned vector; absent where it is not known, and zeros where no training saw it.
 
     A flow from noise needs it to draw a cell as its plate looks; a flow from control cells has it from the source.
     UserError for data without batches.
@@ -30,4 +30,17 @@ class Batch(Part):
         return fields["batch"] >= 0
 
     def embedding(self, width):
-        return nn.Embedding(len(self.names.batches), width)
+        return _Batches(len(self.names.batches), width)
+
+
+class _Batches(nn.Embedding):
+    """Learned vectors; zeros for batches that no training update had."""
+
+    def __init__(self, num: int, width: int):
+        super().__init__(num, width)
+        self.register_buffer("trained", torch.zeros(num, dtype=torch.bool))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.trained[batch] = True
+        return super().forward(batch) * self.trained[batch, None]

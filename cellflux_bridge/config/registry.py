@@ -15,6 +15,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
@@ -114,6 +115,7 @@ def _foreign_class(kind: str, name: str, *, key: str) -> type:
     return found
 
 
+@cache
 def _schema(cls: type) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(cls.__init__, eval_str=True).parameters.values():

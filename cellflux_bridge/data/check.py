@@ -146,13 +146,16 @@ def _ids_for_classes(classes: Sequence[str], config: DataConfig) -> list[str]:
     return [warning] if are_ids and config.classes is None else []
 
 
-def require_pairs(patches: Patches, config: Config, *, batch_size: int) -> None:
-    """UserError where training finds no pairs: an unknown transition, a class or a group without enough patches."""
+def require_pairs(patches: Patches, config: Config, *, batch_size: int) -> dict[str, int]:
+    """The targets that training leaves out, by their batch, because it has no source.
+
+    UserError where training finds no pairs: an unknown transition, a class or a group without enough patches.
+    """
     by_level = config.condition.target == "level"
     levels = np.eye(len(patches.classes), dtype=np.float32)[patches.labels] if by_level else None
     settings = {"seed": config.seed, "pairs": config.pairs, "data": config.data, "levels": levels}
-    for split in ("train", "val"):
-        Pairs(patches, None, split=split, batch_size=batch_size, **settings)
+    found = [Pairs(patches, None, split=split, batch_size=batch_size, **settings) for split in ("train", "val")]
+    return found[0].unmatched
 
 
 def _inspect(record: PatchRecord, preprocessing: Preprocessing, config: DataConfig) -> _Facts | str:

@@ -1,6 +1,6 @@
 """Batches of coupled (source, target) patches, each a function of (seed, step, rank) alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import permutations, product
 from threading import Lock
@@ -151,6 +151,8 @@ class Pairs:
         refusal = f"pairs.{key}: no {what} of the {self._split} split holds "
         remedy = f"; name {names} in the manifest or set pairs.{key}=false"
         lacking: dict[int, set[int]] = {}
+        # Of few held-out cells some match none.
+        may_lack = self._split != "train" or self._config.batch_without_source == "leave_out"
         by_group: dict[
             int, dict[int, np.ndarray]
         ] = {}  # of an array once: a thousand perturbations share their controls
@@ -164,9 +166,7 @@ class Pairs:
             if both := [(sources[g], targets[g]) for g in sources if g in targets]:
                 shared.append((both, torch.tensor([float(min(len(a), len(b))) for a, b in both])))
                 kept.append(kind)
-            elif not (
-                self._by_level or (by_batch and self._split != "train")
-            ):  # of a few held-out cells some match none
+            elif not self._by_level and not (by_batch and may_lack):
                 both = " and ".join(repr(self._patches.classes[self._patches.labels[m[0]]]) for m in kind[:2])
                 raise UserError(f"{refusal}both {both}{remedy}")
         # By level a source is a target, too: where it is alone in its group, it could only become itself.
@@ -174,8 +174,7 @@ class Pairs:
             raise UserError(f"{refusal}a source and another patch as target{remedy}")
         if by_batch:
             self.unmatched = {self._patches.batch_names[n]: len(found) for n, found in sorted(lacking.items())}
-            is_refused = self._split == "train" and self._config.batch_without_source == "error"
-            if self.unmatched and is_refused:
+            if self.unmatched and not may_lack:
                 counts = abbreviate([f"{name} ({num} targets)" for name, num in self.unmatched.items()])
                 raise UserError(
                     f"pairs.match_batch: {len(self.unmatched)} batches of the {self._split} split have targets and no "
@@ -342,3 +341,9 @@ def named_transitions(
         used = {label for pair in found for label in pair}
         found += [(label, label) for label in classes if label in used and (label, label) not in found]
     return found
+
+
+def left_out(unmatched: Mapping[str, int]) -> str:
+    """What is said of training cells whose batch has no source."""
+    shown = abbreviate([f"{name} ({num})" for name, num in unmatched.items()])
+    return f"left out of training: {sum(unmatched.values())} targets whose batch has no source: {shown}"

@@ -70,6 +70,7 @@ class FlowTask:
         self._train = build_pairs(config, patches, split="train", batch_size=train.batch_size, **options)
         self._val = build_pairs(config, patches, split="val", batch_size=val_size, **options)
         self._num_val_batches = -(-train.validate_pairs // val_size)
+        self.unmatched = self._train.unmatched
 
     def _encoded(self, pairs: PairBatch) -> PairBatch:
         x0, x1 = map(self.codec.to(pairs.x0.device).encode, pairs.patches())
@@ -84,7 +85,7 @@ class FlowTask:
     def batch(self, index: int, *, rank: int) -> FlowDraw:
         drawn = self._draw(self._train.batch(index, rank=rank), "train", index, rank)
         generator = torch_generator(self._config.seed, "condition dropout", index, rank)
-        share, optional = self._config.condition.dropout, self.model.spec.optional
+        share, optional = self._config.condition.dropout, self.model.spec.dropped_alone
         dropped = torch.rand(len(drawn.t), generator=generator) < share
         absent = torch.rand(len(optional), len(dropped), generator=generator) < share if optional else None
         return drawn._replace(dropped=dropped, absent=absent)
@@ -94,7 +95,9 @@ class FlowTask:
         pairs, t = self._encoded(drawn.pairs), drawn.t
         cond = self.model.spec.read(pairs._asdict())
         cond = cond if drawn.dropped is None else cond.drop(drawn.dropped)
-        for part, mask in zip(self.model.spec.optional, () if drawn.absent is None else drawn.absent, strict=False):
+        for part, mask in zip(
+            self.model.spec.dropped_alone, () if drawn.absent is None else drawn.absent, strict=False
+        ):
             cond = cond.without(part, mask)
         return FlowBatch(t, *self.path.sample(pairs.x0, pairs.x1, t, drawn.noise), cond)
 
@@ -111,28 +114,34 @@ class FlowTask:
         """On held-out pairs: the velocity's mean squared error and the share of u_t's power that it explains; and what
         the condition does where it is exchanged (see `_swapped`).
 
-        "condition swap" is how far the output moves then, relative to its norm, and "condition cosine" the mean cosine
-        of both outputs. "condition gain" is how much the error rises, relative to the error, with its standard error
-        over pairs: 0 for a network that ignores its condition.
+        "condition swap" is how far the output moves then, relative to its norm. Over pairs whose condition becomes
+        another, "condition cosine" is the mean cosine of both outputs, and "condition gain" how much the error rises,
+        relative to the error, with its standard error over pairs: 0 for a network that ignores its condition.
         """
         squares, rises, cosines = [], [], []
         for t, x_t, u_t, cond in self.validation_batches(device):
-            v, other = model(t, x_t, cond).float(), model(t, x_t, _swapped(self.model.spec, cond)).float()
+            swapped = _swapped(self.model.spec, cond)
+            v, other = model(t, x_t, cond).float(), model(t, x_t, swapped).float()
             weight = self.model.error_weight(t)[:, None, None, None].sqrt()
             parts = (weight * (v - u_t), weight * u_t, weight * (other - v), weight * v)
             squares.append([part.square().mean().item() for part in parts])
-            rises.append((weight * (other - u_t)).square().mean((1, 2, 3)) - parts[0].square().mean((1, 2, 3)))
-            cosines.append(cosine_similarity(v.flatten(1), other.flatten(1)))
+            differs = _differs(self.model.spec, cond, swapped)
+            rise = (weight * (other - u_t)).square().mean((1, 2, 3)) - parts[0].square().mean((1, 2, 3))
+            rises.append(rise[differs])
+            cosines.append(cosine_similarity(v.flatten(1), other.flatten(1))[differs])
         error, power, moved, size = np.mean(squares, axis=0).tolist()
-        rise = torch.cat(rises)
-        spread = rise.std().item() / len(rise) ** 0.5 if len(rise) > 1 else float("inf")
-        return {
+        found = {
             "val/velocity_mse": error,
             "val/velocity_explained": 1 - error / power,
             "val/condition_swap": (moved / max(size, 1e-12)) ** 0.5,
+        }
+        rise = torch.cat(rises)
+        if len(rise) < 2:  # all pairs have one condition
+            return found
+        return found | {
             "val/condition_cosine": torch.cat(cosines).mean().item(),
             "val/condition_gain": rise.mean().item() / max(error, 1e-12),
-            "val/condition_gain_error": spread / max(error, 1e-12),
+            "val/condition_gain_error": rise.std().item() / len(rise) ** 0.5 / max(error, 1e-12),
         }
 
     def sheet(self, model: nn.Module, device: torch.device) -> np.ndarray | None:
@@ -178,11 +187,22 @@ def ignores_condition(figures: Mapping[str, float]) -> bool:
 
 def _swapped(spec: ConditionSpec, cond: Condition) -> Condition:
     """Source and target class change places; otherwise levels are mirrored, or samples get one another's targets."""
-    if cond.target_class is not None and cond.source_class is not None and not spec.optional:
-        return cond.replace(target_class=cond.source_class, source_class=cond.target_class)
-    if cond.level is not None and not spec.optional:
-        return cond.replace(level=cond.level.flip(1))
     parts = [part.name for part in spec.parts if part.of_target]
-    return (
-        cond.permuted(parts, torch.arange(len(cond), device=cond.tensors[parts[0]].device).flip(0)) if parts else cond
-    )
+    if parts == ["target_class"] and cond.source_class is not None:
+        return cond.replace(target_class=cond.source_class, source_class=cond.target_class)
+    if parts == ["level"]:
+        return cond.replace(level=cond.level.flip(1))
+    if not parts:
+        return cond
+    columns = torch.cat([cond.tensors[name].view(len(cond), -1).float() for name in parts], dim=1)
+    number = columns.unique(dim=0, return_inverse=True)[1]
+    order, inverse = number.argsort(stable=True), torch.empty_like(number)
+    inverse[order] = order.roll(-int(number.bincount().max()))  # past all samples of one condition
+    return cond.permuted(parts, inverse)
+
+
+def _differs(spec: ConditionSpec, cond: Condition, other: Condition) -> torch.Tensor:
+    """Which samples (B,) bool have another target in another condition."""
+    parts = [part.name for part in spec.parts if part.of_target]
+    found = [(cond.tensors[name] != other.tensors[name]).view(len(cond), -1).any(1) for name in parts]
+    return torch.stack(found).any(0) if found else torch.zeros(len(cond), dtype=torch.bool)

@@ -8,6 +8,7 @@ Real training cells of the same perturbations, in the same numbers, go through e
 what perfect cells would reach. So do the controls themselves, which are what no treatment would reach.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -32,7 +33,9 @@ _QUANTILES = (1, 25, 50, 75, 99)
 _CHUNK = 1024
 _MOST_SPREADS = 5.0
 # Of a perturbation's number and a dose, the effect on each quantity.
-Effects = dict[tuple[int, float], np.ndarray]
+Effects = dict[tuple[int, str], np.ndarray]
+# The row of the real test cells, of which only what is told has a meaning.
+TEST = "real test cells"
 # What is measured of the nucleus nearest to the middle of a cell's image.
 QUANTITIES = ("nuclear_area", "nuclear_intensity")
 
@@ -51,18 +54,26 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Cells:
-    """N cells: images (N, C, H, W) uint8, the numbers (N,) int64 of their perturbations and batches (-1: none), and
-    doses (N,) float32 (0: none)."""
+    """N cells: images (N, C, H, W) uint8, the numbers (N,) int64 of their perturbations and batches (-1: none), doses
+    (N,) float32 (0: none), and `origins` (N,), the numbers of the real cells that they are or are made from: cells of
+    one origin are not independent."""
 
     images: np.ndarray
     labels: np.ndarray
     batches: np.ndarray
     doses: np.ndarray
+    origins: np.ndarray
     features: dict[str, np.ndarray] = field(default_factory=dict)
 
     def at(self, chosen: np.ndarray) -> "Cells":
         features = {name: values[chosen] for name, values in self.features.items()}
-        return Cells(self.images[chosen], self.labels[chosen], self.batches[chosen], self.doses[chosen], features)
+        columns = (self.images, self.labels, self.batches, self.doses, self.origins)
+        return Cells(*(column[chosen] for column in columns), features)
+
+    def first(self, counts: Mapping[int, int]) -> "Cells":
+        """At most so many cells of each perturbation, the first ones."""
+        chosen = [np.flatnonzero(self.labels == number)[:num] for number, num in counts.items()]
+        return self.at(np.sort(np.concatenate(chosen)) if chosen else np.empty(0, int))
 
 
 class Profile:
@@ -90,22 +101,34 @@ class Profile:
         return np.concatenate(found)
 
 
-def distances(made: np.ndarray, real: np.ndarray, made_labels: np.ndarray, labels: np.ndarray, *, seed: int):
-    """FIDo, FIDc, KIDo and KIDc of features (N, D) and (M, D), each with a 95 % interval and its number.
+def distances(made: Cells, real: Cells, by: str, *, seed: int) -> dict[str, tuple[Estimate, int]]:
+    """FIDo, FIDc, KIDo and KIDc by features of this name, each with a 95 % interval and its number.
 
     The interval of a mean over perturbations is the bootstrap over these; that of KIDo is `fidelity.kid`'s; FIDo has
-    none (a resample repeats cells, which moves its bias).
+    none (a resample repeats cells, which moves its bias). KID never pairs two cells of one origin.
     """
-    draw = numpy_generator(seed, "perturbations")
-    shared = [c for c in np.unique(labels) if min((labels == c).sum(), (made_labels == c).sum()) >= FEWEST]
-    each = [(made[made_labels == c], real[labels == c]) for c in shared]
-    nothing = Estimate(frechet_distance(made, real), float("nan"), float("nan"))
-    found = {"FIDo": (nothing, len(made))}
-    for name, of in (("FIDc", frechet_distance), ("KIDc", lambda a, b: kid(a, b).value)):
-        values = np.array([of(*pair) for pair in each])
-        found[name] = estimate_mean(values, np.arange(len(values)), num=NUM_RESAMPLES, generator=draw), len(values)
-    found["KIDo"] = kid(made, real, num_subsamples=_NUM_HALVES, generator=draw), len(made)
+    draw, pair = numpy_generator(seed, "perturbations"), (made, real)
+    counts = [Counter(side.labels.tolist()) for side in pair]
+    shared = [c for c in sorted(counts[1]) if min(count[c] for count in counts) >= FEWEST]
+
+    def kernel(one: Cells, other: Cells, **how) -> Estimate:
+        return kid(one.features[by], other.features[by], groups=one.origins, real_groups=other.origins, **how)
+
+    def frechet(one: Cells, other: Cells) -> float:
+        return frechet_distance(one.features[by], other.features[by])
+
+    found = {"FIDo": (Estimate(frechet(made, real), float("nan"), float("nan")), len(made.labels))}
+    for name, of in (("FIDc", frechet), ("KIDc", lambda one, other: kernel(one, other).value)):
+        values = np.array([of(*(side.at(side.labels == c) for side in pair)) for c in shared])
+        found[name] = _mean(values, np.arange(len(values)), draw), len(values)
+    found["KIDo"] = kernel(made, real, num_subsamples=_NUM_HALVES, generator=draw), len(made.labels)
     return found
+
+
+def _mean(values: np.ndarray, groups: np.ndarray, draw: np.random.Generator) -> Estimate:
+    """A mean with a bootstrap over groups; no interval of fewer than three."""
+    found = estimate_mean(values, groups, num=NUM_RESAMPLES, generator=draw)
+    return found if len(np.unique(groups)) >= 3 else found._replace(low=float("nan"), high=float("nan"))
 
 
 class Teller:
@@ -133,12 +156,25 @@ def effects(values: np.ndarray, cells: Cells, controls: np.ndarray, of: Cells) -
         logs, of_controls = (np.log(np.where(v > 0, v, np.nan)) for v in (values, controls))
     base = {b: np.nanmedian(of_controls[of.batches == b], axis=0) for b in np.unique(of.batches)}
     ratio = logs - np.stack([base.get(b, np.full(2, np.nan)) for b in cells.batches])
-    keys = list(zip(cells.labels.tolist(), cells.doses.round(6).tolist(), strict=True))
+    keys = list(zip(cells.labels.tolist(), map(_dose, cells.doses), strict=True))
     numbers = {key: [] for key in dict.fromkeys(keys)}
     for row, key in enumerate(keys):
         numbers[key].append(row)
     found = {key: ratio[rows] for key, rows in numbers.items()}
     return {key: np.nanmedian(r, axis=0) for key, r in found.items() if np.isfinite(r).all(1).sum() >= FEWEST}
+
+
+def _dose(dose: float) -> str:
+    return f"{dose:.6g}"
+
+
+def halves(controls: Cells) -> tuple[Cells, Cells]:
+    """Every batch's controls in two halves, so that what two sets are compared with errs independently."""
+    place = np.zeros(len(controls.labels), int)
+    for batch in np.unique(controls.batches):
+        own = np.flatnonzero(controls.batches == batch)
+        place[own] = np.arange(len(own)) % 2
+    return controls.at(place == 0), controls.at(place == 1)
 
 
 def correlation(made: np.ndarray, real: np.ndarray, *, seed: int) -> Estimate:
@@ -156,8 +192,9 @@ def correlation(made: np.ndarray, real: np.ndarray, *, seed: int) -> Estimate:
 class Protocol:
     """What methods are compared with: real cells, and what is trained on them.
 
-    `train`, `test` and `controls` are real cells with features by name; `unseen` numbers perturbations that no training
-    saw; `moa` gives the mode of action of a perturbation's number, where known; `dna` is the nuclear channel.
+    `train`, to which regressions are fitted, and `test` are real cells with features by name, `controls` real controls;
+    `unseen` numbers perturbations that no training saw; `moa` gives the mode of action of a perturbation's number,
+    where known; `dna` is the nuclear channel.
     """
 
     train: Cells
@@ -170,22 +207,26 @@ class Protocol:
     _tellers: dict[tuple[str, str], Teller | None] = field(default_factory=dict, init=False)
 
     def rows(self, methods: Mapping[str, Cells]) -> list[Row]:
-        """All figures of all methods, each a set of made cells with features of the same names."""
-        of_controls = self._measured(self.controls, "controls")
-        found = {
-            name: effects(self._measured(cells, name), cells, of_controls, self.controls)
-            for name, cells in {"real cells": self.test, **methods}.items()
-        }
+        """All figures of all methods, each a set of made cells with features of the same names.
+
+        A method may lack a perturbation. Where it has one, distances use as many cells of it as every method that has
+        it. What is told of the real test cells themselves is a row of its own, TEST.
+        """
+        bases = [(of, self._measured(of, "controls")) for of in halves(self.controls)]
+        of_real = effects(self._measured(self.test, TEST), self.test, bases[0][1], bases[0][0])
+        everything = [Counter(cells.labels.tolist()) for cells in (self.test, *methods.values())]
+        common = {c: min(count[c] for count in everything if count[c]) for c in everything[0]}
         rows = []
-        for name, cells in methods.items():
-            for group, wanted in (("seen", False), ("unseen", True)):
-                made, real = (
-                    c.at(np.flatnonzero(np.isin(c.labels, self.unseen) == wanted)) for c in (cells, self.test)
-                )
-                if len(made.labels) and len(real.labels):
-                    own = {key: value for key, value in found[name].items() if (key[0] in self.unseen) == wanted}
-                    figures = [*self._distances(made, real), *self._told(made, group)]
-                    figures += self._correlations(own, found["real cells"])
+        for group, wanted in (("seen", False), ("unseen", True)):
+            inside = {c: num for c, num in common.items() if (c in self.unseen) == wanted}
+            real = self.test.at(np.isin(self.test.labels, list(inside)))
+            rows += [Row(TEST, group, *figure) for figure in self._told(real, group)]
+            for name, cells in methods.items():
+                made = cells.at(np.isin(cells.labels, list(inside)))
+                if len(made.labels):
+                    own = effects(self._measured(made, name), made, bases[1][1], bases[1][0])
+                    figures = [*self._distances(made.first(inside), real.first(inside)), *self._told(made, group)]
+                    figures += self._correlations(own, of_real)
                     rows += [Row(name, group, *figure) for figure in figures]
         return rows
 
@@ -193,8 +234,8 @@ class Protocol:
         return measured(cells.images, dna=self.dna, desc=f"nuclei: {name}")
 
     def _distances(self, made: Cells, real: Cells) -> Iterator[tuple[str, str, Estimate, int]]:
-        for by, features in made.features.items():
-            found = distances(features, real.features[by], made.labels, real.labels, seed=self.seed)
+        for by in made.features:
+            found = distances(made, real, by, seed=self.seed)
             yield from ((figure, by, *value) for figure, value in found.items())
 
     def _told(self, made: Cells, group: str) -> Iterator[tuple[str, str, Estimate, int]]:
@@ -206,7 +247,7 @@ class Protocol:
                 if teller := self._teller(by, figure):
                     draw = numpy_generator(self.seed, "perturbations", "told")
                     is_right = teller.right(made.features[by][known], truth[known])
-                    told = estimate_mean(is_right, wells(made)[known], num=NUM_RESAMPLES, generator=draw)
+                    told = _mean(is_right, wells(made)[known], draw)
                     yield f"{figure} told", by, told, int(known.sum())
 
     def _truths(self, cells: Cells) -> dict[str, np.ndarray]:
@@ -235,8 +276,8 @@ class Protocol:
 
 def wells(cells: Cells) -> np.ndarray:
     """A number (N,) for the cells of one perturbation, dose and batch, which are not independent."""
-    columns = np.stack([cells.labels, cells.batches, cells.doses.round(6)])
-    return np.unique(columns, axis=1, return_inverse=True)[1].ravel()
+    doses = np.unique([_dose(dose) for dose in cells.doses], return_inverse=True)[1]
+    return np.unique(np.stack([cells.labels, cells.batches, doses]), axis=1, return_inverse=True)[1].ravel()
 
 
 def swap_rows(method: str, made: np.ndarray, swapped: np.ndarray, sources: np.ndarray, *, seed: int) -> list[Row]:

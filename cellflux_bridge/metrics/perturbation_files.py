@@ -23,15 +23,19 @@ FORMAT = 1
 REAL, CONTROLS = "real training cells", "controls, untreated"
 # Pictures of perturbations that are drawn at most, and cells of each.
 MOST_DRAWN, _NUM_SHOWN = 48, 8
-NOTES = (
-    "Each real treated cell stands beside a cell that is made from a control of its own batch, for its own "
+PLATE = {
+    True: "Each real treated cell stands beside a cell that is made from a control of its own batch, for its own "
     "perturbation and dose.",
+    False: "Each real treated cell stands beside a cell that is made from any control, for its own perturbation and "
+    "dose.",
+}
+NOTES = (
     "FIDo, KIDo: all cells at once. FIDc, KIDc: means over perturbations of at least 5 cells, intervals over these. "
     "Compare only values of the same features and the same n: FID is biased upward at small n.",
-    "real training cells: as many, of the same perturbations; perfect cells would reach this. controls, untreated: the "
-    "sources themselves; no treatment would reach this.",
-    "told: by a logistic regression on real training cells, which are therefore told too easily; intervals over wells. "
-    "The batch is kept where that of made cells is told as often as that of real ones.",
+    "real training cells: as many, at most half of those there are; perfect cells would reach this. controls, "
+    "untreated: the sources themselves; no treatment would reach this.",
+    "told: by a logistic regression on other real training cells, intervals over wells. The batch is kept where that "
+    "of made cells is told as often as that of real test cells.",
     "effect on: the correlation, over perturbations and doses, of made with real median log ratios to the controls of "
     "the batch, measured on the nucleus nearest to the middle.",
     "condition swapped: how far cells move when only perturbation and dose change; a cosine near 1 means that they "

@@ -26,7 +26,7 @@ from cellflux_bridge.translation.base import Translator, require_finite
 from cellflux_bridge.translation.inputs import Context, Sources
 from cellflux_bridge.translation.level_calibration import LevelCalibration
 from cellflux_bridge.translation.settings import TranslateConfig, method_keys
-from cellflux_bridge.transport.base import Flow, Transport, source_noise
+from cellflux_bridge.transport.base import Flow, Transport, source_noise, uniform_levels
 from cellflux_bridge.velocity.base import Velocity
 
 _NOTHING = Context()
@@ -69,7 +69,7 @@ class FlowTranslator(Translator):
     def _require_condition(self, settings: TranslateConfig) -> None:
         """UserError for a target or a dose that this network was never told."""
         condition, unseen = self.config.condition, self.config.data.split.unseen
-        if settings.target in unseen and not condition.has("embedding"):
+        if settings.target in unseen and not self.can_make(settings.target):
             raise UserError(
                 f"translate.target: no training saw {settings.target!r} (data.split.unseen), and this network is not "
                 "conditioned on vectors of classes; train with a part `embedding` in condition.parts"
@@ -195,9 +195,10 @@ class FlowTranslator(Translator):
         share, dose = labels[:, target], None
         if context.doses is not None:
             dose = context.doses.to(x0)[of]
-        elif isinstance(settings.dose, tuple):  # levels are doses, all of the target
-            first, last = settings.dose
-            dose, whole = first * (last / first) ** share, torch.zeros_like(labels)
+        elif isinstance(settings.dose, tuple):  # levels are doses, all of the target, from the first level on
+            (first, last), lowest = settings.dose, self._first_level(settings)
+            way = ((share - lowest) / (1 - lowest)).clamp(0, 1) if lowest < 1 else torch.ones_like(share)
+            dose, whole = first * (last / first) ** way, torch.zeros_like(labels)
             whole[:, target] = 1
             labels = torch.where(share[:, None] > 0, whole, labels)
         elif settings.dose is not None:
@@ -210,6 +211,9 @@ class FlowTranslator(Translator):
             batch=None if context.batches is None else context.batches.to(x0.device)[of],
             dose=None if dose is None else torch.where(share > 0, dose, 0),
         )
+
+    def _first_level(self, settings: TranslateConfig) -> float:
+        return uniform_levels(settings.of(settings.method).get("levels", 1))[1]
 
     def _labels(self, settings: TranslateConfig, levels: torch.Tensor) -> torch.Tensor:
         """Soft labels (..., num_classes) of levels (...) between a translation's source and target."""
@@ -227,6 +231,11 @@ class FlowTranslator(Translator):
             guides = [lambda x, guide=guide: guide(self.codec.decode(x)) for guide in guides]
         how = {"form": guidance.form, "weight": guidance.weight, "start": guidance.start}
         return ClassifierGuided(plain, guides, self.path, labels, **how)
+
+    def can_make(self, label: str) -> bool:
+        """Whether the network can be asked for a class: it saw it as a target, or knows its vector."""
+        is_known = label not in self.config.data.split.unseen or self.config.condition.has("embedding")
+        return is_known and label in {target for _, target in self._trained()}
 
     def identity(self) -> str:
         """A short text that differs where translations would: of other settings, another step or other weights."""

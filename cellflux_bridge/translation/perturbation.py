@@ -19,15 +19,18 @@ from cellflux_bridge.base.files import csv_text, regular, replace_text, reserved
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.data.settings import PairsConfig
 from cellflux_bridge.translation.flow import FlowTranslator
 from cellflux_bridge.translation.inputs import Sources
 
 
 class Matched(NamedTuple):
-    """Numbers (N,) of real treated cells of a data set, and of a control of the same batch for each."""
+    """Numbers (N,) of real treated cells of a data set, and of a control for each; how many treated cells have no
+    control in their batch and were left out."""
 
     treated: np.ndarray
     control: np.ndarray
+    left_out: int = 0
 
 
 def control_class(translator: FlowTranslator) -> str:
@@ -44,33 +47,43 @@ def control_class(translator: FlowTranslator) -> str:
     return starts.pop()
 
 
-def match_controls(patches: Patches, control: str, *, split: str, num: int | None, seed: int) -> Matched:
-    """At most `num` treated cells of every class in a split, each with a control of its own batch and split.
+def match_controls(
+    patches: Patches,
+    control: str,
+    targets: Sequence[str],
+    *,
+    split: str,
+    num: int | None,
+    pairs: PairsConfig,
+    seed: int,
+) -> Matched:
+    """At most `num` treated cells of each target in a split, each with a control of that split: with
+    pairs.match_batch, of its own batch.
 
-    Both are drawn by the seed; the controls of a batch take turns. UserError that counts cells whose batch has no
-    control there, and where no class but the control has a cell.
+    Both are drawn by the seed; controls take turns. A cell whose batch is not known or has no control there is left out
+    and counted, or a UserError, as pairs.batch_without_source says. UserError, too, where no cell is left.
     """
-    labels = [label for label in patches.classes if label != control]
-    treated = np.concatenate([patches.sample(split, label, num=num, seed=seed) for label in labels])
-    controls = patches.indices(split, control)
+    found = [patches.sample(split, label, num=num, seed=seed) for label in targets]
+    treated, controls = np.concatenate([np.empty(0, np.int64), *found]), patches.indices(split, control)
     if len(treated) == 0 or len(controls) == 0:
         lacking = "treated cell" if len(treated) == 0 else f"cell of the controls' class {control!r}"
         raise UserError(f"the {split} split has no {lacking}; name splits in the data, or raise data.split.{split}")
+    batches = patches.batches if pairs.match_batch else np.zeros(len(patches.labels), int)
     chosen = np.full(len(treated), -1)
-    for batch in np.unique(patches.batches[treated]):
-        own = controls[patches.batches[controls] == batch]
-        rows = np.flatnonzero(patches.batches[treated] == batch)
-        if len(own):
+    for batch in np.unique(batches[treated]):
+        own, rows = controls[batches[controls] == batch], np.flatnonzero(batches[treated] == batch)
+        if len(own) and batch >= 0:
             order = numpy_generator(seed, "controls", split, int(batch)).permutation(own)
             chosen[rows] = np.resize(order, len(rows))
-    if (lacking := chosen < 0).any():
-        found = np.unique(patches.batches[treated[lacking]])
-        names = ["none" if batch < 0 else patches.batch_names[batch] for batch in found]
+    kept = chosen >= 0
+    if not kept.all() and (pairs.batch_without_source == "error" or not kept.any()):
+        without = np.unique(batches[treated[~kept]])
+        names = ["not known" if batch < 0 else patches.batch_names[batch] for batch in without]
         raise UserError(
-            f"{lacking.sum()} treated cells of the {split} split have no control in their batch: {abbreviate(names)}; "
-            "leave such batches out of the split (data.without)"
+            f"{(~kept).sum()} treated cells of the {split} split have no control in their batch: {abbreviate(names)}; "
+            "set pairs.batch_without_source=leave_out to go on without them"
         )
-    return Matched(treated, chosen)
+    return Matched(treated[kept], chosen[kept], int((~kept).sum()))
 
 
 def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched, folder: Path) -> np.ndarray:
@@ -82,6 +95,8 @@ def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched,
     rows = csv_text([_COLUMNS, *_rows(patches, matched)])
     made_with = {"network": translator.identity(), "cells": hashlib.sha256(rows.encode()).hexdigest()[:16]}
     stamp, file = folder / "made_with.json", folder / "made.npy"
+    if linked := [path for path in (folder, stamp, file) if path.is_symlink()]:
+        raise UserError(f"{linked[0]}: is a symbolic link, through which nothing is written; choose another --output")
     shape = (len(matched.treated), *_shape(translator))
     if not stamp.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,19 +125,27 @@ def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched,
     return open_memmap(file, mode="r")
 
 
-def make_swapped(translator: FlowTranslator, patches: Patches, matched: Matched, rows: np.ndarray) -> np.ndarray:
-    """The cells of some rows as they would be under the next row's perturbation and dose, of the same control and
-    noise: (n, C, H, W) uint8."""
+def make_swapped(
+    translator: FlowTranslator, patches: Patches, matched: Matched, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows (n,) for which another row has another perturbation or dose, and the cells (n, C, H, W) uint8 that come
+    of their controls and noise under that other condition."""
+    keys = np.stack([patches.labels[matched.treated[rows]], patches.doses[matched.treated[rows]]], axis=1)
+    number = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
+    order = np.argsort(number, kind="stable")
+    other = np.empty_like(order)
+    other[order] = np.roll(order, -np.bincount(number).max())  # past all rows of one condition
+    differs = number[other] != number
+    rows, given = rows[differs], rows[other][differs]
     made = np.empty((len(rows), *_shape(translator)), np.uint8)
-    given = np.roll(rows, -1)
-    for number in np.unique(patches.labels[matched.treated[given]]):
-        chosen = np.flatnonzero(patches.labels[matched.treated[given]] == number)
+    for label in np.unique(patches.labels[matched.treated[given]]):
+        chosen = np.flatnonzero(patches.labels[matched.treated[given]] == label)
         sources = _sources(patches, matched, rows[chosen])
         sources = sources._replace(doses=patches.doses[matched.treated[given[chosen]]])
-        how = {"source": control_class(translator), "target": patches.classes[number]}
+        how = {"source": control_class(translator), "target": patches.classes[label]}
         for part, frames in translator.last_frames(sources, **how):
             made[chosen[part]] = frames
-    return made
+    return rows, made
 
 
 def _shape(translator: FlowTranslator) -> tuple[int, int, int]:

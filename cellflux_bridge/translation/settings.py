@@ -45,8 +45,8 @@ class TranslateConfig(Section):
     num: Count | None = 64
     method: str = "path"
     guidance_scale: NonNegative = 1.0
-    # Of networks that are conditioned on a dose: that of the target, or the first and the last of a stair along doses,
-    # which rise evenly in their logarithm; null: not known.
+    # Of networks that are conditioned on a dose: that of the target, or those of the first and the last level of a
+    # stair along doses, between which the logarithm rises evenly; null: not known.
     dose: Positive | tuple[Positive, Positive] | None = None
     guidance: GuidanceConfig = GuidanceConfig()
     batch_size: Few = 64  # images that go through the network at once
