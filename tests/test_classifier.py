@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.stats import norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
@@ -106,7 +107,9 @@ def test_a_timm_model_by_its_name():
 
 
 def test_an_unknown_backbone_is_refused_by_name():
-    with pytest.raises(UserError, match=r"classifier\.backbone: .*resnet_of_nowhere.*expected 'small' or a timm model"):
+    with pytest.raises(
+        UserError, match=r"classifier\.backbone: .*resnet_of_nowhere.*expected small, fast or a timm model"
+    ):
         PatchClassifier(2, backbone="resnet_of_nowhere")
 
 
@@ -537,3 +540,17 @@ def test_soft_labels_are_learned_and_their_error_told(patch_folder, configured):
     scores = classifier_scores.image_scores(task.model.eval(), patches, device=CPU, labels="score")
     assert 0 < scores["test/score_mae"] < 1
     assert "test/score_mae" not in classifier_scores.image_scores(task.model, patches, device=CPU)
+
+
+def test_the_fast_backbone_costs_a_quarter_and_sees_every_pixel():
+    small, fast = PatchClassifier(2).eval(), PatchClassifier(2, backbone="fast").eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    costs = []
+    for model in (small, fast):
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        costs.append(counter.get_total_flops())
+    assert 0.22 < costs[1] / costs[0] < 0.3
+    fast(x).sum().backward()
+    assert (x.grad.abs().amax(1) > 0).all()
+    assert fast.features(x).shape == small.features(x).shape

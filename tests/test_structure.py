@@ -107,7 +107,7 @@ def test_the_layer_distance_is_its_definition_for_any_number_of_sequences():
     np.testing.assert_array_equal(found[:, [0, 2]], 0)
 
 
-@pytest.mark.parametrize(("backbone", "num"), [("small", 3), ("test_resnet", 5)])
+@pytest.mark.parametrize(("backbone", "num"), [("small", 3), ("fast", 3), ("test_resnet", 5)])
 def test_classifiers_show_their_stages(backbone, num):
     model = PatchClassifier(2, backbone=backbone, view="grey").eval()
     maps = model.feature_maps(torch.rand(2, 3, 32, 32) * 2 - 1)

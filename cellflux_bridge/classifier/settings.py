@@ -23,7 +23,8 @@ class ClassifierTrainConfig(TrainConfig):
 
 
 class ClassifierConfig(Section):
-    """A classifier of patches: `small` (a built-in for small patches) or any timm model name, and what it looks at."""
+    """A classifier of patches: `small` (a built-in for small patches), `fast` (the same at a quarter of the cost) or
+    any timm model name, and what it looks at."""
 
     backbone: str = "small"
     pretrained: bool = False
