@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cellflux_bridge.images import read_rgb
+from cellflux_bridge.metrics.perturbation import TEST
 from cellflux_bridge.metrics.perturbation_files import CONTROLS, HUNDREDFOLD, REAL, Table, picture_of, tables
 from cellflux_bridge.metrics.words import interval, number
 from cellflux_bridge.report.gallery import encode_row
@@ -56,7 +57,7 @@ def load_perturbations(runs: Sequence[Path], *, budget: int) -> list[Treated]:
 
 def _view(run: Path, file: Path, budget: int) -> Treated:
     record = read(file, Perturbations)
-    methods = [name for name in dict.fromkeys(row.method for row in record.rows) if name not in (REAL, CONTROLS)]
+    methods = [name for name in dict.fromkeys(row.method for row in record.rows) if name not in (TEST, REAL, CONTROLS)]
     said = [Said(name, list(_paragraphs(record.rows, name))) for name in methods]
     pictures = _pictures(file.parent, record.drawn, budget)
     ignored = ignored_condition(run)
@@ -126,19 +127,22 @@ def _paragraphs(rows: Sequence[PerturbationRow], method: str) -> Iterator[str]:
 
 
 class _Beside:
-    """A figure of made cells, of real training cells and of untreated controls; None where there is none."""
+    """A figure of made cells, of real cells (test cells where they have it, else training cells) and of untreated
+    controls; None where there is none."""
 
     def __init__(self, found: dict[tuple[str, str, str], Interval], group: str, figure: str, method: str):
-        self.made, self.real, self.controls = (found.get((group, figure, name)) for name in (method, REAL, CONTROLS))
+        self.real_name = TEST if (group, figure, TEST) in found else REAL
+        names = (method, self.real_name, CONTROLS)
+        self.made, self.real, self.controls = (found.get((group, figure, name)) for name in names)
 
     def text(self, write: Callable[[float], str]) -> str:
-        known = {"real training cells": self.real, "untreated controls": self.controls}
+        known = {self.real_name: self.real, "untreated controls": self.controls}
         others = ", ".join(f"{name} {write(of[0])}" for name, of in known.items() if of)
         return write(self.made[0]) + (f" ({others})" if others else "")
 
     @property
     def way(self) -> float:
-        """0 where made cells are as untreated controls, 1 where they are as real training cells."""
+        """0 where made cells are as untreated controls, 1 where they are as real cells."""
         return (self.made[0] - self.controls[0]) / (self.real[0] - self.controls[0])
 
 
