@@ -133,6 +133,15 @@ def test_labels_batches_and_doses_come_from_the_columns(screen):
     ]
 
 
+def test_a_column_of_groups_keeps_a_well_in_one_split(screen, data_config):
+    root = screen("rxrx1")
+    layout = Imaging(root, preset="rxrx1", group="BATCH")
+    assert [record.group for record in layout.records()] == ["1", "1", "3"]
+    settings = {"name": "imaging", "preset": "rxrx1", "group": "SPLIT", "split": ""}
+    index = patch_index(data_config(root, layout=settings, channels=6), seed=0)
+    assert index.splits[0] == index.splits[1], "one group stays together"
+
+
 def test_what_is_given_wins_over_the_preset(screen):
     root = screen("bbbc021")
     os.rename(root / "metadata/bbbc021_df_all.csv", root / "mine.csv")

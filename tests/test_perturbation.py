@@ -497,3 +497,7 @@ def test_a_published_screen_trains_and_is_evaluated(tmp_path, name, channels, ca
     assert "## seen perturbations, by profile" in text
     assert ("## unseen perturbations, by profile" in text) == (name == "bbbc021")
     assert np.load(run / "perturbations" / "made" / "run" / "made.npy").shape[1:] == (channels, 16, 16)
+    cli.main(["report", str(run)])
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Perturbations: run" in page
+    assert "cells under taxol" in page

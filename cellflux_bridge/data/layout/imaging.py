@@ -16,7 +16,7 @@ from cellflux_bridge.data.table import FilesBelow, column_name, is_absent, numbe
 _DEFAULTS = {
     "index": "index.csv", "key": "SAMPLE_KEY", "key_pattern": "", "file": "{SAMPLE_KEY}.npy", "split": "SPLIT",
     "perturbation": "CPD_NAME", "state": "STATE", "control": "control", "treated": "", "control_label": "control",
-    "batch": "BATCH", "dose": "",
+    "batch": "BATCH", "dose": "", "group": "",
 }  # fmt: skip
 _PRESETS = {
     "bbbc021": {
@@ -58,7 +58,8 @@ class Imaging(Layout):
 
     A row whose `state` is `control` gets the class `control_label`; one whose `state` is `treated` ("": any other) the
     class in `perturbation`; rows of further states are left out and counted. `batch` and `dose` are columns, too ("":
-    none), and `split` ("": none), whose words are read as a manifest's are.
+    none), and so are `group` (the well or plate that must stay in one split) and `split`, whose words are read as a
+    manifest's are.
 
     Each of these is taken from `preset` where it is not given. Names of columns differ neither by case nor by blanks.
     `ignore` names classes to leave out, before their files are looked for. With `missing: leave_out` rows without files
@@ -83,6 +84,7 @@ class Imaging(Layout):
         control_label: str | None = None,
         batch: str | None = None,
         dose: str | None = None,
+        group: str | None = None,
         ignore: list[str] = [],  # noqa: B006 -- read only
         missing: Literal["error", "leave_out"] = "error",
         follow_links: bool = False,
@@ -90,14 +92,15 @@ class Imaging(Layout):
         given = {
             "index": index, "key": key, "key_pattern": key_pattern, "file": file, "split": split, "batch": batch,
             "perturbation": perturbation, "state": state, "control": control, "treated": treated,
-            "control_label": control_label, "dose": dose,
+            "control_label": control_label, "dose": dose, "group": group,
         }  # fmt: skip
         given = {name: str(value) for name, value in given.items() if value is not None}
         settings = _DEFAULTS | _PRESETS.get(preset, {}) | given
         self.root, self._ignore, self._missing, self._settings = root, ignore, missing, settings
         self._files = FilesBelow(root, follow_links=follow_links)
         self._columns = {
-            name: column_name(settings[name]) for name in ("key", "split", "perturbation", "state", "batch", "dose")
+            name: column_name(settings[name])
+            for name in ("key", "split", "perturbation", "state", "batch", "dose", "group")
         }
         if nothing := [name for name in ("key", "perturbation", "state") if not self._columns[name]]:
             raise UserError(f"data.layout.{nothing[0]}: names no column")
@@ -203,14 +206,14 @@ class Imaging(Layout):
         split = split_of(word)
         if word and not split:
             raise UserError(f"{where}: unknown split {word!r}; expected one of {', '.join(SPLITS)}")
-        batch = None if is_absent(cells["batch"]) else cells["batch"]
+        batch, group = (None if is_absent(cells[name]) else cells[name] for name in ("batch", "group"))
         dose = number(cells["dose"], where=f"{where}, {settings['dose']}", low=0, high=1e12) or None
         values = row | match.groupdict() | {_CHANNEL: self._channels}
         path = "".join(values.get(part) or "" if i % 2 else part for i, part in enumerate(self._parts))
         relative, file, exists = self._files.find(path, where=where)
         if names := self._channel_names:
             exists = all([self._files.find(path.replace(self._channels, name), where=where)[2] for name in names])
-        return PatchRecord(relative, Path(file), label, split, batch=batch, dose=dose), exists
+        return PatchRecord(relative, Path(file), label, split, group, batch=batch, dose=dose), exists
 
     def _described(self, rows: int, records: Sequence[PatchRecord]) -> list[str]:
         """What `reading` says."""
