@@ -37,6 +37,7 @@ from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.flow.network import build_flow
 from cellflux_bridge.metrics.cost import read_cost
 from cellflux_bridge.report import reading
+from cellflux_bridge.report.page import write_report
 from cellflux_bridge.training.optimiser import learning_rate
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, iter_trajectory, load_trajectory
 
@@ -55,6 +56,13 @@ CELLULARITY = {
     "format": reading.CELLULARITY_FORMAT, "parameters": {}, "mpp": 0.5, "real": [], "real_by_level": [],
     "trajectories": [{"trajectory": "t", "config_hash": "h", "levels": [0.0, 1.0], "curves": [], "spearman": [],
                       "per_source": [{"source_id": "a", "area_fraction": [0.1, None], "count": [1.0, 2.0]}]}],
+}  # fmt: skip
+PERTURBATIONS = {
+    "format": reading.PERTURBATIONS_FORMAT, "name": "run", "notes": ["note"], "drawn": ["one", "two"],
+    "rows": [{"method": method, "perturbations": "seen", "figure": figure, "by": "profile",
+              "estimate": [0.5, 0.4, None], "num": 9}
+             for method in ("real training cells", "controls, untreated", "run")
+             for figure in ("KIDc", "perturbation told", "batch told")],
 }  # fmt: skip
 
 
@@ -230,6 +238,12 @@ def kinds(root: Path) -> dict[str, Callable[[random.Random, Path], None]]:
         (folder / "c.json").write_bytes(as_text(mutated(CELLULARITY, draw), draw, json.dumps))
         reading.read(folder / "c.json", reading.Cellularity)
 
+    def perturbations(draw, folder):
+        (folder / "perturbations.json").write_bytes(as_text(mutated(PERTURBATIONS, draw), draw, json.dumps))
+        log = {"step": 1, "val/condition_gain": 0.0, "val/condition_gain_error": 0.1}
+        (folder / "metrics.jsonl").write_bytes(as_text(mutated(log, draw), draw, json.dumps))
+        write_report([folder], folder / "page.html")
+
     def cost(draw, folder):
         (folder / "cost.json").write_bytes(
             as_text(
@@ -262,7 +276,7 @@ def kinds(root: Path) -> dict[str, Callable[[random.Random, Path], None]]:
         patch_index(load_config(CONFIGS[0].with_name("own.yaml"), [f"data.root={folder}"]).data, seed=0)
 
     return {"config": config, "override": override, "trajectory": trajectory, "metrics": metrics, "cost": cost,
-            "preprocessing": preprocessing,
+            "preprocessing": preprocessing, "perturbations": perturbations,
             "cellularity": cellularity, "picture": picture, "state": state, "manifest": manifest}  # fmt: skip
 
 
