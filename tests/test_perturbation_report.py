@@ -162,6 +162,7 @@ def test_text_of_the_user_is_escaped(tmp_path):
         (lambda c: c["rows"][0].update(perturbations="some"), r"rows\.0\.perturbations"),
         (lambda c: c["rows"][0].update(estimate=[1, 2]), r"rows\.0\.estimate"),
         (lambda c: c["rows"].extend(c["rows"] * 200), "at most 2000"),
+        (lambda c: c["rows"].extend({**c["rows"][0], "figure": str(k)} for k in range(99)), "names of a figure, 50 at"),
         (lambda c: c.update(drawn=["x"] * 999), "at most 48"),
     ],
 )

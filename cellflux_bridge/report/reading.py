@@ -19,6 +19,8 @@ from cellflux_bridge.metrics.results import FORMAT as METRICS_FORMAT
 from cellflux_bridge.study.settings import FORMAT as STUDY_FORMAT
 
 _MOST_BYTES = 1 << 29
+# Of methods and of figures of cells under perturbations, which span tables.
+_MOST_NAMES = 50
 _Number = Annotated[float, Field(allow_inf_nan=False)] | None
 _Level = Annotated[float, Field(ge=0, le=1)]
 _Levels = Annotated[tuple[_Level, ...], Field(max_length=10_000)]
@@ -205,6 +207,13 @@ class Perturbations(_Part):
     rows: Annotated[tuple[PerturbationRow, ...], Field(max_length=2000)]
     notes: Annotated[tuple[str, ...], Field(max_length=100)]
     drawn: Annotated[tuple[str, ...], Field(max_length=MOST_DRAWN)]
+
+    @model_validator(mode="after")
+    def _tables_of_few_cells(self) -> "Perturbations":
+        for key in ("method", "figure"):
+            if (num := len({getattr(row, key) for row in self.rows})) > _MOST_NAMES:
+                raise ValueError(f"{num} names of a {key}, {_MOST_NAMES} at most")
+        return self
 
 
 _Model = TypeVar("_Model", Metrics, Cellularity, Study, Perturbations)
