@@ -5,10 +5,8 @@ from pathlib import Path
 
 from cellflux_bridge.base.errors import UserError
 
-# Real training cells that regressions are fitted to, and cells that are made again under another condition.
-_MOST_TRAINED, _NUM_SWAPPED = 20_000, 64
-# Controls of a batch whose nuclei are measured.
-_MOST_CONTROLS = 400
+# Cells that are made again under another condition.
+_NUM_SWAPPED = 64
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,7 +19,14 @@ def run(args: argparse.Namespace) -> None:
     from cellflux_bridge.metrics import perturbation as protocol
     from cellflux_bridge.metrics import perturbation_files as files
     from cellflux_bridge.metrics.loading import cell_extractor
-    from cellflux_bridge.translation.perturbation import control_class, make_swapped, make_treated, match_controls
+    from cellflux_bridge.translation.perturbation import (
+        control_class,
+        make_swapped,
+        make_treated,
+        match_controls,
+        some_of_each_batch,
+        training_cells,
+    )
 
     if args.num is not None and args.num < 1:
         raise UserError(f"--num {args.num}: expected at least 1")
@@ -36,18 +41,17 @@ def run(args: argparse.Namespace) -> None:
         _require_same(patches, bridge.patches(), name)
     if not 0 <= args.dna < channels:
         raise UserError(f"--dna {args.dna}: the cells have channels 0 to {channels - 1}")
-    beside = config.data.root.expanduser() / "moa.csv"
-    table = args.moa or (beside if beside.is_file() else None)
+    in_root = config.data.root.expanduser() / "moa.csv"
+    table = args.moa or (in_root if in_root.is_file() else None)
     moa = files.read_moa(table, patches.classes) if table else {}
-    control = patches.class_index(control_class(first))
-    targets = [label for label in patches.classes if all(bridge.can_make(label) for bridge in bridges)]
-    others = [label for label in patches.classes if label not in (*targets, patches.classes[control])]
-    matched = match_controls(
-        *(patches, patches.classes[control], [label for label in targets if label != patches.classes[control]]),
-        **{"split": args.split, "num": args.num, "pairs": config.pairs, "seed": config.seed},
-    )
+    control = control_class(first)
+    perturbations = [label for label in patches.classes if label != control]
+    targets = [label for label in perturbations if all(bridge.can_make(label) for bridge in bridges)]
+    others = [label for label in perturbations if label not in targets]
+    how = {"split": args.split, "num": args.num, "pairs": config.pairs, "seed": config.seed}
+    matched = match_controls(patches, control, targets, **how)
     treated, controls = matched.treated, matched.control
-    as_many, fitted = _of_training(patches, treated, seed=config.seed)
+    as_many, fitted = training_cells(patches, treated, seed=config.seed)
     extractors = {"profile": protocol.Profile(patches.centre(fitted).numpy())}
     for name in args.features or ():
         extractors[name] = cell_extractor(name, channels=channels, device=first.fabric.device)
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         made[name] = cells(treated, make_treated(bridge, patches, matched, output / "made" / name), controls)
     test, untreated = cells(treated), cells(treated, patches.centre(controls).numpy(), controls)
     beside = {} if args.split == "train" or not len(as_many) else {files.REAL: cells(as_many)}
-    some = _some_of_each_batch(patches.indices(args.split, patches.classes[control]), patches.batches)
+    some = some_of_each_batch(patches, patches.indices(args.split, control))
     columns = patches.labels[some], patches.batches[some], patches.doses[some], some
     compared = protocol.Protocol(
         train=cells(fitted),
@@ -88,31 +92,6 @@ def run(args: argparse.Namespace) -> None:
     print(written[-1].read_text(encoding="utf-8"))
     for path in written:
         print(f"wrote: {path}")
-
-
-def _of_training(patches, treated, *, seed: int):
-    """Training cells of the treated cells' perturbations: as many as there are of these, at most half, to stand beside
-    methods, and others that regressions are fitted to."""
-    import numpy as np
-
-    from cellflux_bridge.base.seeds import numpy_generator
-
-    draw, parts = numpy_generator(seed, "perturbations", "training cells"), ([np.empty(0, int)], [np.empty(0, int)])
-    train = draw.permutation(patches.indices("train"))
-    for label, num in zip(*np.unique(patches.labels[treated], return_counts=True), strict=True):
-        own = train[patches.labels[train] == label]
-        for part, chosen in zip(parts, np.split(own, [min(num, len(own) // 2)]), strict=True):
-            part.append(chosen)
-    as_many, fitted = map(np.concatenate, parts)
-    return as_many, draw.permutation(fitted)[:_MOST_TRAINED]
-
-
-def _some_of_each_batch(controls, batches):
-    """At most so many controls of every batch as give it a sure median."""
-    import numpy as np
-
-    own = batches[controls]
-    return np.concatenate([controls[own == batch][:_MOST_CONTROLS] for batch in np.unique(own)])
 
 
 def _require_same(patches, other, name: str) -> None:

@@ -58,7 +58,7 @@ class Condition:
         """The same condition in which sample i has what sample order[i] has of some parts."""
         tensors = {name: self.tensors[name][order] for name in parts}
         present = self.present | {name: self.present[name][order] for name in parts if name in self.present}
-        return Condition(dropped=self.dropped, present=present, **{**self.tensors, **tensors})
+        return self.replace(present=present, **tensors)
 
     def drop(self, mask: torch.Tensor) -> "Condition":
         """The same condition with the samples of a (B,) bool mask dropped to the null."""
@@ -67,7 +67,7 @@ class Condition:
     def without(self, part: str, mask: torch.Tensor) -> "Condition":
         """The same condition in which the samples of a (B,) bool mask lack an optional part."""
         present = self.present.get(part, self._mask(True)) & ~mask
-        return Condition(dropped=self.dropped, present={**self.present, part: present}, **self.tensors)
+        return self.replace(present={**self.present, part: present})
 
     def null(self) -> "Condition":
         """The unconditional condition of the same samples; parts that stay (the clean source image) stay."""

@@ -95,10 +95,9 @@ class FlowTask:
         pairs, t = self._encoded(drawn.pairs), drawn.t
         cond = self.model.spec.read(pairs._asdict())
         cond = cond if drawn.dropped is None else cond.drop(drawn.dropped)
-        for part, mask in zip(
-            self.model.spec.dropped_alone, () if drawn.absent is None else drawn.absent, strict=False
-        ):
-            cond = cond.without(part, mask)
+        if drawn.absent is not None:
+            for part, mask in zip(self.model.spec.dropped_alone, drawn.absent, strict=True):
+                cond = cond.without(part, mask)
         return FlowBatch(t, *self.path.sample(pairs.x0, pairs.x1, t, drawn.noise), cond)
 
     def validation_batches(self, device: torch.device) -> Iterator[FlowBatch]:

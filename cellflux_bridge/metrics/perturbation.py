@@ -22,7 +22,7 @@ from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.base.statistics import COVERAGE, NUM_RESAMPLES, Estimate, estimate_mean
-from cellflux_bridge.data.phantom.cells import find_nucleus
+from cellflux_bridge.images.fluorescence import find_nucleus
 from cellflux_bridge.metrics.bands import band_statistics
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 

@@ -23,6 +23,10 @@ from cellflux_bridge.data.settings import PairsConfig
 from cellflux_bridge.translation.flow import FlowTranslator
 from cellflux_bridge.translation.inputs import Sources
 
+# Training cells that regressions are fitted to, and controls of a batch that are measured.
+_MOST_TRAINED, _MOST_CONTROLS = 20_000, 400
+_COLUMNS = ("perturbation", "batch", "dose", "real", "control")
+
 
 class Matched(NamedTuple):
     """Numbers (N,) of real treated cells of a data set, and of a control for each; how many treated cells have no
@@ -84,6 +88,25 @@ def match_controls(
             "set pairs.batch_without_source=leave_out to go on without them"
         )
     return Matched(treated[kept], chosen[kept], int((~kept).sum()))
+
+
+def training_cells(patches: Patches, treated: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of training cells of the treated cells' perturbations: as many as there are of these, at most half, to
+    stand beside methods, and others that regressions are fitted to."""
+    draw, parts = numpy_generator(seed, "perturbations", "training cells"), ([np.empty(0, int)], [np.empty(0, int)])
+    train = draw.permutation(patches.indices("train"))
+    for label, num in zip(*np.unique(patches.labels[treated], return_counts=True), strict=True):
+        own = train[patches.labels[train] == label]
+        for part, chosen in zip(parts, np.split(own, [min(num, len(own) // 2)]), strict=True):
+            part.append(chosen)
+    as_many, fitted = map(np.concatenate, parts)
+    return as_many, draw.permutation(fitted)[:_MOST_TRAINED]
+
+
+def some_of_each_batch(patches: Patches, controls: np.ndarray) -> np.ndarray:
+    """At most so many controls of every batch as give it a sure median."""
+    own = patches.batches[controls]
+    return np.concatenate([controls[own == batch][:_MOST_CONTROLS] for batch in np.unique(own)])
 
 
 def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched, folder: Path) -> np.ndarray:
@@ -161,9 +184,6 @@ def _sources(patches: Patches, matched: Matched, rows: np.ndarray) -> Sources:
 
     names = [patches.ids[i] for i in treated]
     return Sources(names, of, patches.batches[treated], patches.doses[treated])
-
-
-_COLUMNS = ("perturbation", "batch", "dose", "real", "control")
 
 
 def _rows(patches: Patches, matched: Matched) -> list[list]:

@@ -1,4 +1,4 @@
-"""Phantom cells: made fluorescence images of single cells whose truth is known, and what can be measured in any image.
+"""Phantom cells: made fluorescence images of single cells whose truth is known, and a measurement of them.
 
 Channels are DNA, actin and tubulin. A treatment (`Effect`) moves the cells; the batch (`Batch`) is the microscope and
 comes last. Lengths are in nuclear radii of control, a position is a complex number, column + 1j * row. Every draw is
@@ -8,11 +8,12 @@ made whatever the effect, and only then moved by it: a seed keeps its cells.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.ndimage import gaussian_filter
 from scipy.special import expit, logit
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.data.phantom.tissue import relative_outline, smooth_noise
+from cellflux_bridge.images.fluorescence import find_nucleus, nuclei_of
 
 MIN_SIZE, MAX_SIZE = 32, 256
 CHANNELS = ("dna", "actin", "tubulin")
@@ -204,32 +205,6 @@ def _expose(rng: np.random.Generator, amounts: np.ndarray, batch: Batch) -> np.n
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
-def find_nucleus(dna: np.ndarray) -> tuple[float, float]:
-    """Area in px, and mean grey level less background, of the nucleus nearest to the middle of a nuclear channel (H, W)
-    of any number type; NaN where none is found."""
-    nuclei, main = _nuclei(np.asarray(dna, dtype=np.float64))
-    if not main:
-        return float("nan"), float("nan")
-    nucleus = nuclei == main
-    return float(nucleus.sum()), float(dna[nucleus].mean() - np.percentile(dna, 10))
-
-
-def _nuclei(dna: np.ndarray) -> tuple[np.ndarray, int]:
-    """Labels (H, W) of nuclei, and that of the one nearest to the middle; 0 where there is none."""
-    from skimage.filters import threshold_otsu
-    from skimage.measure import label
-    from skimage.morphology import h_maxima
-    from skimage.segmentation import watershed
-
-    smooth = gaussian_filter(dna, 0.7)
-    nuclear = smooth > threshold_otsu(smooth)
-    within = gaussian_filter(distance_transform_edt(nuclear), 0.5)  # its peaks divide nuclei that touch
-    nuclei = watershed(-within, label(h_maxima(within, 0.5)), mask=nuclear)
-    rows, columns = np.indices(nuclei.shape) - (np.reshape(nuclei.shape, (2, 1, 1)) - 1) / 2
-    nearest = np.where(nuclei > 0, np.hypot(rows, columns), np.inf).argmin()
-    return nuclei, int(nuclei.flat[nearest])
-
-
 def measure(image: np.ndarray) -> Measurement:
     """The cell whose nucleus is nearest to the middle of an image (H, W, 3) of any number type, found in it alone.
 
@@ -240,7 +215,7 @@ def measure(image: np.ndarray) -> Measurement:
     from skimage.segmentation import watershed
 
     dna, actin, tubulin = np.moveaxis(np.asarray(image, dtype=np.float64), -1, 0)
-    nuclei, main = _nuclei(dna)
+    nuclei, main = nuclei_of(dna)
     if not main:
         return Measurement(*[float("nan")] * 4)
     both = gaussian_filter(sum(np.sqrt(plane / max(plane.mean(), 1e-9)) for plane in (actin, tubulin)), 1)
