@@ -17,7 +17,7 @@ from cellflux_bridge.metrics import perturbation as protocol
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.perturbation import Cells, Protocol
 from cellflux_bridge.trajectory import load_trajectory
-from cellflux_bridge.translation.perturbation import make_swapped, match_controls
+from cellflux_bridge.translation.perturbation import make_swapped, match_controls, training_cells
 
 CLASSES = ("DMSO", "cmpd1", "cmpd2", "cmpd3")
 
@@ -403,6 +403,8 @@ def test_treated_cells_without_a_control_of_their_plate_are_refused_or_left_out(
     assert found.left_out == 16 - len(found.treated) > 0
     assert np.array_equal(lost.batches[found.treated], lost.batches[found.control])
     assert (lost.batches[found.treated] >= 0).all()
+    with pytest.raises(UserError, match="no training cell has a perturbation that is evaluated here"):
+        training_cells(patches, match_controls(patches, "DMSO", ["cmpd3"], pairs=lenient, **how).treated, seed=0)
     anyone = bridge.config.pairs.model_copy(update={"match_batch": False})
     assert len(match_controls(lost, "DMSO", ["cmpd1"], pairs=anyone, **how).treated) == 8
 

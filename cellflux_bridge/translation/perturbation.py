@@ -92,7 +92,7 @@ def match_controls(
 
 def training_cells(patches: Patches, treated: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of training cells of the treated cells' perturbations: as many as there are of these, at most half, to
-    stand beside methods, and others that regressions are fitted to."""
+    stand beside methods, and others that regressions are fitted to. UserError where there are none."""
     draw, parts = numpy_generator(seed, "perturbations", "training cells"), ([np.empty(0, int)], [np.empty(0, int)])
     train = draw.permutation(patches.indices("train"))
     for label, num in zip(*np.unique(patches.labels[treated], return_counts=True), strict=True):
@@ -100,6 +100,11 @@ def training_cells(patches: Patches, treated: np.ndarray, *, seed: int) -> tuple
         for part, chosen in zip(parts, np.split(own, [min(num, len(own) // 2)]), strict=True):
             part.append(chosen)
     as_many, fitted = map(np.concatenate, parts)
+    if not len(fitted):
+        raise UserError(
+            "no training cell has a perturbation that is evaluated here, so there is nothing to compare with; evaluate "
+            "seen perturbations, too (data.split.unseen names the others)"
+        )
     return as_many, draw.permutation(fitted)[:_MOST_TRAINED]
 
 
