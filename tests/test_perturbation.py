@@ -80,27 +80,35 @@ def test_a_profile_is_in_spreads_of_the_reference():
 
 def test_effects_are_ratios_to_the_controls_of_the_own_batch():
     controls = cells([0] * 12)
-    of_controls = np.where((np.arange(12) % 2)[:, None] == 0, [[10.0, 2.0]], [[40.0, 8.0]])  # batches differ
+    of_controls = np.where((np.arange(12) % 2)[:, None] == 0, [[10.0, 2, 1]], [[40.0, 8, 4]])  # batches differ
     treated = cells(
         np.repeat([1, 2], 10), doses=np.tile([1.0, 5.0], 10).astype(np.float32), batches=np.arange(20) // 2 % 2
     )
-    base = np.where(treated.batches[:, None] == 0, [[10.0, 2.0]], [[40.0, 8.0]])
+    base = np.where(treated.batches[:, None] == 0, [[10.0, 2, 1]], [[40.0, 8, 4]])
     factor = np.where(treated.labels == 1, 2.0, 0.5) * treated.doses
     found = protocol.effects(base * factor[:, None], treated, of_controls, controls)
     expected = {(1, "1"): np.log(2), (1, "5"): np.log(10), (2, "1"): np.log(0.5), (2, "5"): np.log(2.5)}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_allclose(found[key], [value] * 2, atol=1e-12)
+        np.testing.assert_allclose(found[key], [value] * 3, atol=1e-6)
 
 
-def test_a_nucleus_that_is_not_found_counts_for_nothing():
+def test_area_and_intensity_are_medians_and_the_number_of_nuclei_is_a_mean():
+    controls, treated = cells([0] * 6), cells([1] * 10, batches=np.zeros(10, int))
+    values = np.tile([[1.0, 1, 1]], (10, 1))
+    values[:4] = [30, 50, 6]
+    found = protocol.effects(values, treated, np.ones((6, 3)), controls)
+    np.testing.assert_allclose(found[1, "1"], [0, 0, np.log(3)], atol=1e-12)
+
+
+def test_a_nucleus_that_is_not_found_counts_for_nothing_but_the_number():
     controls, treated = cells([0] * 6), cells([1] * 8, batches=np.zeros(8, int))
-    values = np.full((8, 2), 3.0)
-    values[:3] = np.nan
-    found = protocol.effects(values, treated, np.ones((6, 2)), controls)
-    np.testing.assert_allclose(found[1, "1"], np.log(3))
-    values[3] = np.nan
-    assert not protocol.effects(values, treated, np.ones((6, 2)), controls), "four nuclei are too few"
+    values = np.full((8, 3), 3.0)
+    values[:3] = [np.nan, np.nan, 0]
+    found = protocol.effects(values, treated, np.ones((6, 3)), controls)
+    np.testing.assert_allclose(found[1, "1"], [np.log(3), np.log(3), np.log(15 / 8)])
+    values[3] = [np.nan, np.nan, 0]
+    assert not protocol.effects(values, treated, np.ones((6, 3)), controls), "four nuclei are too few"
 
 
 def test_correlation_has_an_interval_and_needs_three_conditions():
@@ -292,6 +300,19 @@ def test_mistakes_are_told_before_cells_are_made(run, plates, tmp_path, argument
     with pytest.raises((SystemExit, UserError), match=message):
         cli.main(["perturbations", str(run), "--output", str(tmp_path), *arguments])
     assert not (tmp_path / "made").exists()
+
+
+def test_benchmark_quality_asks_how_well_made_cells_are_told_from_real_ones(run, plates, tmp_path, capsys):
+    config, out = str(plates.parent / "bridge.yaml"), tmp_path / "found"
+    generate = "path.name=gaussian_source translate.method=generate"
+    variants = ("--variant", "controls:", "--variant", f"noise: {generate}")
+    cli.main(["benchmark", "quality", config, *variants, "--updates", "1", "--sources", "10", "--output", str(out)])
+    rows = list(csv.DictReader(open(out / "quality.csv")))
+    assert [row["variant"] for row in rows] == ["controls", "noise"]
+    assert all(float(row["auc_colour"]) > 0.9 for row in rows), "one update makes no cells"
+    made = list(csv.DictReader(open(out / "controls-1-0" / "treated-10" / "cells.csv")))
+    assert {row["perturbation"] for row in made} == {"cmpd1", "cmpd2", "cmpd3"}
+    assert len(made) == 12
 
 
 def test_two_stages_begin_with_the_weights_of_the_first(train, run, plates):

@@ -42,8 +42,10 @@ class _Layer(nn.Module):
         self.is_residual = stride == 1 and channels_in == channels_out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = F.relu(self.norm(self.conv(x)))
-        return x + h if self.is_residual else h
+        h = F.relu(self.norm(self.conv(x)), inplace=True)
+        if not self.is_residual:
+            return h
+        return x + h if h.requires_grad else h.add_(x)  # in place: fresh memory costs a third of a layer
 
 
 class NucleiNet(nn.Module):

@@ -14,8 +14,9 @@ def run(args: argparse.Namespace) -> None:
     """benchmark quality CONFIG --variant "name: key=value ...": how much work recipes need for pictures like real ones.
 
     Trains every variant for every number of updates with every seed, turn by turn, and asks how well unguided images of
-    level 1 are told from real test patches. Runs that are there are used again. Work is updates, training FLOP
-    (torch's counter), and CPU seconds beside this machine's own rate of matrix products.
+    level 1 are told from real test patches; with pairs.match_batch, how well treated cells, made as `perturbations`
+    makes them, are told from real ones. Runs that are there are used again. Work is updates, training FLOP (torch's
+    counter), and CPU seconds beside this machine's own rate of matrix products.
     """
     from cellflux_bridge.base.files import csv_text, replace_text
 
@@ -25,7 +26,8 @@ def run(args: argparse.Namespace) -> None:
     folder = args.output or Path("runs/benchmark_quality")
     # Every variant is read before anything is trained.
     configs = {name: configuration(args.config, [*args.overrides, *keys]) for name, keys in variants.items()}
-    if wrong := [name for name, config in configs.items() if config.translate.method != "progression"]:
+    by_level = {name: config for name, config in configs.items() if not config.pairs.match_batch}
+    if wrong := [name for name, config in by_level.items() if config.translate.method != "progression"]:
         raise UserError(f"--variant {wrong[0]}: expected translate.method=progression, whose level 1 stands by itself")
     rate, rows = _matrix_rate(), []
     print(f"matrix products: {rate:.0f} GFLOP/s", flush=True)
@@ -67,17 +69,20 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
     from cellflux_bridge.api import Bridge
     from cellflux_bridge.cli import train
     from cellflux_bridge.flow.task import FlowTask
-    from cellflux_bridge.metrics.level_one import ALONE, level_one
+    from cellflux_bridge.metrics.level_one import ALONE, level_one, treated
     from cellflux_bridge.metrics.sliced_wasserstein import swd
     from cellflux_bridge.metrics.two_sample import network_scores, two_sample
     from cellflux_bridge.training.run import last_values
 
     train.run(argparse.Namespace(config=file, overrides=keys))
-    bridge = Bridge.load(config.output, ALONE)
+    bridge = Bridge.load(config.output, () if config.pairs.match_batch else ALONE)
     task = FlowTask(bridge.config, bridge.patches())
     with FlopCounterMode(display=False) as counter:
         task.loss(task.model, task.batch(0, rank=0)).backward()
-    found = level_one(bridge, split="test", num=num)
+    if config.pairs.match_batch:
+        found = treated(bridge, config.output / f"treated-{num}", split="test", num=num)
+    else:
+        found = level_one(bridge, split="test", num=num)
     sides = found.made, found.real, found.groups, found.real_groups
     spent = last_values(config.output, "cpu_seconds")
     work = counter.get_total_flops() * bridge.config.train.accumulate * bridge.config.train.steps / 1e12

@@ -51,6 +51,5 @@ def run(args: argparse.Namespace) -> None:
         tell_trained(newest, figures)
         if ignores_condition(figures):
             print(IGNORED.format(**{key.partition("/")[2]: value for key, value in figures.items()}))
-        is_rgb = config.data.channels == 3  # as the figures of level 1 are
-        if by_level and is_rgb and task.path.from_data and newest.name not in trained_before:
+        if by_level and task.path.from_data and newest.name not in trained_before:
             print("\n".join(too_little(Bridge.load(config.output, ALONE, fabric=fabric), config.output)))

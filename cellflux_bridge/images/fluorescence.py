@@ -1,17 +1,26 @@
 """Nuclei in the nuclear channel of a fluorescence image."""
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 
-def find_nucleus(dna: np.ndarray) -> tuple[float, float]:
-    """Area in px, and mean grey level less background, of the nucleus nearest to the middle of a nuclear channel (H, W)
-    of any number type; NaN where none is found."""
+class Nuclei(NamedTuple):
+    """What a nuclear channel shows: of the nucleus nearest to the middle, NaN where there is none, and of all."""
+
+    area: float  # px
+    intensity: float  # mean grey level less background
+    num: float  # of all nuclei
+
+
+def measure_nuclei(dna: np.ndarray) -> Nuclei:
+    """The nuclei of a nuclear channel (H, W) of any number type."""
     nuclei, main = nuclei_of(np.asarray(dna, dtype=np.float64))
     if not main:
-        return float("nan"), float("nan")
+        return Nuclei(float("nan"), float("nan"), 0.0)
     nucleus = nuclei == main
-    return float(nucleus.sum()), float(dna[nucleus].mean() - np.percentile(dna, 10))
+    return Nuclei(float(nucleus.sum()), float(dna[nucleus].mean() - np.percentile(dna, 10)), float(nuclei.max()))
 
 
 def nuclei_of(dna: np.ndarray) -> tuple[np.ndarray, int]:

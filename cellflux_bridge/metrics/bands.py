@@ -1,6 +1,6 @@
 """Octaves of the spatial frequency of patches: statistics of their bands, and the radial spectrum.
 
-Patches are uint8 RGB (N, 3, H, W). All is of pixels and needs no network.
+Patches are uint8 (N, C, H, W), RGB or other channels. All is of pixels and needs no network.
 """
 
 from itertools import pairwise
@@ -12,23 +12,23 @@ from scipy.stats import kurtosis, skew
 # Standard deviations in px between which the octaves lie: below 1 px, 1 to 2 px, 2 to 4 px, 4 to 8 px.
 SIGMAS = (0.0, 1.0, 2.0, 4.0, 8.0)
 # Of `statistics`: those of the grey image, and those of red, green - mean and blue - mean.
-KINDS = {"grey": slice(0, 12), "colour": slice(12, 48)}
+KINDS = {"grey": slice(0, 12), "colour": slice(12, None)}
 _LEAST = 1e-3  # grey levels squared; keeps the logarithm of an empty band finite
 _CHUNK = 1024
 
 
 def statistics(patches: np.ndarray) -> np.ndarray:
-    """(N, 48) float64: log power, skewness and kurtosis of four octaves of the channels of `KINDS`."""
+    """(N, 12 + 12 C) float64: log power, skewness and kurtosis of four octaves of the channels of `KINDS`."""
     return np.concatenate([band_statistics(grey(patches)), band_statistics(opponents(patches))], axis=1)
 
 
 def grey(patches: np.ndarray) -> np.ndarray:
-    """The mean of the colours as one channel, (N, 1, H, W) float32, 0 to 255."""
+    """The mean of the channels as one, (N, 1, H, W) float32, 0 to 255."""
     return patches.astype(np.float32).mean(1, keepdims=True)
 
 
 def opponents(patches: np.ndarray) -> np.ndarray:
-    """Red, and green and blue without the mean of the colours, (N, 3, H, W) float32."""
+    """Red, and green and blue without the mean of the colours, (N, C, H, W) float32; so of any channels."""
     values = patches.astype(np.float32)
     values[:, 1:] -= values.mean(1, keepdims=True)
     return values

@@ -22,7 +22,7 @@ from cellflux_bridge.base.parallel import in_processes
 from cellflux_bridge.base.progress import progress
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.base.statistics import COVERAGE, NUM_RESAMPLES, Estimate, estimate_mean
-from cellflux_bridge.images.fluorescence import find_nucleus
+from cellflux_bridge.images.fluorescence import measure_nuclei
 from cellflux_bridge.metrics.bands import band_statistics
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 
@@ -36,8 +36,8 @@ _MOST_SPREADS = 5.0
 Effects = dict[tuple[int, str], np.ndarray]
 # The row of the real test cells, of which only what is told has a meaning.
 TEST = "real test cells"
-# What is measured of the nucleus nearest to the middle of a cell's image.
-QUANTITIES = ("nuclear_area", "nuclear_intensity")
+# What is measured: of the nucleus nearest to the middle of a cell's image, and how many nuclei it shows.
+QUANTITIES = ("nuclear area", "nuclear intensity", "number of nuclei")
 
 
 class Row(NamedTuple):
@@ -144,24 +144,30 @@ class Teller:
 
 
 def measured(images: np.ndarray, *, dna: int, desc: str) -> np.ndarray:
-    """(N, 2) float64: area in px and intensity of the nucleus nearest to each image's middle; NaN where none is."""
-    jobs = progress(in_processes(find_nucleus, images[:, dna], chunk=64), total=len(images), desc=desc, unit="cell")
+    """(N, 3) float64, the `QUANTITIES` of each image (see `images.fluorescence.Nuclei`)."""
+    jobs = progress(in_processes(measure_nuclei, images[:, dna], chunk=64), total=len(images), desc=desc, unit="cell")
     return np.array(list(jobs), np.float64).reshape(-1, len(QUANTITIES))
 
 
 def effects(values: np.ndarray, cells: Cells, controls: np.ndarray, of: Cells) -> Effects:
-    """The median log ratio (2,) of measured quantities (N, 2) of cells to those of real controls (M, 2) of their batch,
-    by perturbation and dose; of at least FEWEST cells with a nucleus."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs, of_controls = (np.log(np.where(v > 0, v, np.nan)) for v in (values, controls))
-    base = {b: np.nanmedian(of_controls[of.batches == b], axis=0) for b in np.unique(of.batches)}
-    ratio = logs - np.stack([base.get(b, np.full(2, np.nan)) for b in cells.batches])
+    """The log (3,) of the middle ratio of measured quantities (N, 3) of cells to the middle of those of real controls
+    (M, 3) of their batch, by perturbation and dose; of at least FEWEST cells with a nucleus."""
+    none = np.full(len(QUANTITIES), np.nan)
+    base = {b: _middle(controls[of.batches == b]) for b in np.unique(of.batches)}
+    ratio = values / np.stack([base.get(b, none) for b in cells.batches])
     keys = list(zip(cells.labels.tolist(), map(_dose, cells.doses), strict=True))
     numbers = {key: [] for key in dict.fromkeys(keys)}
     for row, key in enumerate(keys):
         numbers[key].append(row)
     found = {key: ratio[rows] for key, rows in numbers.items()}
-    return {key: np.nanmedian(r, axis=0) for key, r in found.items() if np.isfinite(r).all(1).sum() >= FEWEST}
+    return {key: np.log(_middle(r)) for key, r in found.items() if np.isfinite(r).all(1).sum() >= FEWEST}
+
+
+def _middle(values: np.ndarray) -> np.ndarray:
+    """(3,) of (N, 3): medians of area and intensity, and the mean number, whose median would hardly ever move; NaN for
+    what is not above 0."""
+    middle = np.append(np.nanmedian(values[:, :2], axis=0), np.nanmean(values[:, 2]))
+    return np.where(middle > 0, middle, np.nan)
 
 
 def _dose(dose: float) -> str:
@@ -270,8 +276,7 @@ class Protocol:
         keys = [key for key in own if key in real]
         sides = [np.array([side[key] for key in keys]).reshape(-1, len(QUANTITIES)).T for side in (own, real)]
         for quantity, *pair in zip(QUANTITIES, *sides, strict=True):
-            name = f"effect on {quantity.replace('_', ' ')}"
-            yield name, "measurement", correlation(*pair, seed=self.seed), len(keys)
+            yield f"effect on {quantity}", "measurement", correlation(*pair, seed=self.seed), len(keys)
 
 
 def wells(cells: Cells) -> np.ndarray:

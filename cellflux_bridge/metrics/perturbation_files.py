@@ -36,8 +36,8 @@ NOTES = (
     "untreated: the sources themselves; no treatment would reach this.",
     "told: by a logistic regression on other real training cells, intervals over wells. The batch is kept where that "
     "of made cells is told as often as that of real test cells.",
-    "effect on: the correlation, over perturbations and doses, of made with real median log ratios to the controls of "
-    "the batch, measured on the nucleus nearest to the middle.",
+    "effect on: the correlation, over perturbations and doses, of made with real log ratios to the controls of the "
+    "batch: medians of area and intensity of the nucleus nearest to the middle, and the mean number of nuclei.",
     "condition swapped: how far cells move when only perturbation and dose change; a cosine near 1 means that they "
     "change the source alike whatever is asked.",
 )

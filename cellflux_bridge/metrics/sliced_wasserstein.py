@@ -17,9 +17,9 @@ SCALES = ("full", "half", "quarter", "eighth", "sixteenth")
 
 
 def laplacian_pyramid(patches: np.ndarray) -> list[np.ndarray]:
-    """Of patches (N, 3, H, W): what each level has over the next smaller one, and the smallest itself; finest first.
+    """Of patches (N, C, H, W): what each level has over the next smaller one, and the smallest itself; finest first.
 
-    float32 (N, 3, h, w), each level of half the size, down to one whose shorter side is at least 16 px, at most five.
+    float32 (N, C, h, w), each level of half the size, down to one whose shorter side is at least 16 px, at most five.
     """
     levels, current = [], patches.astype(np.float32) / 127.5 - 1
     while min(current.shape[2:]) >= 2 * _SMALLEST and len(levels) < len(SCALES) - 1:
@@ -41,7 +41,7 @@ def _descriptors(level: np.ndarray, generator: torch.Generator) -> np.ndarray:
 
 
 def swd(made: np.ndarray, real: np.ndarray, *, seed: int = 0) -> dict[str, float]:
-    """The distance of patches (N, 3, H, W) to real ones (M, 3, H, W), both uint8, of each level of the pyramid.
+    """The distance of patches (N, C, H, W) to real ones (M, C, H, W), both uint8, of each level of the pyramid.
 
     The mean over 256 directions of the distance of the sorted projections, in thousandths of the real descriptors'
     spread. It is biased upward for few patches: compare it with its floor of as many. Of at most 2,000 a set. A level

@@ -56,14 +56,14 @@ def logistic_scores(features: np.ndarray, is_made: np.ndarray, groups: np.ndarra
 
 
 class _Network(nn.Module):
-    """Three convolutions of patches (B, 3, H, W) in [-1, 1] folded by two, mean and spread of their maps, a logit (B,).
+    """Three convolutions of patches (B, C, H, W) in [-1, 1] folded by two, mean and spread of their maps, a logit (B,).
 
     H and W are even.
     """
 
-    def __init__(self):
+    def __init__(self, channels: int = 3):
         super().__init__()
-        widths, layers = (12, 32, 48, 64), [nn.PixelUnshuffle(2)]
+        widths, layers = (4 * channels, 32, 48, 64), [nn.PixelUnshuffle(2)]
         for number, (before, width) in enumerate(pairwise(widths)):
             conv = nn.Conv2d(before, width, 3, stride=2 if number else 1, padding=1)
             layers += [conv, nn.GroupNorm(8, width), nn.SiLU()]
@@ -88,7 +88,7 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def network_scores(patches: np.ndarray, is_made: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """`Scores` of RGB uint8 patches (N, 3, H, W) by a small network that learned on the other half of the groups.
+    """`Scores` of uint8 patches (N, C, H, W) by a small network that learned on the other half of the groups.
 
     It learns from windows of at most 32 px, turned and mirrored. On a CPU the same patches give the same scores.
     """
@@ -96,7 +96,7 @@ def network_scores(patches: np.ndarray, is_made: np.ndarray, groups: np.ndarray,
     for number, (learnt, asked) in enumerate(folds(is_made, groups, num=2, seed=seed)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "two-sample", number))
-            network = _Network().to(memory_format=torch.channels_last)
+            network = _Network(patches.shape[1]).to(memory_format=torch.channels_last)
         generator = torch_generator(seed, "two-sample", "batches", number)
         updates = min(_UPDATES, 2 * len(learnt))
         optimiser = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)

@@ -13,7 +13,7 @@ from scipy.special import expit, logit
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.data.phantom.tissue import relative_outline, smooth_noise
-from cellflux_bridge.images.fluorescence import find_nucleus, nuclei_of
+from cellflux_bridge.images.fluorescence import measure_nuclei, nuclei_of
 
 MIN_SIZE, MAX_SIZE = 32, 256
 CHANNELS = ("dna", "actin", "tubulin")
@@ -224,4 +224,4 @@ def measure(image: np.ndarray) -> Measurement:
     edges = structure_tensor(gaussian_filter(actin, 0.5), sigma=1, order="rc")
     down, cross, right = (plane[cell].sum() for plane in edges)
     coherence = np.hypot(down - right, 2 * cross) / max(down + right, 1e-9)
-    return Measurement(*find_nucleus(dna), float(cell.sum()), float(coherence))
+    return Measurement(*measure_nuclei(dna)[:2], float(cell.sum()), float(coherence))
