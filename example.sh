@@ -18,6 +18,9 @@ else
     cd "$here"
 fi
 
+# What is wrong with the settings is said before anything is trained.
+cellflux-bridge run "$config" "$@" --dry-run
+
 # While torch trains on a CPU, its threads wait for one another without falling asleep, which makes it a sixth faster; the
 # other steps would be slower so.
 OMP_WAIT_POLICY=ACTIVE cellflux-bridge train "$config" "$@"

@@ -265,6 +265,9 @@ def test_run_does_it_all_and_goes_on_where_it_was(patch_folder, tmp_path, write_
     extra = {"translate": {**translate, "target": "B"}, "condition": condition, "path": path, "train": {"steps": 2}}
     file, run = str(write_config(tmp_path, data=data, classifier=classifier, **extra)), tmp_path / "runs" / "tiny"
 
+    cli.main(["run", file, "--dry-run"])
+    assert re.findall(r"^\[(\d+) of 11\] ", capsys.readouterr().out, re.MULTILINE) == [str(n) for n in range(1, 12)]
+    assert not run.exists()
     cli.main(["run", file])
     printed = capsys.readouterr().out
     assert re.findall(r"^\[(\d+) of 11, after \d+:\d\d\] ", printed, re.MULTILINE) == [str(n) for n in range(1, 12)]

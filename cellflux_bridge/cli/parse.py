@@ -48,7 +48,7 @@ COMMANDS = {
         optional=True,
     ),
     "config": Command("CONFIG_OR_RUN", (_flag("--key", "print one key or section only"),), word="show"),
-    "run": Command("CONFIG"),
+    "run": Command("CONFIG", (_flag("--dry-run", "check the settings and print the steps", action="store_true"),)),
     "train": Command("CONFIG_OR_RUN", shared=True),
     "train-classifier": Command("CONFIG_OR_RUN", shared=True),
     "train-ddim": Command("CONFIG_OR_RUN", shared=True),

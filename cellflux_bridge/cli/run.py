@@ -99,6 +99,9 @@ def run(args: argparse.Namespace) -> None:
         steps = perturbation_stages(args.config, args.overrides, config.output)
     else:
         steps = stages(args.config, args.overrides, config.output, seed=config.classifier.seed)
+    if args.dry_run:
+        print("\n".join(f"[{number} of {len(steps)}] {title}" for number, (title, _) in enumerate(steps, start=1)))
+        return
     began = time.monotonic()
     for number, (title, line) in enumerate(steps, start=1):
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
