@@ -190,7 +190,7 @@ class ConditionEmbedding(nn.Module):
 
     def __init__(self, spec: ConditionSpec, width: int, *, forms: Sequence[str]):
         super().__init__()
-        self._parts, self._width = spec.parts, width
+        self._parts = spec.parts
         self.null, self.nulls = nn.Parameter(torch.zeros(width)), nn.ParameterDict()
         for part in spec.parts:
             if part.form not in forms:

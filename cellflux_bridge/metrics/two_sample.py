@@ -25,8 +25,7 @@ from cellflux_bridge.base.statistics import COVERAGE, NUM_RESAMPLES, Estimate
 from cellflux_bridge.images import encode
 
 _NUM_FOLDS = 5
-# The network: how many patches of a kind it uses at most, its updates, its batch, and the side of what it learns on.
-MOST_FOR_NETWORK = 1000
+# The network: its updates, its batch, and the side of what it learns on.
 _UPDATES, _BATCH, _WINDOW, _CHUNK = 200, 32, 32, 64
 _BLOCK = 512  # rows of pairs at a time
 
