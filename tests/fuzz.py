@@ -166,6 +166,17 @@ def as_text(value, draw: random.Random, dump: Callable[[object], str]) -> bytes:
     return damaged(text, draw) if draw.random() < 0.3 else text
 
 
+def table(text: str, draw: random.Random) -> bytes:
+    """A CSV text, half of the time with one other cell, otherwise damaged."""
+    if draw.random() < 0.5:
+        return damaged(text.encode(), draw)
+    rows = [line.split(",") for line in text.splitlines()]
+    row = draw.choice(rows)
+    value = draw.choice([nasty(draw), "", "-1", "1e999", "nan", "../x", "a/b", "=1", "NA", " train", "\u202e", '"'])
+    row[draw.randrange(len(row))] = str(value)
+    return "\n".join(map(",".join, rows)).encode(errors="replace")
+
+
 def kinds(root: Path) -> dict[str, Callable[[random.Random, Path], None]]:
     """By name, what draws an input into an empty folder and reads it."""
     header = TrajectoryHeader("path", "A", "B", ("A", "B"), (0.0, 0.5, 1.0), "h")
@@ -272,10 +283,61 @@ def kinds(root: Path) -> dict[str, Callable[[random.Random, Path], None]]:
         text = "path,label,group,split,score\n" + "".join(f"{n}.png,{'AB'[n % 2]},g{n},train,0.{n}\n" for n in range(8))
         for n in range(8):
             shutil.copy(pictures[".png"], folder / f"{n}.png")
-        (folder / "manifest.csv").write_bytes(damaged(text.encode(), draw))
+        (folder / "manifest.csv").write_bytes(table(text, draw))
         patch_index(load_config(CONFIGS[0].with_name("own.yaml"), [f"data.root={folder}"]).data, seed=0)
 
-    return {"config": config, "override": override, "trajectory": trajectory, "metrics": metrics, "cost": cost,
+    def screen(draw, folder):
+        names = [f"w_{n}" for n in range(6)]
+        text = "SAMPLE_KEY,STATE,CPD_NAME,BATCH,DOSE,SPLIT\n" + "".join(
+            f"{name},{n % 2},{('DMSO', 'x')[n % 2]},p{n // 3},{n},train\n" for n, name in enumerate(names)
+        )
+        for name in names:
+            shutil.copy(pictures[".npy"], folder / f"{name}.npy")
+        (folder / "index.csv").write_bytes(table(text, draw))
+        if draw.random() < 0.3:
+            file = folder / f"{draw.choice(names)}.npy"
+            file.write_bytes(damaged(file.read_bytes(), draw))
+        keys = {
+            "name": "imaging", "index": "index.csv", "key": "SAMPLE_KEY", "file": "{SAMPLE_KEY}.npy", "state": "STATE",
+            "control": "0", "perturbation": "CPD_NAME", "batch": "BATCH", "dose": "DOSE", "split": "SPLIT",
+        }  # fmt: skip
+        key = draw.choice([*keys, ""])
+        if key and draw.random() < 0.5:
+            keys[key] = draw.choice([*keys.values(), "{x}", "{", "../{SAMPLE_KEY}.npy", nasty(draw)])
+        given = yaml.safe_dump({"data": {"root": str(folder), "layout": keys, "channels": 3}})
+        (folder / "screen.yaml").write_text(given)
+        data = load_config(folder / "screen.yaml").data
+        for record in patch_index(data, seed=0).records():
+            Preprocessing.of(data).read(record.file)
+
+    def study(draw, folder):
+        from cellflux_bridge.study.settings import StudyConfig
+
+        found = yaml.safe_load(draw.choice([path for path in CONFIGS if "study" in path.stem]).read_text())
+        (folder / "study.yaml").write_bytes(as_text(mutated(found, draw), draw, yaml.safe_dump))
+        load_config(folder / "study.yaml", schema=StudyConfig).beside(CONFIGS[0].parent)
+
+    def published_tree(draw, folder):
+        from cellflux_bridge.data import published
+
+        source, name = folder / "source", draw.choice(["mhist", "chaoyang"])
+        if name == "mhist":
+            place, names = source / "images", ["MHIST_aaa.png", "MHIST_aab.png"]
+            head = "Image Name,Majority Vote Label,Number of Annotators who Selected SSA (Out of 7),Partition\n"
+            listed = {"annotations.csv": f"{head}MHIST_aaa.png,SSA,6,train\nMHIST_aab.png,HP,2,test\n"}
+        else:
+            place, names = source / "train", ["353042_4-IMG005x014-1.png", "535940-IMG009x024-2.png"]
+            rows = [{"name": f"train/{name}", "label": number} for number, name in enumerate(names, 1)]
+            listed = {"train.json": json.dumps(rows), "test.json": "[]"}
+        place.mkdir(parents=True)
+        for number, each in enumerate(names):
+            images.write_png(place / each, np.full((8, 8, 3), number, np.uint8))
+        for file, text in listed.items():
+            (source / file).write_bytes(table(text, draw))
+        published.base.prepare(published.find(name), source, folder / "out", other_counts=True)
+
+    return {"config": config, "override": override, "screen": screen, "study": study, "published": published_tree,
+            "trajectory": trajectory, "metrics": metrics, "cost": cost,
             "preprocessing": preprocessing, "perturbations": perturbations,
             "cellularity": cellularity, "picture": picture, "state": state, "manifest": manifest}  # fmt: skip
 
