@@ -17,6 +17,7 @@ from cellflux_bridge.metrics import perturbation as protocol
 from cellflux_bridge.metrics.fidelity import frechet_distance, kid
 from cellflux_bridge.metrics.perturbation import Cells, Protocol
 from cellflux_bridge.trajectory import load_trajectory
+from cellflux_bridge.translation.inputs import Sources
 from cellflux_bridge.translation.perturbation import make_swapped, match_controls, training_cells
 
 CLASSES = ("DMSO", "cmpd1", "cmpd2", "cmpd3")
@@ -272,11 +273,11 @@ def test_cells_are_made_compared_and_written(run, plates, capsys):
     # A second call makes nothing again, and one that was stopped goes on.
     stamp = folder / "made" / "bridge" / "made_with.json"
     kept = json.loads(stamp.read_text())
-    assert kept["done"] == ["cmpd1", "cmpd2", "cmpd3"]
+    assert kept["done"] == 18
     damaged = np.lib.format.open_memmap(folder / "made" / "bridge" / "made.npy", mode="r+")
     damaged[:] = 0
     damaged.flush()
-    stamp.write_text(json.dumps({**kept, "done": ["cmpd1"]}))
+    stamp.write_text(json.dumps({**kept, "done": 6}))
     cli.main(["perturbations", str(run), *moa, "--num", "6"])
     again = np.load(folder / "made" / "bridge" / "made.npy")
     labels = np.array([row["perturbation"] for row in rows])
@@ -391,6 +392,31 @@ def test_a_stair_goes_along_doses_or_toward_a_compound_and_an_unseen_one_can_be_
     assert load_trajectory(folder).frames.shape == (3, 2, 2, 16, 16)
 
 
+def test_cells_of_several_perturbations_are_made_together_as_they_are_alone(run):
+    bridge = Bridge.load(run, ["translate.batch_size=5"])
+    patches = bridge.patches()
+    controls = np.tile(patches.indices("test", "DMSO")[:4], 3)
+    numbers = [bridge.classes.index(label) for label in ("cmpd3", "cmpd1", "cmpd2")]
+    columns = {
+        "batches": patches.batches[controls],
+        "doses": np.linspace(1, 10, 12, dtype=np.float32),
+        "targets": np.repeat(numbers, 4),
+    }
+    whole = Sources([str(n) for n in range(12)], lambda rows: patches.centre(controls[np.asarray(rows)]), **columns)
+    sizes, together = [], np.empty((12, 2, 16, 16), np.int64)
+    for part, frames in bridge.last_frames(whole, source="DMSO"):
+        sizes.append(len(part))
+        together[part] = frames
+    assert sizes == [5, 5, 2]
+    for n in range(12):
+        one = {name: column[[n]] for name, column in columns.items()}
+        alone = Sources([str(n)], lambda rows, n=n: patches.centre(controls[[n]]), **one)
+        [(_, frames)] = bridge.last_frames(alone, source="DMSO")
+        assert np.abs(frames[0].astype(int) - together[n]).max() <= 1
+    same = [np.abs(together[n] - together[n + 4]).max() for n in range(8)]
+    assert min(same) > 1, "another perturbation gives another cell"
+
+
 def test_cells_are_swapped_with_those_of_another_condition_only(run, plates):
     bridge = Bridge.load(run)
     patches, calls = bridge.patches(), []
@@ -399,7 +425,8 @@ def test_cells_are_swapped_with_those_of_another_condition_only(run, plates):
     inner = bridge.last_frames
 
     def noted(sources, **ends):
-        calls.extend(zip(sources.ids, [ends["target"]] * len(sources.ids), sources.doses.tolist(), strict=True))
+        labels = [bridge.classes[target] for target in sources.targets]
+        calls.extend(zip(sources.ids, labels, sources.doses.tolist(), strict=True))
         return inner(sources, **ends)
 
     bridge.last_frames = noted

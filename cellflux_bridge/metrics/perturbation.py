@@ -8,6 +8,7 @@ Real training cells of the same perturbations, in the same numbers, go through e
 what perfect cells would reach. So do the controls themselves, which are what no treatment would reach.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,7 +167,9 @@ def effects(values: np.ndarray, cells: Cells, controls: np.ndarray, of: Cells) -
 def _middle(values: np.ndarray) -> np.ndarray:
     """(3,) of (N, 3): medians of area and intensity, and the mean number, whose median would hardly ever move; NaN for
     what is not above 0."""
-    middle = np.append(np.nanmedian(values[:, :2], axis=0), np.nanmean(values[:, 2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a batch in which no nucleus is found
+        middle = np.append(np.nanmedian(values[:, :2], axis=0), np.nanmean(values[:, 2]))
     return np.where(middle > 0, middle, np.nan)
 
 

@@ -193,6 +193,10 @@ class FlowTranslator(Translator):
         """The condition of states x0 (R, C, H, W) of sources `of` (R,), which are to become soft labels."""
         target = self.classes.index(settings.target)
         share, dose = labels[:, target], None
+        if context.targets is not None:
+            labels = labels.clone()
+            labels[:, target] = 0
+            labels.scatter_add_(1, context.targets.to(x0.device)[of][:, None], share[:, None])
         if context.doses is not None:
             dose = context.doses.to(x0)[of]
         elif isinstance(settings.dose, tuple):  # levels are doses, all of the target, from the first level on
@@ -241,14 +245,20 @@ class FlowTranslator(Translator):
         """A short text that differs where translations would: of other settings, another step or other weights."""
         return f"{self.config.digest()}@{self.step}:{self._weights}"
 
-    def last_frames(self, sources: Sources, *, source: str, target: str) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """What sources become at level 1 alone, batch by batch: their numbers, and frames (B, C, S, S) uint8."""
+    def last_frames(self, sources: Sources, *, source: str) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """What sources become at level 1 alone, each of its own target: batch by batch their numbers, and frames (B, C,
+        S, S) uint8. They come in the order of their targets, of which a batch may hold several; where a guide or a
+        calibration is of one target, it holds one."""
         own = method_keys(self.config.translate.method, None)
         only_last = {key: value for key, value in (("levels", 1), ("frames", 2)) if key in own}
-        settings = self._settings(source, target, only_last)
-        numbers = range(len(sources.ids))
-        for part, made in self._batches(sources, numbers, settings, batch_name=f"{source} -> {target}"):
-            yield part, made.frames[-1]
+        targets, starts = np.unique(np.sort(sources.targets), return_index=True)
+        settings = [self._settings(source, self.classes[target], only_last) for target in targets]
+        order = np.argsort(sources.targets, kind="stable")
+        are_apart = settings[0].guidance.form != "none" or _method(settings[0]).is_calibrated
+        for of, rows in zip(settings, np.split(order, starts[1:]) if are_apart else [order], strict=are_apart):
+            name = f"{source} -> " + (of.target if are_apart or len(targets) == 1 else f"{len(targets)} classes")
+            for part, made in self._batches(sources, rows.tolist(), of, batch_name=name):
+                yield part, made.frames[-1]
 
     def _translate_batch(self, batch, ids, settings, context) -> Trajectory:
         x0 = self.codec.encode(batch.to(self.fabric.device))

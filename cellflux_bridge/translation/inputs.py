@@ -20,24 +20,27 @@ Images = str | Path | np.ndarray | Image.Image | torch.Tensor | Sequence[str | P
 
 class Sources(NamedTuple):
     """Sources by number: their names, and patches(numbers) -> (B, C, S, S) uint8. Where they are known, batches (N,)
-    int64 that the sources belong to, and doses (N,) float32 of their targets."""
+    int64 that the sources belong to, doses (N,) float32 of their targets, and targets (N,) int64, numbers of classes,
+    where they have not all one."""
 
     ids: list[str]
     patches: Callable[[Sequence[int]], torch.Tensor]
     batches: np.ndarray | None = None
     doses: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
     def context(self, numbers: Sequence[int]) -> "Context":
         """What is known of some sources beside their pixels."""
-        known = (self.batches, self.doses)
+        known = (self.batches, self.doses, self.targets)
         return Context(*(None if column is None else torch.from_numpy(column[list(numbers)]) for column in known))
 
 
 class Context(NamedTuple):
-    """Of B sources, where known: batches (B,) int64, and doses (B,) float32 of their targets."""
+    """Of B sources, where known: batches (B,) int64, doses (B,) float32 of their targets, and targets (B,) int64."""
 
     batches: torch.Tensor | None = None
     doses: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
 
 
 def of_split(patches: Patches, chosen: np.ndarray) -> Sources:

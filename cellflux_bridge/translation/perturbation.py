@@ -2,7 +2,7 @@
 
 <folder>/cells.csv     a row a cell: perturbation, batch, dose, the real cell, the control that it was made from
 <folder>/made.npy      the made cells (N, C, H, W) uint8, in the order of the rows
-<folder>/made_with.json  what made them, and which perturbations are done
+<folder>/made_with.json  what made them, and how many are done, in the order of perturbations
 """
 
 import hashlib
@@ -116,7 +116,7 @@ def some_of_each_batch(patches: Patches, controls: np.ndarray) -> np.ndarray:
 
 def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched, folder: Path) -> np.ndarray:
     """The made cells (N, C, H, W) uint8, memory-mapped, of matched cells. A cell's noise is that of its real cell's
-    name. `folder` keeps them; a call that was stopped goes on there with the perturbations that are not done.
+    name. `folder` keeps them; a call that was stopped goes on there.
 
     UserError for a folder of cells that were made otherwise, and for a damaged one.
     """
@@ -130,25 +130,24 @@ def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched,
         folder.mkdir(parents=True, exist_ok=True)
         reserved(file, np.uint8, shape).flush()
         replace_text(folder / "cells.csv", rows)
-        replace_text(stamp, json.dumps({**made_with, "done": []}) + "\n")
+        replace_text(stamp, json.dumps({**made_with, "done": 0}) + "\n")
     try:
         kept = json.loads(regular(stamp).read_text(encoding="utf-8"))
-        done, same = list(kept.pop("done")), kept == made_with
+        done, same = int(kept.pop("done")), kept == made_with
         made = open_memmap(regular(file), mode="r+")
-        if same and (made.shape, made.dtype) != (shape, np.uint8):
-            raise ValueError(f"{file.name} holds {made.dtype} {made.shape}")
+        if same and ((made.shape, made.dtype) != (shape, np.uint8) or not 0 <= done <= len(made)):
+            raise ValueError(f"{file.name} holds {made.dtype} {made.shape}, of which {done} are done")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: damaged ({error}); remove it, and its cells are made again") from error
     if not same:
         raise UserError(f"{folder}: holds cells that were made otherwise; choose another --output, or remove it")
-    source, labels = control_class(translator), patches.labels[matched.treated]
-    for label in (patches.classes[number] for number in np.unique(labels)):
-        if label not in done:
-            rows = np.flatnonzero(labels == patches.class_index(label))
-            for part, frames in translator.last_frames(_sources(patches, matched, rows), source=source, target=label):
-                made[rows[part]] = frames
+    left = np.argsort(_targets(translator, patches, matched.treated), kind="stable")[done:]
+    if len(left):
+        sources = _sources(translator, patches, matched, left)
+        for part, frames in translator.last_frames(sources, source=control_class(translator)):
+            made[left[part]] = frames
             made.flush()
-            done.append(label)
+            done += len(part)
             replace_text(stamp, json.dumps({**made_with, "done": done}) + "\n")
     return open_memmap(file, mode="r")
 
@@ -166,13 +165,10 @@ def make_swapped(
     differs = number[other] != number
     rows, given = rows[differs], rows[other][differs]
     made = np.empty((len(rows), *_shape(translator)), np.uint8)
-    for label in np.unique(patches.labels[matched.treated[given]]):
-        chosen = np.flatnonzero(patches.labels[matched.treated[given]] == label)
-        sources = _sources(patches, matched, rows[chosen])
-        sources = sources._replace(doses=patches.doses[matched.treated[given[chosen]]])
-        how = {"source": control_class(translator), "target": patches.classes[label]}
-        for part, frames in translator.last_frames(sources, **how):
-            made[chosen[part]] = frames
+    if len(rows):
+        sources = _sources(translator, patches, matched, rows, given=given)
+        for part, frames in translator.last_frames(sources, source=control_class(translator)):
+            made[part] = frames
     return rows, made
 
 
@@ -181,14 +177,23 @@ def _shape(translator: FlowTranslator) -> tuple[int, int, int]:
     return (translator.preprocessing.channels, size, size)
 
 
-def _sources(patches: Patches, matched: Matched, rows: np.ndarray) -> Sources:
+def _targets(translator: FlowTranslator, patches: Patches, treated: np.ndarray) -> np.ndarray:
+    """The numbers that a network knows the perturbations of treated cells by."""
+    return np.array([translator.classes.index(label) for label in patches.classes])[patches.labels[treated]]
+
+
+def _sources(
+    translator: FlowTranslator, patches: Patches, matched: Matched, rows: np.ndarray, given: np.ndarray | None = None
+) -> Sources:
+    """The controls of some rows, which are to become like their own treated cells, or those of the rows `given`."""
     controls, treated = matched.control[rows], matched.treated[rows]
+    like = treated if given is None else matched.treated[given]
 
     def of(numbers: Sequence[int]):
         return patches.centre(controls[np.asarray(numbers)])
 
-    names = [patches.ids[i] for i in treated]
-    return Sources(names, of, patches.batches[treated], patches.doses[treated])
+    names, targets = [patches.ids[i] for i in treated], _targets(translator, patches, like)
+    return Sources(names, of, patches.batches[treated], patches.doses[like], targets)
 
 
 def _rows(patches: Patches, matched: Matched) -> list[list]:
