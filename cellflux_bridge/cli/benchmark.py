@@ -69,7 +69,7 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
     from cellflux_bridge.api import Bridge
     from cellflux_bridge.cli import train
     from cellflux_bridge.flow.task import FlowTask
-    from cellflux_bridge.metrics.level_one import ALONE, level_one, treated
+    from cellflux_bridge.metrics.level_one import ALONE, level_one
     from cellflux_bridge.metrics.sliced_wasserstein import swd
     from cellflux_bridge.metrics.two_sample import network_scores, two_sample
     from cellflux_bridge.training.run import last_values
@@ -80,7 +80,7 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
     with FlopCounterMode(display=False) as counter:
         task.loss(task.model, task.batch(0, rank=0)).backward()
     if config.pairs.match_batch:
-        found = treated(bridge, config.output / f"treated-{num}", split="test", num=num)
+        found = _treated(bridge, config.output / f"treated-{num}", num=num)
     else:
         found = level_one(bridge, split="test", num=num)
     sides = found.made, found.real, found.groups, found.real_groups
@@ -93,3 +93,20 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
         "auc_network": two_sample(*sides, scores_of=network_scores).value,
         **{f"swd_{scale}": value for scale, value in swd(found.made, found.real).items()},
     }
+
+
+def _treated(bridge: Any, folder: Path, *, num: int) -> Any:
+    """About `num` real treated cells of the test split, as many of each perturbation, and for each a cell that a run
+    makes of a control, as a LevelOne; `folder` keeps the made ones."""
+    import numpy as np
+
+    from cellflux_bridge.metrics.level_one import LevelOne
+    from cellflux_bridge.translation.perturbation import control_class, make_treated, match_controls
+
+    patches, config, control = bridge.patches(), bridge.config, control_class(bridge)
+    targets = [label for label in patches.classes if label != control and bridge.can_make(label)]
+    how = {"split": "test", "pairs": config.pairs, "seed": config.seed}
+    matched = match_controls(patches, control, targets, num=-(-num // max(1, len(targets))), **how)
+    made, names = make_treated(bridge, patches, matched, folder), np.array(patches.group_names)
+    groups = (names[patches.groups[of]] for of in (matched.control, matched.treated))
+    return LevelOne(np.array(made), patches.centre(matched.treated).numpy(), *groups)

@@ -11,7 +11,6 @@ from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.metrics.bands import KINDS, statistics
 from cellflux_bridge.metrics.two_sample import logistic_scores, two_sample
 from cellflux_bridge.metrics.verdict import TOLD
-from cellflux_bridge.translation.perturbation import control_class, make_treated, match_controls
 
 # How a level of 1 is made alone, so that the pictures say what the flow can do and not how it was steered.
 ALONE = ("translate.method=progression", "translate.guidance.form=none", "translate.calibrate=none")
@@ -36,18 +35,6 @@ class LevelOne(NamedTuple):
             kind: two_sample(*(of[:, part] for of in bands), *sides, scores_of=logistic_scores).value
             for kind, part in KINDS.items()
         }
-
-
-def treated(bridge: Any, folder: Path, *, split: str, num: int) -> LevelOne:
-    """About `num` real treated cells of a split, as many of each perturbation, and for each a cell that a Bridge makes
-    of a control; `folder` keeps the made ones."""
-    patches, config, control = bridge.patches(), bridge.config, control_class(bridge)
-    targets = [label for label in patches.classes if label != control and bridge.can_make(label)]
-    how = {"split": split, "pairs": config.pairs, "seed": config.seed}
-    matched = match_controls(patches, control, targets, num=-(-num // max(1, len(targets))), **how)
-    made, names = make_treated(bridge, patches, matched, folder), np.array(patches.group_names)
-    groups = (names[patches.groups[of]] for of in (matched.control, matched.treated))
-    return LevelOne(np.array(made), patches.centre(matched.treated).numpy(), *groups)
 
 
 def level_one(bridge: Any, *, split: str, num: int) -> LevelOne:
