@@ -107,20 +107,6 @@ def test_output_has_the_shape_of_the_state(make, channels, height, width):
     assert network(t, x, cond).shape == x.shape
 
 
-def test_the_state_itself_reaches_the_output_channel_by_channel():
-    network = make_unet(spec_of(), patch=2, state_skip=True)  # the head begins at zero
-    with torch.no_grad():
-        network.state_skip.bias.copy_(torch.tensor([0.0, 0.5, 1.0]))
-    t, x = torch.tensor([0.0, 0.5]), torch.randn(2, 3, 8, 8, generator=generator())
-    cond = Condition(source_class=torch.tensor([0, 1]), target_class=torch.tensor([1, 2]))
-    factor = torch.tensor([-1.0, -0.5, 0.0])[None, :, None, None] / (1 - t)[:, None, None, None]
-    torch.testing.assert_close(network(t, x, cond), factor * x)
-    with torch.no_grad():
-        nn.init.normal_(network.state_skip.weight)
-    one, other = (network(torch.full((1,), s), x[:1], cond.index([0])) * (1 - s) for s in (0.1, 0.6))
-    assert (one - other).abs().max() > 1e-3, "the factor depends on time"
-
-
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_patches_fold_and_unfold(patch):
     network = make_unet(spec_of(source_image=True), patch=patch)

@@ -75,10 +75,6 @@ class UNet(base.Velocity):
     the one before. `attention` lists the levels (0 the finest) that attend over all positions. `patch` > 1 folds
     patch x patch pixels into channels first (pixel unshuffle), the cheapest way to larger images. The image's sides
     must be divisible by `stride` = patch * 2^(levels - 1). `predict` says what the output means (see `as_velocity`).
-
-    With `state_skip` the state, each channel times a learned factor of time and condition, is added to the output: the
-    c_skip of Karras et al. (2022), which is learned here. Near the end of the way most fine detail of the output is
-    that of the state, which the narrow, normalised layers between would have to copy.
     """
 
     def __init__(
@@ -94,7 +90,6 @@ class UNet(base.Velocity):
         dropout: base.Dropout = 0.0,
         patch: Count = 1,
         predict: base.Prediction = "endpoint",
-        state_skip: bool = False,
     ):
         super().__init__()
         base.require_levels(attention, multipliers)
@@ -133,7 +128,6 @@ class UNet(base.Velocity):
             below = width
             if level > 0:
                 self.grow.append(nn.Conv2d(width, width, 3, padding=1))
-        self.state_skip = _zeroed(nn.Linear(dim, image_channels)) if state_skip else None
         self.norm = _norm(widths[0])
         self.head = _zeroed(nn.Conv2d(widths[0], image_channels * patch**2, 3, padding=1))
 
@@ -157,6 +151,4 @@ class UNet(base.Velocity):
             if level < len(self.grow):
                 h = self.grow[level](F.interpolate(h, scale_factor=2, mode="nearest"))
         output = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self._patch)
-        if self.state_skip is not None:
-            output = output + self.state_skip(embedding)[:, :, None, None] * x
         return base.as_velocity(output, t, x, predict=self._predict)
