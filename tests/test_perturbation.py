@@ -91,7 +91,7 @@ def test_effects_are_ratios_to_the_controls_of_the_own_batch():
     expected = {(1, "1"): np.log(2), (1, "5"): np.log(10), (2, "1"): np.log(0.5), (2, "5"): np.log(2.5)}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_allclose(found[key], [value] * 3, atol=1e-6)
+        np.testing.assert_allclose(found[key], [value] * 3, atol=1e-12)
 
 
 def test_area_and_intensity_are_medians_and_the_number_of_nuclei_is_a_mean():
@@ -285,6 +285,10 @@ def test_cells_are_made_compared_and_written(run, plates, capsys):
     assert np.array_equal(again[labels != "cmpd1"], made[labels != "cmpd1"])
     with pytest.raises(SystemExit, match="holds cells that were made otherwise"):
         cli.main(["perturbations", str(run), "--num", "5"])
+    for done in (19, -1, float("inf"), [], None):
+        stamp.write_text(json.dumps({**kept, "done": done}))
+        with pytest.raises(SystemExit, match=r"damaged .* remove it, and its cells are made again"):
+            cli.main(["perturbations", str(run), *moa, "--num", "6"])
 
 
 @pytest.mark.parametrize(

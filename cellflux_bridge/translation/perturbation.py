@@ -137,7 +137,7 @@ def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched,
         made = open_memmap(regular(file), mode="r+")
         if same and ((made.shape, made.dtype) != (shape, np.uint8) or not 0 <= done <= len(made)):
             raise ValueError(f"{file.name} holds {made.dtype} {made.shape}, of which {done} are done")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder}: damaged ({error}); remove it, and its cells are made again") from error
     if not same:
         raise UserError(f"{folder}: holds cells that were made otherwise; choose another --output, or remove it")
