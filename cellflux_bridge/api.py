@@ -98,7 +98,9 @@ class Bridge(FlowTranslator):
             network = checkpoint.load_network(folder, lambda: build_flow(trained)[1])
             # The run's own file may have newer settings of translation than its last checkpoint, and may have moved.
             config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=run_of(Path(run)))
-            if differing := differences(trained, config, ignore=("train", "classifier", "ddim", "translate")):
+            if differing := differences(
+                trained, config, ignore=("train", "refiner", "classifier", "ddim", "translate")
+            ):
                 raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
             return cls(
                 config=config,

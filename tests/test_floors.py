@@ -15,7 +15,7 @@ FLOORS = (
     {"transport", "classifier", "ddim"},
     {"training"},
     {"classifier.task", "classifier.scores", "ddim.task"},
-    {"flow"},
+    {"flow", "refiner"},
     {"translation", "metrics", "cellularity", "augmentation"},
     {"study", "report"},
     {"api", "cli", "translator", "__main__"},

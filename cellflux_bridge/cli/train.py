@@ -13,6 +13,8 @@ def run(args: argparse.Namespace) -> None:
     from cellflux_bridge.flow.levels import target_levels
     from cellflux_bridge.flow.task import IGNORED, FlowTask, build_flow, ignores_condition
     from cellflux_bridge.metrics.level_one import ALONE, too_little
+    from cellflux_bridge.refiner.model import REFINER, UNUSED
+    from cellflux_bridge.refiner.task import RefinerTask
     from cellflux_bridge.training.loop import fit
     from cellflux_bridge.training.processes import on_rank_zero
     from cellflux_bridge.training.run import claim, last_values, record_splits, require_free
@@ -31,12 +33,17 @@ def run(args: argparse.Namespace) -> None:
     def prepare() -> None:
         if holds_ddim(config.output):
             raise UserError(f"{config.output}: holds a reference bridge's run; choose another output for the flow")
-        unused = ("ddim",) if crossfit else ("ddim", "classifier")
+        unused = ("ddim", "refiner") if crossfit else ("ddim", "refiner", "classifier")
         require_free(config.output, config, ignore=unused, resume=config.train.resume)
+        if refiner is not None:
+            require_free(config.output / REFINER, config, ignore=UNUSED, resume=config.refiner.train.resume)
         record_splits(config.output, patches)
         claim(config.output, config)
+        if refiner is not None:
+            claim(config.output / REFINER, config)
 
     task = FlowTask(config, patches)  # refuses what cannot be trained before anything is written
+    refiner = RefinerTask(config, patches) if config.refiner.scale else None
     on_rank_zero(fabric, prepare)
     if task.unmatched:
         fabric.print(left_out(task.unmatched))
@@ -46,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         task = FlowTask(config, patches, levels=levels)
     trained_before = {path.name for path in (config.output / "checkpoints").glob("step-*[0-9]")}
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
+    if refiner is not None:
+        fit(refiner, config, config.refiner.train, folder=config.output / REFINER, fabric=fabric)
     if fabric.is_global_zero:
         figures = last_values(config.output, "val/")
         tell_trained(newest, figures)

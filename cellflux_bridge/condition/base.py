@@ -35,8 +35,12 @@ class Condition:
             raise AttributeError(name)
         return self.__dict__.get("tensors", {}).get(name)
 
+    @property
+    def _anchor(self) -> torch.Tensor:
+        return next(iter([*self.tensors.values(), self.dropped]))  # `dropped` alone says how many have no parts
+
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return len(self._anchor)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Condition":
         tensors, present = ({name: function(v) for name, v in d.items()} for d in (self.tensors, self.present))
@@ -74,8 +78,7 @@ class Condition:
         return self.drop(self._mask(True))
 
     def _mask(self, value: bool) -> torch.Tensor:
-        anchor = next(iter(self.tensors.values()))
-        return torch.full((len(anchor),), value, dtype=torch.bool, device=anchor.device)
+        return torch.full((len(self),), value, dtype=torch.bool, device=self._anchor.device)
 
     @staticmethod
     def cat(conditions: "Sequence[Condition]") -> "Condition":

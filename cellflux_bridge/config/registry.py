@@ -147,11 +147,15 @@ def validate(kind: str, spec: Mapping[str, Any] | str, *, key: str) -> dict[str,
         raise UserError(explain(error, schema, prefix=key, note=f"arguments of {kind} {name!r}")) from error
 
 
-def component(kind: str, key: str, *, default: str) -> Any:
-    """The type of a configuration's key that chooses a component."""
+def component(kind: str, key: str, *, default: str, **arguments: Any) -> Any:
+    """The type of a configuration's key that chooses a component; `arguments` are what the default one has here where
+    they are not given, whatever its constructor says."""
 
     def complete(spec: Any) -> dict[str, Any]:
-        return validate(kind, {"name": default, **spec} if isinstance(spec, dict) else spec, key=key)
+        spec = {"name": default, **spec} if isinstance(spec, dict) else spec
+        if arguments and isinstance(spec, dict) and spec["name"] == default:
+            spec = {**arguments, **spec}
+        return validate(kind, spec, key=key)
 
     return Annotated[dict[str, Any], BeforeValidator(complete), Field(default_factory=dict)]
 

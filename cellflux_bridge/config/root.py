@@ -21,6 +21,7 @@ from cellflux_bridge.config.registry import component, trusting, trusts_everythi
 from cellflux_bridge.config.schema import ReceivedPath, Section, Seed, dump_yaml, explain, parse_yaml, read_yaml
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.ddim.settings import DDIMConfig
+from cellflux_bridge.refiner.settings import RefinerConfig
 from cellflux_bridge.training.settings import TrainConfig
 from cellflux_bridge.translation.settings import TranslateConfig, without_foreign_keys
 from cellflux_bridge.video.settings import VideoConfig
@@ -35,7 +36,7 @@ _PACE = (
     *("steps", "max_minutes", "max_cpu_minutes", "resume", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("validate_every", "sample_every", "tensorboard", "accelerator", "devices", "num_nodes", "strategy"),
 )
-_TRAININGS = ("train", "classifier.train", "ddim.denoiser.train", "ddim.classifier.train")
+_TRAININGS = ("train", "refiner.train", "classifier.train", "ddim.denoiser.train", "ddim.classifier.train")
 PLACES_AND_PACE = (
     *("name", "output", "data.root", "data.without", "data.cache_dir", "data.workers"),
     *(f"{section}.{key}" for section in _TRAININGS for key in _PACE),
@@ -90,6 +91,7 @@ class Config(Root):
     codec: Codec
     velocity: Velocity
     train: TrainConfig = TrainConfig()
+    refiner: RefinerConfig = Field(default_factory=RefinerConfig)
     classifier: ClassifierConfig = ClassifierConfig()
     ddim: DDIMConfig = DDIMConfig()
     translate: TranslateConfig = Field(default_factory=TranslateConfig)

@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 
 from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.seeds import derive_seed
 from cellflux_bridge.classifier.guides import Guides, seen_by
 from cellflux_bridge.codec.base import build_codec
 from cellflux_bridge.condition.base import Condition
@@ -21,6 +22,7 @@ from cellflux_bridge.field.classifier_guided import EXACT, ClassifierGuided, req
 from cellflux_bridge.field.settings import GuidanceConfig
 from cellflux_bridge.flow.network import make_condition
 from cellflux_bridge.path.base import Path
+from cellflux_bridge.refiner.model import FORWARDS, Refiner
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
 from cellflux_bridge.translation.base import Translator, require_finite
 from cellflux_bridge.translation.inputs import Context, Sources
@@ -53,6 +55,9 @@ class FlowTranslator(Translator):
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
         self._weights = checkpoint.weights_digest(self._network)[:16]
         self._guides = Guides(config, fabric.device)
+        self._refiner = (
+            Refiner(config.output, fabric.device) if config.refiner.scale and config.translate.refine else None
+        )
         shared = {"config": config, "fabric": fabric, "codec": self.codec, "guides": self._guides, "memory": {}}
         self._meter = partial(LevelCalibration, **shared, weights=self._weights, patches=self.patches)
 
@@ -138,14 +143,15 @@ class FlowTranslator(Translator):
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
         digest = self.config.model_copy(update={"translate": settings}).digest()
         method, flow, meter = self._use(settings)
-        guides = self._guides.names(settings.guidance, measure=method.is_calibrated)
+        others = self._guides.names(settings.guidance, measure=method.is_calibrated)
+        others += [self._refiner.name] if self._refiner else []
         return TrajectoryHeader(
             method=settings.method,
             source=settings.source,
             target=settings.target,
             classes=self.classes,
             levels=method.levels(flow, meter),
-            config_hash="+".join([f"{digest}@{self.step}:{self._weights}", *guides]),
+            config_hash="+".join([f"{digest}@{self.step}:{self._weights}", *others]),
         )
 
     def _name(self, settings: TranslateConfig) -> str:
@@ -267,11 +273,23 @@ class FlowTranslator(Translator):
         with self.fabric.autocast():
             result = method.carry(flow, x0, noise=noise, levels=torch.tensor(header.levels[1:]), meter=meter)
         require_finite(result.frames, ids)
-        made = self.codec.to_uint8(result.frames[1:]).cpu()
-        frames = torch.cat([batch[None].cpu(), made]).numpy()  # the source itself, also where a codec loses something
+        made = self.codec.to_uint8(result.frames[1:])
+        if self._refiner:
+            made = self._refined(made, ids, batch_size=settings.batch_size)
+            result = result._replace(nfe=result.nfe + FORWARDS * len(made))
+        # The source itself comes first, also where a codec loses something.
+        frames = torch.cat([batch[None].cpu(), made.cpu()]).numpy()
         cost = (result.nfe,) * len(ids), (result.gradients,) * len(ids)
         depths = None if result.depths is None else np.tile(result.depths.numpy()[:, None], len(ids))
         return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), *cost, depths)
+
+    def _refined(self, frames: torch.Tensor, ids: Sequence[str], *, batch_size: int) -> torch.Tensor:
+        """Frames (K, B, C, H, W) uint8 with new finest detail. All levels of a source get the same noise, so that what
+        is drawn anew stays where it is along a sequence."""
+        noise = source_noise(frames.shape[2:], ids, seed=derive_seed(self.config.seed, "refiner")).to(frames.device)
+        rows = frames.flatten(0, 1).split(batch_size), noise.repeat(len(frames), 1, 1, 1).split(batch_size)
+        with self.fabric.autocast():
+            return torch.cat([self._refiner(*part) for part in zip(*rows, strict=True)]).unflatten(0, frames.shape[:2])
 
 
 def _method(settings: TranslateConfig) -> Transport:

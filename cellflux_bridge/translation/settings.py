@@ -49,6 +49,7 @@ class TranslateConfig(Section):
     # stair along doses, between which the logarithm rises evenly; null: not known.
     dose: Positive | tuple[Positive, Positive] | None = None
     guidance: GuidanceConfig = GuidanceConfig()
+    refine: bool = True  # by the refiner of a flow's run, where it has one
     batch_size: Few = 64  # images that go through the network at once
 
     @model_validator(mode="before")

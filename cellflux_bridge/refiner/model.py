@@ -1,0 +1,83 @@
+"""A refiner: noise on a frame, and a denoiser of small noise that takes it away again.
+
+A flow's network draws the mean of many possible ends wherever it is unsure, and of the noise of single pixels it is
+always unsure: a frame lacks the grain of the camera, and its finest edges are soft. As in SDEdit (Meng et al. 2022)
+and SDXL's refiner (Podell et al. 2023) a frame gets Gaussian noise of a small standard deviation, which hides its
+finest detail, and the probability flow of a diffusion model carries it back among real patches:
+
+    dx / d sigma = E[eps | x, sigma]        (Karras et al. 2022, eq. 1, for sigma(t) = t)
+
+from sigma = scale to FINEST. What is coarser than the noise stays as the flow drew it.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchdiffeq import odeint
+
+from cellflux_bridge import checkpoint, images
+from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.condition.base import Condition, ConditionSpec
+from cellflux_bridge.config import Config, registry
+from cellflux_bridge.velocity.base import Velocity
+
+# The folder, in that of a run, where its refiner is trained.
+REFINER = "refiner"
+# What a refiner does not depend on.
+UNUSED = ("train", "pairs", "coupling", "path", "codec", "velocity", "condition", "classifier", "ddim")
+# The least noise, half a grey level: rounding to uint8 lays as much on an image.
+FINEST = 0.004
+# Three midpoint steps, their noise evenly spaced in its cube root (Karras et al. 2022, eq. 5, rho = 3).
+_STEPS, _RHO = 3, 3
+FORWARDS = 2 * _STEPS
+
+
+def build_refiner(config: Config) -> Velocity:
+    """The (untrained) network of a configuration: `noise_in` says what it is asked."""
+    return registry.build("velocity", config.refiner.velocity, config.data.channels, ConditionSpec(()))
+
+
+def noise_in(network: Velocity, x: torch.Tensor, sigma: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """E[eps | x] (B, C, H, W) for x = image + sigma eps, sigma (B,) between FINEST and `scale`.
+
+    The network's time is the logarithm of sigma, 0 at FINEST and 1 at `scale`.
+    """
+    t = (sigma / FINEST).log() / math.log(scale / FINEST)
+    nothing = Condition(dropped=torch.ones_like(sigma, dtype=torch.bool))
+    return network(t, x, nothing)
+
+
+@torch.no_grad()
+def refine(network: Velocity, frames: torch.Tensor, noise: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """Frames (B, C, H, W) uint8 with their finest detail drawn anew by standard normal `noise` of the same shape; all
+    on the network's device. A frame does not depend on the others of its batch."""
+    sigmas = np.linspace(scale ** (1 / _RHO), FINEST ** (1 / _RHO), _STEPS + 1) ** _RHO
+    x = images.encode(frames) + scale * noise
+
+    def rate(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return noise_in(network, x, sigma.expand(len(x)), scale=scale).float()
+
+    return images.decode(odeint(rate, x, torch.from_numpy(sigmas).to(x), method="midpoint")[-1])
+
+
+class Refiner:
+    """The refiner of a run folder; `name` changes with its weights."""
+
+    def __init__(self, run: Path, device: torch.device):
+        if not any((run / REFINER / "checkpoints").glob("step-*[0-9]")):
+            raise UserError(
+                f"{run}: its refiner is not trained; go on with: cellflux-bridge train {run}. Or make frames without "
+                "one: translate.refine=false"
+            )
+        folder = checkpoint.latest(run / REFINER)
+        config = checkpoint.read_config(folder)
+        network = checkpoint.load_network(folder, lambda: build_refiner(config))
+        self.name = f"refiner@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(network)[:16]}"
+        self._scale = config.refiner.scale
+        self._network = network.to(device, memory_format=torch.channels_last).eval()
+
+    def __call__(self, frames: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """See `refine`."""
+        return refine(self._network, frames, noise, scale=self._scale)
