@@ -35,6 +35,15 @@ def test_every_variant_is_trained_for_every_number_of_updates(file, tmp_path, ca
     assert [row["auc_grey"] for row in again] == [row["auc_grey"] for row in rows]
 
 
+def test_the_work_of_a_refiner_counts(file, tmp_path):
+    keys = "refiner.scale=0.2 refiner.train.steps="
+    variants = [text for num in (2, 6) for text in ("--variant", f"{num}: {keys}{num}")]
+    benchmark(tmp_path, "--variant", "none:", *variants, "--updates", "1", "--sources", "10")
+    none, two, six = (float(row["tflop"]) for row in csv_rows(tmp_path / "found" / "quality.csv"))
+    assert six - none == pytest.approx(3 * (two - none), rel=0.05)
+    assert two > none
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -72,23 +72,30 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
     from cellflux_bridge.metrics.level_one import ALONE, level_one
     from cellflux_bridge.metrics.sliced_wasserstein import swd
     from cellflux_bridge.metrics.two_sample import network_scores, two_sample
+    from cellflux_bridge.refiner.model import REFINER
+    from cellflux_bridge.refiner.task import RefinerTask
     from cellflux_bridge.training.run import last_values
 
     train.run(argparse.Namespace(config=file, overrides=keys))
     bridge = Bridge.load(config.output, () if config.pairs.match_batch else ALONE)
-    task = FlowTask(bridge.config, bridge.patches())
-    with FlopCounterMode(display=False) as counter:
-        task.loss(task.model, task.batch(0, rank=0)).backward()
+    trained, work, cpu_seconds = bridge.config, 0.0, 0.0
+    parts = [(FlowTask, trained.train, config.output)]
+    if trained.refiner.scale:
+        parts.append((RefinerTask, trained.refiner.train, config.output / REFINER))
+    for kind, how, folder in parts:
+        task = kind(trained, bridge.patches())
+        with FlopCounterMode(display=False) as counter:
+            task.loss(task.model, task.batch(0, rank=0)).backward()
+        work += counter.get_total_flops() * how.accumulate * how.steps / 1e12
+        cpu_seconds += last_values(folder, "cpu_seconds")["cpu_seconds"]
     if config.pairs.match_batch:
         found = _treated(bridge, config.output / f"treated-{num}", num=num)
     else:
         found = level_one(bridge, split="test", num=num)
     sides = found.made, found.real, found.groups, found.real_groups
-    spent = last_values(config.output, "cpu_seconds")
-    work = counter.get_total_flops() * bridge.config.train.accumulate * bridge.config.train.steps / 1e12
     return {
-        "tflop": float(work),
-        **spent,
+        "tflop": work,
+        "cpu_seconds": cpu_seconds,
         **{f"auc_{kind}": value for kind, value in found.auc().items()},
         "auc_network": two_sample(*sides, scores_of=network_scores).value,
         **{f"swd_{scale}": value for scale, value in swd(found.made, found.real).items()},
