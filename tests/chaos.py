@@ -32,6 +32,7 @@ CONFIG = {
     "condition": {"target": "level", "level": "crossfit", "source_class": False, "source_image": True},
     "velocity": {"name": "unet", "channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": []},
     "train": {"steps": 60, "batch_size": 8, "checkpoint_every": 7, "validate_every": 20, "sample_every": 20},
+    "refiner": {"scale": 0.2, "velocity": {"channels": 8}, "train": {"steps": 40, "checkpoint_every": 5}},
     "classifier": {"train": {"steps": 40, "batch_size": 8, "checkpoint_every": 5, "validate_every": 10}},
     "translate": {"source": "A", "target": "B", "method": "progression", "levels": 10, "steps": 4, "num": 20,
                   "batch_size": 2, "noise_resampling": 1.0},
@@ -39,7 +40,11 @@ CONFIG = {
 JUDGES = ["--judge", "runs/x/judge_rgb", "--features", "runs/x/features/judge_rgb"]
 # A kind of job: its command, what is made beforehand, and the files that it makes.
 JOBS = {
-    "flow": (["train", "c.yaml"], (), "runs/x/checkpoints/*/model.safetensors runs/x/levels.csv"),
+    "flow": (
+        ["train", "c.yaml"],
+        (),
+        "runs/x/checkpoints/*/model.safetensors runs/x/refiner/checkpoints/*/model.safetensors runs/x/levels.csv",
+    ),
     "judge": (["train-classifier", "c.yaml"], (), "runs/x/judge_rgb/checkpoints/*/model.safetensors"),
     "features": (
         ["train-classifier", "c.yaml", "classifier.seed=1", "output=runs/x/features"],
