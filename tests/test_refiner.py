@@ -122,6 +122,7 @@ def test_what_cannot_be_trained_is_refused_by_name(file, override, key):
 
 # In a run
 
+BY_LEVEL = ("condition.target=level", "condition.source_image=true", "condition.source_class=false")
 MANY = ("translate.method=progression", "translate.levels=3", "translate.steps=1", "translate.num=4")
 
 
@@ -171,14 +172,18 @@ def test_what_made_frames_is_in_their_header(run):
 
 
 def test_a_run_gets_a_refiner_later_and_keeps_its_flow(file, tmp_path):
-    cli.main(["train", str(file), "refiner.scale=0"])
+    cli.main(["train", str(file), *BY_LEVEL, "refiner.scale=0"])
     run = tmp_path / "runs" / "tiny"
     assert not (run / "refiner").exists()
     before = (checkpoint.latest(run) / checkpoint.WEIGHTS).stat()
-    with pytest.raises(UserError, match="its refiner is not trained"):
-        Bridge.load(run, ["refiner.scale=0.2"])
+    for keys, options in (["refiner.scale=0.2"], {}), ([], {"refine": True}):
+        bridge = Bridge.load(run, keys)
+        with pytest.raises(UserError, match=r"has no trained refiner. Train it: .* refiner.scale=0.2"):
+            bridge.translate(bridge.patches().centre([0]), **options)
+    unrefined = frames(run)
     cli.main(["train", str(run), "refiner.scale=0.2"])
     assert (checkpoint.latest(run) / checkpoint.WEIGHTS).stat().st_mtime_ns == before.st_mtime_ns
-    assert Bridge.load(run)._refiner.name.startswith("refiner@4:")
+    assert (frames(run)[1:] != unrefined[1:]).any()
+    assert (frames(run, "translate.refine=false") == unrefined).all()
     with pytest.raises(SystemExit, match=r"refiner.scale \(0.2 there, 0.1 here\)"):
         cli.main(["train", str(run), "refiner.scale=0.1"])

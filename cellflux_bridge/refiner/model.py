@@ -18,7 +18,6 @@ import torch
 from torchdiffeq import odeint
 
 from cellflux_bridge import checkpoint, images
-from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionSpec
 from cellflux_bridge.config import Config, registry
 from cellflux_bridge.velocity.base import Velocity
@@ -62,15 +61,15 @@ def refine(network: Velocity, frames: torch.Tensor, noise: torch.Tensor, *, scal
     return images.decode(odeint(rate, x, torch.from_numpy(sigmas).to(x), method="midpoint")[-1])
 
 
+def is_trained(run: Path) -> bool:
+    """Whether a run folder has a refiner."""
+    return any((run / REFINER / "checkpoints").glob("step-*[0-9]"))
+
+
 class Refiner:
     """The refiner of a run folder; `name` changes with its weights."""
 
     def __init__(self, run: Path, device: torch.device):
-        if not any((run / REFINER / "checkpoints").glob("step-*[0-9]")):
-            raise UserError(
-                f"{run}: its refiner is not trained; go on with: cellflux-bridge train {run}. Or make frames without "
-                "one: translate.refine=false"
-            )
         folder = checkpoint.latest(run / REFINER)
         config = checkpoint.read_config(folder)
         network = checkpoint.load_network(folder, lambda: build_refiner(config))

@@ -22,7 +22,7 @@ from cellflux_bridge.field.classifier_guided import EXACT, ClassifierGuided, req
 from cellflux_bridge.field.settings import GuidanceConfig
 from cellflux_bridge.flow.network import make_condition
 from cellflux_bridge.path.base import Path
-from cellflux_bridge.refiner.model import FORWARDS, Refiner
+from cellflux_bridge.refiner.model import FORWARDS, Refiner, is_trained
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
 from cellflux_bridge.translation.base import Translator, require_finite
 from cellflux_bridge.translation.inputs import Context, Sources
@@ -55,9 +55,8 @@ class FlowTranslator(Translator):
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
         self._weights = checkpoint.weights_digest(self._network)[:16]
         self._guides = Guides(config, fabric.device)
-        self._refiner = (
-            Refiner(config.output, fabric.device) if config.refiner.scale and config.translate.refine else None
-        )
+        has_refiner = config.refiner.scale and is_trained(config.output)
+        self._refiner = Refiner(config.output, fabric.device) if has_refiner else None
         shared = {"config": config, "fabric": fabric, "codec": self.codec, "guides": self._guides, "memory": {}}
         self._meter = partial(LevelCalibration, **shared, weights=self._weights, patches=self.patches)
 
@@ -119,6 +118,11 @@ class FlowTranslator(Translator):
     def _require_possible(self, settings: TranslateConfig, given: Mapping[str, Any]) -> None:
         """Refuse, before anything is computed, what this network or its path cannot do."""
         method, flow, _ = self._use(settings)
+        if settings.refine and self._refiner is None and (self.config.refiner.scale or "refine" in given):
+            raise UserError(
+                f"translate.refine: {self.config.output} has no trained refiner. Train it: cellflux-bridge train "
+                f"{self.config.output} refiner.scale={self.config.refiner.scale or 0.2}. Or set translate.refine=false"
+            )
         guidance, scale, condition = settings.guidance, settings.guidance_scale, self.config.condition
         self._require_condition(settings)
         method.require(flow, given=given)
@@ -144,7 +148,7 @@ class FlowTranslator(Translator):
         digest = self.config.model_copy(update={"translate": settings}).digest()
         method, flow, meter = self._use(settings)
         others = self._guides.names(settings.guidance, measure=method.is_calibrated)
-        others += [self._refiner.name] if self._refiner else []
+        others += [self._refiner.name] if settings.refine and self._refiner else []
         return TrajectoryHeader(
             method=settings.method,
             source=settings.source,
@@ -274,7 +278,7 @@ class FlowTranslator(Translator):
             result = method.carry(flow, x0, noise=noise, levels=torch.tensor(header.levels[1:]), meter=meter)
         require_finite(result.frames, ids)
         made = self.codec.to_uint8(result.frames[1:])
-        if self._refiner:
+        if settings.refine and self._refiner:
             made = self._refined(made, ids, batch_size=settings.batch_size)
             result = result._replace(nfe=result.nfe + FORWARDS * len(made))
         # The source itself comes first, also where a codec loses something.
