@@ -45,9 +45,10 @@ class Bridge(FlowTranslator):
         """Train a flow and the classifiers that its translations ask, and load it; a stopped training goes on.
 
         `where` is a folder of patches (trained as configs/own.yaml says), a YAML file, or a run's folder. `source` and
-        `target` are classes: level 0 and level 1; other classes of a folder are left out. The training ends after
-        `steps` updates or, instead, `minutes`, in which case the learning rate stays as it is. `device` is cpu, cuda,
-        cuda:1 or mps; `output` the run's folder (runs/<name of `where`>). `overrides` are further `key.sub=value`
+        `target` are classes: level 0 and level 1; other classes of a folder are left out. The flow's training ends
+        after `steps` updates or, instead, `minutes`, in which case the learning rate stays as it is; the refiner and
+        the classifiers are trained after it, for as long as the configuration says. `device` is cpu, cuda, cuda:1 or
+        mps; `output` the run's folder (runs/<name of `where`>). `overrides` are further `key.sub=value`
         settings. Raises UserError as the commands do.
         """
         from cellflux_bridge.cli import train, train_classifier

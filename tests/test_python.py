@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ["data.image_size=16", "data.split.val=.25", "data.split.test=.25", "velocity.channels=8", "pairs.pool=1"]
 TINY += ["velocity.multipliers=[1, 1]", "velocity.attention=[]", "train.batch_size=8", "train.validate_pairs=4"]
 TINY += ["classifier.train.steps=4", "classifier.train.batch_size=8", "translate.steps=1", "translate.levels=3"]
+TINY += ["refiner.train.steps=2", "refiner.velocity.channels=8"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def test_a_folder_of_patches_is_all_that_training_needs(bridge):
     assert bridge.config.name == "patches"
     trajectory = bridge.translate(folder_of(bridge) / "malignant")
     assert (trajectory.header.source, trajectory.header.target) == ("malignant", "benign")
-    assert trajectory.header.config_hash.count("+") == 1  # steered by the guide that was trained, too
+    others = [name.partition("@")[0] for name in trajectory.header.config_hash.split("+")[1:]]
+    assert others == ["guide_rgb", "refiner"]  # which were trained, too
     assert trajectory.source_ids == tuple(sorted(f.name for f in (folder_of(bridge) / "malignant").iterdir()))
 
 

@@ -69,6 +69,7 @@ def test_a_few_steps_of_the_lung_run(few_tiles, tmp_path):
     places = [f"data.root={few_tiles}", f"data.cache_dir={tmp_path}/cache"]
     small = ["velocity.channels=16", "train.steps=3", "train.batch_size=12", "train.validate_pairs=12", "pairs.pool=2"]
     short = ["classifier.train.steps=4", "classifier.train.batch_size=16", "classifier.train.warmup_steps=1"]
+    small += ["refiner.train.steps=3", "refiner.velocity.channels=8"]
     main(["train", str(CONFIG), *places, f"output={run}", *small, *short])
     for view in ("rgb", "grey"):
         main(["train-classifier", str(run), *places, "classifier.role=guide", f"classifier.view={view}", *short])
