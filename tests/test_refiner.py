@@ -11,7 +11,7 @@ from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.refiner import model
-from cellflux_bridge.refiner.model import FINEST, build_refiner, noise_in, refine
+from cellflux_bridge.refiner.model import FINEST, build_refiner, noise_in, noise_levels, refine
 from cellflux_bridge.refiner.task import RefinerTask
 
 SCALE = 0.2
@@ -43,6 +43,14 @@ def test_grain_of_the_right_strength_comes_back(spread):
     rounding = 1 / 127.5 / 12**0.5
     assert made.std().item() == pytest.approx((expected**2 + rounding**2) ** 0.5, rel=0.03)
     assert torch.corrcoef(torch.stack([made.flatten(), noise(4, 3, 32, 32).flatten()]))[0, 1] > 0.95
+
+
+def test_more_noise_takes_more_steps():
+    for scale, num in ((0.005, 1), (0.2, 3), (0.6, 5)):
+        found = noise_levels(scale)
+        assert (found[0], found[-1]) == pytest.approx((scale, FINEST))
+        assert len(found) - 1 == num
+        assert np.ptp(np.diff(np.cbrt(found))) < 1e-9  # even in the cube root
 
 
 def test_patches_without_grain_come_back_as_they_were():
@@ -168,7 +176,7 @@ def test_what_made_frames_is_in_their_header(run):
     plain = Bridge.load(run, [*MANY, "translate.refine=false"])
     assert "+refiner@4:" in header.config_hash
     assert "refiner" not in plain._header(plain._settings(None, None, {})).config_hash
-    assert cost[0] == plain.translate(plain.patches().centre([0])).nfe[0] + 3 * model.FORWARDS
+    assert cost[0] == plain.translate(plain.patches().centre([0])).nfe[0] + 3 * 6
 
 
 def test_a_run_gets_a_refiner_later_and_keeps_its_flow(file, tmp_path):

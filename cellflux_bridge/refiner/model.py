@@ -28,9 +28,9 @@ REFINER = "refiner"
 UNUSED = ("train", "pairs", "coupling", "path", "codec", "velocity", "condition", "classifier", "ddim")
 # The least noise, half a grey level: rounding to uint8 lays as much on an image.
 FINEST = 0.004
-# Three midpoint steps, their noise evenly spaced in its cube root (Karras et al. 2022, eq. 5, rho = 3).
-_STEPS, _RHO = 3, 3
-FORWARDS = 2 * _STEPS
+# Midpoint steps are even in the cube root of the noise (Karras et al. 2022, eq. 5, rho = 3), and at most so wide: three
+# from 0.2, five from 0.6 (docs/realism.md).
+_RHO, _WIDEST = 3, 1 / 7
 
 
 def build_refiner(config: Config) -> Velocity:
@@ -48,11 +48,17 @@ def noise_in(network: Velocity, x: torch.Tensor, sigma: torch.Tensor, *, scale: 
     return network(t, x, nothing)
 
 
+def noise_levels(scale: float) -> np.ndarray:
+    """The standard deviations of noise from `scale` down to FINEST, between which one midpoint step goes."""
+    ends = scale ** (1 / _RHO), FINEST ** (1 / _RHO)
+    return np.linspace(*ends, math.ceil((ends[0] - ends[1]) / _WIDEST) + 1) ** _RHO
+
+
 @torch.no_grad()
 def refine(network: Velocity, frames: torch.Tensor, noise: torch.Tensor, *, scale: float) -> torch.Tensor:
     """Frames (B, C, H, W) uint8 with their finest detail drawn anew by standard normal `noise` of the same shape; all
     on the network's device. A frame does not depend on the others of its batch."""
-    sigmas = np.linspace(scale ** (1 / _RHO), FINEST ** (1 / _RHO), _STEPS + 1) ** _RHO
+    sigmas = noise_levels(scale)
     x = images.encode(frames) + scale * noise
 
     def rate(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +73,7 @@ def is_trained(run: Path) -> bool:
 
 
 class Refiner:
-    """The refiner of a run folder; `name` changes with its weights."""
+    """The refiner of a run folder. `name` changes with its weights; a frame takes `forwards` of its network."""
 
     def __init__(self, run: Path, device: torch.device):
         folder = checkpoint.latest(run / REFINER)
@@ -75,6 +81,7 @@ class Refiner:
         network = checkpoint.load_network(folder, lambda: build_refiner(config))
         self.name = f"refiner@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(network)[:16]}"
         self._scale = config.refiner.scale
+        self.forwards = 2 * (len(noise_levels(self._scale)) - 1)
         self._network = network.to(device, memory_format=torch.channels_last).eval()
 
     def __call__(self, frames: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from cellflux_bridge.field.classifier_guided import EXACT, ClassifierGuided, req
 from cellflux_bridge.field.settings import GuidanceConfig
 from cellflux_bridge.flow.network import make_condition
 from cellflux_bridge.path.base import Path
-from cellflux_bridge.refiner.model import FORWARDS, Refiner, is_trained
+from cellflux_bridge.refiner.model import Refiner, is_trained
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
 from cellflux_bridge.translation.base import Translator, require_finite
 from cellflux_bridge.translation.inputs import Context, Sources
@@ -280,7 +280,7 @@ class FlowTranslator(Translator):
         made = self.codec.to_uint8(result.frames[1:])
         if settings.refine and self._refiner:
             made = self._refined(made, ids, batch_size=settings.batch_size)
-            result = result._replace(nfe=result.nfe + FORWARDS * len(made))
+            result = result._replace(nfe=result.nfe + self._refiner.forwards * len(made))
         # The source itself comes first, also where a codec loses something.
         frames = torch.cat([batch[None].cpu(), made.cpu()]).numpy()
         cost = (result.nfe,) * len(ids), (result.gradients,) * len(ids)
