@@ -2,7 +2,7 @@
 # From beginning to end: patches of two classes in; a trained flow, stairs from A to B, a video, figures and a report
 # out, which a browser opens.
 #
-#   bash example.sh                                             made phantom tissue, eight minutes on two CPU cores
+#   bash example.sh                                             made phantom tissue, nine minutes on two CPU cores
 #   bash example.sh configs/my.yaml data.root=/my/patches       your own patches; key.sub=value overrides the file
 #
 # Sets up what is missing first. Run it again and it goes on where it was stopped.
