@@ -15,7 +15,7 @@ from cellflux_bridge.refiner.model import FINEST, build_refiner, noise_in, noise
 from cellflux_bridge.refiner.task import RefinerTask
 
 SCALE = 0.2
-REFINER = {"scale": SCALE, "velocity": {"channels": 8}, "train": {"steps": 4, "batch_size": 8, "accelerator": "cpu"}}
+REFINER = {"scale": SCALE, "velocity": {"channels": 8}, "train": {"steps": 4, "batch_size": 8}}
 
 
 class Grain(nn.Module):
@@ -121,7 +121,12 @@ def test_the_loss_is_that_of_the_noise(file):
 
 @pytest.mark.parametrize(
     ("override", "key"),
-    [("refiner.scale=0.003", "refiner.scale"), ("refiner.window=7", "refiner.window"), ("refiner.scale=2", "refiner")],
+    [
+        ("refiner.scale=0.003", "refiner.scale"),
+        ("refiner.window=7", "refiner.window"),
+        ("refiner.scale=2", "refiner"),
+        ("refiner.train.devices=2", "set train.devices"),
+    ],
 )
 def test_what_cannot_be_trained_is_refused_by_name(file, override, key):
     with pytest.raises(UserError, match=key):
@@ -136,9 +141,7 @@ MANY = ("translate.method=progression", "translate.levels=3", "translate.steps=1
 
 @pytest.fixture
 def run(file, tmp_path):
-    cli.main(
-        ["train", str(file), "condition.target=level", "condition.source_image=true", "condition.source_class=false"]
-    )
+    cli.main(["train", str(file), *BY_LEVEL])
     return tmp_path / "runs" / "tiny"
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cellflux_bridge.config.registry import component
 from cellflux_bridge.config.schema import Count, Few, Section
@@ -13,7 +13,7 @@ Network = component("velocity", "refiner.velocity", default="unet", **_SMALL)
 
 
 class RefinerTrainConfig(TrainConfig):
-    """The training of a refiner: shorter than that of a flow, and without sheets of samples."""
+    """The training of a refiner: shorter than that of a flow, on the flow's devices, and without sheets of samples."""
 
     steps: Count = 600
     batch_size: Few = 32
@@ -24,6 +24,13 @@ class RefinerTrainConfig(TrainConfig):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     validate_every: Count = 200
     sample_every: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _is_trained_where_the_flow_is(self):
+        for key in ("accelerator", "devices", "num_nodes", "strategy", "precision"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: the refiner is trained with the flow; set train.{key} instead")
+        return self
 
 
 class RefinerConfig(Section):
