@@ -94,8 +94,14 @@ def _fields(stack: np.ndarray, model: NucleiNet) -> Iterator[np.ndarray]:
     for start in range(0, len(stack), num):
         x = torch.from_numpy(stack[start : start + num]).to(device).permute(0, 3, 1, 2)
         x = F.pad(1 - x.float() / 255, (0, -width % STRIDE, 0, -height % STRIDE))
-        with torch.inference_mode():
+        with torch.inference_mode(), _half_where_native(device):
             yield model(x.contiguous(memory_format=torch.channels_last))[..., :height, :width].float().cpu().numpy()
+
+
+def _half_where_native(device: torch.device) -> torch.autocast:
+    """Convolutions in bfloat16, twice as fast, on processors that compute in it."""
+    is_native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # elsewhere it is emulated, and slow
+    return torch.autocast("cpu", torch.bfloat16, enabled=device.type == "cpu" and is_native)
 
 
 def find_nuclei(stack: np.ndarray, scale: Scale, model: NucleiNet) -> np.ndarray:
