@@ -17,7 +17,7 @@ from cellflux_bridge.config import load_config, parse_overrides, registry
 from cellflux_bridge.config.registry import trusting
 from cellflux_bridge.data.layout.folder import Folder
 from cellflux_bridge.data.preprocessing import Preprocessing
-from cellflux_bridge.flow.network import build_flow
+from cellflux_bridge.flow.network import FLOW_SECTIONS, build_flow
 from cellflux_bridge.training.run import differences
 from cellflux_bridge.translation.base import translation_fabric
 from cellflux_bridge.translation.flow import FlowTranslator
@@ -99,9 +99,7 @@ class Bridge(FlowTranslator):
             network = checkpoint.load_network(folder, lambda: build_flow(trained)[1])
             # The run's own file may have newer settings of translation than its last checkpoint, and may have moved.
             config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=run_of(Path(run)))
-            if differing := differences(
-                trained, config, ignore=("train", "refiner", "classifier", "ddim", "translate")
-            ):
+            if differing := differences(trained, config, uses=FLOW_SECTIONS):
                 raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
             return cls(
                 config=config,

@@ -45,7 +45,7 @@ def test_defaults_yield_to_the_file_and_the_file_to_the_command_line(load):
 
 def test_a_key_set_to_its_default_leaves_all_others_at_theirs(load):
     default = load()
-    values = default.flat(without=())
+    values = default.flat()
     one_a_section = {key.rpartition(".")[0]: key for key in values}
     assert {"classifier.train", "ddim.denoiser.train", "ddim.classifier", "translate.guidance"} <= set(one_a_section)
     for key in one_a_section.values():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from cellflux_bridge import Bridge, checkpoint, cli, images
@@ -124,8 +125,10 @@ def test_the_loss_is_that_of_the_noise(file):
     [
         ("refiner.scale=0.003", "refiner.scale"),
         ("refiner.window=7", "refiner.window"),
-        ("refiner.scale=2", "refiner"),
-        ("refiner.train.devices=2", "set train.devices"),
+        ("refiner.scale=2", "refiner.scale: "),
+        ("refiner.train.devices=2", "refiner.train.devices: .*set train.devices"),
+        ("refiner.train.init_from=runs/x", "refiner.train.init_from: "),
+        ("refiner.velocity.predict=endpoint", "predict: velocity"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_name(file, override, key):
@@ -198,3 +201,43 @@ def test_a_run_gets_a_refiner_later_and_keeps_its_flow(file, tmp_path):
     assert (frames(run, "translate.refine=false") == unrefined).all()
     with pytest.raises(SystemExit, match=r"refiner.scale \(0.2 there, 0.1 here\)"):
         cli.main(["train", str(run), "refiner.scale=0.1"])
+
+
+def test_no_other_training_of_a_run_minds_a_refiner(file, tmp_path):
+    levels = [*BY_LEVEL, "condition.level=crossfit", "classifier.folds=2", "classifier.train.steps=2"]
+    run, split = tmp_path / "runs" / "tiny", ("data.split.val=0.2", "data.split.test=0.2")
+    cli.main(["train", str(file), *levels, *split, "refiner.scale=0"])
+    cli.main(["train-classifier", str(run), "classifier.role=guide"])
+    cli.main(["train", str(run), "refiner.scale=0.2"])
+    cli.main(["train-classifier", str(run), "classifier.role=guide"])
+    assert (run / "refiner" / "checkpoints").exists()
+
+
+def test_a_run_is_known_by_its_refiner(run):
+    refined, plain = (Bridge.load(run, [*MANY, *keys]).identity() for keys in ((), ["translate.refine=false"]))
+    assert "+refiner@4:" in refined
+    assert "refiner" not in plain
+
+
+def test_a_refiner_of_another_configuration_is_refused(run):
+    files = checkpoint.latest(run / "refiner") / "config.yaml", run / "config.yaml"
+    before = files[0].read_text()
+    for section, key, value in (("refiner", "scale", 0.5), ("refiner", "window", 8), ("data", "channels", 1)):
+        changed = yaml.safe_load(before)
+        changed[section][key] = value
+        files[0].write_text(yaml.safe_dump(changed))
+        with pytest.raises(UserError, match=f"trained otherwise: {section}.{key} "):
+            Bridge.load(run, MANY)
+    for file in files:  # as a received run may say in both
+        file.write_text(file.read_text().replace("channels: 1", "channels: 3").replace("scale: 0.2", "scale: 1e-300"))
+    with pytest.raises(UserError, match=r"refiner.scale=1e-300: expected more than"):
+        Bridge.load(run, MANY)
+
+
+def test_values_that_are_not_finite_are_no_frame():
+    class Broken(nn.Module):
+        def forward(self, t, x, cond):
+            return x / 0
+
+    with pytest.raises(UserError, match="not finite"):
+        refine(Broken(), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), noise(1, 3, 8, 8), scale=SCALE)

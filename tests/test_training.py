@@ -523,7 +523,7 @@ def test_moved_patches_and_another_number_of_logged_pairs_are_the_same_run(tmp_p
     file = write_config(tmp_path)
 
     def differing(override: str) -> list[str]:
-        return differences(load_config(file), load_config(file, [override]), ignore=())
+        return differences(load_config(file), load_config(file, [override]))
 
     same = ["data.root=moved", *(f"{key}.validate_pairs=8" for key in ("train", "ddim.denoiser.train"))]
     assert not any(differing(override) for override in same)

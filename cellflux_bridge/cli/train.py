@@ -11,9 +11,10 @@ def run(args: argparse.Namespace) -> None:
     from cellflux_bridge.api import Bridge
     from cellflux_bridge.data.pairs import left_out
     from cellflux_bridge.flow.levels import target_levels
-    from cellflux_bridge.flow.task import IGNORED, FlowTask, build_flow, ignores_condition
+    from cellflux_bridge.flow.network import FLOW_SECTIONS, build_flow
+    from cellflux_bridge.flow.task import IGNORED, FlowTask, ignores_condition
     from cellflux_bridge.metrics.level_one import ALONE, too_little
-    from cellflux_bridge.refiner.model import REFINER, UNUSED
+    from cellflux_bridge.refiner.model import REFINER, REFINER_SECTIONS, build_refiner
     from cellflux_bridge.refiner.task import RefinerTask
     from cellflux_bridge.training.loop import fit
     from cellflux_bridge.training.processes import on_rank_zero
@@ -24,6 +25,8 @@ def run(args: argparse.Namespace) -> None:
     if not config.condition.parts:
         data = config.data.model_copy(update={"classes": config.data.classes or ["A", "B"]})
         build_flow(config.model_copy(update={"data": data}))
+    if config.refiner.scale:
+        build_refiner(config)
     fabric, config, patches = start(config, config.train, section="train")
     by_level = config.condition.target == "level"
     if by_level and len(config.data.classes) == 2:
@@ -33,10 +36,11 @@ def run(args: argparse.Namespace) -> None:
     def prepare() -> None:
         if holds_ddim(config.output):
             raise UserError(f"{config.output}: holds a reference bridge's run; choose another output for the flow")
-        unused = ("ddim", "refiner") if crossfit else ("ddim", "refiner", "classifier")
-        require_free(config.output, config, ignore=unused, resume=config.train.resume)
+        uses = (*FLOW_SECTIONS, "train", *(("classifier",) if crossfit else ()))
+        require_free(config.output, config, uses=uses, resume=config.train.resume)
         if refiner is not None:
-            require_free(config.output / REFINER, config, ignore=UNUSED, resume=config.refiner.train.resume)
+            how = {"resume": config.refiner.train.resume, "section": "refiner.train"}
+            require_free(config.output / REFINER, config, uses=REFINER_SECTIONS, **how)
         record_splits(config.output, patches)
         claim(config.output, config)
         if refiner is not None:

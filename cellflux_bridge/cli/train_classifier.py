@@ -21,10 +21,10 @@ def run(args: argparse.Namespace) -> None:
     of_states = config.classifier.sees == "state"
     folder = config.output / f"{config.classifier.role}_{config.classifier.view}{'_state' if of_states else ''}"
     fabric, config, patches = start(config, train, section="classifier.train", knows_unseen=False)
-    unused = ("train", "velocity", "ddim") + (() if of_states else ("coupling", "path", "codec", "condition", "pairs"))
+    uses = ("seed", "data", "classifier", *(("coupling", "path", "codec", "condition", "pairs") if of_states else ()))
 
     def prepare() -> None:
-        require_free(folder, config, ignore=unused, resume=train.resume)
+        require_free(folder, config, uses=uses, resume=train.resume, section="classifier.train")
         require_held_out(config.output, patches)
         claim(folder, config)
 

@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{config.output}: holds a flow's run; choose another output for the bridge")
         # Everything is asked for before anything is written.
         for name, task in tasks.items():
-            require_free(config.output / name, config, ignore=task.unused, resume=task.settings(config).train.resume)
+            how = {"resume": task.settings(config).train.resume, "section": f"ddim.{task.key}.train"}
+            require_free(config.output / name, config, uses=task.uses, ignore=task.unused, **how)
         record_splits(config.output, patches)
         for folder in (config.output, *(config.output / name for name in tasks)):
             claim(folder, config)

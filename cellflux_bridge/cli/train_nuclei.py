@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     task = NucleiTask(config)  # refuses what cannot be trained before anything is written
 
     def prepare() -> None:
-        require_free(config.output, config, ignore=(), resume=config.train.resume)
+        require_free(config.output, config, resume=config.train.resume)
         claim(config.output, config)
 
     on_rank_zero(fabric, prepare)

@@ -65,9 +65,9 @@ class Root(Section):
             found = found[part]
         return found
 
-    def flat(self, *, without: Sequence[str]) -> dict[str, Any]:
-        """Every value by its dotted key, less the keys and sections named in `without`."""
-        flat, waiting = {}, [("", self.model_dump(mode="json"))]
+    def flat(self, *, of: Sequence[str] | None = None, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Every value by its dotted key: of some keys and sections of the root, or all, less those in `without`."""
+        flat, waiting = {}, [("", self.model_dump(mode="json", include=None if of is None else set(of)))]
         while waiting:
             key, value = waiting.pop()
             if isinstance(value, dict):
@@ -99,7 +99,7 @@ class Config(Root):
 
     def digest(self) -> str:
         """A short hash of what sequences are made with: not where, how fast or how many, nor how they are shown."""
-        left_out = (*PLACES_AND_PACE, "video", "classifier", "ddim", "translate.num", "translate.batch_size")
+        left_out = (*PLACES_AND_PACE, "video", "refiner", "classifier", "ddim", "translate.num", "translate.batch_size")
         canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -63,17 +63,15 @@ def _of_data(config: Config) -> dict[str, int]:
 class _NoisyTask:
     """Noised patches: class-balanced and random to train on, the middles of held-out ones to validate on.
 
-    `key` names the network's settings in `ddim`, `purpose` its draws; `build` makes the network; `unused` are the parts
-    of a configuration that this training does not use.
+    `key` names the network's settings in `ddim`, `purpose` its draws; `build` makes the network; `unused` are the keys
+    of `ddim` that this training does not use.
     """
 
     key: str
     purpose: str
     build: Callable[[Config], nn.Module]
-    unused: tuple[str, ...] = (
-        *("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "classifier"),
-        *("ddim.timesteps", "ddim.depths", "ddim.scale", "ddim.weight", "ddim.source_denoiser"),
-    )
+    uses = ("seed", "data", "ddim")
+    unused: tuple[str, ...] = ("ddim.timesteps", "ddim.depths", "ddim.scale", "ddim.weight", "ddim.source_denoiser")
 
     def __init__(self, config: Config, patches: Patches):
         self.model, self.preprocessing = self.build(config), patches.preprocessing

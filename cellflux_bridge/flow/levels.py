@@ -33,8 +33,7 @@ from cellflux_bridge.training.loop import fit, on_rank_zero
 from cellflux_bridge.training.run import claim, record_splits, require_free
 
 _CHUNK = 128
-# What a classifier of clean images does not depend on.
-_UNUSED = ("train", "coupling", "path", "codec", "velocity", "condition", "pairs", "ddim")
+_USES = ("seed", "data", "classifier")
 
 
 def target_levels(config: Config, patches: Patches, *, folder: Path, fabric: Fabric) -> np.ndarray:
@@ -52,7 +51,7 @@ def target_levels(config: Config, patches: Patches, *, folder: Path, fabric: Fab
     held_out = assign_folds(patches, num_folds=guide.folds, seed=config.seed)
 
     def prepare() -> None:
-        require_free(runs, config, ignore=_UNUSED, resume="auto")
+        require_free(runs, config, uses=_USES, resume="auto")
         record_splits(runs, patches)
         claim(runs, config)
         for fold in range(guide.folds):

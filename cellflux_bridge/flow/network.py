@@ -9,6 +9,9 @@ from cellflux_bridge.config import Config, registry
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.velocity.base import Velocity
 
+# The sections of a configuration on which a flow depends, besides that of its training.
+FLOW_SECTIONS = ("seed", "data", "pairs", "coupling", "path", "condition", "codec", "velocity")
+
 
 def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
     """The parts of a network's condition; `channels` are those of a state. UserError for a configuration

@@ -18,15 +18,16 @@ import torch
 from torchdiffeq import odeint
 
 from cellflux_bridge import checkpoint, images
+from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.condition.base import Condition, ConditionSpec
 from cellflux_bridge.config import Config, registry
+from cellflux_bridge.training.run import differences
 from cellflux_bridge.velocity.base import Velocity
 
-# The folder, in that of a run, where its refiner is trained.
+# The folder, in that of a run, where its refiner is trained, and the sections of a configuration on which it depends.
 REFINER = "refiner"
-# What a refiner does not depend on.
-UNUSED = ("train", "pairs", "coupling", "path", "codec", "velocity", "condition", "classifier", "ddim")
-# The least noise, half a grey level: rounding to uint8 lays as much on an image.
+REFINER_SECTIONS = ("seed", "data", "refiner")
+# The least noise, half a grey level, which is the most that rounding to uint8 changes.
 FINEST = 0.004
 # Midpoint steps are even in the cube root of the noise (Karras et al. 2022, eq. 5, rho = 3), and at most so wide: three
 # from 0.2, five from 0.6 (docs/realism.md).
@@ -34,8 +35,23 @@ _RHO, _WIDEST = 3, 1 / 7
 
 
 def build_refiner(config: Config) -> Velocity:
-    """The (untrained) network of a configuration: `noise_in` says what it is asked."""
-    return registry.build("velocity", config.refiner.velocity, config.data.channels, ConditionSpec(()))
+    """The (untrained) network of a configuration: `noise_in` says what it is asked.
+
+    Raises UserError for a scale that is too small, and for a network whose stride does not divide patches and windows.
+    """
+    scale, side = config.refiner.scale, config.data.image_size
+    if scale <= FINEST:
+        raise UserError(
+            f"refiner.scale={scale}: expected more than {FINEST} (half a grey level), such as 0.12, or 0 for no refiner"
+        )
+    network = registry.build("velocity", config.refiner.velocity, config.data.channels, ConditionSpec(()))
+    for key, px in (("data.image_size", side), ("refiner.window", min(config.refiner.window, side))):
+        if px % network.stride:
+            raise UserError(
+                f"{key}={px}: not divisible by the stride {network.stride} of refiner.velocity; choose a multiple, or "
+                "fewer refiner.velocity.multipliers"
+            )
+    return network
 
 
 def noise_in(network: Velocity, x: torch.Tensor, sigma: torch.Tensor, *, scale: float) -> torch.Tensor:
@@ -57,14 +73,21 @@ def noise_levels(scale: float) -> np.ndarray:
 @torch.no_grad()
 def refine(network: Velocity, frames: torch.Tensor, noise: torch.Tensor, *, scale: float) -> torch.Tensor:
     """Frames (B, C, H, W) uint8 with their finest detail drawn anew by standard normal `noise` of the same shape; all
-    on the network's device. A frame does not depend on the others of its batch."""
+    on the network's device. A frame does not depend on the others of its batch. UserError where the network's output is
+    not finite."""
     sigmas = noise_levels(scale)
     x = images.encode(frames) + scale * noise
 
     def rate(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return noise_in(network, x, sigma.expand(len(x)), scale=scale).float()
 
-    return images.decode(odeint(rate, x, torch.from_numpy(sigmas).to(x), method="midpoint")[-1])
+    found = odeint(rate, x, torch.from_numpy(sigmas).to(x), method="midpoint")[-1]
+    if not found.isfinite().all():
+        raise UserError(
+            "the refiner made values that are not finite; train it again with a lower refiner.train.lr, or set "
+            "translate.refine=false"
+        )
+    return images.decode(found)
 
 
 def is_trained(run: Path) -> bool:
@@ -73,11 +96,19 @@ def is_trained(run: Path) -> bool:
 
 
 class Refiner:
-    """The refiner of a run folder. `name` changes with its weights; a frame takes `forwards` of its network."""
+    """The refiner of a run. `name` changes with its weights; a frame takes `forwards` of its network.
 
-    def __init__(self, run: Path, device: torch.device):
-        folder = checkpoint.latest(run / REFINER)
-        config = checkpoint.read_config(folder)
+    Raises UserError where it was trained with another configuration than the run's.
+    """
+
+    def __init__(self, config: Config, device: torch.device):
+        folder = checkpoint.latest(config.output / REFINER)
+        trained = checkpoint.read_config(folder)
+        if differing := differences(trained, config, uses=REFINER_SECTIONS, ignore=("refiner.train",)):
+            raise UserError(
+                f"{folder}: a refiner that was trained otherwise: {abbreviate(differing)}. Set these as they were; or "
+                f"remove {config.output / REFINER} and train it again"
+            )
         network = checkpoint.load_network(folder, lambda: build_refiner(config))
         self.name = f"refiner@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(network)[:16]}"
         self._scale = config.refiner.scale

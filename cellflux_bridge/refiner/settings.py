@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from cellflux_bridge.config.registry import component
 from cellflux_bridge.config.schema import Count, Few, Section
@@ -25,12 +25,17 @@ class RefinerTrainConfig(TrainConfig):
     validate_every: Count = 200
     sample_every: Annotated[int, Field(ge=0)] = 0
 
-    @model_validator(mode="after")
-    def _is_trained_where_the_flow_is(self):
-        for key in ("accelerator", "devices", "num_nodes", "strategy", "precision"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: the refiner is trained with the flow; set train.{key} instead")
-        return self
+    @field_validator("accelerator", "devices", "num_nodes", "strategy", "precision")
+    def _is_that_of_the_flow(cls, value, info):
+        if value != cls.model_fields[info.field_name].default:
+            raise ValueError(f"the refiner is trained with the flow; set train.{info.field_name} instead")
+        return value
+
+    @field_validator("init_from")
+    def _begins_anew(cls, value):
+        if value is not None:
+            raise ValueError("a refiner is trained anew; leave it out")
+        return value
 
 
 class RefinerConfig(Section):
@@ -40,3 +45,9 @@ class RefinerConfig(Section):
     window: Few = 32  # of training: the side, in px, of what is cut from larger patches; fine detail is local
     velocity: Network
     train: RefinerTrainConfig = RefinerTrainConfig()
+
+    @field_validator("velocity")
+    def _predicts_the_noise(cls, value):
+        if value.get("predict", "velocity") != "velocity":
+            raise ValueError(f"predict={value['predict']}: a refiner tells the noise itself; set predict: velocity")
+        return value

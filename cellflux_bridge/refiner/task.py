@@ -8,7 +8,6 @@ from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 
 from cellflux_bridge import images
-from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import derive_seed, numpy_generator, torch_generator
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
@@ -28,8 +27,7 @@ class RefinerTask:
     """Regression of a network on the noise in training patches of all classes (Ho et al. 2020, eq. 14).
 
     The logarithm of the noise's standard deviation is uniform between FINEST and `refiner.scale`, evenly spread over a
-    batch. A batch is of one window of its patches; validation sees whole ones, as translation does. Raises UserError
-    for a scale that is too small, and for a network whose stride does not divide patches and windows.
+    batch. A batch is of one window of its patches; validation sees whole ones, as translation does.
     """
 
     def __init__(self, config: Config, patches: Patches):
@@ -37,18 +35,7 @@ class RefinerTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "refiner", "weights"))
             self.model = build_refiner(config)
-        if config.refiner.scale <= FINEST:
-            raise UserError(
-                f"refiner.scale={config.refiner.scale}: expected more than {FINEST} (half a grey level), such as 0.12, "
-                "or 0 for no refiner"
-            )
         self._window = min(config.refiner.window, config.data.image_size)
-        for key, side in (("data.image_size", config.data.image_size), ("refiner.window", self._window)):
-            if side % self.model.stride:
-                raise UserError(
-                    f"{key}={side}: not divisible by the stride {self.model.stride} of refiner.velocity; choose a "
-                    "multiple, or fewer refiner.velocity.multipliers"
-                )
         self._train = patches.indices("train")
         val = patches.sample("val", num=config.refiner.train.validate_pairs, seed=config.seed)
         self._val = np.array_split(val, -(-len(val) // config.refiner.train.batch_size))

@@ -53,10 +53,12 @@ def describe(config: StudyConfig) -> list[str]:
         lines.append(f"size {size}: {len(groups)} groups, " + ", ".join(f"{n} {label}" for label, n in counts.items()))
     for making in plan.makings(config):
         made = plan.generator_config(config, making)
-        updates = (
-            made.train.steps if config.generators[making.generator].kind == "flow" else made.ddim.denoiser.train.steps
-        )
-        lines.append(f"generator {making.generator}, size {making.size}: {updates} updates")
+        if config.generators[making.generator].kind == "flow":
+            refiner = f", {made.refiner.train.steps} of its refiner" if made.refiner.scale else ""
+            updates = f"{made.train.steps} updates{refiner}"
+        else:
+            updates = f"{made.ddim.denoiser.train.steps} updates"
+        lines.append(f"generator {making.generator}, size {making.size}: {updates}")
     cells, steps = list(plan.cells(config)), config.train.steps
     lines.append(
         f"{len(cells)} cells ({len(config.arms)} arms, {len(config.backbones)} backbones, {len(config.sizes)} sizes, "

@@ -1,7 +1,7 @@
 """The folder of a run: who may write into it, and its log."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,15 +10,16 @@ import numpy as np
 from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.files import csv_rows, csv_text, replace_text
 from cellflux_bridge.base.locks import writing
-from cellflux_bridge.config import PLACES_AND_PACE, Config, load_config
+from cellflux_bridge.config import PLACES_AND_PACE, Config, Root, load_config
 from cellflux_bridge.data.layout.base import SPLITS
 from cellflux_bridge.data.patches import Patches
 
 
-def differences(before: Config, now: Config, *, ignore: tuple[str, ...]) -> list[str]:
-    """The keys, with both values, in which two configurations describe different runs; `ignore` names sections."""
+def differences(before: Root, now: Root, *, uses: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> list[str]:
+    """The keys, with both values, in which two configurations describe different runs: of the sections that a run
+    `uses` (None: all), less the keys and sections in `ignore`."""
     skip = (*PLACES_AND_PACE, "video", *ignore)
-    flat_before, flat_now = before.flat(without=skip), now.flat(without=skip)
+    flat_before, flat_now = (config.flat(of=uses, without=skip) for config in (before, now))
     return [
         f"{key} ({flat_before.get(key)!r} there, {flat_now.get(key)!r} here)"
         for key in sorted(flat_before.keys() | flat_now.keys())
@@ -26,10 +27,19 @@ def differences(before: Config, now: Config, *, ignore: tuple[str, ...]) -> list
     ]
 
 
-def require_free(folder: Path, config: Config, *, ignore: tuple[str, ...], resume: str) -> None:
+def require_free(
+    folder: Path,
+    config: Root,
+    *,
+    uses: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    resume: str,
+    section: str = "train",
+) -> None:
     """UserError where `folder` holds another run (it lists the keys that differ), or, with `resume` "never", this one.
 
-    `ignore` names sections that this run does not use. Another process that trains there is named, too.
+    `uses` and `ignore` are those of `differences`; `section` is that of the run's training. Another process that trains
+    there is named, too.
     """
     if folder.exists():
         with writing(folder):
@@ -39,8 +49,8 @@ def require_free(folder: Path, config: Config, *, ignore: tuple[str, ...], resum
         if any(folder.glob("checkpoints/step-*")):
             raise UserError(f"{folder}: holds checkpoints without a config.yaml; choose another output")
     elif resume == "never":
-        raise UserError(f"{folder}: holds a run already; set train.resume=auto, another output, or remove it")
-    elif differing := differences(load_config(saved, schema=type(config)), config, ignore=("translate", *ignore)):
+        raise UserError(f"{folder}: holds a run already; set {section}.resume=auto, another output, or remove it")
+    elif differing := differences(load_config(saved, schema=type(config)), config, uses=uses, ignore=ignore):
         found = abbreviate(differing)
         raise UserError(f"{folder}: holds another run; they differ in {found}. Choose another output or remove it")
 

@@ -35,12 +35,8 @@ from cellflux_bridge.translation.settings import TranslateConfig
 # Keys of `translate` that DDIM stairs read; all others stand in `ddim`.
 _HEEDED = ("source", "target", "split", "num", "levels", "batch_size")
 _NETWORKS = ("denoiser", "source_denoiser", "classifier")
-# What sequences do not depend on. Weights count by their digest, not by their place.
-_NO_PART_IN_SEQUENCES = (
-    *("video", "classifier", "translate", "train"),
-    *("coupling", "path", "codec", "velocity", "condition", "pairs"),
-    *(f"ddim.{name}.weights" for name in _NETWORKS),
-)
+# Weights count by their digest, not by their place.
+_WEIGHTS = tuple(f"ddim.{name}.weights" for name in _NETWORKS)
 
 
 class DDIMTranslator(Translator):
@@ -120,7 +116,7 @@ class DDIMTranslator(Translator):
 
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
         num, _ = self._depths(settings)
-        used = self.config.flat(without=(*PLACES_AND_PACE, *_NO_PART_IN_SEQUENCES))
+        used = self.config.flat(of=("seed", "data", "ddim"), without=(*PLACES_AND_PACE, *_WEIGHTS))
         canonical = json.dumps([used, settings.split, self._weights], sort_keys=True)
         config_hash = f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}@{self.step}"
         levels = tuple(k / num for k in range(num + 1))
@@ -176,8 +172,8 @@ def _load_trained(config: Config, name: str) -> tuple[nn.Module, Path]:
     stage = "denoiser" if name == "denoiser" else "noisy_classifier"
     folder = checkpoint.latest(config.output / stage)
     trained = checkpoint.read_config(folder)
-    ignore = (*STAGES[stage].unused, "translate", "ddim.guidance", f"ddim.{name}.train")
-    if differing := differences(trained, config, ignore=ignore):
+    ignore = (*STAGES[stage].unused, "ddim.guidance", f"ddim.{name}.train")
+    if differing := differences(trained, config, uses=STAGES[stage].uses, ignore=ignore):
         raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
     network = checkpoint.load_network(folder, lambda: STAGES[stage].build(trained))
     if name == "denoiser" and config.ddim.guidance == "classifier_free" and network.null_class is None:

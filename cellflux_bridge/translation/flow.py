@@ -56,7 +56,7 @@ class FlowTranslator(Translator):
         self._weights = checkpoint.weights_digest(self._network)[:16]
         self._guides = Guides(config, fabric.device)
         has_refiner = config.refiner.scale and is_trained(config.output)
-        self._refiner = Refiner(config.output, fabric.device) if has_refiner else None
+        self._refiner = Refiner(config, fabric.device) if has_refiner else None
         shared = {"config": config, "fabric": fabric, "codec": self.codec, "guides": self._guides, "memory": {}}
         self._meter = partial(LevelCalibration, **shared, weights=self._weights, patches=self.patches)
 
@@ -253,7 +253,8 @@ class FlowTranslator(Translator):
 
     def identity(self) -> str:
         """A short text that differs where translations would: of other settings, another step or other weights."""
-        return f"{self.config.digest()}@{self.step}:{self._weights}"
+        refined = f"+{self._refiner.name}" if self._refiner and self.config.translate.refine else ""
+        return f"{self.config.digest()}@{self.step}:{self._weights}{refined}"
 
     def last_frames(self, sources: Sources, *, source: str) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """What sources become at level 1 alone, each of its own target: batch by batch their numbers, and frames (B, C,
