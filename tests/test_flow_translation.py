@@ -419,8 +419,8 @@ def test_level_calibration_is_held_out_and_unguided(painter, asked):
     assert asked[1].targets is not None
 
 
-def test_the_condition_decides_how_much_of_the_start_noise_is_new(painter, asked):
-    """What was measured of a condition then holds for the level to which calibration gives it."""
+def test_the_level_decides_how_much_of_the_start_noise_is_new(painter, asked):
+    """Whatever its condition: where a guide sees no change, conditions lie far apart, and frames would jump."""
     painter._network = Still()  # which can be carried back, too
     reached(painter, levels=[0.25, 1.0], calibrate="distance", noise_resampling=0.6)
     x, ids = patches_of(painter)
@@ -429,7 +429,8 @@ def test_the_condition_decides_how_much_of_the_start_noise_is_new(painter, asked
     inversion, measuring, measured, first, *_ = asked
     assert len(measured.x0) == 11 * len(measuring.x0)
     assert torch.equal(inversion.start, x0)
-    turn = torch.pi / 2 * 0.6 * first.levels(3).view(2, 1, 1, 1, 1)  # a flow that goes nowhere inverts to x0 itself
+    assert not torch.isclose(first.levels(3)[0], torch.tensor(0.25)).any()
+    turn = torch.pi / 2 * 0.6 * torch.tensor([0.25, 1.0]).view(2, 1, 1, 1, 1)  # a flow that goes nowhere inverts to x0
     torch.testing.assert_close(first.start.view(2, *x0.shape), x0 + turn.sin() * (random - x0))
     asked.clear()
     reached(painter, levels=[0.25, 1.0], calibrate="distance", noise_resampling=0.2)  # measured anew

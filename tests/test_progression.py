@@ -34,6 +34,7 @@ def climb(
         x0,
         noise_of(len(x0)) if noise is None else noise,
         levels if conditions is None else conditions,
+        levels,
         targets=levels,
         inverted=method.inverted(flow, x0)[0],
         steps=settings["steps"],

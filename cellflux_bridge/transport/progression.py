@@ -39,8 +39,9 @@ class Progression(Transport):
     calibrate_each: on each source by itself, by a coarse progression of its own, instead of on validation patches.
     noise_resampling: null starts every level from the same random noise. A number starts from the noise from which
         the flow gives the source back (DDIM inversion; Song et al. 2021, sec. 4.3) and replaces the share
-        noise_resampling * condition of it by random noise: a quarter turn at 1, so that Gaussian noise stays as strong
-        as it was. So the frames leave their source gradually; what level 1 looks like is still the flow's own choice.
+        noise_resampling * level of it by random noise: a quarter turn at 1, so that Gaussian noise stays as strong
+        as it was. So the frames leave their source gradually, in even steps also where `calibrate` finds conditions
+        that lie far apart; what level 1 looks like is still the flow's own choice.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Progression(Transport):
             forwards += coarse
         else:
             conditions = self._conditions(levels, flow, meter)
-        found = self.run(flow, x0, noise, conditions, targets=levels, inverted=inverted, steps=self._steps)
+        found = self.run(flow, x0, noise, conditions, levels, targets=levels, inverted=inverted, steps=self._steps)
         return found._replace(nfe=found.nfe + forwards)
 
     def prepare(self, flow, meter) -> None:
@@ -116,7 +117,7 @@ class Progression(Transport):
     def _to_conditions(self, flow, x0, *, noise, conditions) -> Result:
         """Carry validation patches x0 to conditions (G,), unguided, to learn which levels these give."""
         inverted, _ = self.inverted(flow, x0)
-        return self.run(flow, x0, noise, conditions, targets=None, inverted=inverted, steps=self._steps)
+        return self.run(flow, x0, noise, conditions, conditions, targets=None, inverted=inverted, steps=self._steps)
 
     def inverted(self, flow: Flow, x0: torch.Tensor) -> tuple[torch.Tensor | None, int]:
         """The states (B, C, H, W) from which the unguided flow gives sources x0 back under their own label, and
@@ -133,21 +134,22 @@ class Progression(Transport):
         x0: torch.Tensor,
         noise: torch.Tensor,
         conditions: torch.Tensor,
+        levels: torch.Tensor,
         *,
         targets: torch.Tensor | None,
         inverted: torch.Tensor | None,
         steps: int,
     ) -> Result:
-        """Carry x0 (B, C, H, W) under conditions (K,), or (K, B) where each source has its own.
+        """Carry x0 (B, C, H, W) to levels (K,) under conditions (K,), or (K, B) where each source has its own.
 
         A classifier steers toward the soft labels of levels `targets` (K,), or not at all. All levels of a source
-        start from the same noise, or from `inverted` states with a share of new noise.
+        start from the same noise, or from `inverted` states with a share of new noise, which rises with the level.
         """
         conditions = conditions.view(len(conditions), -1)
         random = flow.path.start(x0, noise)
         start = random.expand(len(conditions), *x0.shape)
         if inverted is not None:
-            turn = torch.pi / 2 * (self._resampling * conditions).to(x0)[..., None, None, None]
+            turn = torch.pi / 2 * (self._resampling * levels).to(x0)[:, None, None, None, None]
             start = x0 + torch.cos(turn) * (inverted - x0) + torch.sin(turn) * (random - x0)
         goals = None if targets is None else flow.labels(targets[:, None])
         how = {"interval": (flow.path.t_start, 1.0), "steps": steps, "solver": self._solver}
@@ -166,7 +168,7 @@ class Progression(Transport):
         """The conditions (K, B) that reach levels (K,) of each source, by what guides see in a coarse, unguided
         progression of it; and the forwards that it took."""
         grid = torch.linspace(0, 1, _NUM_OWN)
-        coarse = self.run(flow, x0, noise, grid[1:], targets=None, inverted=inverted, steps=_OWN_STEPS)
+        coarse = self.run(flow, x0, noise, grid[1:], grid[1:], targets=None, inverted=inverted, steps=_OWN_STEPS)
         reached, features = meter.see(coarse.frames)
         if self._calibrate == "distance":
             reached = _share(np.linalg.norm(features - features[0], axis=2))
