@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from toy_flow import FROM_DATA, Recorded, column, flow_of, guide, mixing, noise_of, sources, steered, two_classes
+from toy_flow import (
+    FROM_DATA,
+    Recorded,
+    column,
+    drawn_to_level,
+    flow_of,
+    guide,
+    mixing,
+    noise_of,
+    sources,
+    steered,
+    two_classes,
+)
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.field.classifier_free import ClassifierFree
@@ -16,11 +28,6 @@ from cellflux_bridge.transport.path import Path as PathTransport
 from cellflux_bridge.transport.progression import Progression, condition_for, equidistant_levels
 
 LEVELS = torch.tensor([0.2, 0.5, 0.9, 1.0])
-
-
-def drawn_to_level(t, x, cond):
-    """dx/dt = -2 (x - c), whose solution comes from x to c + (x - c) exp(-2 t)."""
-    return -2 * (x - column(cond.level[:, 1]))
 
 
 def climb(

@@ -26,6 +26,11 @@ def column(values: torch.Tensor) -> torch.Tensor:
     return values.view(-1, 1, 1, 1)
 
 
+def drawn_to_level(t, x, cond):
+    """dx/dt = -2 (x - c), whose solution comes from x to c + (x - c) exp(-2 t)."""
+    return -2 * (x - column(cond.level[:, 1]))
+
+
 def sources(num: int = 5) -> torch.Tensor:
     return torch.randn(num, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 

@@ -68,6 +68,7 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
 
     from cellflux_bridge.api import Bridge
     from cellflux_bridge.cli import train
+    from cellflux_bridge.flow.shortcut import SHORTCUT, ShortcutTask
     from cellflux_bridge.flow.task import FlowTask
     from cellflux_bridge.metrics.level_one import ALONE, level_one
     from cellflux_bridge.metrics.sliced_wasserstein import swd
@@ -80,6 +81,8 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
     bridge = Bridge.load(config.output, () if config.pairs.match_batch else ALONE)
     trained, work, cpu_seconds = bridge.config, 0.0, 0.0
     parts = [(FlowTask, trained.train, config.output)]
+    if trained.shortcut.steps:
+        parts.append((ShortcutTask, trained.shortcut.train, config.output / SHORTCUT))
     if trained.refiner.scale:
         parts.append((RefinerTask, trained.refiner.train, config.output / REFINER))
     for kind, how, folder in parts:

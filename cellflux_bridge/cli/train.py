@@ -12,6 +12,7 @@ def run(args: argparse.Namespace) -> None:
     from cellflux_bridge.data.pairs import left_out
     from cellflux_bridge.flow.levels import target_levels
     from cellflux_bridge.flow.network import FLOW_SECTIONS, build_flow
+    from cellflux_bridge.flow.shortcut import SHORTCUT, SHORTCUT_SECTIONS, ShortcutTask, build_shortcut
     from cellflux_bridge.flow.task import IGNORED, FlowTask, ignores_condition
     from cellflux_bridge.metrics.level_one import ALONE, too_little
     from cellflux_bridge.refiner.model import REFINER, REFINER_SECTIONS, build_refiner
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     # What cannot fit is said before anything is decoded; for that, any classes will do that no part asks for by name.
     if not config.condition.parts:
         data = config.data.model_copy(update={"classes": config.data.classes or ["A", "B"]})
-        build_flow(config.model_copy(update={"data": data}))
+        (build_shortcut if config.shortcut.steps else build_flow)(config.model_copy(update={"data": data}))
     if config.refiner.scale:
         build_refiner(config)
     fabric, config, patches = start(config, config.train, section="train")
@@ -32,33 +33,39 @@ def run(args: argparse.Namespace) -> None:
     if by_level and len(config.data.classes) == 2:
         fabric.print("level 0 = {}, level 1 = {}".format(*config.data.classes))
     crossfit = by_level and config.condition.level == "crossfit"
+    # What is trained beside the flow: its folder, its settings, and what of a configuration it depends on.
+    seconds = [(SHORTCUT, config.shortcut.train, SHORTCUT_SECTIONS)] if config.shortcut.steps else []
+    seconds += [(REFINER, config.refiner.train, REFINER_SECTIONS)] if config.refiner.scale else []
 
     def prepare() -> None:
         if holds_ddim(config.output):
             raise UserError(f"{config.output}: holds a reference bridge's run; choose another output for the flow")
         uses = (*FLOW_SECTIONS, "train", *(("classifier",) if crossfit else ()))
         require_free(config.output, config, uses=uses, resume=config.train.resume)
-        if refiner is not None:
-            how = {"resume": config.refiner.train.resume, "section": "refiner.train"}
-            require_free(config.output / REFINER, config, uses=REFINER_SECTIONS, **how)
+        for name, how, of in seconds:
+            require_free(config.output / name, config, uses=of, resume=how.resume, section=f"{name}.train")
         record_splits(config.output, patches)
-        claim(config.output, config)
-        if refiner is not None:
-            claim(config.output / REFINER, config)
+        for folder in (config.output, *(config.output / name for name, *_ in seconds)):
+            claim(folder, config)
 
     task = FlowTask(config, patches)  # refuses what cannot be trained before anything is written
-    refiner = RefinerTask(config, patches) if config.refiner.scale else None
     on_rank_zero(fabric, prepare)
     if task.unmatched:
         fabric.print(left_out(task.unmatched))
+    levels = None
     if by_level:
         levels = target_levels(config, patches, folder=config.output, fabric=fabric)
         fabric.seed_everything(config.seed, verbose=False)  # cross-fitting drew, where it was not done already
         task = FlowTask(config, patches, levels=levels)
     trained_before = {path.name for path in (config.output / "checkpoints").glob("step-*[0-9]")}
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
-    if refiner is not None:
-        fit(refiner, config, config.refiner.train, folder=config.output / REFINER, fabric=fabric)
+    for name, how, _ in seconds:
+        if name == SHORTCUT:
+            second = ShortcutTask(config, patches, levels=levels)
+            on_rank_zero(fabric, second.record_flow)
+        else:
+            second = RefinerTask(config, patches)
+        fit(second, config, how, folder=config.output / name, fabric=fabric)
     if fabric.is_global_zero:
         figures = last_values(config.output, "val/")
         tell_trained(newest, figures)

@@ -21,6 +21,7 @@ from cellflux_bridge.config.registry import component, trusting, trusts_everythi
 from cellflux_bridge.config.schema import ReceivedPath, Section, Seed, dump_yaml, explain, parse_yaml, read_yaml
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.ddim.settings import DDIMConfig
+from cellflux_bridge.flow.settings import ShortcutConfig
 from cellflux_bridge.refiner.settings import RefinerConfig
 from cellflux_bridge.training.settings import TrainConfig
 from cellflux_bridge.translation.settings import TranslateConfig, without_foreign_keys
@@ -36,7 +37,8 @@ _PACE = (
     *("steps", "max_minutes", "max_cpu_minutes", "resume", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("validate_every", "sample_every", "tensorboard", "accelerator", "devices", "num_nodes", "strategy"),
 )
-_TRAININGS = ("train", "refiner.train", "classifier.train", "ddim.denoiser.train", "ddim.classifier.train")
+_TRAININGS = ("train", "shortcut.train", "refiner.train", "classifier.train")
+_TRAININGS += ("ddim.denoiser.train", "ddim.classifier.train")
 PLACES_AND_PACE = (
     *("name", "output", "data.root", "data.without", "data.cache_dir", "data.workers"),
     *(f"{section}.{key}" for section in _TRAININGS for key in _PACE),
@@ -91,6 +93,7 @@ class Config(Root):
     codec: Codec
     velocity: Velocity
     train: TrainConfig = TrainConfig()
+    shortcut: ShortcutConfig = ShortcutConfig()
     refiner: RefinerConfig = Field(default_factory=RefinerConfig)
     classifier: ClassifierConfig = ClassifierConfig()
     ddim: DDIMConfig = DDIMConfig()
@@ -99,7 +102,9 @@ class Config(Root):
 
     def digest(self) -> str:
         """A short hash of what sequences are made with: not where, how fast or how many, nor how they are shown."""
-        left_out = (*PLACES_AND_PACE, "video", "refiner", "classifier", "ddim", "translate.num", "translate.batch_size")
+        # What refines, and shortcuts, stand beside the digest by their weights.
+        left_out = (*PLACES_AND_PACE, "video", "shortcut", "refiner", "classifier", "ddim")
+        left_out += ("translate.num", "translate.batch_size")
         canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@ import torch
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.codec.base import build_codec
-from cellflux_bridge.condition.base import Condition, ConditionSpec, Names
+from cellflux_bridge.condition.base import Condition, ConditionSpec, Names, Part
 from cellflux_bridge.config import Config, registry
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.velocity.base import Velocity
@@ -23,8 +23,8 @@ def condition_spec(config: Config, *, channels: int) -> ConditionSpec:
     return ConditionSpec(tuple(registry.build("part", part, names, channels) for part in config.condition.all_parts()))
 
 
-def build_flow(config: Config) -> tuple[Path, Velocity]:
-    """The path and the (untrained) velocity network of a resolved configuration.
+def build_flow(config: Config, *more: Part) -> tuple[Path, Velocity]:
+    """The path and the (untrained) velocity network of a resolved configuration, with `more` parts of its condition.
 
     Raises UserError where they do not fit each other: the clean source as network input needs noise on every sample,
     because from a point mass at x0 the velocity at t = 0 is E[x1 | x0] - x0, a blurred mean.
@@ -35,7 +35,7 @@ def build_flow(config: Config) -> tuple[Path, Velocity]:
             f"condition.source_image: path {config.path['name']} does not lay noise on every sample of a source; use "
             "noised_source with probability 1, or brownian"
         )
-    spec = condition_spec(config, channels=codec.channels)
+    spec = ConditionSpec((*condition_spec(config, channels=codec.channels).parts, *more))
     network = registry.build("velocity", config.velocity, codec.channels, spec)
     if config.data.image_size % (stride := codec.stride * network.stride):
         raise UserError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cellflux_bridge.config.schema import Count, Few, NonNegative, Section
 
@@ -38,3 +38,25 @@ class TrainConfig(Section):
     num_nodes: Few = 1
     strategy: Literal["auto", "ddp"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+
+class SecondTrainConfig(TrainConfig):
+    """The training of what a run has beside its flow: shorter, on the flow's devices, and without sheets of samples."""
+
+    batch_size: Few = 32
+    lr_decay: Literal["none", "linear"] = "linear"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    validate_every: Count = 200
+    sample_every: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("accelerator", "devices", "num_nodes", "strategy", "precision")
+    def _is_that_of_the_flow(cls, value, info):
+        if value != cls.model_fields[info.field_name].default:
+            raise ValueError(f"this is trained with the flow; set train.{info.field_name} instead")
+        return value
+
+    @field_validator("init_from")
+    def _has_its_own_beginning(cls, value):
+        if value is not None:
+            raise ValueError("this training has a beginning of its own; leave it out")
+        return value

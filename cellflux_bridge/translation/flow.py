@@ -20,7 +20,9 @@ from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.field.classifier_free import ClassifierFree
 from cellflux_bridge.field.classifier_guided import EXACT, ClassifierGuided, require_form
 from cellflux_bridge.field.settings import GuidanceConfig
+from cellflux_bridge.flow import shortcut
 from cellflux_bridge.flow.network import make_condition
+from cellflux_bridge.flow.shortcut import Shortcut
 from cellflux_bridge.path.base import Path
 from cellflux_bridge.refiner.model import Refiner, is_trained
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
@@ -57,8 +59,10 @@ class FlowTranslator(Translator):
         self._guides = Guides(config, fabric.device)
         has_refiner = config.refiner.scale and is_trained(config.output)
         self._refiner = Refiner(config, fabric.device) if has_refiner else None
+        has_shortcut = config.shortcut.steps and shortcut.is_trained(config.output)
+        self._shortcut = Shortcut(config, self._weights, fabric.device) if has_shortcut else None
         shared = {"config": config, "fabric": fabric, "codec": self.codec, "guides": self._guides, "memory": {}}
-        self._meter = partial(LevelCalibration, **shared, weights=self._weights, patches=self.patches)
+        self._meter = partial(LevelCalibration, **shared, patches=self.patches)
 
     def _settings(self, source: str | None, target: str | None, options: Mapping[str, Any]) -> TranslateConfig:
         settings = super()._settings(source, target, options)
@@ -125,6 +129,8 @@ class FlowTranslator(Translator):
             )
         guidance, scale, condition = settings.guidance, settings.guidance_scale, self.config.condition
         self._require_condition(settings)
+        if settings.of(settings.method).get("solver") == "shortcut":
+            self._require_shortcuts(settings, method)
         method.require(flow, given=given)
         if method.is_calibrated and (condition.has("batch") or settings.dose is not None):
             raise UserError(
@@ -144,11 +150,25 @@ class FlowTranslator(Translator):
             )
         self._guides.load(guidance, sees=seen_by(guidance))
 
+    def _require_shortcuts(self, settings: TranslateConfig, method: Transport) -> None:
+        problem, steps = None, settings.of(settings.method)["steps"]
+        if not method.takes_shortcuts:
+            problem = f"has no part in translate.method={settings.method}"
+        elif self._shortcut is None:
+            run, most = self.config.output, self.config.shortcut.steps or 4
+            problem = f"{run} has no trained shortcuts. Train them: cellflux-bridge train {run} shortcut.steps={most}"
+        elif settings.guidance.form != "none" or settings.guidance_scale != 1:
+            problem = "guidance needs the velocity at one moment; set translate.guidance.form=none and guidance_scale=1"
+        elif steps not in (allowed := [2**k for k in range(self._shortcut.steps.bit_length())]):
+            problem = f"takes {', '.join(map(str, allowed))} steps here (shortcut.steps), found translate.steps={steps}"
+        if problem:
+            raise UserError(f"translate.solver=shortcut: {problem}. Or set another solver")
+
     def _header(self, settings: TranslateConfig) -> TrajectoryHeader:
         digest = self.config.model_copy(update={"translate": settings}).digest()
         method, flow, meter = self._use(settings)
         others = self._guides.names(settings.guidance, measure=method.is_calibrated)
-        others += [self._refiner.name] if settings.refine and self._refiner else []
+        others += self._seconds(settings)
         return TrajectoryHeader(
             method=settings.method,
             source=settings.source,
@@ -182,8 +202,18 @@ class FlowTranslator(Translator):
             condition=partial(self._condition, settings, self.classes.index(source), context),
             plain=plain,
             field=partial(self._guided, settings.guidance, plain),
+            shortcut=self._shortcut,
         )
-        return method, flow, self._meter(settings=settings)
+        return method, flow, self._meter(settings=settings, weights="+".join([self._weights, *self._jumps(settings)]))
+
+    def _jumps(self, settings: TranslateConfig) -> list[str]:
+        """The name of the shortcuts, where a translation takes them."""
+        is_used = self._shortcut and settings.of(settings.method).get("solver") == "shortcut"
+        return [self._shortcut.name] if is_used else []
+
+    def _seconds(self, settings: TranslateConfig) -> list[str]:
+        """The names of what a translation uses beside its flow and its guides."""
+        return [*self._jumps(settings), *([self._refiner.name] if settings.refine and self._refiner else [])]
 
     def _between_classes(self, settings: TranslateConfig) -> bool:
         """Whether levels between two classes mean something to a network that was trained on classes alone: as doses,
@@ -253,8 +283,7 @@ class FlowTranslator(Translator):
 
     def identity(self) -> str:
         """A short text that differs where translations would: of other settings, another step or other weights."""
-        refined = f"+{self._refiner.name}" if self._refiner and self.config.translate.refine else ""
-        return f"{self.config.digest()}@{self.step}:{self._weights}{refined}"
+        return "+".join([f"{self.config.digest()}@{self.step}:{self._weights}", *self._seconds(self.config.translate)])
 
     def last_frames(self, sources: Sources, *, source: str) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """What sources become at level 1 alone, each of its own target: batch by batch their numbers, and frames (B, C,

@@ -38,7 +38,7 @@ def _to_the_target(levels: list[float]) -> list[float]:
 _Fractions = Annotated[list[Fraction], Field(min_length=1)]
 Rising = Annotated[_Fractions, AfterValidator(_rising)]
 Levels = Few | Annotated[_Fractions, AfterValidator(_to_the_target)]  # how many, or which
-Solver = Literal["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"]
+Solver = Literal["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5", "shortcut"]
 
 
 class Result(NamedTuple):
@@ -66,6 +66,16 @@ class Flow:
     condition: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Condition]
     plain: Callable  # the velocity without a classifier
     field: Callable[[torch.Tensor], Callable]  # target labels (R, num_classes) -> the velocity steered toward them
+    shortcut: "Shortcuts | None" = None  # mean velocities over long steps, where a run has them
+
+
+class Shortcuts(Protocol):
+    """Velocities for Euler's method in few steps (see `flow.shortcut`); `steps` are the most."""
+
+    steps: int
+
+    def __call__(self, num: int) -> Callable:
+        """The velocity v(t, x, cond) of a way from 0 to 1 in `num` steps."""
 
 
 class Measured(NamedTuple):
@@ -93,10 +103,11 @@ class LevelMeter(Protocol):
 
 class Transport(ABC):
     """One way to carry images. `reverse`: images of the target go back to the source. `is_calibrated`: guides of
-    images measure levels, so that there must be some."""
+    images measure levels, so that there must be some. `takes_shortcuts`: solver=shortcut is possible."""
 
     reverse: bool = False
     is_calibrated: bool = False
+    takes_shortcuts: bool = False
 
     @property
     def suffix(self) -> str:
@@ -149,13 +160,14 @@ def carry_rows(
     targets: torch.Tensor | None,
     *,
     interval: Interval,
-    **how: Any,
+    steps: int,
+    solver: str,
 ) -> Result:
     """The ends (K, B, C, H, W) of integrations to K levels of B sources, and what they took per source.
 
     They begin at `start` (K, B, C, H, W). The network's condition is soft labels `labels` (K, B or 1, num_classes) and
     the sources x0 (B, C, H, W); a classifier steers toward `targets`, shaped like labels, or not at all. The ends of
-    the interval are numbers, or (K,); `how` are steps and solver.
+    the interval are numbers, or (K,). The solver may be "shortcut", from 0 to 1 and without a classifier.
     """
     levels, sources = start.shape[:2]
 
@@ -167,8 +179,12 @@ def carry_rows(
     begin, end = (in_rows(torch.as_tensor(at).expand(levels)[:, None].to(x0)) for at in interval)
     ends, nfe, gradients = [], 0, 0
     for rows in torch.arange(len(start), device=x0.device).split(flow.batch_size):
-        field = at_trained_times(flow.plain if targets is None else flow.field(targets[rows]), flow.path)
+        if solver == "shortcut":
+            field = flow.shortcut(steps)
+        else:
+            field = at_trained_times(flow.plain if targets is None else flow.field(targets[rows]), flow.path)
         cond = flow.condition(x0[rows], labels[rows], rows % sources)
+        how = {"steps": steps, "solver": "euler" if solver == "shortcut" else solver}
         result = integrate(field, start[rows], cond, interval=(begin[rows], end[rows]), **how)
         ends.append(result.states[-1])
         nfe, gradients = nfe + result.nfe * len(rows), gradients + result.gradients * len(rows)

@@ -11,6 +11,8 @@ class Generate(Transport):
     """From noise at t = 0 to the target at t = 1, in `steps` steps. A sequence has its source and one image of level 1,
     which owes the source nothing but the seed of its noise. Guidance steers toward the target's class."""
 
+    takes_shortcuts = True
+
     def __init__(self, *, steps: Count = 25, solver: Solver = "midpoint"):
         self._steps, self._solver = steps, solver
 

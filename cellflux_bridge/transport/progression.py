@@ -32,6 +32,8 @@ _NUM_OWN, _OWN_STEPS = 8, 2
 class Progression(Transport):
     """All levels of all sources as one batch.
 
+    solver: of every level's integration in `steps` steps; shortcut, without a classifier, takes a single forward a step
+        (`flow/shortcut.py`); what goes back to the noise of a source is then a midpoint integration.
     spacing: adaptive chooses levels whose frames lie equally far apart for the guides.
     calibrate: the network's condition for a level is the level itself (none); or the condition at which, on validation
         patches, the guides' mean probability of the target is the level (probability); or that at which this share of
@@ -43,6 +45,8 @@ class Progression(Transport):
         as it was. So the frames leave their source gradually, in even steps also where `calibrate` finds conditions
         that lie far apart; what level 1 looks like is still the flow's own choice.
     """
+
+    takes_shortcuts = True
 
     def __init__(
         self,
@@ -125,7 +129,8 @@ class Progression(Transport):
         if self._resampling is None:
             return None, 0
         back, label = (1.0, flow.path.t_start), flow.labels(torch.zeros(1, 1))
-        found = carry_rows(flow, x0[None], x0, label, None, interval=back, steps=self._steps, solver=self._solver)
+        solver = "midpoint" if self._solver == "shortcut" else self._solver
+        found = carry_rows(flow, x0[None], x0, label, None, interval=back, steps=self._steps, solver=solver)
         return found.frames[0], found.nfe
 
     def run(
