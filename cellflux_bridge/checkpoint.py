@@ -68,6 +68,11 @@ def save(
     return folder
 
 
+def exists(run: Path) -> bool:
+    """Whether a run folder has a checkpoint."""
+    return any((run / "checkpoints").glob("step-*[0-9]"))
+
+
 def latest(run: Path) -> Path:
     """The newest checkpoint of a run folder (or the folder itself where it is a checkpoint)."""
     if (run / WEIGHTS).exists():

@@ -81,11 +81,6 @@ def along(x: torch.Tensor, step: torch.Tensor, velocity: torch.Tensor) -> torch.
     return x + step.view(-1, 1, 1, 1) * velocity
 
 
-def is_trained(run: Path) -> bool:
-    """Whether a run folder has shortcuts."""
-    return any((run / SHORTCUT / "checkpoints").glob("step-*[0-9]"))
-
-
 class Shortcut:
     """The shortcuts of a run whose flow has weights of a digest. `name` changes with their own weights.
 

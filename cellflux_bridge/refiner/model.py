@@ -11,7 +11,6 @@ from sigma = scale to FINEST. What is coarser than the noise stays as the flow d
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -88,11 +87,6 @@ def refine(network: Velocity, frames: torch.Tensor, noise: torch.Tensor, *, scal
             "translate.refine=false"
         )
     return images.decode(found)
-
-
-def is_trained(run: Path) -> bool:
-    """Whether a run folder has a refiner."""
-    return any((run / REFINER / "checkpoints").glob("step-*[0-9]"))
 
 
 class Refiner:

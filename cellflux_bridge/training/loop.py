@@ -99,7 +99,7 @@ def fit(task: Task, config: Config, train: TrainConfig, *, folder: Path, fabric:
 
 def _fit(task: Task, config: Config, train: TrainConfig, folder: Path, fabric: Fabric) -> Path:
     model = task.model.to(memory_format=torch.channels_last)
-    if train.init_from is not None and not any((folder / "checkpoints").glob("step-*[0-9]")):
+    if train.init_from is not None and not checkpoint.exists(folder):
         checkpoint.init_from(train.init_from.expanduser(), model, config)
         getattr(model, "prepare", lambda: None)()  # what is read and not learned is this run's own
     wrapped, optimiser = fabric.setup(model, build_optimiser(model, train))

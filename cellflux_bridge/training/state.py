@@ -82,7 +82,7 @@ class TrainState:
         To be called after Fabric's set-up: an optimiser's state is laid where its parameters are. Raises UserError
         for a file that is truncated, too large, or of another network.
         """
-        if not any((run / "checkpoints").glob("step-*[0-9]")):
+        if not checkpoint.exists(run):
             return
         newest = checkpoint.latest(run)
         state = checkpoint.load_state(newest, most=self._most_bytes())

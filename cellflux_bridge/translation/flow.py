@@ -20,11 +20,10 @@ from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.field.classifier_free import ClassifierFree
 from cellflux_bridge.field.classifier_guided import EXACT, ClassifierGuided, require_form
 from cellflux_bridge.field.settings import GuidanceConfig
-from cellflux_bridge.flow import shortcut
 from cellflux_bridge.flow.network import make_condition
-from cellflux_bridge.flow.shortcut import Shortcut
+from cellflux_bridge.flow.shortcut import SHORTCUT, Shortcut
 from cellflux_bridge.path.base import Path
-from cellflux_bridge.refiner.model import Refiner, is_trained
+from cellflux_bridge.refiner.model import REFINER, Refiner
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, between, linear_soft_labels
 from cellflux_bridge.translation.base import Translator, require_finite
 from cellflux_bridge.translation.inputs import Context, Sources
@@ -57,9 +56,9 @@ class FlowTranslator(Translator):
         self._network = network.to(fabric.device, memory_format=torch.channels_last).eval()
         self._weights = checkpoint.weights_digest(self._network)[:16]
         self._guides = Guides(config, fabric.device)
-        has_refiner = config.refiner.scale and is_trained(config.output)
+        has_refiner = config.refiner.scale and checkpoint.exists(config.output / REFINER)
         self._refiner = Refiner(config, fabric.device) if has_refiner else None
-        has_shortcut = config.shortcut.steps and shortcut.is_trained(config.output)
+        has_shortcut = config.shortcut.steps and checkpoint.exists(config.output / SHORTCUT)
         self._shortcut = Shortcut(config, self._weights, fabric.device) if has_shortcut else None
         shared = {"config": config, "fabric": fabric, "codec": self.codec, "guides": self._guides, "memory": {}}
         self._meter = partial(LevelCalibration, **shared, patches=self.patches)
