@@ -74,12 +74,17 @@ def test_shortcuts_begin_as_the_flow_and_learn_from_their_halves(run):
     config = load_config(run / "config.yaml")
     task = ShortcutTask(config, load_patches(config.data, seed=config.seed))
     drawn = [task.batch(index, rank=0) for index in range(20)]
-    counts = torch.stack([(1 / of.step).sort().values for of in drawn])
-    assert torch.equal(counts, torch.tensor([1.0, 1, 1, 2, 2, 2, 4, 4]).expand(20, 8))
     for step, t in ((of.step, of.drawn.t) for of in drawn):
-        assert torch.equal((t / step).frac(), torch.zeros(8))
+        assert torch.equal(step.sort().values, torch.tensor([0, 0, 0, 0, 0, 0, 0.5, 1]))  # a quarter of a batch
+        assert torch.equal((t / step)[step > 0].frac(), torch.zeros(2))
         assert (t + step <= 1).all()
-    t, x, _, cond = task.states(drawn[0].drawn)
+    assert len(torch.cat([of.drawn.t[of.step == 0] for of in drawn]).unique()) > 100
+    whole = task._with_steps(drawn[0].drawn, 1.0, "val")
+    t, x, _, cond = task.states(whole.drawn)
+    step = whole.step
+    assert torch.equal(step.sort().values, torch.tensor([0.25, 0.25, 0.5, 0.5, 0.5, 1, 1, 1]))
+    told = task._error(lambda t, x, cond: task.states(drawn[0].drawn).u_t, drawn[0])[0]
+    assert torch.equal(told == 0, drawn[0].step == 0)  # flow matching
     trained = build_flow(config)[1].eval()
     checkpoint.load_weights(checkpoint.latest(run), trained)
     for step in (1.0, 0.25):
@@ -87,7 +92,7 @@ def test_shortcuts_begin_as_the_flow_and_learn_from_their_halves(run):
         torch.testing.assert_close(begun, trained(t, x, cond), rtol=0, atol=1e-6)
 
     task._flow = torch.nn.Module()  # one in closed form
-    task._flow.to, step = lambda device: drawn_to_level, drawn[0].step
+    task._flow.to = lambda device: drawn_to_level
     target = task._target(exact, t, x, cond, step)
     wanted = exact(t, x, cond.replace(step=step))
     is_long = step > 0.25

@@ -5,8 +5,9 @@ so that x + d s(x, t, d) is the state at t + d, from its own steps of half that 
 
     s(x, t, 2d) = (s(x, t, d) + s(x', t + d, d)) / 2        with x' = x + d s(x, t, d)
 
-The shortest steps learn from two midpoint steps of the flow itself. The flow's network stays as it is: inversion and
-guidance need the velocity at one moment.
+The shortest steps learn from two midpoint steps of the flow itself, and three quarters of every batch are flow matching,
+as in that paper: without them the network drifts away from what the flow knows (docs/realism.md). The flow's network
+stays as it is: inversion and guidance need the velocity at one moment.
 """
 
 from collections.abc import Callable
@@ -35,12 +36,15 @@ from cellflux_bridge.velocity.base import Velocity
 # depend.
 SHORTCUT = "shortcut"
 SHORTCUT_SECTIONS = (*FLOW_SECTIONS, "shortcut")
+# The share of a batch that learns steps, and the length that the embedding reads for none.
+_SHARE, _NO_LENGTH = 0.25, 2.0**-7
 # There: the digest of the flow's weights from which they learn.
 _FLOW = "flow.txt"
 
 
 class StepLength(Part):
-    """The length of a step (B,), its binary logarithm as a vector that begins at zero."""
+    """The length of a step (B,), 0 for the velocity at one moment; its binary logarithm as a vector that begins at
+    zero."""
 
     name = "step"
 
@@ -56,7 +60,7 @@ class StepLength(Part):
 
 class _Logarithm(nn.Sequential):
     def forward(self, step: torch.Tensor) -> torch.Tensor:
-        return super().forward(step.float().log2()[:, None])
+        return super().forward(step.float().clamp_min(_NO_LENGTH).log2()[:, None])
 
 
 def build_shortcut(config: Config) -> Velocity:
@@ -121,7 +125,7 @@ def require_same_flow(run: Path, flow: str) -> None:
 
 
 class ShortcutBatch(NamedTuple):
-    """What is drawn for a batch of pairs, at times that are multiples of the steps' lengths (B,)."""
+    """What is drawn for a batch of pairs, and lengths of steps (B,), of which times are multiples; 0 for none."""
 
     drawn: FlowDraw
     step: torch.Tensor
@@ -144,19 +148,20 @@ class ShortcutTask(FlowTask):
         """Write from which flow the shortcuts learn."""
         replace_text(self._config.output / SHORTCUT / _FLOW, self.flow + "\n")
 
-    def _with_steps(self, drawn: FlowDraw, *purpose: str | int) -> ShortcutBatch:
+    def _with_steps(self, drawn: FlowDraw, share: float, *purpose: str | int) -> ShortcutBatch:
         generator, num = torch_generator(self._config.seed, "shortcut", *purpose), len(drawn.t)
-        lengths = self._config.shortcut.steps.bit_length()  # 1, 1/2, ..., as many of each in a batch
-        count = 2.0 ** (torch.randperm(num, generator=generator) % lengths)
+        order, lengths = torch.randperm(num, generator=generator), self._config.shortcut.steps.bit_length()
+        is_step, count = order < share * num, 2.0 ** (order % lengths)  # 1, 1/2, ..., as many of each
         t = (torch.rand(num, generator=generator) * count).floor() / count
-        return ShortcutBatch(drawn._replace(t=t), 1 / count)
+        drawn = drawn._replace(t=torch.where(is_step, t, drawn.t))
+        return ShortcutBatch(drawn, torch.where(is_step, 1 / count, 0))
 
     def batch(self, index: int, *, rank: int) -> ShortcutBatch:
-        return self._with_steps(super().batch(index, rank=rank), "train", index, rank)
+        return self._with_steps(super().batch(index, rank=rank), _SHARE, "train", index, rank)
 
     @torch.no_grad()
     def _target(self, model: nn.Module, t: torch.Tensor, x: torch.Tensor, cond: Condition, step: torch.Tensor):
-        """What the mean velocity (B, C, H, W) of a step is to be: that of its two halves."""
+        """What the mean velocity (B, C, H, W) of steps is to be: that of their two halves."""
         half, is_shortest = step / 2, step * self._config.shortcut.steps < 1.5
         target = torch.empty_like(x)
         for rows, velocity in ((is_shortest, self._midpoint), (~is_shortest, partial(mean_velocity, model))):
@@ -173,8 +178,9 @@ class ShortcutTask(FlowTask):
 
     def _error(self, model: nn.Module, batch: ShortcutBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The weighted squared error, and the target's power, (B,) both."""
-        t, x, _, cond = self.states(batch.drawn)
-        target = self._target(model, t, x, cond, batch.step)
+        t, x, target, cond = self.states(batch.drawn)
+        rows = batch.step > 0
+        target[rows] = self._target(model, t[rows], x[rows], cond.index(rows), batch.step[rows])
         found = mean_velocity(model, batch.step, t, x, cond).float()
         weight = self.model.error_weight(t)
         return weight * (found - target).square().mean((1, 2, 3)), weight * target.square().mean((1, 2, 3))
@@ -186,7 +192,7 @@ class ShortcutTask(FlowTask):
         """On held-out pairs: the squared error of steps against their two halves, relative to the power of these."""
         found = []
         for number in range(self._num_val_batches):
-            batch = self._with_steps(self._draw(self._val.batch(number), "val", number), "val", number)
+            batch = self._with_steps(self._draw(self._val.batch(number), "val", number), 1.0, "val", number)
             found.append([of.sum().item() for of in self._error(model, move_data_to_device(batch, device))])
         error, power = np.sum(found, axis=0)
         return {"val/shortcut_error": error / max(power, 1e-12)}
