@@ -5,9 +5,9 @@ so that x + d s(x, t, d) is the state at t + d, from its own steps of half that 
 
     s(x, t, 2d) = (s(x, t, d) + s(x', t + d, d)) / 2        with x' = x + d s(x, t, d)
 
-The shortest steps learn from two midpoint steps of the flow itself, and three quarters of every batch are flow matching,
-as in that paper: without them the network drifts away from what the flow knows (docs/realism.md). The flow's network
-stays as it is: inversion and guidance need the velocity at one moment.
+The shortest steps learn from two midpoint steps of the flow itself. Three quarters of every batch are flow matching, as
+in that paper: without them the network drifts away from what the flow knows (docs/realism.md). The flow's network stays
+as it is: inversion and guidance need the velocity at one moment.
 """
 
 from collections.abc import Callable
