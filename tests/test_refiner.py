@@ -39,7 +39,9 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_grain_of_the_right_strength_comes_back(spread):
     # The flow of a normal distribution is linear: x(sigma) is proportional to sqrt(spread^2 + sigma^2).
     flat = torch.full((4, 3, 32, 32), 127, dtype=torch.uint8)
-    made = images.encode(refine(Grain(spread), flat, noise(4, 3, 32, 32), scale=SCALE)) - images.encode(flat)
+    made = images.encode(refine(Grain(spread), flat, noise(4, 3, 32, 32), sigma=SCALE, scale=SCALE)) - images.encode(
+        flat
+    )
     expected = SCALE * spread / (spread**2 + SCALE**2) ** 0.5
     rounding = 1 / 127.5 / 12**0.5
     assert made.std().item() == pytest.approx((expected**2 + rounding**2) ** 0.5, rel=0.03)
@@ -61,7 +63,7 @@ def test_patches_without_grain_come_back_as_they_were():
 
     frames = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     image = images.encode(frames)
-    found = refine(Clean(), frames, noise(2, 3, 8, 8), scale=SCALE)
+    found = refine(Clean(), frames, noise(2, 3, 8, 8), sigma=SCALE, scale=SCALE)
     assert (found.int() - frames.int()).abs().max() <= 2  # FINEST is left, half a grey level
 
 
@@ -156,10 +158,11 @@ def frames(run, *overrides: str) -> np.ndarray:
 
 
 def test_all_frames_but_the_source_are_refined_whatever_the_batch(run, monkeypatch):
-    calls = []
+    calls, sigmas = [], []
 
-    def noted(network, x, noise, *, scale):
+    def noted(network, x, noise, *, sigma, scale):
         calls.append(noise)
+        sigmas.append(sigma)
         assert scale == SCALE
         return 255 - x
 
@@ -170,6 +173,9 @@ def test_all_frames_but_the_source_are_refined_whatever_the_batch(run, monkeypat
     assert (frames(run, "translate.batch_size=2") == refined).all()
     monkeypatch.setattr(model, "refine", noted)
     assert (frames(run)[1:] == 255 - plain[1:]).all()
+    np.testing.assert_allclose(
+        np.square(sigmas), SCALE**2 * np.array([1, 2, 3]) / 3, rtol=1e-5
+    )  # the variance rises evenly
     of_levels = torch.cat(calls).unflatten(0, (3, 3))
     assert torch.equal(of_levels, of_levels[:1].expand_as(of_levels))  # the same along a sequence
     assert not torch.equal(of_levels[0, 0], of_levels[0, 1])
@@ -183,6 +189,7 @@ def test_what_made_frames_is_in_their_header(run):
     assert "+refiner@4:" in header.config_hash
     assert "refiner" not in plain._header(plain._settings(None, None, {})).config_hash
     assert cost[0] == plain.translate(plain.patches().centre([0])).nfe[0] + 3 * 6
+    assert [bridge._refiner.forwards(level) for level in (0, 0.01, 1)] == [0, 2, 6]
 
 
 def test_a_run_gets_a_refiner_later_and_keeps_its_flow(file, tmp_path):
@@ -240,4 +247,4 @@ def test_values_that_are_not_finite_are_no_frame():
             return x / 0
 
     with pytest.raises(UserError, match="not finite"):
-        refine(Broken(), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), noise(1, 3, 8, 8), scale=SCALE)
+        refine(Broken(), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), noise(1, 3, 8, 8), sigma=SCALE, scale=SCALE)

@@ -88,8 +88,8 @@ def test_shortcuts_begin_as_the_flow_and_learn_from_their_halves(run):
     assert torch.equal(told == 0, drawn[0].step == 0)  # flow matching
     trained = build_flow(config)[1].eval()
     checkpoint.load_weights(checkpoint.latest(run), trained)
-    for step in (1.0, 0.25):
-        begun = mean_velocity(task.model, torch.full_like(t, step), t, x, cond)
+    for length in (1.0, 0.25):
+        begun = mean_velocity(task.model, torch.full_like(t, length), t, x, cond)
         torch.testing.assert_close(begun, trained(t, x, cond), rtol=0, atol=1e-6)
 
     task._flow = torch.nn.Module()  # one in closed form

@@ -7,7 +7,7 @@ finest detail, and the probability flow of a diffusion model carries it back amo
 
     dx / d sigma = E[eps | x, sigma]        (Karras et al. 2022, eq. 1, for sigma(t) = t)
 
-from sigma = scale to FINEST. What is coarser than the noise stays as the flow drew it.
+from sigma = `noise_at` its level to FINEST. What is coarser than the noise stays as the flow drew it.
 """
 
 import math
@@ -63,19 +63,25 @@ def noise_in(network: Velocity, x: torch.Tensor, sigma: torch.Tensor, *, scale: 
     return network(t, x, nothing)
 
 
-def noise_levels(scale: float) -> np.ndarray:
-    """The standard deviations of noise from `scale` down to FINEST, between which one midpoint step goes."""
-    ends = scale ** (1 / _RHO), FINEST ** (1 / _RHO)
+def noise_levels(sigma: float) -> np.ndarray:
+    """The standard deviations of noise from `sigma` (above FINEST) to FINEST, between which one midpoint step goes."""
+    ends = sigma ** (1 / _RHO), FINEST ** (1 / _RHO)
     return np.linspace(*ends, math.ceil((ends[0] - ends[1]) / _WIDEST) + 1) ** _RHO
 
 
+def noise_at(level: float, *, scale: float) -> float:
+    """The standard deviation of the noise on frames of a level: its variance rises evenly, from nothing on the source
+    to `scale` squared at level 1, so that frames part from their source's finest detail step by step."""
+    return scale * level**0.5
+
+
 @torch.no_grad()
-def refine(network: Velocity, frames: torch.Tensor, noise: torch.Tensor, *, scale: float) -> torch.Tensor:
-    """Frames (B, C, H, W) uint8 with their finest detail drawn anew by standard normal `noise` of the same shape; all
-    on the network's device. A frame does not depend on the others of its batch. UserError where the network's output is
-    not finite."""
-    sigmas = noise_levels(scale)
-    x = images.encode(frames) + scale * noise
+def refine(network: Velocity, frames: torch.Tensor, noise: torch.Tensor, *, sigma: float, scale: float) -> torch.Tensor:
+    """Frames (B, C, H, W) uint8 with their finest detail drawn anew by standard normal `noise` of the same shape, of
+    which they get `sigma` times; all on the network's device. A frame does not depend on the others of its batch.
+    UserError where the network's output is not finite."""
+    sigmas = noise_levels(sigma)
+    x = images.encode(frames) + sigma * noise
 
     def rate(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return noise_in(network, x, sigma.expand(len(x)), scale=scale).float()
@@ -90,7 +96,7 @@ def refine(network: Velocity, frames: torch.Tensor, noise: torch.Tensor, *, scal
 
 
 class Refiner:
-    """The refiner of a run. `name` changes with its weights; a frame takes `forwards` of its network.
+    """The refiner of a run. `name` changes with its weights.
 
     Raises UserError where it was trained with another configuration than the run's.
     """
@@ -106,9 +112,14 @@ class Refiner:
         network = checkpoint.load_network(folder, lambda: build_refiner(config))
         self.name = f"refiner@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(network)[:16]}"
         self._scale = config.refiner.scale
-        self.forwards = 2 * (len(noise_levels(self._scale)) - 1)
         self._network = network.to(device, memory_format=torch.channels_last).eval()
 
-    def __call__(self, frames: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """See `refine`."""
-        return refine(self._network, frames, noise, scale=self._scale)
+    def forwards(self, level: float) -> int:
+        """How many forwards of its network a frame of a level takes."""
+        sigma = noise_at(level, scale=self._scale)
+        return 2 * (len(noise_levels(sigma)) - 1) if sigma > FINEST else 0
+
+    def __call__(self, frames: torch.Tensor, noise: torch.Tensor, *, level: float) -> torch.Tensor:
+        """Frames of a level: see `refine`."""
+        sigma = noise_at(level, scale=self._scale)
+        return refine(self._network, frames, noise, sigma=sigma, scale=self._scale) if sigma > FINEST else frames

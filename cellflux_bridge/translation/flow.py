@@ -308,21 +308,27 @@ class FlowTranslator(Translator):
         require_finite(result.frames, ids)
         made = self.codec.to_uint8(result.frames[1:])
         if settings.refine and self._refiner:
-            made = self._refined(made, ids, batch_size=settings.batch_size)
-            result = result._replace(nfe=result.nfe + self._refiner.forwards * len(made))
+            made = self._refined(made, header.levels[1:], ids, batch_size=settings.batch_size)
+            result = result._replace(nfe=result.nfe + sum(map(self._refiner.forwards, header.levels[1:])))
         # The source itself comes first, also where a codec loses something.
         frames = torch.cat([batch[None].cpu(), made.cpu()]).numpy()
         cost = (result.nfe,) * len(ids), (result.gradients,) * len(ids)
         depths = None if result.depths is None else np.tile(result.depths.numpy()[:, None], len(ids))
         return Trajectory(header, frames, linear_soft_labels(header, len(ids)), tuple(ids), *cost, depths)
 
-    def _refined(self, frames: torch.Tensor, ids: Sequence[str], *, batch_size: int) -> torch.Tensor:
-        """Frames (K, B, C, H, W) uint8 with new finest detail. All levels of a source get the same noise, so that what
-        is drawn anew stays where it is along a sequence."""
+    def _refined(
+        self, frames: torch.Tensor, levels: Sequence[float], ids: Sequence[str], *, batch_size: int
+    ) -> torch.Tensor:
+        """Frames (K, B, C, H, W) uint8 of levels (K,) with new finest detail. All levels of a source get the same
+        noise, so that what is drawn anew stays where it is along a sequence."""
         noise = source_noise(frames.shape[2:], ids, seed=derive_seed(self.config.seed, "refiner")).to(frames.device)
-        rows = frames.flatten(0, 1).split(batch_size), noise.repeat(len(frames), 1, 1, 1).split(batch_size)
+
+        def refined(made: torch.Tensor, level: float) -> torch.Tensor:
+            parts = zip(made.split(batch_size), noise.split(batch_size), strict=True)
+            return torch.cat([self._refiner(x, of, level=level) for x, of in parts])
+
         with self.fabric.autocast():
-            return torch.cat([self._refiner(*part) for part in zip(*rows, strict=True)]).unflatten(0, frames.shape[:2])
+            return torch.stack([refined(*of) for of in zip(frames, levels, strict=True)])
 
 
 def _method(settings: TranslateConfig) -> Transport:
