@@ -46,9 +46,9 @@ class Bridge(FlowTranslator):
 
         `where` is a folder of patches (trained as configs/own.yaml says), a YAML file, or a run's folder. `source` and
         `target` are classes: level 0 and level 1; other classes of a folder are left out. The flow's training ends
-        after `steps` updates or, instead, `minutes`, in which case the learning rate stays as it is; the refiner and
-        the classifiers are trained after it, for as long as the configuration says. `device` is cpu, cuda, cuda:1 or
-        mps; `output` the run's folder (runs/<name of `where`>). `overrides` are further `key.sub=value`
+        after `steps` updates or, instead, `minutes`, in which case the learning rate stays as it is; shortcuts, the
+        refiner and the classifiers are trained after it, for as long as the configuration says. `device` is cpu, cuda,
+        cuda:1 or mps; `output` the run's folder (runs/<name of `where`>). `overrides` are further `key.sub=value`
         settings. Raises UserError as the commands do.
         """
         from cellflux_bridge.cli import train, train_classifier

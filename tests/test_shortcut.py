@@ -73,16 +73,18 @@ def run(file, tmp_path):
 def test_shortcuts_begin_as_the_flow_and_learn_from_their_halves(run):
     config = load_config(run / "config.yaml")
     task = ShortcutTask(config, load_patches(config.data, seed=config.seed))
+    task.begin()
     drawn = [task.batch(index, rank=0) for index in range(20)]
     for step, t in ((of.step, of.drawn.t) for of in drawn):
-        assert torch.equal(step.sort().values, torch.tensor([0, 0, 0, 0, 0, 0, 0.5, 1]))  # a quarter of a batch
+        assert (step == 0).sum() == 6  # a quarter of a batch learns steps
         assert torch.equal((t / step)[step > 0].frac(), torch.zeros(2))
         assert (t + step <= 1).all()
+    assert torch.equal(torch.cat([of.step for of in drawn]).unique(), torch.tensor([0, 0.25, 0.5, 1]))
     assert len(torch.cat([of.drawn.t[of.step == 0] for of in drawn]).unique()) > 100
     whole = task._with_steps(drawn[0].drawn, 1.0, "val")
     t, x, _, cond = task.states(whole.drawn)
     step = whole.step
-    assert torch.equal(step.sort().values, torch.tensor([0.25, 0.25, 0.5, 0.5, 0.5, 1, 1, 1]))
+    assert sorted((step == length).sum().item() for length in (0.25, 0.5, 1)) == [2, 3, 3]
     u = task.states(drawn[0].drawn).u_t
     told = task._error(lambda t, x, cond: u if len(t) == 8 else x, drawn[0])[0]
     assert torch.equal(told == 0, drawn[0].step == 0)  # flow matching
@@ -130,11 +132,40 @@ def test_a_run_takes_its_shortcuts(run):
 
 
 def test_shortcuts_of_an_earlier_flow_are_refused(run):
+    with pytest.raises(SystemExit, match=r"train.steps=6: .* has shortcuts of the flow as it is, after 4 updates"):
+        cli.main(["train", str(run), "train.steps=6"])
     cli.main(["train", str(run), "shortcut.steps=0", "train.steps=6"])
-    with pytest.raises(SystemExit, match="its flow was trained on since"):
+    with pytest.raises(SystemExit, match="learned from another state of its flow"):
         cli.main(["train", str(run), *SHORT])
-    with pytest.raises(UserError, match="its flow was trained on since"):
+    with pytest.raises(UserError, match="learned from another state of its flow"):
         made(run, "shortcut.steps=4", *FEW)
+    made(run, "shortcut.steps=4", *MANY)  # all else goes on
+
+
+def test_the_coarse_progression_of_a_source_takes_no_step_that_none_was_trained_for():
+    asked = []
+
+    class One(Exact):
+        steps = 1
+
+        def __call__(self, num):
+            asked.append(num)
+            return super().__call__(num)
+
+    class Meter:
+        def see(self, states):
+            seen = states.mean((2, 3, 4))
+            return seen.sigmoid().numpy(), states.flatten(2).numpy()
+
+    method = Progression(steps=1, solver="shortcut", calibrate="distance", calibrate_each=True)
+    one = type(flow())(**{**vars(flow()), "shortcut": One()})
+    method.carry(one, sources(), noise=noise_of(), levels=LEVELS, meter=Meter())
+    assert set(asked) == {1}
+
+
+def test_a_mistake_is_told_by_its_own_key(file):
+    with pytest.raises(SystemExit, match=r"shortcut\.train\.batch_size=4096"):
+        cli.main(["train", str(file), *BY_LEVEL, *SHORT, "shortcut.train.batch_size=4096"])
 
 
 def test_a_path_that_does_not_begin_at_zero_has_none(file):

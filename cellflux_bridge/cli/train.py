@@ -1,6 +1,7 @@
 """`cellflux-bridge train`"""
 
 import argparse
+from functools import partial
 
 from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.cli.places import configuration, holds_ddim, start, tell_trained
@@ -8,11 +9,12 @@ from cellflux_bridge.cli.places import configuration, holds_ddim, start, tell_tr
 
 def run(args: argparse.Namespace) -> None:
     """train CONFIG_OR_RUN: train the flow; a stopped training goes on."""
+    from cellflux_bridge import checkpoint
     from cellflux_bridge.api import Bridge
     from cellflux_bridge.data.pairs import left_out
     from cellflux_bridge.flow.levels import target_levels
     from cellflux_bridge.flow.network import FLOW_SECTIONS, build_flow
-    from cellflux_bridge.flow.shortcut import SHORTCUT, SHORTCUT_SECTIONS, ShortcutTask, build_shortcut
+    from cellflux_bridge.flow.shortcut import SHORTCUT, SHORTCUT_SECTIONS, ShortcutTask, build_shortcut, record_flow
     from cellflux_bridge.flow.task import IGNORED, FlowTask, ignores_condition
     from cellflux_bridge.metrics.level_one import ALONE, too_little
     from cellflux_bridge.refiner.model import REFINER, REFINER_SECTIONS, build_refiner
@@ -42,6 +44,13 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{config.output}: holds a reference bridge's run; choose another output for the flow")
         uses = (*FLOW_SECTIONS, "train", *(("classifier",) if crossfit else ()))
         require_free(config.output, config, uses=uses, resume=config.train.resume)
+        done = checkpoint.step_of(checkpoint.latest(config.output)) if checkpoint.exists(config.output) else 0
+        has_shortcuts = config.shortcut.steps and checkpoint.exists(config.output / SHORTCUT)
+        if has_shortcuts and done < config.train.steps:
+            raise UserError(
+                f"train.steps={config.train.steps}: {config.output} has shortcuts of the flow as it is, after {done} "
+                f"updates; remove {config.output / SHORTCUT} first, and they are trained again after it"
+            )
         for name, how, of in seconds:
             require_free(config.output / name, config, uses=of, resume=how.resume, section=f"{name}.train")
         record_splits(config.output, patches)
@@ -49,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
             claim(folder, config)
 
     task = FlowTask(config, patches)  # refuses what cannot be trained before anything is written
+    if config.shortcut.steps:
+        ShortcutTask(config, patches)
     on_rank_zero(fabric, prepare)
     if task.unmatched:
         fabric.print(left_out(task.unmatched))
@@ -62,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     for name, how, _ in seconds:
         if name == SHORTCUT:
             second = ShortcutTask(config, patches, levels=levels)
-            on_rank_zero(fabric, second.record_flow)
+            on_rank_zero(fabric, partial(record_flow, config.output, second.begin()))
         else:
             second = RefinerTask(config, patches)
         fit(second, config, how, folder=config.output / name, fabric=fabric)

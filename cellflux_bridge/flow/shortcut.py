@@ -10,6 +10,7 @@ in that paper: without them the network drifts away from what the flow knows (do
 as it is: inversion and guidance need the velocity at one moment.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import nn
 from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError, abbreviate
 from cellflux_bridge.base.files import replace_text
-from cellflux_bridge.base.seeds import torch_generator
+from cellflux_bridge.base.seeds import derive_seed, torch_generator
 from cellflux_bridge.condition.base import Condition, Names, Part
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
@@ -114,13 +115,18 @@ class Shortcut:
         return velocity
 
 
+def record_flow(run: Path, flow: str) -> None:
+    """Write from which flow a run's shortcuts learn."""
+    replace_text(run / SHORTCUT / _FLOW, flow + "\n")
+
+
 def require_same_flow(run: Path, flow: str) -> None:
     """UserError where a run's shortcuts were learned from a flow with another digest than its flow has now."""
     file = run / SHORTCUT / _FLOW
     if file.exists() and file.read_text(encoding="utf-8").strip() != flow:
         raise UserError(
-            f"{run}: its flow was trained on since its shortcuts were; remove {run / SHORTCUT} and train them again: "
-            f"cellflux-bridge train {run}"
+            f"{run}: its shortcuts were learned from another state of its flow. Remove {run / SHORTCUT} and train them "
+            f"again: cellflux-bridge train {run}; or set shortcut.steps=0"
         )
 
 
@@ -132,26 +138,34 @@ class ShortcutBatch(NamedTuple):
 
 
 class ShortcutTask(FlowTask):
-    """Self-consistency of a run's shortcuts, on the pairs of its flow's training; the flow is the run's newest."""
+    """Self-consistency of a run's shortcuts, on the pairs of its flow's training."""
 
     def __init__(self, config: Config, patches: Patches, *, levels: np.ndarray | None = None):
         condition = config.condition.model_copy(update={"dropout": 0.0})
         config = config.model_copy(update={"train": config.shortcut.train, "condition": condition})
-        super().__init__(config, patches, levels=levels)
-        checkpoint.load_weights(checkpoint.latest(config.output), self.model)
-        self._flow, self.model = self.model.eval().requires_grad_(False), build_shortcut(config)
-        self.model.load_state_dict(self._flow.state_dict(), strict=False)  # all but what embeds the length
-        self.flow = checkpoint.weights_digest(self._flow)[:16]
-        require_same_flow(config.output, self.flow)
+        try:
+            super().__init__(config, patches, levels=levels)
+        except UserError as error:
+            raise UserError(re.sub(r"\btrain\.", "shortcut.train.", str(error))) from error
+        self._flow = self.model.eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "shortcut", "weights"))
+            self.model = build_shortcut(config)
 
-    def record_flow(self) -> None:
-        """Write from which flow the shortcuts learn."""
-        replace_text(self._config.output / SHORTCUT / _FLOW, self.flow + "\n")
+    def begin(self) -> str:
+        """Take up the weights of the run's trained flow, whose digest this gives; UserError where shortcuts that are
+        there already were learned from another."""
+        checkpoint.load_weights(checkpoint.latest(self._config.output), self._flow)
+        self.model.load_state_dict(self._flow.state_dict(), strict=False)  # all but what embeds the length
+        flow = checkpoint.weights_digest(self._flow)[:16]
+        require_same_flow(self._config.output, flow)
+        return flow
 
     def _with_steps(self, drawn: FlowDraw, share: float, *purpose: str | int) -> ShortcutBatch:
         generator, num = torch_generator(self._config.seed, "shortcut", *purpose), len(drawn.t)
         order, lengths = torch.randperm(num, generator=generator), self._config.shortcut.steps.bit_length()
-        is_step, count = order < share * num, 2.0 ** (order % lengths)  # 1, 1/2, ..., as many of each
+        first = torch.randint(lengths, (), generator=generator)  # so that small batches have all lengths in turn
+        is_step, count = order < share * num, 2.0 ** ((order + first) % lengths)  # 1, 1/2, ..., as many of each
         t = (torch.rand(num, generator=generator) * count).floor() / count
         drawn = drawn._replace(t=torch.where(is_step, t, drawn.t))
         return ShortcutBatch(drawn, torch.where(is_step, 1 / count, 0))

@@ -22,7 +22,7 @@ class RefinerTrainConfig(SecondTrainConfig):
 
 
 class RefinerConfig(Section):
-    """`scale` is the standard deviation of the noise that frames get, whose values lie in [-1, 1]; 0: no refiner."""
+    """`scale` is the standard deviation of the noise on frames of level 1 (values in [-1, 1]); 0: no refiner."""
 
     scale: Annotated[float, Field(ge=0, le=1)] = 0.0
     window: Few = 32  # of training: the side, in px, of what is cut from larger patches; fine detail is local

@@ -54,8 +54,9 @@ def describe(config: StudyConfig) -> list[str]:
     for making in plan.makings(config):
         made = plan.generator_config(config, making)
         if config.generators[making.generator].kind == "flow":
-            refiner = f", {made.refiner.train.steps} of its refiner" if made.refiner.scale else ""
-            updates = f"{made.train.steps} updates{refiner}"
+            updates = f"{made.train.steps} updates"
+            updates += f", {made.shortcut.train.steps} of its shortcuts" if made.shortcut.steps else ""
+            updates += f", {made.refiner.train.steps} of its refiner" if made.refiner.scale else ""
         else:
             updates = f"{made.ddim.denoiser.train.steps} updates"
         lines.append(f"generator {making.generator}, size {making.size}: {updates}")

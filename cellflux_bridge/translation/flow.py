@@ -1,7 +1,7 @@
 """Translation by a trained flow: a field made from its network, carried by a transport method."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,6 @@ class FlowTranslator(Translator):
         self._guides = Guides(config, fabric.device)
         has_refiner = config.refiner.scale and checkpoint.exists(config.output / REFINER)
         self._refiner = Refiner(config, fabric.device) if has_refiner else None
-        has_shortcut = config.shortcut.steps and checkpoint.exists(config.output / SHORTCUT)
-        self._shortcut = Shortcut(config, self._weights, fabric.device) if has_shortcut else None
         shared = {"config": config, "fabric": fabric, "codec": self.codec, "guides": self._guides, "memory": {}}
         self._meter = partial(LevelCalibration, **shared, patches=self.patches)
 
@@ -153,12 +151,12 @@ class FlowTranslator(Translator):
         problem, steps = None, settings.of(settings.method)["steps"]
         if not method.takes_shortcuts:
             problem = f"has no part in translate.method={settings.method}"
-        elif self._shortcut is None:
+        elif (found := self._shortcut(settings)) is None:
             run, most = self.config.output, self.config.shortcut.steps or 4
             problem = f"{run} has no trained shortcuts. Train them: cellflux-bridge train {run} shortcut.steps={most}"
         elif settings.guidance.form != "none" or settings.guidance_scale != 1:
             problem = "guidance needs the velocity at one moment; set translate.guidance.form=none and guidance_scale=1"
-        elif steps not in (allowed := [2**k for k in range(self._shortcut.steps.bit_length())]):
+        elif steps not in (allowed := [2**k for k in range(found.steps.bit_length())]):
             problem = f"takes {', '.join(map(str, allowed))} steps here (shortcut.steps), found translate.steps={steps}"
         if problem:
             raise UserError(f"translate.solver=shortcut: {problem}. Or set another solver")
@@ -201,14 +199,21 @@ class FlowTranslator(Translator):
             condition=partial(self._condition, settings, self.classes.index(source), context),
             plain=plain,
             field=partial(self._guided, settings.guidance, plain),
-            shortcut=self._shortcut,
+            shortcut=self._shortcut(settings),
         )
         return method, flow, self._meter(settings=settings, weights="+".join([self._weights, *self._jumps(settings)]))
 
+    @cached_property
+    def _trained_shortcut(self) -> Shortcut | None:
+        is_there = self.config.shortcut.steps and checkpoint.exists(self.config.output / SHORTCUT)
+        return Shortcut(self.config, self._weights, self.fabric.device) if is_there else None
+
+    def _shortcut(self, settings: TranslateConfig) -> Shortcut | None:
+        """The run's shortcuts, where a translation takes them."""
+        return self._trained_shortcut if settings.of(settings.method).get("solver") == "shortcut" else None
+
     def _jumps(self, settings: TranslateConfig) -> list[str]:
-        """The name of the shortcuts, where a translation takes them."""
-        is_used = self._shortcut and settings.of(settings.method).get("solver") == "shortcut"
-        return [self._shortcut.name] if is_used else []
+        return [found.name] if (found := self._shortcut(settings)) else []
 
     def _seconds(self, settings: TranslateConfig) -> list[str]:
         """The names of what a translation uses beside its flow and its guides."""

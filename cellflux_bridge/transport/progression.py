@@ -27,14 +27,16 @@ from cellflux_bridge.transport.base import (
 
 # Of the coarse progression that calibrates one source: conditions, and steps to each.
 _NUM_OWN, _OWN_STEPS = 8, 2
+# Back to the noise of a source, where shortcuts go forth: midpoint steps at least.
+_BACK_STEPS = 4
 
 
 class Progression(Transport):
     """All levels of all sources as one batch.
 
     solver: of every level's integration in `steps` steps; shortcut, without a classifier, takes a single forward a step
-        (`flow/shortcut.py`); what goes back to the noise of a source is then a midpoint integration.
-    spacing: adaptive chooses levels whose frames lie equally far apart for the guides.
+        (`flow/shortcut.py`); the way back to the noise of a source is then four midpoint steps of the flow, or more.
+    spacing: adaptive chooses levels whose frames lie about equally far apart for the guides.
     calibrate: the network's condition for a level is the level itself (none); or the condition at which, on validation
         patches, the guides' mean probability of the target is the level (probability); or that at which this share of
         the way in the guides' features is made (distance).
@@ -129,8 +131,10 @@ class Progression(Transport):
         if self._resampling is None:
             return None, 0
         back, label = (1.0, flow.path.t_start), flow.labels(torch.zeros(1, 1))
-        solver = "midpoint" if self._solver == "shortcut" else self._solver
-        found = carry_rows(flow, x0[None], x0, label, None, interval=back, steps=self._steps, solver=solver)
+        how = {"steps": self._steps, "solver": self._solver}
+        if self._solver == "shortcut":
+            how = {"steps": max(self._steps, _BACK_STEPS), "solver": "midpoint"}
+        found = carry_rows(flow, x0[None], x0, label, None, interval=back, **how)
         return found.frames[0], found.nfe
 
     def run(
@@ -173,7 +177,8 @@ class Progression(Transport):
         """The conditions (K, B) that reach levels (K,) of each source, by what guides see in a coarse, unguided
         progression of it; and the forwards that it took."""
         grid = torch.linspace(0, 1, _NUM_OWN)
-        coarse = self.run(flow, x0, noise, grid[1:], grid[1:], targets=None, inverted=inverted, steps=_OWN_STEPS)
+        steps = min(_OWN_STEPS, self._steps) if self._solver == "shortcut" else _OWN_STEPS
+        coarse = self.run(flow, x0, noise, grid[1:], grid[1:], targets=None, inverted=inverted, steps=steps)
         reached, features = meter.see(coarse.frames)
         if self._calibrate == "distance":
             reached = _share(np.linalg.norm(features - features[0], axis=2))
