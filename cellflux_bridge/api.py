@@ -9,7 +9,6 @@ from pathlib import Path
 from lightning_fabric import Fabric
 
 from cellflux_bridge import checkpoint
-from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import run_of
 from cellflux_bridge.classifier.guides import seen_by
 from cellflux_bridge.cli.places import configuration
@@ -18,7 +17,7 @@ from cellflux_bridge.config.registry import trusting
 from cellflux_bridge.data.layout.folder import Folder
 from cellflux_bridge.data.preprocessing import Preprocessing
 from cellflux_bridge.flow.network import FLOW_SECTIONS, build_flow
-from cellflux_bridge.training.run import differences
+from cellflux_bridge.training.run import require_alike
 from cellflux_bridge.translation.base import translation_fabric
 from cellflux_bridge.translation.flow import FlowTranslator
 
@@ -99,8 +98,7 @@ class Bridge(FlowTranslator):
             network = checkpoint.load_network(folder, lambda: build_flow(trained)[1])
             # The run's own file may have newer settings of translation than its last checkpoint, and may have moved.
             config = load_config(Path(run) / checkpoint.CONFIG, overrides, output=run_of(Path(run)))
-            if differing := differences(trained, config, uses=FLOW_SECTIONS):
-                raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
+            require_alike(folder, trained, config, uses=FLOW_SECTIONS)
             return cls(
                 config=config,
                 path=registry.build("path", trained.path),

@@ -39,9 +39,8 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_grain_of_the_right_strength_comes_back(spread):
     # The flow of a normal distribution is linear: x(sigma) is proportional to sqrt(spread^2 + sigma^2).
     flat = torch.full((4, 3, 32, 32), 127, dtype=torch.uint8)
-    made = images.encode(refine(Grain(spread), flat, noise(4, 3, 32, 32), sigma=SCALE, scale=SCALE)) - images.encode(
-        flat
-    )
+    refined = refine(Grain(spread), flat, noise(4, 3, 32, 32), sigma=SCALE, scale=SCALE)
+    made = images.encode(refined) - images.encode(flat)
     expected = SCALE * spread / (spread**2 + SCALE**2) ** 0.5
     rounding = 1 / 127.5 / 12**0.5
     assert made.std().item() == pytest.approx((expected**2 + rounding**2) ** 0.5, rel=0.03)
@@ -173,9 +172,8 @@ def test_all_frames_but_the_source_are_refined_whatever_the_batch(run, monkeypat
     assert (frames(run, "translate.batch_size=2") == refined).all()
     monkeypatch.setattr(model, "refine", noted)
     assert (frames(run)[1:] == 255 - plain[1:]).all()
-    np.testing.assert_allclose(
-        np.square(sigmas), SCALE**2 * np.array([1, 2, 3]) / 3, rtol=1e-5
-    )  # the variance rises evenly
+    variances = SCALE**2 * np.array([1, 2, 3]) / 3  # they rise evenly with the level
+    np.testing.assert_allclose(np.square(sigmas), variances, rtol=1e-5)
     of_levels = torch.cat(calls).unflatten(0, (3, 3))
     assert torch.equal(of_levels, of_levels[:1].expand_as(of_levels))  # the same along a sequence
     assert not torch.equal(of_levels[0, 0], of_levels[0, 1])
@@ -233,7 +231,7 @@ def test_a_refiner_of_another_configuration_is_refused(run):
         changed = yaml.safe_load(before)
         changed[section][key] = value
         files[0].write_text(yaml.safe_dump(changed))
-        with pytest.raises(UserError, match=f"trained otherwise: {section}.{key} "):
+        with pytest.raises(UserError, match=f"trained otherwise and cannot be used with {section}.{key} "):
             Bridge.load(run, MANY)
     for file in files:  # as a received run may say in both
         file.write_text(file.read_text().replace("channels: 1", "channels: 3").replace("scale: 0.2", "scale: 1e-300"))

@@ -127,7 +127,9 @@ def test_a_run_takes_its_shortcuts(run):
     ):
         with pytest.raises(UserError, match=f"translate.solver=shortcut: .*{message}"):
             made(run, *FEW, key)
-    with pytest.raises(UserError, match=r"trained otherwise: shortcut.steps \(4 there, 2 here\)"):
+    with pytest.raises(
+        UserError, match=r"trained otherwise and cannot be used with shortcut.steps \(4 there, 2 here\)"
+    ):
         made(run, *FEW, "shortcut.steps=2")
 
 

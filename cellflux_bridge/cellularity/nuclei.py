@@ -26,7 +26,8 @@ def require_bright_field(rgb: np.ndarray) -> None:
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise NotBrightField(f"an image of {rgb.dtype}, shape {rgb.shape}: expected RGB uint8 (H, W, 3)")
     few = rgb[:: max(1, rgb.shape[0] // 128), :: max(1, rgb.shape[1] // 128)].astype(np.float32)
-    brightest, darkest = (pick.reduce(np.moveaxis(few, 2, 0).copy()) for pick in (np.maximum, np.minimum))  # fast so
+    planes = np.moveaxis(few, 2, 0).copy()  # to reduce a last axis of three would take ten times as long
+    brightest, darkest = planes.max(axis=0), planes.min(axis=0)
     if np.median(brightest) < _DARK:
         raise NotBrightField("a dark image: expected bright-field H&E (dark nuclei on light ground), not fluorescence")
     if (brightest - darkest).mean() < _GREY and darkest.mean() < 230:

@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
         fabric.print("level 0 = {}, level 1 = {}".format(*config.data.classes))
     crossfit = by_level and config.condition.level == "crossfit"
     # What is trained beside the flow: its folder, its settings, and what of a configuration it depends on.
-    seconds = [(SHORTCUT, config.shortcut.train, SHORTCUT_SECTIONS)] if config.shortcut.steps else []
-    seconds += [(REFINER, config.refiner.train, REFINER_SECTIONS)] if config.refiner.scale else []
+    companions = [(SHORTCUT, config.shortcut.train, SHORTCUT_SECTIONS)] if config.shortcut.steps else []
+    companions += [(REFINER, config.refiner.train, REFINER_SECTIONS)] if config.refiner.scale else []
 
     def prepare() -> None:
         if holds_ddim(config.output):
@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> None:
                 f"train.steps={config.train.steps}: {config.output} has shortcuts of the flow as it is, after {done} "
                 f"updates; remove {config.output / SHORTCUT} first, and they are trained again after it"
             )
-        for name, how, of in seconds:
+        for name, how, of in companions:
             require_free(config.output / name, config, uses=of, resume=how.resume, section=f"{name}.train")
         record_splits(config.output, patches)
-        for folder in (config.output, *(config.output / name for name, *_ in seconds)):
+        for folder in (config.output, *(config.output / name for name, *_ in companions)):
             claim(folder, config)
 
     task = FlowTask(config, patches)  # refuses what cannot be trained before anything is written
@@ -70,13 +70,13 @@ def run(args: argparse.Namespace) -> None:
         task = FlowTask(config, patches, levels=levels)
     trained_before = {path.name for path in (config.output / "checkpoints").glob("step-*[0-9]")}
     newest = fit(task, config, config.train, folder=config.output, fabric=fabric)
-    for name, how, _ in seconds:
+    for name, how, _ in companions:
         if name == SHORTCUT:
-            second = ShortcutTask(config, patches, levels=levels)
-            on_rank_zero(fabric, partial(record_flow, config.output, second.begin()))
+            companion = ShortcutTask(config, patches, levels=levels)
+            on_rank_zero(fabric, partial(record_flow, config.output, companion.begin()))
         else:
-            second = RefinerTask(config, patches)
-        fit(second, config, how, folder=config.output / name, fabric=fabric)
+            companion = RefinerTask(config, patches)
+        fit(companion, config, how, folder=config.output / name, fabric=fabric)
     if fabric.is_global_zero:
         figures = last_values(config.output, "val/")
         tell_trained(newest, figures)

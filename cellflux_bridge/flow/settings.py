@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cellflux_bridge.config.schema import Count, Section
-from cellflux_bridge.training.settings import SecondTrainConfig
+from cellflux_bridge.training.settings import CompanionTrainConfig
 
 
-class ShortcutTrainConfig(SecondTrainConfig):
+class ShortcutTrainConfig(CompanionTrainConfig):
     """The training of shortcuts: it begins with the flow's weights."""
 
     steps: Count = 600

@@ -22,7 +22,7 @@ from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 
 from cellflux_bridge import checkpoint
-from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.files import replace_text
 from cellflux_bridge.base.seeds import derive_seed, torch_generator
 from cellflux_bridge.condition.base import Condition, Names, Part
@@ -30,7 +30,7 @@ from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.flow.network import FLOW_SECTIONS, build_flow
 from cellflux_bridge.flow.task import FlowDraw, FlowTask
-from cellflux_bridge.training.run import differences
+from cellflux_bridge.training.run import require_alike
 from cellflux_bridge.velocity.base import Velocity
 
 # The folder, in that of a run, where its shortcuts are trained, and the sections of a configuration on which they
@@ -45,7 +45,7 @@ _FLOW = "flow.txt"
 
 class StepLength(Part):
     """The length of a step (B,), 0 for the velocity at one moment; its binary logarithm as a vector that begins at
-    zero."""
+    zero. Samples have none of their own: `mean_velocity` puts it into their condition."""
 
     name = "step"
 
@@ -95,11 +95,7 @@ class Shortcut:
     def __init__(self, config: Config, flow: str, device: torch.device):
         folder = checkpoint.latest(config.output / SHORTCUT)
         trained = checkpoint.read_config(folder)
-        if differing := differences(trained, config, uses=SHORTCUT_SECTIONS, ignore=("shortcut.train",)):
-            raise UserError(
-                f"{folder}: shortcuts that were trained otherwise: {abbreviate(differing)}. Set these as they were; or "
-                f"remove {config.output / SHORTCUT} and train them again"
-            )
+        require_alike(folder, trained, config, uses=SHORTCUT_SECTIONS, ignore=("shortcut.train",))
         require_same_flow(config.output, flow)
         network = checkpoint.load_network(folder, lambda: build_shortcut(trained))
         self.name = f"shortcut@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(network)[:16]}"
@@ -123,7 +119,7 @@ def record_flow(run: Path, flow: str) -> None:
 def require_same_flow(run: Path, flow: str) -> None:
     """UserError where a run's shortcuts were learned from a flow with another digest than its flow has now."""
     file = run / SHORTCUT / _FLOW
-    if file.exists() and file.read_text(encoding="utf-8").strip() != flow:
+    if file.is_file() and file.read_text(encoding="utf-8", errors="replace").strip() != flow:
         raise UserError(
             f"{run}: its shortcuts were learned from another state of its flow. Remove {run / SHORTCUT} and train them "
             f"again: cellflux-bridge train {run}; or set shortcut.steps=0"
@@ -156,7 +152,7 @@ class ShortcutTask(FlowTask):
         """Take up the weights of the run's trained flow, whose digest this gives; UserError where shortcuts that are
         there already were learned from another."""
         checkpoint.load_weights(checkpoint.latest(self._config.output), self._flow)
-        self.model.load_state_dict(self._flow.state_dict(), strict=False)  # all but what embeds the length
+        self.model.load_state_dict(self.model.state_dict() | self._flow.state_dict())  # what embeds the length stays
         flow = checkpoint.weights_digest(self._flow)[:16]
         require_same_flow(self._config.output, flow)
         return flow

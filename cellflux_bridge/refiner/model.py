@@ -17,10 +17,10 @@ import torch
 from torchdiffeq import odeint
 
 from cellflux_bridge import checkpoint, images
-from cellflux_bridge.base.errors import UserError, abbreviate
+from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.condition.base import Condition, ConditionSpec
 from cellflux_bridge.config import Config, registry
-from cellflux_bridge.training.run import differences
+from cellflux_bridge.training.run import require_alike
 from cellflux_bridge.velocity.base import Velocity
 
 # The folder, in that of a run, where its refiner is trained, and the sections of a configuration on which it depends.
@@ -104,11 +104,7 @@ class Refiner:
     def __init__(self, config: Config, device: torch.device):
         folder = checkpoint.latest(config.output / REFINER)
         trained = checkpoint.read_config(folder)
-        if differing := differences(trained, config, uses=REFINER_SECTIONS, ignore=("refiner.train",)):
-            raise UserError(
-                f"{folder}: a refiner that was trained otherwise: {abbreviate(differing)}. Set these as they were; or "
-                f"remove {config.output / REFINER} and train it again"
-            )
+        require_alike(folder, trained, config, uses=REFINER_SECTIONS, ignore=("refiner.train",))
         network = checkpoint.load_network(folder, lambda: build_refiner(config))
         self.name = f"refiner@{checkpoint.step_of(folder)}:{checkpoint.weights_digest(network)[:16]}"
         self._scale = config.refiner.scale

@@ -6,13 +6,13 @@ from pydantic import Field, field_validator
 
 from cellflux_bridge.config.registry import component
 from cellflux_bridge.config.schema import Count, Few, Section
-from cellflux_bridge.training.settings import SecondTrainConfig
+from cellflux_bridge.training.settings import CompanionTrainConfig
 
 _SMALL = {"channels": 32, "multipliers": [1, 1], "blocks": 1, "attention": [], "predict": "velocity"}
 Network = component("velocity", "refiner.velocity", default="unet", **_SMALL)
 
 
-class RefinerTrainConfig(SecondTrainConfig):
+class RefinerTrainConfig(CompanionTrainConfig):
     """The training of a refiner."""
 
     steps: Count = 600

@@ -27,6 +27,19 @@ def differences(before: Root, now: Root, *, uses: Sequence[str] | None = None, i
     ]
 
 
+def require_alike(
+    folder: Path, trained: Root, config: Root, *, uses: Sequence[str], ignore: Sequence[str] = ()
+) -> None:
+    """UserError where the checkpoint `folder` was trained with another configuration than one that is to use it; `uses`
+    and `ignore` are those of `differences`."""
+    if differing := differences(trained, config, uses=uses, ignore=ignore):
+        found = abbreviate(differing)
+        raise UserError(
+            f"{folder}: was trained otherwise and cannot be used with {found}; set these as they were, or train it "
+            "again into another folder"
+        )
+
+
 def require_free(
     folder: Path,
     config: Root,

@@ -40,7 +40,7 @@ class TrainConfig(Section):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
-class SecondTrainConfig(TrainConfig):
+class CompanionTrainConfig(TrainConfig):
     """The training of what a run has beside its flow: shorter, on the flow's devices, and without sheets of samples."""
 
     batch_size: Few = 32

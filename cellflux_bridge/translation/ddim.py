@@ -27,7 +27,7 @@ from cellflux_bridge.ddim.schedule import respaced
 from cellflux_bridge.ddim.stairs import DepthRule, ddim_stairs, fourier_rule
 from cellflux_bridge.ddim.steps import NoisePredictor
 from cellflux_bridge.ddim.task import STAGES, build_denoiser, build_noisy_classifier
-from cellflux_bridge.training.run import differences
+from cellflux_bridge.training.run import require_alike
 from cellflux_bridge.trajectory import Trajectory, TrajectoryHeader, linear_soft_labels
 from cellflux_bridge.translation.base import Translator, require_finite, translation_fabric
 from cellflux_bridge.translation.settings import TranslateConfig
@@ -173,8 +173,7 @@ def _load_trained(config: Config, name: str) -> tuple[nn.Module, Path]:
     folder = checkpoint.latest(config.output / stage)
     trained = checkpoint.read_config(folder)
     ignore = (*STAGES[stage].unused, "ddim.guidance", f"ddim.{name}.train")
-    if differing := differences(trained, config, uses=STAGES[stage].uses, ignore=ignore):
-        raise UserError(f"{folder}: was trained otherwise and cannot be used with {', '.join(differing)}")
+    require_alike(folder, trained, config, uses=STAGES[stage].uses, ignore=ignore)
     network = checkpoint.load_network(folder, lambda: STAGES[stage].build(trained))
     if name == "denoiser" and config.ddim.guidance == "classifier_free" and network.null_class is None:
         raise UserError(f"{folder}: has no null class; train with ddim.guidance=classifier_free, into another output")

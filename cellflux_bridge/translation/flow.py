@@ -165,7 +165,7 @@ class FlowTranslator(Translator):
         digest = self.config.model_copy(update={"translate": settings}).digest()
         method, flow, meter = self._use(settings)
         others = self._guides.names(settings.guidance, measure=method.is_calibrated)
-        others += self._seconds(settings)
+        others += self._companions(settings)
         return TrajectoryHeader(
             method=settings.method,
             source=settings.source,
@@ -201,7 +201,11 @@ class FlowTranslator(Translator):
             field=partial(self._guided, settings.guidance, plain),
             shortcut=self._shortcut(settings),
         )
-        return method, flow, self._meter(settings=settings, weights="+".join([self._weights, *self._jumps(settings)]))
+        return (
+            method,
+            flow,
+            self._meter(settings=settings, weights="+".join([self._weights, *self._shortcut_name(settings)])),
+        )
 
     @cached_property
     def _trained_shortcut(self) -> Shortcut | None:
@@ -212,12 +216,12 @@ class FlowTranslator(Translator):
         """The run's shortcuts, where a translation takes them."""
         return self._trained_shortcut if settings.of(settings.method).get("solver") == "shortcut" else None
 
-    def _jumps(self, settings: TranslateConfig) -> list[str]:
+    def _shortcut_name(self, settings: TranslateConfig) -> list[str]:
         return [found.name] if (found := self._shortcut(settings)) else []
 
-    def _seconds(self, settings: TranslateConfig) -> list[str]:
+    def _companions(self, settings: TranslateConfig) -> list[str]:
         """The names of what a translation uses beside its flow and its guides."""
-        return [*self._jumps(settings), *([self._refiner.name] if settings.refine and self._refiner else [])]
+        return [*self._shortcut_name(settings), *([self._refiner.name] if settings.refine and self._refiner else [])]
 
     def _between_classes(self, settings: TranslateConfig) -> bool:
         """Whether levels between two classes mean something to a network that was trained on classes alone: as doses,
@@ -287,7 +291,9 @@ class FlowTranslator(Translator):
 
     def identity(self) -> str:
         """A short text that differs where translations would: of other settings, another step or other weights."""
-        return "+".join([f"{self.config.digest()}@{self.step}:{self._weights}", *self._seconds(self.config.translate)])
+        return "+".join(
+            [f"{self.config.digest()}@{self.step}:{self._weights}", *self._companions(self.config.translate)]
+        )
 
     def last_frames(self, sources: Sources, *, source: str) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """What sources become at level 1 alone, each of its own target: batch by batch their numbers, and frames (B, C,
