@@ -10,7 +10,7 @@ from toy_flow import sample
 
 from cellflux_bridge.condition.base import Condition
 from cellflux_bridge.config import registry
-from cellflux_bridge.flow.task import FlowBatch, velocity_error
+from cellflux_bridge.flow.task import velocity_error
 from cellflux_bridge.transport.integrate import integrate
 from cellflux_bridge.velocity.base import sinusoidal
 
@@ -61,7 +61,7 @@ def test_a_flow_learns_both_ways_between_two_classes(name):
         i, j = coupling.pair(*map(coupling.features, (x0, x1)), blocks=target, generator=generator)
         t = path.times(len(target), generator=generator)
         x_t, u_t = sample(path, x0[i], x1[j], t, generator)
-        loss = velocity_error(model, FlowBatch(t, x_t, u_t, Condition(target_class=target[j])))
+        loss = velocity_error(model(t, x_t, Condition(target_class=target[j])), u_t, torch.ones_like(t))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

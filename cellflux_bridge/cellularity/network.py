@@ -65,13 +65,18 @@ class NucleiNet(nn.Module):
         self.last, self.head = _Layer(first, first), nn.Conv2d(first, 4 * NUM_FIELDS, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(self.head(self.maps(x)[-1]), 2)
+
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What it sees in absorption (B, 3, H, W): maps at a half to a sixteenth of the resolution on the way down, and
+        the last one, at a half, of which the fields are made."""
         x, maps = F.pixel_unshuffle(x, 2), []
         for stage in self.down:
             x = stage(x)
             maps.append(x)
         for lift, up, skip in zip(reversed(self.lift), reversed(self.up), reversed(maps[:-1]), strict=True):
             x = up(skip + F.interpolate(lift(x), scale_factor=2, mode="bilinear"))
-        return F.pixel_shuffle(self.head(self.last(x)), 2)
+        return [*maps, self.last(x)]
 
 
 def fused(model: NucleiNet) -> NucleiNet:
@@ -79,7 +84,7 @@ def fused(model: NucleiNet) -> NucleiNet:
     for layer in model.eval().modules():
         if isinstance(layer, _Layer) and isinstance(layer.norm, nn.BatchNorm2d):
             layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
-    return model.to(memory_format=torch.channels_last)
+    return model.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def weights_file(model: str | Path) -> Path:

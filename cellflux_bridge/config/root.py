@@ -22,6 +22,7 @@ from cellflux_bridge.config.schema import ReceivedPath, Section, Seed, dump_yaml
 from cellflux_bridge.data.settings import DataConfig, PairsConfig
 from cellflux_bridge.ddim.settings import DDIMConfig
 from cellflux_bridge.flow.settings import ShortcutConfig
+from cellflux_bridge.perceptual.settings import PerceptualConfig
 from cellflux_bridge.refiner.settings import RefinerConfig
 from cellflux_bridge.training.settings import TrainConfig
 from cellflux_bridge.translation.settings import TranslateConfig, without_foreign_keys
@@ -93,6 +94,7 @@ class Config(Root):
     codec: Codec
     velocity: Velocity
     train: TrainConfig = TrainConfig()
+    perceptual: PerceptualConfig = PerceptualConfig()
     shortcut: ShortcutConfig = ShortcutConfig()
     refiner: RefinerConfig = Field(default_factory=RefinerConfig)
     classifier: ClassifierConfig = ClassifierConfig()

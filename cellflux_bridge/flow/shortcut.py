@@ -29,7 +29,7 @@ from cellflux_bridge.condition.base import Condition, Names, Part
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.flow.network import FLOW_SECTIONS, build_flow
-from cellflux_bridge.flow.task import FlowDraw, FlowTask
+from cellflux_bridge.flow.task import FlowBatch, FlowDraw, FlowTask, velocity_error
 from cellflux_bridge.training.run import require_alike
 from cellflux_bridge.velocity.base import Velocity
 
@@ -186,24 +186,30 @@ class ShortcutTask(FlowTask):
         flow, half = self._flow.to(x.device), step / 2
         return flow(t + half, along(x, half, flow(t, x, cond)), cond)
 
-    def _error(self, model: nn.Module, batch: ShortcutBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted squared error, and the target's power, (B,) both."""
-        t, x, target, cond = self.states(batch.drawn)
+    def _found(self, model: nn.Module, batch: ShortcutBatch) -> tuple[FlowBatch, torch.Tensor, torch.Tensor]:
+        """The states with the velocities that are wanted there, those found (B, C, H, W), and errors' weights (B,)."""
+        states = self.states(batch.drawn)
+        t, x, target, cond = states
         rows = batch.step > 0
         target[rows] = self._target(model, t[rows], x[rows], cond.index(rows), batch.step[rows])
-        found = mean_velocity(model, batch.step, t, x, cond).float()
-        weight = self.model.error_weight(t)
-        return weight * (found - target).square().mean((1, 2, 3)), weight * target.square().mean((1, 2, 3))
+        return states, mean_velocity(model, batch.step, t, x, cond).float(), self.model.error_weight(t)
 
     def loss(self, model: nn.Module, batch: ShortcutBatch) -> torch.Tensor:
-        return self._error(model, batch)[0].mean()
+        states, found, weight = self._found(model, batch)
+        plain = batch.step == 0  # the others lead to no end
+        t, x, wanted = (of[plain] for of in states[:3])
+        kept = FlowBatch(t, x, wanted, states.cond.index(plain))
+        perceptual = self.perceptual_loss(found[plain], kept, weight[plain])
+        return velocity_error(found, states.u_t, weight) + plain.float().mean() * perceptual
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """On held-out pairs: the squared error of steps against their two halves, relative to the power of these."""
         found = []
         for number in range(self._num_val_batches):
             batch = self._with_steps(self._draw(self._val.batch(number), "val", number), 1.0, "val", number)
-            found.append([of.sum().item() for of in self._error(model, move_data_to_device(batch, device))])
+            states, v, weight = self._found(model, move_data_to_device(batch, device))
+            zero, num = torch.zeros_like(v), len(v)
+            found.append([num * velocity_error(of, states.u_t, weight).item() for of in (v, zero)])
         error, power = np.sum(found, axis=0)
         return {"val/shortcut_error": error / max(power, 1e-12)}
 

@@ -18,10 +18,12 @@ from cellflux_bridge.config import Config
 from cellflux_bridge.data.pairs import PairBatch, build_pairs
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.flow.network import build_flow
+from cellflux_bridge.perceptual.nuclei import NucleiLoss
 from cellflux_bridge.transport.base import source_noise
 from cellflux_bridge.transport.path import Path as PathTransport
 
 _SHEET_ROWS, _SHEET_STEPS, _SHEET_FRAMES = 8, 12, 7
+_LEAST_LEFT = 1e-3  # of the way, by which errors are divided
 
 
 class FlowDraw(NamedTuple):
@@ -65,6 +67,7 @@ class FlowTask:
         self.codec = build_codec(config)
         self.path, self.model = build_flow(config)
         self.model.prepare()
+        self._perceptual = NucleiLoss(config, patches, self._decoded) if config.perceptual.share else None
         train, val_size = config.train, min(config.train.batch_size, 64)
         options = {"seed": config.seed, "levels": levels}
         self._train = build_pairs(config, patches, split="train", batch_size=train.batch_size, **options)
@@ -75,6 +78,9 @@ class FlowTask:
     def _encoded(self, pairs: PairBatch) -> PairBatch:
         x0, x1 = map(self.codec.to(pairs.x0.device).encode, pairs.patches())
         return pairs._replace(x0=x0, x1=x1)
+
+    def _decoded(self, x: torch.Tensor) -> torch.Tensor:
+        return self.codec.to(x.device).decode(x)
 
     def _draw(self, pairs: PairBatch, *purpose: str | int) -> FlowDraw:
         generator, (num, _, *sides) = torch_generator(self._config.seed, "path", *purpose), pairs.x0.shape
@@ -107,7 +113,20 @@ class FlowTask:
 
     def loss(self, model: nn.Module, batch: FlowDraw) -> torch.Tensor:
         batch = self.states(batch)
-        return velocity_error(model, batch, self.model.error_weight(batch.t))
+        v, weight = model(batch.t, batch.x_t, batch.cond).float(), self.model.error_weight(batch.t)
+        return velocity_error(v, batch.u_t, weight) + self.perceptual_loss(v, batch, weight)
+
+    def perceptual_loss(self, v: torch.Tensor, batch: FlowBatch, weight: torch.Tensor) -> torch.Tensor | float:
+        """The loss of velocities v (B, C, H, W) that looks at the ends to which they lead, where one is asked for; its
+        value is 0. `weight` (B,) is that of squared errors."""
+        rows = batch.t > self._config.perceptual.after
+        if self._perceptual is None or not rows.any():
+            return 0.0
+        left = (1 - batch.t[rows]).clamp_min(_LEAST_LEFT)[:, None, None, None]
+        made, real = (batch.x_t[rows] + left * to[rows] for to in (v, batch.u_t))
+        error = (v - batch.u_t)[rows].detach() / left  # up to a factor, the gradient of the squared error at the end
+        error *= (2 * weight[rows] / v[0].numel() / len(v))[:, None, None, None]
+        return self._perceptual(made, real, error)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """On held-out pairs: the velocity's mean squared error and the share of u_t's power that it explains; and what
@@ -166,10 +185,9 @@ class FlowTask:
         return images.sheet(table, scale=max(1, 96 // table.shape[2]))
 
 
-def velocity_error(model: nn.Module, batch: FlowBatch, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """The mean squared error of a velocity, weighted by `weight` (B,): the loss of conditional flow matching."""
-    squares = (model(batch.t, batch.x_t, batch.cond).float() - batch.u_t).square().mean((1, 2, 3))
-    return (squares if weight is None else weight * squares).mean()
+def velocity_error(v: torch.Tensor, u_t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The mean squared error of velocities (B, C, H, W), weighted by (B,): the loss of conditional flow matching."""
+    return (weight * (v - u_t).square().mean((1, 2, 3))).mean()
 
 
 IGNORED = (

@@ -25,7 +25,7 @@ from cellflux_bridge.velocity.base import Velocity
 
 # The folder, in that of a run, where its refiner is trained, and the sections of a configuration on which it depends.
 REFINER = "refiner"
-REFINER_SECTIONS = ("seed", "data", "refiner")
+REFINER_SECTIONS = ("seed", "data", "refiner", "perceptual")
 # The least noise, half a grey level, which is the most that rounding to uint8 changes.
 FINEST = 0.004
 # Midpoint steps are even in the cube root of the noise (Karras et al. 2022, eq. 5, rho = 3), and at most so wide: three

@@ -11,6 +11,7 @@ from cellflux_bridge import images
 from cellflux_bridge.base.seeds import derive_seed, numpy_generator, torch_generator
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
+from cellflux_bridge.perceptual.nuclei import NucleiLoss
 from cellflux_bridge.refiner.model import FINEST, build_refiner, noise_in
 
 
@@ -27,7 +28,8 @@ class RefinerTask:
     """Regression of a network on the noise in training patches of all classes (Ho et al. 2020, eq. 14).
 
     The logarithm of the noise's standard deviation is uniform between FINEST and `refiner.scale`, evenly spread over a
-    batch. A batch is of one window of its patches; validation sees whole ones, as translation does.
+    batch. A batch is of one window of its patches; validation sees whole ones, as translation does. A perceptual loss
+    is of the upper two octaves of noise, which hide outlines.
     """
 
     def __init__(self, config: Config, patches: Patches):
@@ -35,6 +37,7 @@ class RefinerTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "refiner", "weights"))
             self.model = build_refiner(config)
+        self._perceptual = NucleiLoss(config, patches) if config.perceptual.share else None
         self._window = min(config.refiner.window, config.data.image_size)
         self._train = patches.indices("train")
         val = patches.sample("val", num=config.refiner.train.validate_pairs, seed=config.seed)
@@ -54,9 +57,13 @@ class RefinerTask:
         return self._noisy(x[..., top : top + self._window, left : left + self._window], generator)
 
     def loss(self, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
-        x = images.encode(batch.x) + batch.sigma[:, None, None, None] * batch.noise
-        found = noise_in(model, x, batch.sigma, scale=self._config.refiner.scale)
-        return (found.float() - batch.noise).square().mean()
+        x, sigma, scale = images.encode(batch.x), batch.sigma[:, None, None, None], self._config.refiner.scale
+        error = noise_in(model, x + sigma * batch.noise, batch.sigma, scale=scale).float() - batch.noise
+        squared, rows = error.square().mean(), batch.sigma > scale / 4
+        if self._perceptual is None or not (error.requires_grad and rows.any()):
+            return squared
+        gradient = -2 * (error / sigma)[rows].detach() / error.numel()
+        return squared + self._perceptual((x - sigma * error)[rows], x[rows], gradient)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """The mean squared error of the noise in held-out patches; 1 is that of a guess of 0."""
