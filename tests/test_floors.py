@@ -7,13 +7,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "cellflux_bridge"
-# What stands on each floor: rooms (folders), single files, and files that stand higher than their room does.
+# The network that finds nuclei: a training may look through it, too.
+FINDING = ("network", "finding", "fields", "label_maps", "parameters")
+# What stands on each floor: rooms (folders), single files, and files that stand higher or lower than their room does.
 FLOORS = (
     {"base", "config", "images", "trajectory", "video", "errors", "stain"},
     {"data", "coupling", "path", "condition", "codec"},
     {"velocity", "field", "checkpoint"},
-    {"transport", "classifier", "ddim"},
-    {"training"},
+    {"transport", "classifier", "ddim", *(f"cellularity.{name}" for name in FINDING)},
+    {"training", "perceptual"},
     {"classifier.task", "classifier.scores", "ddim.task"},
     {"flow", "refiner"},
     {"translation", "metrics", "cellularity", "augmentation"},
