@@ -104,8 +104,8 @@ class Config(Root):
 
     def digest(self) -> str:
         """A short hash of what sequences are made with: not where, how fast or how many, nor how they are shown."""
-        # What refines, and shortcuts, stand beside the digest by their weights.
-        left_out = (*PLACES_AND_PACE, "video", "shortcut", "refiner", "classifier", "ddim")
+        # What networks learned, what refines, and shortcuts stand beside the digest by their weights.
+        left_out = (*PLACES_AND_PACE, "video", "perceptual", "shortcut", "refiner", "classifier", "ddim")
         left_out += ("translate.num", "translate.batch_size")
         canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

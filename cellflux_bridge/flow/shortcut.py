@@ -199,7 +199,7 @@ class ShortcutTask(FlowTask):
         plain = batch.step == 0  # the others lead to no end
         t, x, wanted = (of[plain] for of in states[:3])
         kept = FlowBatch(t, x, wanted, states.cond.index(plain))
-        perceptual = self.perceptual_loss(found[plain], kept, weight[plain])
+        perceptual = self.perceptual_loss(found[plain], kept)
         return velocity_error(found, states.u_t, weight) + plain.float().mean() * perceptual
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:

@@ -21,6 +21,7 @@ from cellflux_bridge.flow.network import build_flow
 from cellflux_bridge.perceptual.nuclei import NucleiLoss
 from cellflux_bridge.transport.base import source_noise
 from cellflux_bridge.transport.path import Path as PathTransport
+from cellflux_bridge.velocity.base import late_weight
 
 _SHEET_ROWS, _SHEET_STEPS, _SHEET_FRAMES = 8, 12, 7
 _LEAST_LEFT = 1e-3  # of the way, by which errors are divided
@@ -67,7 +68,7 @@ class FlowTask:
         self.codec = build_codec(config)
         self.path, self.model = build_flow(config)
         self.model.prepare()
-        self._perceptual = NucleiLoss(config, patches, self._decoded) if config.perceptual.share else None
+        self._perceptual = self._build_perceptual(config, patches) if config.perceptual.share else None
         train, val_size = config.train, min(config.train.batch_size, 64)
         options = {"seed": config.seed, "levels": levels}
         self._train = build_pairs(config, patches, split="train", batch_size=train.batch_size, **options)
@@ -78,6 +79,14 @@ class FlowTask:
     def _encoded(self, pairs: PairBatch) -> PairBatch:
         x0, x1 = map(self.codec.to(pairs.x0.device).encode, pairs.patches())
         return pairs._replace(x0=x0, x1=x1)
+
+    def _build_perceptual(self, config: Config, patches: Patches) -> NucleiLoss:
+        if not self.path.straight:
+            raise UserError(
+                f"perceptual.share={config.perceptual.share:g}: looks at ends to which velocities lead straight, but "
+                f"path.name={config.path['name']} is not straight; use noised_source, or set perceptual.share=0"
+            )
+        return NucleiLoss(config, patches, self._decoded)
 
     def _decoded(self, x: torch.Tensor) -> torch.Tensor:
         return self.codec.to(x.device).decode(x)
@@ -114,19 +123,19 @@ class FlowTask:
     def loss(self, model: nn.Module, batch: FlowDraw) -> torch.Tensor:
         batch = self.states(batch)
         v, weight = model(batch.t, batch.x_t, batch.cond).float(), self.model.error_weight(batch.t)
-        return velocity_error(v, batch.u_t, weight) + self.perceptual_loss(v, batch, weight)
+        return velocity_error(v, batch.u_t, weight) + self.perceptual_loss(v, batch)
 
-    def perceptual_loss(self, v: torch.Tensor, batch: FlowBatch, weight: torch.Tensor) -> torch.Tensor | float:
+    def perceptual_loss(self, v: torch.Tensor, batch: FlowBatch) -> torch.Tensor | float:
         """The loss of velocities v (B, C, H, W) that looks at the ends to which they lead, where one is asked for; its
-        value is 0. `weight` (B,) is that of squared errors."""
+        value is 0. Its gradient is compared with that of the squared error of predict=endpoint, whatever the network
+        predicts: that of others has no bound at the end of the way."""
         rows = batch.t > self._config.perceptual.after
         if self._perceptual is None or not rows.any():
             return 0.0
         left = (1 - batch.t[rows]).clamp_min(_LEAST_LEFT)[:, None, None, None]
         made, real = (batch.x_t[rows] + left * to[rows] for to in (v, batch.u_t))
-        error = (v - batch.u_t)[rows].detach() / left  # up to a factor, the gradient of the squared error at the end
-        error *= (2 * weight[rows] / v[0].numel() / len(v))[:, None, None, None]
-        return self._perceptual(made, real, error)
+        weight = (2 * late_weight(batch.t[rows]) / v.numel())[:, None, None, None]
+        return self._perceptual(made, real, weight * (v - batch.u_t)[rows].detach() / left)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """On held-out pairs: the velocity's mean squared error and the share of u_t's power that it explains; and what

@@ -25,14 +25,15 @@ _MOST_ENLARGED, _NUM_LOOKED_AT = 2.0, 128
 
 
 class NucleiLoss:
-    """The loss for patches of a configuration, by its section `perceptual`. UserError where they are not RGB.
+    """The loss for patches of a configuration, by its section `perceptual`. UserError where they are not RGB, or where
+    no nuclei are found in them.
 
     Patches are brought towards the network's scale, as far as their nuclei tell it. `decode` makes images (B, 3, H, W),
     about [-1, 1], of what is predicted.
     """
 
     def __init__(self, config: Config, patches: Patches, decode: Callable[[torch.Tensor], torch.Tensor] = torch.clone):
-        share, size = config.perceptual.share, config.data.image_size
+        share = config.perceptual.share
         if config.data.channels != 3:
             raise UserError(
                 f"perceptual.share={share:g}: the network sees stained tissue in RGB, but data.channels="
@@ -40,8 +41,13 @@ class NucleiLoss:
             )
         chosen = patches.sample("train", num=_NUM_LOOKED_AT, seed=config.seed)
         stack = list(patches.centre(chosen).permute(0, 2, 3, 1).numpy())
-        factor = min(_MOST_ENLARGED, estimate_scale(stack, load_network()).factor)
-        self._share, self._side = share, max(1, round(size * factor / STRIDE)) * STRIDE
+        scale = estimate_scale(stack, load_network())
+        if scale.diameter is None:
+            raise UserError(
+                f"perceptual.share={share:g}: the network finds no nuclei in {len(stack)} training patches of "
+                f"{config.data.root}; it knows H&E alone, with nuclei of a few pixels. Set perceptual.share=0"
+            )
+        self._share, self._factor = share, min(_MOST_ENLARGED, scale.factor)
         self._network, self._decode = copy.deepcopy(load_network()), decode
 
     def __call__(self, made: torch.Tensor, real: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -64,7 +70,9 @@ class NucleiLoss:
         return sum((a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in pairs)
 
     def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        absorption, size = (1 - self._decode(x).float()) / 2, (self._side, self._side)
-        absorption = F.interpolate(absorption, size, mode="bilinear", antialias=True)
+        absorption = (1 - self._decode(x).float()) / 2
+        size = [max(1, round(side * self._factor / STRIDE)) * STRIDE for side in absorption.shape[2:]]
+        is_reduced = size[0] < absorption.shape[2]
+        absorption = F.interpolate(absorption, size, mode="bilinear", antialias=is_reduced)
         seen = self._network.to(x.device).maps(absorption)
         return [seen[number] for number in _MAPS]

@@ -42,9 +42,7 @@ class Velocity(nn.Module):
 
     def error_weight(self, t: torch.Tensor) -> torch.Tensor:
         """The weight (B,) in training of squared errors of velocities at times t (B,)."""
-        if self._predict != "endpoint":
-            return torch.ones_like(t)
-        return ((1 - t) / _EQUAL_REMAINING).clamp(max=1).square()
+        return late_weight(t) if self._predict == "endpoint" else torch.ones_like(t)
 
 
 def require_levels(attention: Sequence[int], multipliers: Sequence[int]) -> None:
@@ -64,6 +62,12 @@ def sinusoidal(values: torch.Tensor, dim: int, *, max_period: float = 10_000.0) 
 # Bounds of the division by 1 - t. JiT has 0.05. In runs of minutes the last part of the way then outweighs all else, so
 # training weighs its errors as if the bound were 0.2.
 _BOUNDS, _EQUAL_REMAINING = {"endpoint": 0.05, "target": 0.2}, 0.2
+
+
+def late_weight(t: torch.Tensor) -> torch.Tensor:
+    """The weight (B,), at most 1, under which squared errors of velocities are bounded as errors of the end of the way
+    are."""
+    return ((1 - t) / _EQUAL_REMAINING).clamp(max=1).square()
 
 
 def as_velocity(output: torch.Tensor, t: torch.Tensor, x: torch.Tensor, *, predict: Prediction) -> torch.Tensor:
