@@ -468,8 +468,8 @@ def test_a_value_is_found_by_its_key_and_a_section_is_a_mapping(load):
 def test_the_digest_follows_what_sequences_are_made_with_and_nothing_else(load):
     digest = load().digest()
     same = ["name=other", "output=there", "video.fps=5", "translate.num=3", "translate.batch_size=2"]
-    same.append("perceptual.share=0.5")
     moved = [
+        "perceptual.share=0.5",
         "data.root=there",
         "data.cache_dir=there",
         "data.workers=3",

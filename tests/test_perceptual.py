@@ -30,9 +30,8 @@ def file(tmp_path, patch_folder, write_config):
 def read(file, *overrides: str):
     config = load_config(file, overrides)
     patches = load_patches(config.data, seed=config.seed)
-    return config.model_copy(
-        update={"data": config.data.model_copy(update={"classes": list(patches.classes)})}
-    ), patches
+    data = config.data.model_copy(update={"classes": list(patches.classes)})
+    return config.model_copy(update={"data": data}), patches
 
 
 def encoded(*stacks) -> list[torch.Tensor]:
