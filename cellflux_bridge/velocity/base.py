@@ -65,8 +65,8 @@ _BOUNDS, _EQUAL_REMAINING = {"endpoint": 0.05, "target": 0.2}, 0.2
 
 
 def late_weight(t: torch.Tensor) -> torch.Tensor:
-    """The weight (B,) of squared errors of velocities at times t (B,): 1, and beyond t = 0.8 such that they are those of
-    the end of the way, up to a factor."""
+    """The weight (B,) of squared errors of velocities at times t (B,): 1, and beyond t = 0.8 such that they are those
+    of the end of the way, up to a factor."""
     return ((1 - t) / _EQUAL_REMAINING).clamp(max=1).square()
 
 
