@@ -1,11 +1,14 @@
 """Names and tables that go to the disk."""
 
 import os
+import time
 
+import numpy as np
 import pytest
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import csv_rows, csv_text, safe_name
+from cellflux_bridge.base.files import csv_rows, csv_text, mapped, safe_name
+from cellflux_bridge.base.parallel import threaded
 
 
 @pytest.mark.parametrize("text", ["a", "lung_n", "ADH.2-x", "Präparat_7"])
@@ -44,3 +47,32 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"a,b\n\xff,1\n")
     with pytest.raises(UserError, match=r"t\.csv, line"):
         list(csv_rows(tmp_path / "t.csv"))
+
+
+def test_one_thread_at_a_time_reads_the_header_of_an_array(tmp_path, monkeypatch):
+    """Threads that parse headers at the same time fail on good files in some versions of Python."""
+    inside, most = [], []
+    parse = np.lib.format.open_memmap
+
+    def slow(*args, **kwargs):
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.01)  # the other threads would come in here
+        inside.pop()
+        return parse(*args, **kwargs)
+
+    for number in range(8):
+        np.save(tmp_path / f"{number}.npy", np.full((2, 3), number))
+    monkeypatch.setattr("numpy.lib.format.open_memmap", slow)
+    found = threaded(mapped, [tmp_path / f"{number}.npy" for number in range(8)], workers=8, desc="arrays")
+    assert [int(array[1, 2]) for array in found] == list(range(8))
+    assert max(most) == 1
+
+
+def test_no_array_is_mapped_from_what_is_no_file_or_holds_objects(tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(ValueError, match="object"):
+        mapped(tmp_path / "objects.npy")
+    with pytest.raises(OSError, match="no regular file"):
+        mapped(tmp_path / "folder.npy")

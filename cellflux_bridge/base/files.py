@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from cellflux_bridge.base.errors import UserError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_HEADERS = Lock()
 
 
 def require_json(output: Path) -> None:
@@ -85,6 +87,19 @@ def reserved(path: Path, dtype: type, shape: tuple[int, ...]) -> "np.ndarray":
         finally:
             os.close(descriptor)
     return array
+
+
+def mapped(path: Path, *, mode: str = "r") -> "np.ndarray":
+    """The array in a .npy file, memory-mapped; nothing is unpickled.
+
+    One thread at a time reads a header: NumPy parses it by `ast`, whose threads share a count of their depth before
+    Python 3.11.8 and 3.12.2, so that a good file could end in a SystemError (python/cpython, issue 106905).
+    OSError for what is no regular file; ValueError for a file that is truncated or no such array.
+    """
+    from numpy.lib.format import open_memmap
+
+    with _HEADERS:
+        return open_memmap(regular(path), mode=mode)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from skimage.measure import label
 
 from cellflux_bridge.base.errors import UserError
+from cellflux_bridge.base.files import mapped
 
 SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 _COLOURS = {3: (1 << 32, 1 << 16, 1), 1: (1,)}
@@ -75,7 +76,7 @@ def _read(path: Path, size: tuple[int, int], *, only_size: bool = False) -> np.n
     """The values (H, W) or (H, W, C) of a file, whose size is compared before they are read; or None."""
     try:
         if path.suffix == ".npy":
-            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            values = mapped(path)
             values = values[0] if values.shape == (1, *size) else values
             _require_size(path, values.shape, size)
             if only_size:

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from numpy.lib.format import open_memmap
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import reserved
+from cellflux_bridge.base.files import mapped, reserved
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.config.schema import ReceivedPath
@@ -219,7 +218,7 @@ def _build(
 def _mapped(file: Path, dtype: type, fits: Callable[..., bool], *, mode: str = "r") -> np.ndarray:
     """The array in a .npy file, memory-mapped, so that no header makes it take memory; its sizes must be accepted."""
     try:
-        found = open_memmap(file, mode=mode)
+        found = mapped(file, mode=mode)
         if found.dtype != dtype or not fits(*found.shape):
             raise ValueError(f"it holds {found.dtype} {found.shape}")
         return found

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from cellflux_bridge.base.files import regular, replacing
+from cellflux_bridge.base.files import mapped, regular, replacing
 from cellflux_bridge.images import samples
 from cellflux_bridge.images.samples import UnreadableImage
 
@@ -173,7 +173,7 @@ class _NPYImage:
     """A NumPy array file (H, W, C) or (H, W); nothing in it is unpickled."""
 
     def __init__(self, path: Path):
-        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.array = mapped(path)
         shape, self.dtype = self.array.shape, self.array.dtype
         if len(shape) not in (2, 3) or not self.array.size:
             raise UnreadableImage(f"an array of {self.dtype} of shape {shape}; expected (H, W, C) or (H, W)")

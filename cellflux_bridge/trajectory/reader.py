@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.base.files import regular
+from cellflux_bridge.base.files import mapped, regular
 from cellflux_bridge.images import UnreadableImage, read_rgb, read_size
 from cellflux_bridge.trajectory.header import Trajectory, TrajectoryHeader, inside, read_header
 from cellflux_bridge.trajectory.manifest import Frame, read_whole
@@ -135,7 +135,7 @@ def _shape(path: Path) -> tuple[int, int, int]:
 def _open_array(path: Path) -> np.ndarray:
     """A .npy file as an array that is read from the disk when it is used; no pickle is loaded."""
     try:
-        array = np.lib.format.open_memmap(regular(path), mode="r")
+        array = mapped(path)
     except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"truncated or no array ({error})"
         raise UnreadableImage(f"{path}: {reason}") from error

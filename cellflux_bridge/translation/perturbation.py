@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
 from cellflux_bridge.base.errors import UserError, abbreviate
-from cellflux_bridge.base.files import csv_text, regular, replace_text, reserved
+from cellflux_bridge.base.files import csv_text, mapped, regular, replace_text, reserved
 from cellflux_bridge.base.seeds import numpy_generator
 from cellflux_bridge.data.pairs import named_transitions
 from cellflux_bridge.data.patches import Patches
@@ -134,7 +133,7 @@ def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched,
     try:
         kept = json.loads(regular(stamp).read_text(encoding="utf-8"))
         done, same = int(kept.pop("done")), kept == made_with
-        made = open_memmap(regular(file), mode="r+")
+        made = mapped(file, mode="r+")
         if same and ((made.shape, made.dtype) != (shape, np.uint8) or not 0 <= done <= len(made)):
             raise ValueError(f"{file.name} holds {made.dtype} {made.shape}, of which {done} are done")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -149,7 +148,7 @@ def make_treated(translator: FlowTranslator, patches: Patches, matched: Matched,
             made.flush()
             done += len(part)
             replace_text(stamp, json.dumps({**made_with, "done": done}) + "\n")
-    return open_memmap(file, mode="r")
+    return mapped(file)
 
 
 def make_swapped(

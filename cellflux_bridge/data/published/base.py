@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellflux_bridge.base.errors import UserError, abbreviate
-from cellflux_bridge.base.files import csv_rows, csv_text, regular, replace_text, replacing
+from cellflux_bridge.base.files import csv_rows, csv_text, mapped, regular, replace_text, replacing
 from cellflux_bridge.base.parallel import threaded
 from cellflux_bridge.base.walk import is_image, subfolders, walk
 from cellflux_bridge.data.layout.base import split_of
@@ -154,7 +154,7 @@ class Download:
         """A memory-mapped NumPy array; nothing is unpickled."""
         file = self.file(name)
         try:
-            return np.load(regular(file), mmap_mode="r", allow_pickle=False)
+            return mapped(file)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{file}: damaged, or no plain NumPy array ({error}); unpack the download again") from error
 
