@@ -271,6 +271,18 @@ def test_every_figure_of_a_method_is_what_its_parts_say(tiny, plain, path):
     assert as_json(plain)["methods"][0]["device"] == "cpu"
 
 
+def test_what_the_extractor_sees_is_a_two_sample_test_too(full):
+    extractor, of = extractor_of(full), method_of(full, "path")
+    made, real = of.outputs[extractor.name].features[:, -1], full.reference.target_features
+    groups = np.concatenate([extractor.groups_of_sources(of.source_ids), full.reference.target_pixels[1]])
+    is_made = np.arange(len(groups)) < len(made)
+    scores = two_sample.logistic_scores(np.concatenate([made, real]), is_made, groups, strength=0.01)
+    value = found(full, "path", "two_sample_features_target", 1.0, extractor.name)
+    assert value.value == pytest.approx(two_sample.auc(scores, is_made))
+    assert found(full, "real target with blur of 1 px", "two_sample_features_target", None, extractor.name) is not None
+    assert found(full, "real target", "two_sample_features_floor", None, extractor.name).n_real == 6
+
+
 def test_time_on_a_gpu_is_time_by_the_clock_alone(tiny, full):
     assert read_cost(tiny.root / "guided") == ("cuda: Some GPU", 0.25, None)
     assert found(full, "progression", "seconds").value == 0.25

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "cellflux_bridge"
 # The network that finds nuclei: a training may look through it, too.
-FINDING = ("network", "finding", "fields", "label_maps", "parameters")
+FINDING = ("network", "finding", "fields", "label_maps", "parameters", "maps")
 # What stands on each floor: rooms (folders), single files, and files that stand higher or lower than their room does.
 FLOORS = (
     {"base", "config", "images", "trajectory", "video", "errors", "stain"},

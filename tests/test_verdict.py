@@ -1,4 +1,4 @@
-"""The verdict: one word by three figures, the worst of which decides."""
+"""The verdict: one word by a few figures, the worst of which decides."""
 
 import pytest
 
@@ -17,7 +17,7 @@ GOOD = {
 
 def of(changes=None):
     values = GOOD | (changes or {})
-    return verdict(lambda *key: values.get(key), "m", ["rgb", "grey"], target="B")
+    return verdict(lambda *key: values.get(key), "m", ["rgb", "grey"], target="B", extractor="seen")
 
 
 def test_the_worst_of_all_judges_and_tests_is_shown():
@@ -54,3 +54,32 @@ def test_a_judge_that_does_not_know_real_patches_has_no_say():
     none = of({("real target", "flip_rate", None, judge): 0.5 for judge in ("rgb", "grey")})
     assert none.word == "weak"
     assert none.figures[1].text == "called B, where real ones are 1 not known (good from 0.8)"
+
+
+DAMAGE = {
+    ("real target with blur of 1 px", "damage_response", None, "seen"): 3.0,
+    ("real target with blends of two patches", "damage_response", None, "seen"): 9.0,
+    ("real target with blur of 1 px", "two_sample_features_target", None, "seen"): 0.9,
+    ("m", "two_sample_features_target", 1.0, "seen"): 0.9,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word", "num"),
+    [
+        ({}, "good", 4),
+        ({("m", "two_sample_features_target", 1.0, "seen"): 0.901}, "weak", 4),
+        ({("m", "two_sample_features_target", 1.0, "seen"): None}, "good", 3),
+        ({("real target with blends of two patches", "damage_response", None, "seen"): None}, "good", 3),
+    ],
+)
+def test_features_that_see_known_damage_may_not_tell_made_patches_more_easily_than_blurred_ones(changes, word, num):
+    found = of(DAMAGE | changes)
+    assert (found.word, len(found.figures)) == (word, num)
+
+
+def test_features_that_are_blind_have_no_say():
+    told = {("m", "two_sample_features_target", 1.0, "seen"): 1.0}
+    assert of(DAMAGE | told).word == "weak"
+    blind = {("real target with blur of 1 px", "damage_response", None, "seen"): 2.9}
+    assert of(DAMAGE | told | blind).word == "good"

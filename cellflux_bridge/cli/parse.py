@@ -72,7 +72,11 @@ COMMANDS = {
         "TRAJECTORY_OR_RUN",
         (
             _path("--judge", "run of a classifier that judges; may be repeated", action="append", metavar="RUN"),
-            _flag("--features", "run of a third classifier, or the name timm:, hf-hub:, local-dir:", metavar="RUN"),
+            _flag(
+                "--features",
+                "run of a third classifier, or nuclei (built-in, H&E), timm:, hf-hub:, local-dir:",
+                metavar="RUN",
+            ),
             _path("--scores", "run of a classifier that estimates severity (classifier.labels=score)", metavar="RUN"),
             _flag("--unguided", "the same method without guidance", action="append", default=[], metavar="TRAJECTORY"),
             _flag("--cycle", "sequences that carry the last frames of one of these back", metavar="TRAJECTORY"),

@@ -26,15 +26,20 @@ def perturbation_stages(config: str, overrides: Sequence[str], output: Path) -> 
 
 
 def stages(
-    config: str, overrides: Sequence[str], output: Path, *, seed: int = 0
+    config: str, overrides: Sequence[str], output: Path, *, seed: int = 0, features: str | None = None
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """What is done from patches to report: a title and the command line of each step, in their order.
 
-    `seed` is that of the judges; the third classifier has the next one.
+    Distances are those in `features`, by default in a third classifier, which is trained for them. `seed` is that of
+    the judges; the third classifier has the next one.
     """
     run, judges = str(output), [str(output / f"judge_{view}") for view in ("rgb", "grey")]
-    classifier, features = ("train-classifier", config, *overrides), output / "features"
+    classifier, third = ("train-classifier", config, *overrides), output / "features"
     judge = (*classifier, "classifier.role=judge", "classifier.sees=image")
+    for_distances = (
+        "training a third classifier, for distances, where the nuclei network finds no nuclei",
+        (*judge, "classifier.view=rgb", f"classifier.seed={seed + 1}", f"output={third}"),
+    )
     return (
         ("training the flow", ("train", config, *overrides)),
         ("training the guide, which steers", (*classifier, "classifier.role=guide")),
@@ -42,21 +47,32 @@ def stages(
         ("video", ("video", run, *overrides)),
         ("training the judge of colour and structure", (*judge, "classifier.view=rgb")),
         ("training the judge of structure", (*judge, "classifier.view=grey")),
-        (
-            "training a third classifier, for distances",
-            (*judge, "classifier.view=rgb", f"classifier.seed={seed + 1}", f"output={features}"),
-        ),
+        *([] if features else [for_distances]),
         ("asking the judges", ("classify", run)),
         (
             "evaluating",
             (
                 *("evaluate", run, "--output", str(output / "metrics.json")),
-                *("--judge", judges[0], "--judge", judges[1], "--features", str(features / "judge_rgb")),
+                *("--judge", judges[0], "--judge", judges[1], "--features", features or str(third / "judge_rgb")),
             ),
         ),
         ("counting nuclei", ("cellularity", run, "--output", str(output / "cellularity.json"))),
         ("report", ("report", run)),
     )
+
+
+def _features(config) -> str | None:
+    """The built-in nuclei network, where it finds nuclei in the training patches: it needs no training, and it sees
+    blur and blends, for which small classifiers of few patches are blind."""
+    from cellflux_bridge.cellularity.maps import scale_factor
+    from cellflux_bridge.cellularity.network import load_network
+    from cellflux_bridge.data.patches import load_patches
+    from cellflux_bridge.metrics.nuclei import NAME
+
+    if config.data.channels != 3:
+        return None
+    found = scale_factor(load_patches(config.data, seed=config.seed), load_network(), seed=0)
+    return None if found is None else NAME
 
 
 def _require_ends(config) -> None:
@@ -98,7 +114,9 @@ def run(args: argparse.Namespace) -> None:
     if config.pairs.match_batch:
         steps = perturbation_stages(args.config, args.overrides, config.output)
     else:
-        steps = stages(args.config, args.overrides, config.output, seed=config.classifier.seed)
+        # What a dry run prints does not decode all patches first.
+        features = None if args.dry_run else _features(config)
+        steps = stages(args.config, args.overrides, config.output, seed=config.classifier.seed, features=features)
     if args.dry_run:
         print("\n".join(f"[{number} of {len(steps)}] {title}" for number, (title, _) in enumerate(steps, start=1)))
         return

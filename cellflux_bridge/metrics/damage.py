@@ -81,8 +81,11 @@ DAMAGES: dict[str, Damage] = {
 }
 # How the "method" of values of damaged patches begins (`metrics.values`).
 DAMAGED = "real target with "
+# The quantity that says how far a network sees damaged patches from undamaged ones.
+RESPONSE = "damage_response"
 # Who does not see these is blind: made patches are blurred, and they are blends, before they are anything else.
-MUST_SEE = ("blur of 1 px", "blends of two patches")
+BLUR = "blur of 1 px"
+MUST_SEE = (BLUR, "blends of two patches")
 # Seen: farther away than three standard deviations of the distance of real patches to real ones.
 SEEN = 3.0
 
@@ -91,7 +94,7 @@ def blind_for(rows: Sequence[Value]) -> dict[str, list[str]]:
     """By network: the damage that it must see and does not; networks that see all of it have none."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        if row.quantity == "damage_response" and not row.value >= SEEN:
+        if row.quantity == RESPONSE and not row.value >= SEEN:
             name = row.method.removeprefix(DAMAGED)
             found.setdefault(row.extractor, []).extend([name] if name in MUST_SEE else [])
     return {network: names for network, names in found.items() if names}

@@ -21,17 +21,18 @@ from cellflux_bridge.classifier import inference
 from cellflux_bridge.config import Config, load_config, parse_overrides
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.images import to_rgb
+from cellflux_bridge.metrics import nuclei
 from cellflux_bridge.metrics.fidelity import require_finite
 from cellflux_bridge.metrics.networks import Network
 
 USES = ("judge", "features", "scores")
 _CHUNK = 1024
-PREFIXES = ("timm:", "hf-hub:", "local-dir:")
+_PREFIXES = ("timm:", "hf-hub:", "local-dir:")
 
 
 def is_name(text: str) -> bool:
     """Whether a text names an extractor; else it is the folder of a classifier's run."""
-    return text.startswith(PREFIXES)
+    return text == nuclei.NAME or text.startswith(_PREFIXES)
 
 
 class NamedExtractor(nn.Module):
@@ -58,6 +59,7 @@ class NamedExtractor(nn.Module):
             ) from error
         data = timm.data.resolve_model_data_config(self.net)
         self.size: int = data["input_size"][-1]
+        self.view = f"{type(self.net).__name__} at {self.size} px"
         self.register_buffer("mean", torch.tensor(data["mean"]).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(data["std"]).view(-1, 1, 1))
 
@@ -85,7 +87,8 @@ def load_networks(
     cache: Path | None = None,
 ) -> list[Network]:
     """The newest checkpoints of (use, run folder), in the order of `USES`. `overrides` apply to all but a severity
-    estimator. An extractor may be a name (`NamedExtractor`) instead of a folder: its patches are the first judge's.
+    estimator. An extractor may be a name instead of a folder (`nuclei.NAME`, or see `NamedExtractor`): its patches are
+    the first judge's.
 
     Raises UserError for a guide, for a run that is named twice, and for one that does not know the classes.
     """
@@ -111,11 +114,11 @@ def load_networks(
 
 
 def _load_named(name: str, judge: Network) -> Network:
-    model = NamedExtractor(name).to(judge.device).eval()
-    view = f"{type(model.net).__name__} at {model.size} px"
-    digest = checkpoint.weights_digest(model, view=view)
+    model = nuclei.NucleiExtractor(judge.patches) if name == nuclei.NAME else NamedExtractor(name)
+    model = model.to(judge.device).eval()
+    digest = checkpoint.weights_digest(model, view=model.view)
     return replace(
-        judge, name=name, use="features", view=view, checkpoint=name, weights=None, model=model, digest=digest
+        judge, name=name, use="features", view=model.view, checkpoint=name, weights=None, model=model, digest=digest
     )
 
 
@@ -194,6 +197,8 @@ def _place(config: Config, key: str):
 def cell_extractor(name: str, *, channels: int, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
     """A function from cells (N, C, H, W) uint8 to features (N, D) float64: of a judge's run that was trained on as many
     channels, or of a `NamedExtractor`, which sees other than three channels as `images.to_rgb` shows them."""
+    if name == nuclei.NAME:
+        raise UserError(f"--features {name}: knows stained tissue, no cells; name a judge's run, or timm:NAME")
     if is_name(name):
         model, is_rgb = NamedExtractor(name).to(device).eval(), True
     else:

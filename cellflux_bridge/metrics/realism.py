@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from cellflux_bridge.base.statistics import Estimate, half_splits
 from cellflux_bridge.metrics.bands import KINDS, radial_spectrum, statistics
-from cellflux_bridge.metrics.damage import DAMAGED, DAMAGES
+from cellflux_bridge.metrics.damage import DAMAGED, DAMAGES, RESPONSE
 from cellflux_bridge.metrics.fidelity import Floor, floor_of, kid, kid_floor
 from cellflux_bridge.metrics.networks import RealPatches
 from cellflux_bridge.metrics.progression import feature_steps
@@ -19,6 +20,8 @@ from cellflux_bridge.metrics.values import Recorder
 
 # Splits of real patches: of a test by bands, of one by a network and of distances, of an extractor's response.
 _SPLITS, _FEW_SPLITS, _DAMAGE_SPLITS = 5, 2, 10
+# A network has hundreds of features, so their weights are held small.
+_feature_scores = partial(logistic_scores, strength=0.01)
 
 
 def add_realism(record: Recorder, of: Sequences, reference: ReferenceSet) -> None:
@@ -48,6 +51,9 @@ def add_realism(record: Recorder, of: Sequences, reference: ReferenceSet) -> Non
         record.add(f"{figure}_target", value, **options)
     reference.spectra[of.name] = radial_spectrum(last).mean(0)
     features = of.outputs[reference.extractor.name].features
+    sides = (features[chosen, -1], reference.target_features, groups[chosen], real_groups)
+    found = two_sample(*sides, scores_of=_feature_scores, generator=reference.generator("two-sample", "features"))
+    record.add("two_sample_features_target", found, by=reference.extractor, **options)
     record.add("step_unevenness", _unevenness(of.arrays["steps"]))
     record.add("step_unevenness", _unevenness(feature_steps(features)), by=reference.extractor)
 
@@ -85,10 +91,13 @@ def add_floors(reference: ReferenceSet, levels: Sequence[float]) -> None:
     for first, second in half_splits(groups, num=_FEW_SPLITS, generator=reference.generator("floor", "pixels")):
         sides = (pixels[first], pixels[second], groups[first], groups[second])
         values["two_sample_network"].append(two_sample(*sides, scores_of=network_scores).value)
+        seen = (reference.target_features[part] for part in (first, second))
+        values["two_sample_features"].append(two_sample(*seen, *sides[2:], scores_of=_feature_scores).value)
         for figure, value in _distances(*sides[:2]).items():
             values[figure].append(value)
     for figure, each in values.items():
-        reference.add_floor(REAL_TARGET, figure, floor_of(np.array(each)), num=len(pixels))
+        by = reference.extractor if figure == "two_sample_features" else None
+        reference.add_floor(REAL_TARGET, figure, floor_of(np.array(each)), by=by, num=len(pixels))
 
 
 def _band_floors(real: RealPatches, reference: ReferenceSet) -> dict[str, Floor]:
@@ -126,4 +135,8 @@ def add_damage(reference: ReferenceSet) -> None:
             of_real, floor = real[network.name], floors[network.name]
             apart = [kid(seen[a], of_real[b], groups=groups[a], real_groups=groups[b]).value for a, b in splits]
             response = (np.mean(apart) - floor.mean) / floor.spread if apart else np.nan
-            record.add("damage_response", response, by=network, n_real=len(pixels))
+            record.add(RESPONSE, response, by=network, n_real=len(pixels))
+            if network is reference.extractor:
+                for a, b in splits[:1]:
+                    found = two_sample(seen[a], of_real[b], groups[a], groups[b], scores_of=_feature_scores)
+                    record.add("two_sample_features_target", found, by=network, n_real=len(b))

@@ -29,9 +29,10 @@ class ReferenceSet:
     """Networks with their outputs for real patches; figures of these, and of all that is compared, go to `rows`.
 
     `real[network]` are its real test patches of both classes, `kid_floors[network]` their floor; `pooled` are the
-    extractor's, `target` only the target class of these, `target_pixels` at most 1,000 of them and their groups. The
-    own real patches of each of the `levels` get a floor. `spectra` are mean log10 powers by subject (`metrics.bands`).
-    At most `max_real` real patches of a class, or with a score, are used. `seed` and a purpose seed each draw.
+    extractor's, `target` only the target class of these, `target_pixels` at most 1,000 of them and their groups,
+    `target_features` what the extractor sees in these. The own real patches of each of the `levels` get a floor.
+    `spectra` are mean log10 powers by subject (`metrics.bands`). At most `max_real` real patches of a class, or with a
+    score, are used. `seed` and a purpose seed each draw.
     """
 
     def __init__(self, networks: Sequence[Network], *, levels: Sequence[float], seed: int, max_real: int | None):
@@ -48,7 +49,7 @@ class ReferenceSet:
         self.pooled = self.real[self.extractor.name]
         self.pooled = self.pooled._replace(bands=bands_of(self.extractor.patches, self.pooled.numbers))
         self.target = self.pooled.at(self.pooled.is_target)
-        self.target_pixels = self._target_pixels()
+        self.target_pixels, self.target_features = self._some_of_the_target()
         self.training = Training(self.extractor, self.pooled.features)
         self._add_tissue(self.pooled)
         self._add_structure(self.pooled)
@@ -83,11 +84,13 @@ class ReferenceSet:
             return real.at(near_level(scores, level))
         return self.pooled if abs(level - 0.5) < 1e-6 else self.pooled.at(self.pooled.is_target == (level > 0.5))
 
-    def _target_pixels(self) -> tuple[np.ndarray, np.ndarray]:
-        """At most 1,000 of the target patches, (M, 3, S, S) uint8, and their groups, group by group."""
+    def _some_of_the_target(self) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+        """At most 1,000 of the target patches, (M, 3, S, S) uint8, with their groups, group by group; and the
+        extractor's features (M, D) of them."""
         chosen = self.generator("pixels").permutation(len(self.target.numbers))[:MOST_PIXELS]
         chosen = chosen[np.argsort(self.target.groups[chosen], kind="stable")]
-        return self.extractor.patches.centre(self.target.numbers[chosen]).numpy(), self.target.groups[chosen]
+        pixels = self.extractor.patches.centre(self.target.numbers[chosen]).numpy()
+        return (pixels, self.target.groups[chosen]), self.target.features[chosen]
 
     def _add_real(self, network: Network) -> None:
         real = network.real_patches(num=self.max_real, seed=self.seed)

@@ -36,7 +36,7 @@ import numpy as np
 
 from cellflux_bridge.base.files import csv_text, replace_text, require_json, without_nan
 from cellflux_bridge.data.patches import SCORE_WINDOW
-from cellflux_bridge.metrics.damage import DAMAGED, DAMAGES, blind_for
+from cellflux_bridge.metrics.damage import DAMAGED, DAMAGES, RESPONSE, blind_for
 from cellflux_bridge.metrics.evaluate import Evaluation
 from cellflux_bridge.metrics.fidelity import NEIGHBOURHOOD_FIGURES
 from cellflux_bridge.metrics.reference_set import REAL_OWN, REAL_POOLED, REAL_SCORED, REAL_SOURCE, REAL_TARGET
@@ -152,14 +152,16 @@ def summary(evaluation: Evaluation) -> str:
         value = rows.get(key)
         return None if value is None or np.isnan(value) else value
 
-    judges = [network.name for network in evaluation.reference.judges]
+    judges, extractor = [network.name for network in evaluation.reference.judges], evaluation.reference.extractor.name
     for of in evaluation.methods:
-        found = verdict(find, of.name, judges, target=target)
+        found = verdict(find, of.name, judges, target=target, extractor=extractor)
         lines += ["", f"{of.name}, {len(of.source_ids)} sequences: {found.word}"]
         lines += [f"  {figure.text}" for figure in found.figures]
     headline = [quantity for quantity, words in QUANTITIES.items() if words.section == "real" and words.where == "end"]
+    seen = [""] if extractor in blind_for(evaluation.reference.rows) else ["", extractor]
     cells, names = _Cells(evaluation), [of.name for of in (*evaluation.methods, *evaluation.baselines)]
-    table = [["", *names], *([QUANTITIES[q].label, *(cells.cell(n, q, "", "end") for n in names)] for q in headline)]
+    rows_of = [[QUANTITIES[q].label, *(cells.cell(n, q, by, "end") for n in names)] for q in headline for by in seen]
+    table = [["", *names], *rows_of]
     table = [row for row in table if any(row[1:])]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
@@ -237,13 +239,14 @@ def markdown(evaluation: Evaluation) -> str:
 def _damage(evaluation: Evaluation) -> list[str]:
     """What real target patches with known damage get, and how far each network sees them from undamaged ones."""
     cells, networks = _Cells(evaluation), evaluation.reference.networks
-    keys = [(q, "") for q in QUANTITIES if cells.get(f"{DAMAGED}{next(iter(DAMAGES))}", q)]
-    keys += [("damage_response", n.name) for n in networks if n.use != "scores"]
+    first, extractor = f"{DAMAGED}{next(iter(DAMAGES))}", evaluation.reference.extractor.name
+    keys = [(q, by) for q in QUANTITIES for by in ("", extractor) if q != RESPONSE and cells.get(first, q, None, by)]
+    keys += [(RESPONSE, n.name) for n in networks if n.use != "scores"]
     head = [QUANTITIES[quantity].label + (f", {by}" if by else "") for quantity, by in keys]
     rows = [
         [name, *(_text(cells.get(DAMAGED + name, quantity, None, by)) for quantity, by in keys)] for name in DAMAGES
     ]
-    floors = (cells.get(REAL_TARGET, f"{quantity.removesuffix('_target')}_floor") for quantity, _ in keys)
+    floors = (cells.get(REAL_TARGET, f"{quantity.removesuffix('_target')}_floor", None, by) for quantity, by in keys)
     return _table(
         ["known damage to real patches", *head], [*rows, ["none (halves of real patches)", *map(_text, floors)]]
     )

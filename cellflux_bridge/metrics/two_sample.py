@@ -43,10 +43,13 @@ def folds(is_made: np.ndarray, groups: np.ndarray, *, num: int, seed: int) -> li
     return found if all(len(np.unique(is_made[part])) == 2 for pair in found for part in pair) else []
 
 
-def logistic_scores(features: np.ndarray, is_made: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """`Scores` of features (N, D) by a logistic regression on the other four fifths of the groups."""
+def logistic_scores(
+    features: np.ndarray, is_made: np.ndarray, groups: np.ndarray, *, seed: int = 0, strength: float = 1.0
+) -> np.ndarray:
+    """`Scores` of features (N, D) by a logistic regression on the other four fifths of the groups; the less its
+    `strength`, the smaller its weights."""
     scores = np.full(len(is_made), np.nan)
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000, class_weight="balanced"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for learnt, asked in folds(is_made, groups, num=_NUM_FOLDS, seed=seed):

@@ -1,13 +1,17 @@
-"""One word for a method's images, by three figures and limits that docs/realism.md states."""
+"""One word for a method's images, by a few figures and limits that docs/realism.md states."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from cellflux_bridge.metrics.damage import BLUR, DAMAGED, MUST_SEE, RESPONSE, SEEN
 
 WORDS = ("good", "weak", "not to be used")
 # A judge that recognises fewer real patches of a class has no say.
 _GOOD_JUDGE = 0.8
 # What is good up to (or from) the first number, and not to be used beyond the second.
 TOLD, ARRIVED, UNEVEN = (0.8, 0.95), (0.8, 0.5), (2.0, 4.0)
+
+_FEATURES = "two_sample_features_target"
 
 # The value of (method, quantity, level, network), None where there is none.
 Find = Callable[[str, str, float | None, str], float | None]
@@ -39,11 +43,13 @@ class Verdict(NamedTuple):
         return "; ".join(figure.text for figure in self.figures if figure.grade)
 
 
-def verdict(find: Find, method: str, judges: Sequence[str], *, target: str) -> Verdict:
+def verdict(find: Find, method: str, judges: Sequence[str], *, target: str, extractor: str) -> Verdict:
     """The verdict on the images of `method`.
 
     Told from real: the larger AUC of the two-sample tests by grey bands and by a small network at level 1 (colour is
-    left out, because a camera's noise betrays it in good images, too). Arrived: the share of images at level 1 that
+    left out, because a camera's noise betrays it in good images, too). By features: the AUC of what the extractor sees,
+    good as far as that of real patches which are blurred by 1 px; it counts where the extractor sees known damage.
+    Arrived: the share of images at level 1 that
     judges call the target, by the judge that says least, divided by the share of real target patches that it calls so.
     Even steps: the largest of the mean changes of pixels from level to level over their mean.
     """
@@ -56,10 +62,22 @@ def verdict(find: Find, method: str, judges: Sequence[str], *, target: str) -> V
             arrived.append(min(1.0, value / of_target))
     figures = (
         _deciding("told from real patches (AUC)", max(_known(told), default=None), TOLD, "0.5 is best, good to"),
+        *_by_features(find, method, extractor),
         _deciding(f"called {target}, where real ones are 1", min(arrived, default=None), ARRIVED, "good from"),
         _deciding("largest over mean step", find(method, "step_unevenness", None, ""), UNEVEN, "1 is even, good to"),
     )
     return Verdict(WORDS[max(figure.grade for figure in figures)], figures)
+
+
+def _by_features(find: Find, method: str, extractor: str) -> list[Deciding]:
+    """The figure of an extractor's features; none where it is blind, or was not asked."""
+    responses = [find(DAMAGED + name, RESPONSE, None, extractor) for name in MUST_SEE]
+    value = find(method, _FEATURES, 1.0, extractor)
+    blurred = find(DAMAGED + BLUR, _FEATURES, None, extractor)
+    if None in (value, blurred, *responses) or min(responses) < SEEN:
+        return []
+    aim = f"0.5 is best, good to {blurred:.2f}, which real patches get after a {BLUR}"
+    return [Deciding("told from real patches by features (AUC)", value, aim, int(value > blurred))]
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

@@ -33,6 +33,7 @@ real: Can they be told from real patches?
 two_sample_grey_target | end | told from real by grey bands (AUC) | two-sample test; 0.5: cannot be told; 1: always
 two_sample_colour_target | end | told from real by colour bands (AUC) | the same, of red, green - mean, blue - mean
 two_sample_network_target | end | told from real by a small network (AUC) | the same, by a network trained on pixels
+two_sample_features_target | end | told from real by features (AUC) | the same, of what the extractor sees
 two_sample_grey_own | largest/mean | told from real of the same level by grey bands, worst | AUC; 0.5: cannot be told
 two_sample_colour_own | largest/mean | told from real of the same level by colour bands, worst | AUC
 swd_full_target | end | SWD to real target, full size | sliced Wasserstein distance of the finest detail; see the floor

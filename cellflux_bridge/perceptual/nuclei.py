@@ -10,18 +10,17 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
 
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cellularity.finding import estimate_scale
-from cellflux_bridge.cellularity.network import STRIDE, load_network
+from cellflux_bridge.cellularity.maps import maps_of, scale_factor
+from cellflux_bridge.cellularity.network import load_network
 from cellflux_bridge.config import Config
 from cellflux_bridge.data.patches import Patches
 
 # Of what it sees: maps at a half, a quarter and an eighth of the resolution, and the last.
 _MAPS = (0, 1, 2, -1)
-# Patches are enlarged by at most so much, for speed; so many tell how large nuclei are.
-_MOST_ENLARGED, _NUM_LOOKED_AT = 2.0, 128
+# Patches are enlarged by at most so much, for speed.
+_MOST_ENLARGED = 2.0
 
 
 class NucleiLoss:
@@ -39,15 +38,13 @@ class NucleiLoss:
                 f"perceptual.share={share:g}: the network sees stained tissue in RGB, but data.channels="
                 f"{config.data.channels}; set perceptual.share=0"
             )
-        chosen = patches.sample("train", num=_NUM_LOOKED_AT, seed=config.seed)
-        stack = list(patches.centre(chosen).permute(0, 2, 3, 1).numpy())
-        scale = estimate_scale(stack, load_network())
-        if scale.diameter is None:
+        factor = scale_factor(patches, load_network(), seed=config.seed)
+        if factor is None:
             raise UserError(
-                f"perceptual.share={share:g}: the network finds no nuclei in {len(stack)} training patches of "
+                f"perceptual.share={share:g}: the network finds no nuclei in the training patches of "
                 f"{config.data.root}; it knows H&E alone, with nuclei of a few pixels. Set perceptual.share=0"
             )
-        self._share, self._factor = share, min(_MOST_ENLARGED, scale.factor)
+        self._share, self._factor = share, min(_MOST_ENLARGED, factor)
         self._network, self._decode = copy.deepcopy(load_network()), decode
 
     def __call__(self, made: torch.Tensor, real: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -70,9 +67,5 @@ class NucleiLoss:
         return sum((a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in pairs)
 
     def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        absorption = (1 - self._decode(x).float()) / 2
-        size = [max(1, round(side * self._factor / STRIDE)) * STRIDE for side in absorption.shape[2:]]
-        is_reduced = size[0] < absorption.shape[2]
-        absorption = F.interpolate(absorption, size, mode="bilinear", antialias=is_reduced)
-        seen = self._network.to(x.device).maps(absorption)
+        seen = maps_of(self._network.to(x.device), self._decode(x).float(), factor=self._factor)
         return [seen[number] for number in _MAPS]

@@ -144,7 +144,8 @@ def _verdict(chapter: Chapter, method: Method) -> Verdict:
         figure = method.run.lookup.get((name, quantity, level, by))
         return None if figure is None else figure.value
 
-    return verdict(find, method.key, method.run.judges, target=chapter.target)
+    run = method.run
+    return verdict(find, method.key, run.judges, target=chapter.target, extractor=run.extractor)
 
 
 def _longer(method: Method) -> str | None:

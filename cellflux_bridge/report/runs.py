@@ -114,6 +114,10 @@ class Run:
         return [network.name for network in self.metrics.networks if network.use == "judge"]
 
     @property
+    def extractor(self) -> str:
+        return next((network.name for network in self.metrics.networks if network.use == "features"), "")
+
+    @property
     def size(self) -> int:
         """The side of its frames, px: evaluate takes only judges of that size."""
         return self.networks[self.judges[0]].image_size
