@@ -72,7 +72,7 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
     from cellflux_bridge.flow.task import FlowTask
     from cellflux_bridge.metrics.level_one import ALONE, level_one
     from cellflux_bridge.metrics.sliced_wasserstein import swd
-    from cellflux_bridge.metrics.two_sample import network_scores, two_sample
+    from cellflux_bridge.metrics.two_sample import feature_scores, network_scores, two_sample
     from cellflux_bridge.refiner.model import REFINER
     from cellflux_bridge.refiner.task import RefinerTask
     from cellflux_bridge.training.run import last_values
@@ -96,13 +96,30 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
     else:
         found = level_one(bridge, split="test", num=num)
     sides = found.made, found.real, found.groups, found.real_groups
+    seen = _seen(bridge.patches(), *sides[:2])
+    by_features = two_sample(*seen, *sides[2:], scores_of=feature_scores).value if seen else float("nan")
     return {
         "tflop": work,
         "cpu_seconds": cpu_seconds,
         **{f"auc_{kind}": value for kind, value in found.auc().items()},
         "auc_network": two_sample(*sides, scores_of=network_scores).value,
+        "auc_nuclei": by_features,
         **{f"swd_{scale}": value for scale, value in swd(found.made, found.real).items()},
     }
+
+
+def _seen(patches: Any, *stacks: Any) -> list[Any] | None:
+    """The features of the nuclei network in images (N, 3, H, W) uint8; None where it finds no nuclei in the patches."""
+    import torch
+
+    from cellflux_bridge.classifier import inference
+    from cellflux_bridge.metrics.nuclei import NucleiExtractor
+
+    try:
+        model = NucleiExtractor(patches).eval()
+    except UserError:
+        return None
+    return [inference.features(model, torch.from_numpy(of), device=torch.device("cpu")) for of in stacks]
 
 
 def _treated(bridge: Any, folder: Path, *, num: int) -> Any:

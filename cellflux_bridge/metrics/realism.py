@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
@@ -15,13 +14,11 @@ from cellflux_bridge.metrics.progression import feature_steps
 from cellflux_bridge.metrics.reference_set import MOST_PIXELS, REAL_OWN, REAL_TARGET, ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences
 from cellflux_bridge.metrics.sliced_wasserstein import swd
-from cellflux_bridge.metrics.two_sample import logistic_scores, network_scores, two_sample
+from cellflux_bridge.metrics.two_sample import feature_scores, logistic_scores, network_scores, two_sample
 from cellflux_bridge.metrics.values import Recorder
 
 # Splits of real patches: of a test by bands, of one by a network and of distances, of an extractor's response.
 _SPLITS, _FEW_SPLITS, _DAMAGE_SPLITS = 5, 2, 10
-# A network has hundreds of features, so their weights are held small.
-_feature_scores = partial(logistic_scores, strength=0.01)
 
 
 def add_realism(record: Recorder, of: Sequences, reference: ReferenceSet) -> None:
@@ -52,7 +49,7 @@ def add_realism(record: Recorder, of: Sequences, reference: ReferenceSet) -> Non
     reference.spectra[of.name] = radial_spectrum(last).mean(0)
     features = of.outputs[reference.extractor.name].features
     sides = (features[chosen, -1], reference.target_features, groups[chosen], real_groups)
-    found = two_sample(*sides, scores_of=_feature_scores, generator=reference.generator("two-sample", "features"))
+    found = two_sample(*sides, scores_of=feature_scores, generator=reference.generator("two-sample", "features"))
     record.add("two_sample_features_target", found, by=reference.extractor, **options)
     record.add("step_unevenness", _unevenness(of.arrays["steps"]))
     record.add("step_unevenness", _unevenness(feature_steps(features)), by=reference.extractor)
@@ -92,7 +89,7 @@ def add_floors(reference: ReferenceSet, levels: Sequence[float]) -> None:
         sides = (pixels[first], pixels[second], groups[first], groups[second])
         values["two_sample_network"].append(two_sample(*sides, scores_of=network_scores).value)
         seen = (reference.target_features[part] for part in (first, second))
-        values["two_sample_features"].append(two_sample(*seen, *sides[2:], scores_of=_feature_scores).value)
+        values["two_sample_features"].append(two_sample(*seen, *sides[2:], scores_of=feature_scores).value)
         for figure, value in _distances(*sides[:2]).items():
             values[figure].append(value)
     for figure, each in values.items():
@@ -138,5 +135,5 @@ def add_damage(reference: ReferenceSet) -> None:
             record.add(RESPONSE, response, by=network, n_real=len(pixels))
             if network is reference.extractor:
                 for a, b in splits[:1]:
-                    found = two_sample(seen[a], of_real[b], groups[a], groups[b], scores_of=_feature_scores)
+                    found = two_sample(seen[a], of_real[b], groups[a], groups[b], scores_of=feature_scores)
                     record.add("two_sample_features_target", found, by=network, n_real=len(b))

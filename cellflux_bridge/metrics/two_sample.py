@@ -7,6 +7,7 @@ means that it cannot, 1 that it always can.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -55,6 +56,10 @@ def logistic_scores(
         for learnt, asked in folds(is_made, groups, num=_NUM_FOLDS, seed=seed):
             scores[asked] = model.fit(features[learnt], is_made[learnt]).decision_function(features[asked])
     return scores
+
+
+# A network has hundreds of features, so their weights are held small.
+feature_scores = partial(logistic_scores, strength=0.01)
 
 
 class _Network(nn.Module):
