@@ -269,7 +269,7 @@ def test_run_does_it_all_and_goes_on_where_it_was(patch_folder, tmp_path, write_
     assert re.findall(r"^\[(\d+) of 11\] ", capsys.readouterr().out, re.MULTILINE) == [str(n) for n in range(1, 12)]
     assert not run.exists()
     cli.main(["run", file])
-    printed = capsys.readouterr().out  # with no third classifier, because there are nuclei
+    printed = capsys.readouterr().out  # no third classifier, because the network finds what it takes for nuclei
     assert re.findall(r"^\[(\d+) of 10, after \d+:\d\d\] ", printed, re.MULTILINE) == [str(n) for n in range(1, 11)]
     assert f"open in a browser: {run / 'report.html'}" in printed
     metrics = json.loads((run / "metrics.json").read_text())

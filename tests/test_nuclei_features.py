@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn_nuclei import discs
+from drawn_nuclei import discs, lattice
 
 from cellflux_bridge import images
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.cellularity.maps import maps_of
+from cellflux_bridge.cellularity.maps import maps_of, scale_factor
 from cellflux_bridge.cellularity.network import load_network
+from cellflux_bridge.cli.run import stages
 from cellflux_bridge.config import load_config
 from cellflux_bridge.data.patches import load_patches
 from cellflux_bridge.metrics.damage import DAMAGES
@@ -48,11 +49,31 @@ def test_features_are_mean_and_spread_of_every_map_at_the_scale_of_the_patches(p
     assert start == found.shape[1]
 
 
+@pytest.mark.parametrize(("radius", "factor"), [(4.5, 2.0), (9, 1.0)])
+def test_the_scale_brings_nuclei_to_those_that_it_was_trained_on(patches, radius, factor):
+    draw = np.random.default_rng(0)
+    images_of = [discs(draw.permutation(lattice(24))[:6], radius=radius)[0] for _ in range(len(patches.pixels))]
+    of = replace(patches, pixels=np.stack(images_of))
+    of = replace(of, preprocessing=replace(of.preprocessing, image_size=96))
+    assert scale_factor(of, load_network(), seed=0) == pytest.approx(factor, rel=0.2)
+
+
+def test_run_trains_no_third_classifier_where_it_has_these_features(tmp_path):
+    lines = [line for _, line in stages("my.yaml", (), tmp_path, features="nuclei")]
+    assert not [line for line in lines if f"output={tmp_path / 'features'}" in line]
+    evaluated = next(line for line in lines if line[0] == "evaluate")
+    assert evaluated[evaluated.index("--features") + 1] == "nuclei"
+    lines = [line for _, line in stages("my.yaml", (), tmp_path)]
+    assert [line for line in lines if f"output={tmp_path / 'features'}" in line]
+    evaluated = next(line for line in lines if line[0] == "evaluate")
+    assert evaluated[evaluated.index("--features") + 1] == str(tmp_path / "features" / "judge_rgb")
+
+
 def test_a_blur_moves_them_more_than_other_tissue_does(patches):
     model = NucleiExtractor(patches).eval()
     model._factor = 1.0
     of = tissue(16, seed=0)
-    blurred = DAMAGES["blur of 2 px"](of, np.random.default_rng(0))
+    blurred = DAMAGES["blur of 1 px"](of, np.random.default_rng(0))
 
     def features(stack):
         with torch.no_grad():

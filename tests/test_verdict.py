@@ -59,27 +59,38 @@ def test_a_judge_that_does_not_know_real_patches_has_no_say():
 DAMAGE = {
     ("real target with blur of 1 px", "damage_response", None, "seen"): 3.0,
     ("real target with blends of two patches", "damage_response", None, "seen"): 9.0,
-    ("real target with blur of 1 px", "two_sample_features_target", None, "seen"): 0.9,
-    ("m", "two_sample_features_target", 1.0, "seen"): 0.9,
+    ("real target with blur of 1 px", "kid_target", None, "seen"): 0.4,
+    ("m", "kid_target", 1.0, "seen"): 0.1,
 }
 
 
 @pytest.mark.parametrize(
-    ("changes", "word", "num"),
+    ("made", "word", "shown"),
     [
-        ({}, "good", 4),
-        ({("m", "two_sample_features_target", 1.0, "seen"): 0.901}, "weak", 4),
-        ({("m", "two_sample_features_target", 1.0, "seen"): None}, "good", 3),
-        ({("real target with blends of two patches", "damage_response", None, "seen"): None}, "good", 3),
+        (0.1, "good", 0.5),
+        (0.101, "weak", 0.5025),
+        (0.4, "weak", 1),
+        (0.41, "not to be used", 1.0124),
+        (-0.01, "good", 0),
     ],
 )
-def test_features_that_see_known_damage_may_not_tell_made_patches_more_easily_than_blurred_ones(changes, word, num):
-    found = of(DAMAGE | changes)
-    assert (found.word, len(found.figures)) == (word, num)
+def test_features_that_see_known_damage_measure_in_blurs_of_a_pixel(made, word, shown):
+    found = of(DAMAGE | {("m", "kid_target", 1.0, "seen"): made})
+    assert found.word == word
+    assert found.figures[1].value == pytest.approx(shown, abs=1e-4)
 
 
-def test_features_that_are_blind_have_no_say():
-    told = {("m", "two_sample_features_target", 1.0, "seen"): 1.0}
-    assert of(DAMAGE | told).word == "weak"
-    blind = {("real target with blur of 1 px", "damage_response", None, "seen"): 2.9}
-    assert of(DAMAGE | told | blind).word == "good"
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {("real target with blur of 1 px", "damage_response", None, "seen"): 2.9},
+        {("real target with blends of two patches", "damage_response", None, "seen"): None},
+        {("real target with blur of 1 px", "kid_target", None, "seen"): None},
+        {("m", "kid_target", 1.0, "seen"): None},
+    ],
+)
+def test_features_that_are_blind_or_not_asked_have_no_say(lacking):
+    far = {("m", "kid_target", 1.0, "seen"): 9.0}
+    assert of(DAMAGE | far).word == "not to be used"
+    found = of(DAMAGE | far | lacking)
+    assert (found.word, len(found.figures)) == ("good", 3)

@@ -18,7 +18,8 @@ def scale_factor(patches: Patches, network: NucleiNet, *, seed: int) -> float | 
 
 
 def maps_of(network: NucleiNet, x: torch.Tensor, *, factor: float) -> list[torch.Tensor]:
-    """`NucleiNet.maps` of patches x (B, 3, H, W) in about [-1, 1], enlarged `factor` times."""
+    """`NucleiNet.maps` of patches x (B, 3, H, W) in about [-1, 1], enlarged `factor` times, to the nearest multiple
+    of the network's stride."""
     absorption = (1 - x) / 2
     size = [max(1, round(side * factor / STRIDE)) * STRIDE for side in absorption.shape[2:]]
     is_reduced = size[0] < absorption.shape[2]

@@ -109,17 +109,19 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
 
 
 def _seen(patches: Any, *stacks: Any) -> list[Any] | None:
-    """The features of the nuclei network in images (N, 3, H, W) uint8; None where it finds no nuclei in the patches."""
+    """The features of the nuclei network in images (N, 3, H, W) uint8; None where it cannot look at the patches."""
     import torch
 
     from cellflux_bridge.classifier import inference
+    from cellflux_bridge.metrics.networks import FORWARD
     from cellflux_bridge.metrics.nuclei import NucleiExtractor
 
     try:
         model = NucleiExtractor(patches).eval()
-    except UserError:
+    except UserError:  # not RGB, or without nuclei
         return None
-    return [inference.features(model, torch.from_numpy(of), device=torch.device("cpu")) for of in stacks]
+    on = {"device": torch.device("cpu"), "chunk": FORWARD}
+    return [inference.features(model, torch.from_numpy(of), **on) for of in stacks]
 
 
 def _treated(bridge: Any, folder: Path, *, num: int) -> Any:

@@ -15,8 +15,8 @@ def run(args: argparse.Namespace) -> None:
         read_header(folder)
     missing = [flag for flag, given in (("--judge", args.judge), ("--features", args.features)) if not given]
     told = UserError(
-        f"{' and '.join(missing)}: not given; name runs of classifiers (cellflux-bridge train-classifier). Guide, "
-        "judges and --features must be different networks"
+        f"{' and '.join(missing)}: not given; name runs of classifiers (cellflux-bridge train-classifier), or "
+        "for H&E --features nuclei. Guide, judges and --features must be different networks"
     )
     if not args.judge:
         raise told

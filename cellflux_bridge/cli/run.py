@@ -37,7 +37,7 @@ def stages(
     classifier, third = ("train-classifier", config, *overrides), output / "features"
     judge = (*classifier, "classifier.role=judge", "classifier.sees=image")
     for_distances = (
-        "training a third classifier, for distances, where the nuclei network finds no nuclei",
+        "training a third classifier, for distances",
         (*judge, "classifier.view=rgb", f"classifier.seed={seed + 1}", f"output={third}"),
     )
     return (
@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
         steps = stages(args.config, args.overrides, config.output, seed=config.classifier.seed, features=features)
     if args.dry_run:
         print("\n".join(f"[{number} of {len(steps)}] {title}" for number, (title, _) in enumerate(steps, start=1)))
+        if not config.pairs.match_batch:
+            print("The third classifier is left out where the built-in nuclei network finds nuclei.")
         return
     began = time.monotonic()
     for number, (title, line) in enumerate(steps, start=1):

@@ -3,14 +3,16 @@
 `metrics.words` lists and explains the quantities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.metrics import realism
+from cellflux_bridge.config import load_config
+from cellflux_bridge.metrics import nuclei, realism
 from cellflux_bridge.metrics.comparisons import add_cycle, add_guidance, differences, match_cycle
 from cellflux_bridge.metrics.loading import is_name, load_networks, require_same_data
 from cellflux_bridge.metrics.quantities import add_figures
@@ -103,7 +105,8 @@ def evaluate(
     """All figures of trajectory folders of one transition; the first is compared with each other one by source.
 
     judges       runs of classifiers
-    features     run of a classifier that neither guided nor judges, or an extractor's name (`metrics.loading`)
+    features     run of a classifier that neither guided nor judges, or an extractor's name (`metrics.loading`), such as
+                 nuclei
     scores       run of a classifier trained with classifier.labels=score on patches of the whole range: its p is the
                  severity of a frame
     unguided     trajectories of the same method as one of the others, made without guidance; they are evaluated, too
@@ -157,5 +160,19 @@ def evaluate(
         unguided={names[guided]: names[without] for guided, without in pairs},
         differences=[row for other in methods[1:] for row in differences(methods[0], other, reference)],
         near_copies=copies,
-        warnings=[*data_warnings(folders, reference.training.num_repeated), *figure_warnings(reference.rows)],
+        warnings=[
+            *data_warnings(folders, reference.training.num_repeated),
+            *_learned_by(folders, str(features)),
+            *figure_warnings(reference.rows),
+        ],
     )
+
+
+def _learned_by(folders: Sequence[Path], features: str) -> Iterator[str]:
+    """Warn of trajectories whose flow learned by the network in whose features they are measured."""
+    for folder in folders if features == nuclei.NAME else ():
+        if (file := folder / checkpoint.CONFIG).exists() and load_config(file).perceptual.share:
+            yield (
+                f"{folder}: its flow learned by the nuclei network, too (perceptual.share), so distances in its "
+                "features come out smaller than in those of another network. Read the figures of pixels beside them."
+            )

@@ -27,12 +27,13 @@ class NucleiExtractor(nn.Module):
                 f"{patches.preprocessing.channels} channels; name a classifier's run, or timm:NAME"
             )
         self.net = copy.deepcopy(load_network())
-        self._factor = scale_factor(patches, self.net, seed=0)
-        if self._factor is None:
+        factor = scale_factor(patches, self.net, seed=0)
+        if factor is None:
             raise UserError(
                 f"--features {NAME}: the network finds no nuclei in the training patches; it knows H&E alone, with "
                 "nuclei of a few pixels. Name a classifier's run, or timm:NAME"
             )
+        self._factor = round(factor, 2)  # as the view, and by it the digest of the outputs, says
         self.view = f"{type(self.net).__name__}, patches enlarged {self._factor:.2f} times"
 
     def features(self, x: torch.Tensor) -> torch.Tensor:

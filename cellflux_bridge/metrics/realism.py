@@ -1,4 +1,4 @@
-"""Can made patches be told from real ones? Figures of pixels, which need no weights and stand before all others."""
+"""Can made patches be told from real ones? Figures of pixels, without weights; one of what the extractor sees."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ _SPLITS, _FEW_SPLITS, _DAMAGE_SPLITS = 5, 2, 10
 
 
 def add_realism(record: Recorder, of: Sequences, reference: ReferenceSet) -> None:
-    """Record, of a method or baseline, the two-sample tests by level, and of level 1 those by a network, the sliced
-    Wasserstein distances and the error of the spectrum."""
+    """Record, of a method or baseline, the two-sample tests by level, and of level 1 those by a network and by
+    the extractor's features, the sliced Wasserstein distances and the error of the spectrum."""
     groups, bands = reference.extractor.groups_of_sources(of.source_ids), of.arrays["bands"]
     known: dict[tuple, Estimate] = {}  # a baseline has one image at all levels
     sets = [("own", reference.own(level)) for level in of.frame_levels] + [("target", reference.target)]
@@ -133,7 +133,8 @@ def add_damage(reference: ReferenceSet) -> None:
             apart = [kid(seen[a], of_real[b], groups=groups[a], real_groups=groups[b]).value for a, b in splits]
             response = (np.mean(apart) - floor.mean) / floor.spread if apart else np.nan
             record.add(RESPONSE, response, by=network, n_real=len(pixels))
-            if network is reference.extractor:
-                for a, b in splits[:1]:
-                    found = two_sample(seen[a], of_real[b], groups[a], groups[b], scores_of=feature_scores)
-                    record.add("two_sample_features_target", found, by=network, n_real=len(b))
+            if network is reference.extractor and apart:
+                a, b = splits[0]
+                found = two_sample(seen[a], of_real[b], groups[a], groups[b], scores_of=feature_scores)
+                record.add("two_sample_features_target", found, by=network, n_real=len(b))
+                record.add("kid_target", float(np.mean(apart)), by=network, n_real=len(b))

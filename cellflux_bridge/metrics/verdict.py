@@ -1,5 +1,6 @@
 """One word for a method's images, by a few figures and limits that docs/realism.md states."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,9 +10,7 @@ WORDS = ("good", "weak", "not to be used")
 # A judge that recognises fewer real patches of a class has no say.
 _GOOD_JUDGE = 0.8
 # What is good up to (or from) the first number, and not to be used beyond the second.
-TOLD, ARRIVED, UNEVEN = (0.8, 0.95), (0.8, 0.5), (2.0, 4.0)
-
-_FEATURES = "two_sample_features_target"
+TOLD, FAR, ARRIVED, UNEVEN = (0.8, 0.95), (0.5, 1.0), (0.8, 0.5), (2.0, 4.0)
 
 # The value of (method, quantity, level, network), None where there is none.
 Find = Callable[[str, str, float | None, str], float | None]
@@ -47,8 +46,8 @@ def verdict(find: Find, method: str, judges: Sequence[str], *, target: str, extr
     """The verdict on the images of `method`.
 
     Told from real: the larger AUC of the two-sample tests by grey bands and by a small network at level 1 (colour is
-    left out, because a camera's noise betrays it in good images, too). By features: the AUC of what the extractor sees,
-    good as far as that of real patches which are blurred by 1 px; it counts where the extractor sees known damage.
+    left out, because a camera's noise betrays it in good images, too). By features: the square root of KID to real
+    target patches, relative to that of real patches which are blurred by 1 px, where the extractor sees known damage.
     Arrived: the share of images at level 1 that
     judges call the target, by the judge that says least, divided by the share of real target patches that it calls so.
     Even steps: the largest of the mean changes of pixels from level to level over their mean.
@@ -72,12 +71,11 @@ def verdict(find: Find, method: str, judges: Sequence[str], *, target: str, extr
 def _by_features(find: Find, method: str, extractor: str) -> list[Deciding]:
     """The figure of an extractor's features; none where it is blind, or was not asked."""
     responses = [find(DAMAGED + name, RESPONSE, None, extractor) for name in MUST_SEE]
-    value = find(method, _FEATURES, 1.0, extractor)
-    blurred = find(DAMAGED + BLUR, _FEATURES, None, extractor)
-    if None in (value, blurred, *responses) or min(responses) < SEEN:
+    made, blurred = find(method, "kid_target", 1.0, extractor), find(DAMAGED + BLUR, "kid_target", None, extractor)
+    if None in (made, blurred, *responses) or min(responses) < SEEN or blurred <= 0:
         return []
-    aim = f"0.5 is best, good to {blurred:.2f}, which real patches get after a {BLUR}"
-    return [Deciding("told from real patches by features (AUC)", value, aim, int(value > blurred))]
+    value = math.sqrt(max(made, 0) / blurred)  # KID is the square of a distance
+    return [_deciding("distance to real patches by features", value, FAR, f"a {BLUR} is 1, good to")]
 
 
 def _known(values: Sequence[float | None]) -> list[float]:
