@@ -256,7 +256,8 @@ def test_a_training_that_takes_patches_from_a_named_split_says_so(tmp_path, make
     assert "the data names" not in capsys.readouterr().out  # it was said when the run was begun
 
 
-def test_run_does_it_all_and_goes_on_where_it_was(patch_folder, tmp_path, write_config, capsys):
+def test_run_does_it_all_and_goes_on_where_it_was(patch_folder, tmp_path, write_config, capsys, monkeypatch):
+    monkeypatch.setattr("cellflux_bridge.metrics.nuclei.scale_factor", lambda *_, **__: 1.0)  # a quarter of the time
     classifier = {"train": {"steps": 8, "batch_size": 16, "lr": 3e-3, "warmup_steps": 0, "ema_decay": 0.5}}
     data = {"split": {"val": 0.2, "test": 0.4}}
     translate = {"method": "progression", "levels": 2, "steps": 1, "num": 4, "calibrate": "none", "source": "A"}
