@@ -27,6 +27,7 @@ def test_every_variant_is_trained_for_every_number_of_updates(file, tmp_path, ca
     assert work[2] == pytest.approx(2 * work[0], rel=0.02)
     assert all(0 <= float(row[f"auc_{kind}"]) <= 1 for row in rows for kind in ("grey", "colour", "network", "nuclei"))
     assert all(float(row["swd_full"]) > 0 for row in rows)
+    assert all(float(row["blurs_nuclei"]) >= 0 for row in rows)
     assert float(rows[2]["cpu_seconds"]) > float(rows[0]["cpu_seconds"])
     capsys.readouterr()
     benchmark(tmp_path, *variants, "--updates", "1", "2", "--sources", "10")  # what is there is used again

@@ -72,7 +72,7 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
     from cellflux_bridge.flow.task import FlowTask
     from cellflux_bridge.metrics.level_one import ALONE, level_one
     from cellflux_bridge.metrics.sliced_wasserstein import swd
-    from cellflux_bridge.metrics.two_sample import feature_scores, network_scores, two_sample
+    from cellflux_bridge.metrics.two_sample import network_scores, two_sample
     from cellflux_bridge.refiner.model import REFINER
     from cellflux_bridge.refiner.task import RefinerTask
     from cellflux_bridge.training.run import last_values
@@ -96,32 +96,44 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
     else:
         found = level_one(bridge, split="test", num=num)
     sides = found.made, found.real, found.groups, found.real_groups
-    seen = _seen(bridge.patches(), *sides[:2])
-    by_features = two_sample(*seen, *sides[2:], scores_of=feature_scores).value if seen else float("nan")
     return {
         "tflop": work,
         "cpu_seconds": cpu_seconds,
         **{f"auc_{kind}": value for kind, value in found.auc().items()},
         "auc_network": two_sample(*sides, scores_of=network_scores).value,
-        "auc_nuclei": by_features,
+        **_by_nuclei(bridge.patches(), found),
         **{f"swd_{scale}": value for scale, value in swd(found.made, found.real).items()},
     }
 
 
-def _seen(patches: Any, *stacks: Any) -> list[Any] | None:
-    """The features of the nuclei network in images (N, 3, H, W) uint8; None where it cannot look at the patches."""
+def _by_nuclei(patches: Any, found: Any) -> dict[str, float]:
+    """How made images differ from real ones by what the nuclei network sees: an AUC, and the root of KID, where that of
+    real patches blurred by 1 px is 1; NaN where it cannot look at the patches."""
+    import numpy as np
     import torch
 
+    from cellflux_bridge.base.seeds import numpy_generator
+    from cellflux_bridge.base.statistics import half_splits
     from cellflux_bridge.classifier import inference
+    from cellflux_bridge.metrics.damage import BLUR, DAMAGES
+    from cellflux_bridge.metrics.fidelity import kid
     from cellflux_bridge.metrics.networks import FORWARD
     from cellflux_bridge.metrics.nuclei import NucleiExtractor
+    from cellflux_bridge.metrics.two_sample import feature_scores, two_sample
 
     try:
         model = NucleiExtractor(patches).eval()
     except UserError:  # not RGB, or without nuclei
-        return None
-    on = {"device": torch.device("cpu"), "chunk": FORWARD}
-    return [inference.features(model, torch.from_numpy(of), **on) for of in stacks]
+        return {"auc_nuclei": float("nan"), "blurs_nuclei": float("nan")}
+    draw, groups = numpy_generator(0, "benchmark", "blur"), found.real_groups
+    stacks, on = (found.made, found.real, DAMAGES[BLUR](found.real, draw)), {"device": torch.device("cpu")}
+    made, real, blurred = (inference.features(model, torch.from_numpy(of), chunk=FORWARD, **on) for of in stacks)
+    sides = {"groups": found.groups, "real_groups": groups}
+    halves = half_splits(groups, num=10, generator=draw)
+    by_blur = [kid(blurred[a], real[b], groups=groups[a], real_groups=groups[b]).value for a, b in halves]
+    ratio = max(kid(made, real, **sides).value, 0) / np.mean(by_blur) if by_blur else float("nan")
+    auc = two_sample(made, real, found.groups, groups, scores_of=feature_scores).value
+    return {"auc_nuclei": auc, "blurs_nuclei": float(np.sqrt(ratio))}
 
 
 def _treated(bridge: Any, folder: Path, *, num: int) -> Any:
