@@ -101,39 +101,9 @@ def _measured(config: Any, file: str, keys: list[str], *, num: int) -> dict[str,
         "cpu_seconds": cpu_seconds,
         **{f"auc_{kind}": value for kind, value in found.auc().items()},
         "auc_network": two_sample(*sides, scores_of=network_scores).value,
-        **_by_nuclei(bridge.patches(), found),
+        **found.by_nuclei(bridge.patches()),
         **{f"swd_{scale}": value for scale, value in swd(found.made, found.real).items()},
     }
-
-
-def _by_nuclei(patches: Any, found: Any) -> dict[str, float]:
-    """How made images differ from real ones by what the nuclei network sees: an AUC, and the root of KID, where that of
-    real patches blurred by 1 px is 1; NaN where it cannot look at the patches."""
-    import numpy as np
-    import torch
-
-    from cellflux_bridge.base.seeds import numpy_generator
-    from cellflux_bridge.base.statistics import half_splits
-    from cellflux_bridge.classifier import inference
-    from cellflux_bridge.metrics.damage import BLUR, DAMAGES
-    from cellflux_bridge.metrics.fidelity import kid
-    from cellflux_bridge.metrics.networks import FORWARD
-    from cellflux_bridge.metrics.nuclei import NucleiExtractor
-    from cellflux_bridge.metrics.two_sample import feature_scores, two_sample
-
-    try:
-        model = NucleiExtractor(patches).eval()
-    except UserError:  # not RGB, or without nuclei
-        return {"auc_nuclei": float("nan"), "blurs_nuclei": float("nan")}
-    draw, groups = numpy_generator(0, "benchmark", "blur"), found.real_groups
-    stacks, on = (found.made, found.real, DAMAGES[BLUR](found.real, draw)), {"device": torch.device("cpu")}
-    made, real, blurred = (inference.features(model, torch.from_numpy(of), chunk=FORWARD, **on) for of in stacks)
-    sides = {"groups": found.groups, "real_groups": groups}
-    halves = half_splits(groups, num=10, generator=draw)
-    by_blur = [kid(blurred[a], real[b], groups=groups[a], real_groups=groups[b]).value for a, b in halves]
-    ratio = max(kid(made, real, **sides).value, 0) / np.mean(by_blur) if by_blur else float("nan")
-    auc = two_sample(made, real, found.groups, groups, scores_of=feature_scores).value
-    return {"auc_nuclei": auc, "blurs_nuclei": float(np.sqrt(ratio))}
 
 
 def _treated(bridge: Any, folder: Path, *, num: int) -> Any:

@@ -62,17 +62,12 @@ def stages(
 
 
 def _features(config) -> str | None:
-    """The built-in nuclei network, where it finds nuclei in the training patches: it needs no training, and it sees
-    blur and blends, for which small classifiers of few patches are blind."""
-    from cellflux_bridge.cellularity.maps import scale_factor
-    from cellflux_bridge.cellularity.network import load_network
+    """The built-in nuclei network, where it can look at the patches: it needs no training, and it sees blur and blends,
+    for which small classifiers of few patches are often blind."""
     from cellflux_bridge.data.patches import load_patches
-    from cellflux_bridge.metrics.nuclei import NAME
+    from cellflux_bridge.metrics.nuclei import NAME, extractor_for
 
-    if config.data.channels != 3:
-        return None
-    found = scale_factor(load_patches(config.data, seed=config.seed), load_network(), seed=0)
-    return None if found is None else NAME
+    return NAME if extractor_for(load_patches(config.data, seed=config.seed)) else None
 
 
 def _require_ends(config) -> None:

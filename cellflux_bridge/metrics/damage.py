@@ -4,6 +4,7 @@ Damaged real patches are compared with undamaged ones as made ones are. An extra
 see a made image's faults, either.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
@@ -88,6 +89,12 @@ BLUR = "blur of 1 px"
 MUST_SEE = (BLUR, "blends of two patches")
 # Seen: farther away than three standard deviations of the distance of real patches to real ones.
 SEEN = 3.0
+
+
+def in_blurs(kid: float, of_blurred: float) -> float:
+    """A distance to real patches, where that of real patches after `BLUR` is 1; NaN where that is not seen. KID is
+    the square of a distance."""
+    return math.sqrt(max(kid, 0) / of_blurred) if of_blurred > 0 else math.nan
 
 
 def blind_for(rows: Sequence[Value]) -> dict[str, list[str]]:

@@ -3,22 +3,20 @@
 `metrics.words` lists and explains the quantities.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from cellflux_bridge import checkpoint
 from cellflux_bridge.base.errors import UserError
-from cellflux_bridge.config import load_config
-from cellflux_bridge.metrics import nuclei, realism
+from cellflux_bridge.metrics import realism
 from cellflux_bridge.metrics.comparisons import add_cycle, add_guidance, differences, match_cycle
 from cellflux_bridge.metrics.loading import is_name, load_networks, require_same_data
 from cellflux_bridge.metrics.quantities import add_figures
 from cellflux_bridge.metrics.reference_set import ReferenceSet
 from cellflux_bridge.metrics.sequences import Sequences, collect, copied_source, nearest_target, stain_transfer
-from cellflux_bridge.metrics.warnings import data_warnings, figure_warnings
+from cellflux_bridge.metrics.warnings import data_warnings, figure_warnings, learned_by
 from cellflux_bridge.trajectory import TrajectoryHeader, iter_trajectory, read_header, read_source_ids
 
 # At how many levels methods are compared, where trajectories have as many.
@@ -162,17 +160,7 @@ def evaluate(
         near_copies=copies,
         warnings=[
             *data_warnings(folders, reference.training.num_repeated),
-            *_learned_by(folders, str(features)),
+            *learned_by(folders, str(features)),
             *figure_warnings(reference.rows),
         ],
     )
-
-
-def _learned_by(folders: Sequence[Path], features: str) -> Iterator[str]:
-    """Warn of trajectories whose flow learned by the network in whose features they are measured."""
-    for folder in folders if features == nuclei.NAME else ():
-        if (file := folder / checkpoint.CONFIG).exists() and load_config(file).perceptual.share:
-            yield (
-                f"{folder}: its flow learned by the nuclei network, too (perceptual.share), so distances in its "
-                "features come out smaller than in those of another network. Read the figures of pixels beside them."
-            )

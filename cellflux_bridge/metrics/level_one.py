@@ -6,16 +6,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from cellflux_bridge.base.seeds import numpy_generator
+from cellflux_bridge.base.statistics import half_splits
+from cellflux_bridge.classifier import inference
+from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.metrics.bands import KINDS, statistics
-from cellflux_bridge.metrics.two_sample import logistic_scores, two_sample
+from cellflux_bridge.metrics.damage import BLUR, DAMAGES, in_blurs
+from cellflux_bridge.metrics.fidelity import kid
+from cellflux_bridge.metrics.networks import FORWARD
+from cellflux_bridge.metrics.nuclei import extractor_for
+from cellflux_bridge.metrics.two_sample import feature_scores, logistic_scores, two_sample
 from cellflux_bridge.metrics.verdict import TOLD
 
 # How a level of 1 is made alone, so that the pictures say what the flow can do and not how it was steered.
 ALONE = ("translate.method=progression", "translate.guidance.form=none", "translate.calibrate=none")
 ALONE += ("translate.calibrate_each=false", "translate.spacing=uniform", "translate.levels=[1.0]")
 _SOURCES, _BATCH = 100, 50
+_BLURRED_SPLITS = 10
 # The validation error of a finished training falls by less in its last quarter.
 _FALLING = 0.05
 
@@ -34,6 +43,23 @@ class LevelOne(NamedTuple):
         return {
             kind: two_sample(*(of[:, part] for of in bands), *sides, scores_of=logistic_scores).value
             for kind, part in KINDS.items()
+        }
+
+    def by_nuclei(self, patches: Patches) -> dict[str, float]:
+        """What the nuclei network sees: the two-sample AUC, and the distance in blurs of a pixel (`damage.in_blurs`);
+        NaN where it cannot look at the patches."""
+        model, on = extractor_for(patches), {"device": torch.device("cpu"), "chunk": FORWARD}
+        if model is None:
+            return {"auc_nuclei": float("nan"), "blurs_nuclei": float("nan")}
+        draw, groups = numpy_generator(0, "benchmark", "blur"), self.real_groups
+        stacks = self.made, self.real, DAMAGES[BLUR](self.real, draw)
+        made, real, blurred = (inference.features(model.eval(), torch.from_numpy(of), **on) for of in stacks)
+        halves = half_splits(groups, num=_BLURRED_SPLITS, generator=draw)
+        of_blurred = [kid(blurred[a], real[b], groups=groups[a], real_groups=groups[b]).value for a, b in halves]
+        found = kid(made, real, groups=self.groups, real_groups=groups).value
+        return {
+            "auc_nuclei": two_sample(made, real, self.groups, groups, scores_of=feature_scores).value,
+            "blurs_nuclei": in_blurs(found, float(np.mean(of_blurred))) if of_blurred else float("nan"),
         }
 
 

@@ -44,3 +44,11 @@ class NucleiExtractor(nn.Module):
     def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Its maps (B, C, h, w): from fine to coarse, and back."""
         return maps_of(self.net, x, factor=self._factor)
+
+
+def extractor_for(patches: Patches) -> NucleiExtractor | None:
+    """The extractor, or None where it cannot look at the patches: they are not RGB, or it finds no nuclei."""
+    try:
+        return NucleiExtractor(patches)
+    except UserError:
+        return None

@@ -1,10 +1,9 @@
 """One word for a method's images, by a few figures and limits that docs/realism.md states."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from cellflux_bridge.metrics.damage import BLUR, DAMAGED, MUST_SEE, RESPONSE, SEEN
+from cellflux_bridge.metrics.damage import BLUR, DAMAGED, MUST_SEE, RESPONSE, SEEN, in_blurs
 
 WORDS = ("good", "weak", "not to be used")
 # A judge that recognises fewer real patches of a class has no say.
@@ -48,9 +47,9 @@ def verdict(find: Find, method: str, judges: Sequence[str], *, target: str, extr
     Told from real: the larger AUC of the two-sample tests by grey bands and by a small network at level 1 (colour is
     left out, because a camera's noise betrays it in good images, too). By features: the square root of KID to real
     target patches, relative to that of real patches which are blurred by 1 px, where the extractor sees known damage.
-    Arrived: the share of images at level 1 that
-    judges call the target, by the judge that says least, divided by the share of real target patches that it calls so.
-    Even steps: the largest of the mean changes of pixels from level to level over their mean.
+    Arrived: the share of images at level 1 that judges call the target, by the judge that says least, divided by the
+    share of real target patches that it calls so. Even steps: the largest of the mean changes of pixels from level to
+    level over their mean.
     """
     told = [find(method, f"two_sample_{kind}_target", 1.0, "") for kind in ("grey", "network")]
     arrived = []
@@ -74,8 +73,7 @@ def _by_features(find: Find, method: str, extractor: str) -> list[Deciding]:
     made, blurred = find(method, "kid_target", 1.0, extractor), find(DAMAGED + BLUR, "kid_target", None, extractor)
     if None in (made, blurred, *responses) or min(responses) < SEEN or blurred <= 0:
         return []
-    value = math.sqrt(max(made, 0) / blurred)  # KID is the square of a distance
-    return [_deciding("distance to real patches by features", value, FAR, f"a {BLUR} is 1, good to")]
+    return [_deciding("distance to real patches by features", in_blurs(made, blurred), FAR, f"a {BLUR} is 1, good to")]
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cellflux_bridge import checkpoint
+from cellflux_bridge.config import load_config
+from cellflux_bridge.metrics import nuclei
 from cellflux_bridge.metrics.damage import blind_for
 from cellflux_bridge.metrics.values import Value
 from cellflux_bridge.metrics.words import words
@@ -46,6 +49,16 @@ def data_warnings(folders: Sequence[Path], num_repeated: int) -> Iterator[str]:
             f"{num_repeated} real test patches repeat a training patch. The search for copies leaves them out, but "
             "the other figures include them. Give such patches one group, so that they stay in one split."
         )
+
+
+def learned_by(folders: Sequence[Path], features: str) -> Iterator[str]:
+    """Warn of trajectories whose flow learned by the network in whose features they are measured."""
+    for folder in folders if features == nuclei.NAME else ():
+        if (file := folder / checkpoint.CONFIG).exists() and load_config(file).perceptual.share:
+            yield (
+                f"{folder}: its flow learned by the nuclei network, too (perceptual.share), so distances in its "
+                "features come out smaller than in those of another network. Read the figures of pixels beside them."
+            )
 
 
 def figure_warnings(values: Sequence[Value]) -> Iterator[str]:
