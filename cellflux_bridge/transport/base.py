@@ -167,7 +167,8 @@ def carry_rows(
 
     They begin at `start` (K, B, C, H, W). The network's condition is soft labels `labels` (K, B or 1, num_classes) and
     the sources x0 (B, C, H, W); a classifier steers toward `targets`, shaped like labels, or not at all. The ends of
-    the interval are numbers, or (K,). The solver may be "shortcut", from 0 to 1 and without a classifier.
+    the interval are numbers, or (K,). The solver may be "shortcut", without a classifier: then the interval is whole
+    shortcuts, of `steps` of them.
     """
     levels, sources = start.shape[:2]
 
@@ -180,7 +181,7 @@ def carry_rows(
     ends, nfe, gradients = [], 0, 0
     for rows in torch.arange(len(start), device=x0.device).split(flow.batch_size):
         if solver == "shortcut":
-            field = flow.shortcut(steps)
+            field = flow.shortcut(round(steps / (interval[1] - interval[0])))
         else:
             field = at_trained_times(flow.plain if targets is None else flow.field(targets[rows]), flow.path)
         cond = flow.condition(x0[rows], labels[rows], rows % sources)

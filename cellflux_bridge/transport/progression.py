@@ -27,15 +27,15 @@ from cellflux_bridge.transport.base import (
 
 # Of the coarse progression that calibrates one source: conditions, and steps to each.
 _NUM_OWN, _OWN_STEPS = 8, 2
-# Back to the noise of a source, where shortcuts go forth: midpoint steps at least.
-_BACK_STEPS = 4
+# Back to the noise of a source, where shortcuts go forth: midpoint steps at least, and corrections of each shortcut.
+_BACK_STEPS, _CORRECTIONS = 4, 2
 
 
 class Progression(Transport):
     """All levels of all sources as one batch.
 
     solver: of every level's integration in `steps` steps; shortcut, without a classifier, takes a single forward a step
-        (`flow/shortcut.py`); the way back to the noise of a source is then four midpoint steps of the flow, or more.
+        (`flow/shortcut.py`); the way back to the noise of a source then inverts each of them.
     spacing: adaptive chooses levels whose frames lie about equally far apart for the guides.
     calibrate: the network's condition for a level is the level itself (none); or the condition at which, on validation
         patches, the guides' mean probability of the target is the level (probability); or that at which this share of
@@ -130,10 +130,10 @@ class Progression(Transport):
         forwards per source; only where noise is resampled."""
         if self._resampling is None:
             return None, 0
-        back, label = (1.0, flow.path.t_start), flow.labels(torch.zeros(1, 1))
-        how = {"steps": self._steps, "solver": self._solver}
+        label = flow.labels(torch.zeros(1, 1))
         if self._solver == "shortcut":
-            how = {"steps": max(self._steps, _BACK_STEPS), "solver": "midpoint"}
+            return _through_shortcuts(flow, x0, label, steps=self._steps)
+        back, how = (1.0, flow.path.t_start), {"steps": self._steps, "solver": self._solver}
         found = carry_rows(flow, x0[None], x0, label, None, interval=back, **how)
         return found.frames[0], found.nfe
 
@@ -183,6 +183,25 @@ class Progression(Transport):
         if self._calibrate == "distance":
             reached = _share(np.linalg.norm(features - features[0], axis=2))
         return torch.stack([condition_for(levels, grid, of) for of in reached.T], dim=1), coarse.nfe
+
+
+def _through_shortcuts(flow: Flow, x0: torch.Tensor, label: torch.Tensor, *, steps: int) -> tuple[torch.Tensor, int]:
+    """The states (B, C, H, W) from which `steps` shortcuts give sources x0 back, nearly, and forwards per source.
+
+    Shortcuts learned from random noise. What the flow's way back ends at is none, and shortcuts lead from there to
+    another image. So every shortcut x' = f(x) is inverted: from where the flow leads back, x moves by half of what its
+    image lacks, x + (x' - f(x)) / 2, a damped fixed-point iteration (Krasnoselskii 1955).
+    """
+    state, forwards = x0, 0
+    for step in reversed(range(steps)):
+        wanted, part = state, (step / steps, (step + 1) / steps)
+        how = {"interval": part[::-1], "steps": max(1, _BACK_STEPS // steps), "solver": "midpoint"}
+        found = carry_rows(flow, wanted[None], x0, label, None, **how)
+        state, forwards = found.frames[0], forwards + found.nfe + _CORRECTIONS
+        for _ in range(_CORRECTIONS):
+            there = carry_rows(flow, state[None], x0, label, None, interval=part, steps=1, solver="shortcut")
+            state = state + (wanted - there.frames[0]) / 2
+    return state, forwards
 
 
 def _share(distance: np.ndarray) -> np.ndarray:
