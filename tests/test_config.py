@@ -470,7 +470,6 @@ def test_the_digest_follows_what_sequences_are_made_with_and_nothing_else(load):
     same = ["name=other", "output=there", "video.fps=5", "translate.num=3", "translate.batch_size=2"]
     moved = [
         "perceptual.share=0.5",
-        "times=logit_normal",
         "data.root=there",
         "data.cache_dir=there",
         "data.workers=3",

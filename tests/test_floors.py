@@ -12,7 +12,7 @@ FINDING = ("network", "finding", "fields", "label_maps", "parameters", "maps")
 # What stands on each floor: rooms (folders), single files, and files that stand higher or lower than their room does.
 FLOORS = (
     {"base", "config", "images", "trajectory", "video", "errors", "stain"},
-    {"data", "coupling", "path", "times", "condition", "codec"},
+    {"data", "coupling", "path", "condition", "codec"},
     {"velocity", "field", "checkpoint"},
     {"transport", "classifier", "ddim", *(f"cellularity.{name}" for name in FINDING)},
     {"training", "perceptual"},

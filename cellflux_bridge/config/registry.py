@@ -28,7 +28,6 @@ KINDS = {
     "layout": "cellflux_bridge.data.layout",
     "coupling": "cellflux_bridge.coupling",
     "path": "cellflux_bridge.path",
-    "times": "cellflux_bridge.times",
     "part": "cellflux_bridge.condition",
     "codec": "cellflux_bridge.codec",
     "velocity": "cellflux_bridge.velocity",

@@ -1,6 +1,6 @@
 """One typed schema of a run: defaults, then the YAML file, then key.sub=value from the command line.
 
-Every section is a pydantic model that refuses unknown keys. Components (layout, coupling, path, times, velocity) are
+Every section is a pydantic model that refuses unknown keys. Components (layout, coupling, path, velocity) are
 mappings with a `name`; their keys are the constructor's keyword arguments (see `registry`). A loaded `Config` is
 complete: every default is filled in, so that the copy saved beside a result says all that it was made with.
 """
@@ -30,7 +30,6 @@ from cellflux_bridge.video.settings import VideoConfig
 
 Coupling = component("coupling", "coupling", default="minibatch_ot")
 Path_ = component("path", "path", default="noised_source")
-Times = component("times", "times", default="uniform")
 Codec = component("codec", "codec", default="pixels")
 Velocity = component("velocity", "velocity", default="unet")
 
@@ -91,7 +90,6 @@ class Config(Root):
     pairs: PairsConfig = PairsConfig()
     coupling: Coupling
     path: Path_
-    times: Times
     condition: ConditionConfig = ConditionConfig()
     codec: Codec
     velocity: Velocity
@@ -107,7 +105,7 @@ class Config(Root):
     def digest(self) -> str:
         """A short hash of what sequences are made with: not where, how fast or how many, nor how they are shown."""
         # What networks learned, what refines, and shortcuts stand beside the digest by their weights.
-        left_out = (*PLACES_AND_PACE, "video", "times", "perceptual", "shortcut", "refiner", "classifier", "ddim")
+        left_out = (*PLACES_AND_PACE, "video", "perceptual", "shortcut", "refiner", "classifier", "ddim")
         left_out += ("translate.num", "translate.batch_size")
         canonical = json.dumps(self.flat(without=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

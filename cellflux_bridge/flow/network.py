@@ -10,7 +10,7 @@ from cellflux_bridge.path.base import Path
 from cellflux_bridge.velocity.base import Velocity
 
 # The sections of a configuration on which a flow depends, besides that of its training.
-FLOW_SECTIONS = ("seed", "data", "pairs", "coupling", "path", "times", "condition", "codec", "velocity", "perceptual")
+FLOW_SECTIONS = ("seed", "data", "pairs", "coupling", "path", "condition", "codec", "velocity", "perceptual")
 
 
 def condition_spec(config: Config, *, channels: int) -> ConditionSpec:

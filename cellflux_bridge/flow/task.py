@@ -1,6 +1,6 @@
 """Flow matching as a training task."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from cellflux_bridge.base.errors import UserError
 from cellflux_bridge.base.seeds import torch_generator
 from cellflux_bridge.codec.base import build_codec
 from cellflux_bridge.condition.base import Condition, ConditionSpec
-from cellflux_bridge.config import Config, registry
+from cellflux_bridge.config import Config
 from cellflux_bridge.data.pairs import PairBatch, build_pairs
 from cellflux_bridge.data.patches import Patches
 from cellflux_bridge.flow.network import build_flow
@@ -67,7 +67,6 @@ class FlowTask:
         self._config, self.preprocessing = config, patches.preprocessing
         self.codec = build_codec(config)
         self.path, self.model = build_flow(config)
-        self._times = registry.build("times", config.times)
         self.model.prepare()
         self._perceptual = self._build_perceptual(config, patches) if config.perceptual.share else None
         train, val_size = config.train, min(config.train.batch_size, 64)
@@ -92,15 +91,14 @@ class FlowTask:
     def _decoded(self, x: torch.Tensor) -> torch.Tensor:
         return self.codec.to(x.device).decode(x)
 
-    def _draw(self, pairs: PairBatch, *purpose: str | int, quantiles: Callable | None = None) -> FlowDraw:
+    def _draw(self, pairs: PairBatch, *purpose: str | int) -> FlowDraw:
         generator, (num, _, *sides) = torch_generator(self._config.seed, "path", *purpose), pairs.x0.shape
-        t = self.path.times(num, generator=generator, quantiles=quantiles)
+        t = self.path.times(num, generator=generator)
         shape = (num, self.codec.channels, *(side // self.codec.stride for side in sides))
         return FlowDraw(pairs, t, self.path.draw_noise(shape, generator=generator))
 
     def batch(self, index: int, *, rank: int) -> FlowDraw:
-        pairs = self._train.batch(index, rank=rank)
-        drawn = self._draw(pairs, "train", index, rank, quantiles=self._times.quantiles)
+        drawn = self._draw(self._train.batch(index, rank=rank), "train", index, rank)
         generator = torch_generator(self._config.seed, "condition dropout", index, rank)
         share, optional = self._config.condition.dropout, self.model.spec.dropped_alone
         dropped = torch.rand(len(drawn.t), generator=generator) < share

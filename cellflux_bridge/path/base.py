@@ -1,7 +1,7 @@
 """What every path from source to target has."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ class PathSample(NamedTuple):
 class Path(ABC):
     """x_t = (1 - t) x0 + t x1 + noise_scale(t) eps, with t = 0 the source and t = 1 the target; u_t = d x_t / dt.
 
-    A network is trained on `sample` at times drawn in [t_start, 1 - margin] (see `times`), and integrated from
+    A network is trained on `sample` at times drawn uniformly in [t_start, 1 - margin], and integrated from
     `start(x0, noise)` at t_start to 1, where it is evaluated at the nearest trained time (`trained`).
     """
 
@@ -42,14 +42,10 @@ class Path(ABC):
     # x_t + (1 - t) u_t = x1, which holds where all noise shrinks with 1 - t.
     straight: bool = False
 
-    def times(
-        self, num: int, *, generator: torch.Generator, quantiles: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """Training times (num,), each of them uniform, or of a law whose quantile function on [0, 1] is `quantiles`.
-        They are stratified, so that a batch covers the law evenly."""
-        share = (torch.randperm(num, generator=generator) + torch.rand(num, generator=generator)) / num
-        share = share if quantiles is None else quantiles(share)
-        return self.t_start + (1 - self.margin - self.t_start) * share
+    def times(self, num: int, *, generator: torch.Generator) -> torch.Tensor:
+        """Training times (num,), stratified so that a batch covers the interval evenly; each is uniform."""
+        uniform = (torch.randperm(num, generator=generator) + torch.rand(num, generator=generator)) / num
+        return self.t_start + (1 - self.margin - self.t_start) * uniform
 
     def trained(self, t: torch.Tensor) -> torch.Tensor:
         """The times nearest to t, of any shape, for which networks were trained."""
