@@ -167,8 +167,8 @@ def carry_rows(
 
     They begin at `start` (K, B, C, H, W). The network's condition is soft labels `labels` (K, B or 1, num_classes) and
     the sources x0 (B, C, H, W); a classifier steers toward `targets`, shaped like labels, or not at all. The ends of
-    the interval are numbers, or (K,). The solver may be "shortcut", without a classifier: then the interval is whole
-    shortcuts, of `steps` of them.
+    the interval are numbers, or (K,). The solver may be "shortcut", without a classifier and between numbers: a step
+    is then one shortcut.
     """
     levels, sources = start.shape[:2]
 

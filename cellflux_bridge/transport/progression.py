@@ -193,10 +193,10 @@ def _through_shortcuts(flow: Flow, x0: torch.Tensor, label: torch.Tensor, *, ste
     image lacks, x + (x' - f(x)) / 2, a damped fixed-point iteration (Krasnoselskii 1955).
     """
     state, forwards = x0, 0
+    back = {"steps": max(1, _BACK_STEPS // steps), "solver": "midpoint"}
     for step in reversed(range(steps)):
         wanted, part = state, (step / steps, (step + 1) / steps)
-        how = {"interval": part[::-1], "steps": max(1, _BACK_STEPS // steps), "solver": "midpoint"}
-        found = carry_rows(flow, wanted[None], x0, label, None, **how)
+        found = carry_rows(flow, wanted[None], x0, label, None, interval=part[::-1], **back)
         state, forwards = found.frames[0], forwards + found.nfe + _CORRECTIONS
         for _ in range(_CORRECTIONS):
             there = carry_rows(flow, state[None], x0, label, None, interval=part, steps=1, solver="shortcut")
