@@ -26,7 +26,7 @@ from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.soft_labels import from_scores
 from cellflux_bridge.flow import levels
-from cellflux_bridge.flow.levels import assign_folds, read_levels, target_levels
+from cellflux_bridge.flow.levels import assign_folds, between_means, read_levels, target_levels
 from cellflux_bridge.images import encode
 from cellflux_bridge.training.loop import make_fabric
 
@@ -216,24 +216,71 @@ def test_no_classifier_scores_a_group_that_it_trained_on(crossfitted):
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
 
 
-def test_levels_tell_the_classes_apart_and_of_held_out_patches_they_are_the_mean_of_the_folds(crossfitted):
+def test_levels_of_two_classes_are_the_share_of_the_way_between_their_means():
+    means = np.array([[0.9, 0.1], [0.3, 0.7]])
+    p = np.array([0.1, 0.7, 0.4, 0.25, 0.02, 0.95])
+    found = between_means(np.stack([1 - p, p], axis=1), means)
+    np.testing.assert_allclose(found[:, 1], [0, 1, 0.5, 0.25, 0, 1], atol=1e-12)
+    np.testing.assert_allclose(found.sum(1), 1)
+
+
+def test_mixtures_of_three_classes_are_found_again():
+    means = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]])
+    mixtures = np.random.default_rng(0).dirichlet(np.ones(3), 50)
+    np.testing.assert_allclose(between_means(mixtures @ means, means), mixtures, atol=1e-12)
+    beyond = between_means(np.array([[0.05, 0.95, 0.0]]), means)  # further out than the mean of the second class
+    assert beyond.min() >= 0
+    np.testing.assert_allclose(beyond.sum(1), 1)
+
+
+@pytest.mark.parametrize("second", [0.59, 0.41, 0.2])
+def test_classes_that_are_not_told_apart_have_no_way_between_them(second):
+    assert between_means(np.full((1, 2), 0.5), np.array([[0.6, 0.4], [1 - second, second]])) is None
+
+
+def test_levels_tell_the_classes_apart_and_of_held_out_patches_come_from_the_mean_of_the_folds(crossfitted):
     _, patches, run, found, *_ = crossfitted
     train, others = patches.indices("train"), np.concatenate([patches.indices("val"), patches.indices("test")])
     assert (found[train].argmax(1) == patches.labels[train]).mean() > 0.9
     report = json.loads((run / "levels.json").read_text())
     assert report["out_of_fold"]["auc"] > 0.9
     assert report["out_of_fold"]["n"] == 32
-    assert all(sum(report["histogram"][label][f"p_{label}"]) == 16 for label in "AB")
+    assert all(sum(report["histogram"][label][f"level_{label}"]) == 16 for label in "AB")
     assert 0 < report["cpu_minutes"] < 1
     expected = []
     for name in report["checkpoints"]:
         model = inference.load(run / name, "cpu")
         logits = inference.patch_logits(model, patches, others, device="cpu", flips=True)
         expected.append(softmax(logits / report["out_of_fold"]["temperature"], axis=1))
-    np.testing.assert_allclose(found[others], np.mean(expected, axis=0), atol=1e-5)
+    rows = {row["path"]: row for row in csv.DictReader(open(run / "levels.csv", newline=""))}
+    assert list(rows[patches.ids[0]]) == ["path", "label", "fold", "p_A", "p_B", "level_A", "level_B"]
+    assert [row["fold"] for row in rows.values()].count("") == len(others) == len(rows) - 32
+    p = np.array([[float(rows[patches.ids[i]][f"p_{label}"]) for label in "AB"] for i in (*train, *others)])
+    np.testing.assert_allclose(p[32:], np.mean(expected, axis=0), atol=1e-5)
+    means = np.stack([p[:32][patches.labels[train] == c].mean(0) for c in range(2)])
+    np.testing.assert_allclose(found[np.r_[train, others]], between_means(p, means), atol=1e-4)
+
+
+def test_a_table_of_an_earlier_version_keeps_its_levels(crossfitted, tmp_path):
+    _, patches, run, *_ = crossfitted
     rows = list(csv.DictReader(open(run / "levels.csv", newline="")))
-    assert list(rows[0]) == ["path", "label", "fold", "p_A", "p_B"]
-    assert [row["fold"] for row in rows].count("") == len(others) == len(rows) - 32
+    with (tmp_path / "levels.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0])[:5], extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+    number = {patch_id: i for i, patch_id in enumerate(patches.ids)}
+    found = read_levels(tmp_path / "levels.csv", patches)
+    for row in rows:
+        assert found[number[row["path"]], 1] == pytest.approx(float(row["p_B"]), abs=1e-6)
+
+
+def test_levels_of_classifiers_that_saw_nothing_are_bare_probabilities_with_a_warning(slides, tmp_path, capsys):
+    config, patches = slides("classifier.train.steps=1", "classifier.train.lr=1.0e-9", "classifier.folds=2")
+    found = made(config, patches, tmp_path / "run")
+    assert "WARNING: these classifiers hardly tell the classes apart" in capsys.readouterr().out
+    rows = {row["path"]: row for row in csv.DictReader(open(tmp_path / "run" / "levels.csv", newline=""))}
+    assert all(row["level_B"] == row["p_B"] for row in rows.values())
+    assert np.ptp(found[patches.indices("train"), 1]) < 0.2
 
 
 def test_logits_over_flips_are_means_over_the_four_sides(crossfitted):
@@ -252,7 +299,7 @@ def test_levels_are_the_same_made_again_resumed_or_read(slides, tmp_path, monkey
     whole = made(config, patches, tmp_path / "whole")
     printed = capsys.readouterr().out
     assert "accuracy" in printed
-    assert "p(B) in tenths, of A: [" in printed
+    assert "levels of B in tenths, of A: [" in printed
     run, batch = tmp_path / "parts", ClassifierTask.batch
 
     def crashing(self, index, *, rank):

@@ -12,8 +12,8 @@ class ConditionConfig(Section):
     """The parts of the condition: the target as a class or a level, and what else the network knows."""
 
     target: Literal["class", "level", "none"] = "class"  # none: further parts say it
-    # What the level of a training image is, where target is "level": its score in the data, the probabilities that
-    # classifiers give it which were not trained on its group (cross-fitting), or its class alone.
+    # What the level of a training image is, where target is "level": its score in the data, what classifiers say of it
+    # that were not trained on its group (cross-fitting; the means of the classes are 0 and 1), or its class alone.
     level: Literal["score", "crossfit", "class"] = "class"
     level_bins: Few = 4
     source_class: bool = True

@@ -1,10 +1,12 @@
 """The levels of training images: the soft label of each image, where a flow's condition is a level.
 
 `condition.level` says where they come from: the patch's class, its score in the data, or cross-fitting, that is, the
-probabilities of classifiers that were not trained on the patch's group (patient, slide, tile). Cross-fitting writes
+probabilities of classifiers that were not trained on the patch's group (patient, slide, tile), between the means of the
+classes (`between_means`). Cross-fitting writes
 
 <run>/crossfit/fold-<k>/      each a classifier's run, resumed like any other
-<run>/levels.csv              path, label, fold (empty for patches that none trains on), p_<class> of every class
+<run>/levels.csv              path, label, fold (empty for patches that none trains on), p_<class> and level_<class> of
+                              every class
 <run>/levels.json             figures and histograms of the out-of-fold probabilities, and their cost
 """
 
@@ -34,6 +36,8 @@ from cellflux_bridge.training.run import claim, record_splits, require_free
 
 _CHUNK = 128
 _USES = ("seed", "data", "classifier")
+# Below this difference of their mean probabilities, the noise of levels between classes would be five times as large.
+_TOLD_APART = 0.2
 
 
 def target_levels(config: Config, patches: Patches, *, folder: Path, fabric: Fabric) -> np.ndarray:
@@ -100,6 +104,23 @@ def assign_folds(patches: Patches, *, num_folds: int, seed: int) -> np.ndarray:
     return folds
 
 
+def between_means(probabilities: np.ndarray, means: np.ndarray) -> np.ndarray | None:
+    """Probabilities (N, K) as mixtures (N, K) of K classes, whose mean probabilities are the rows of `means` (K, K).
+
+    u with u @ means = p: the mean of a class has level 1 of it. What lies beyond is cut off and the rest scaled to sum
+    to 1. So of two classes the level of the second is (p - p_first) / (p_second - p_first), within [0, 1]. Classifiers
+    that learned from mixtures, or little, say 0 or 1 of no patch: without this, level 1 would be what the most extreme
+    few look like. The inverse of a soft confusion matrix is what black box shift estimation takes (Lipton et al. 2018).
+
+    None where the classes are not told apart: an eigenvalue of `means` (1 and, of two classes, p_second - p_first) is
+    below 0.2.
+    """
+    if np.linalg.eigvals(means).real.min() < _TOLD_APART:
+        return None
+    mixtures = np.clip(probabilities @ np.linalg.inv(means), 0, None)
+    return (mixtures / mixtures.sum(1, keepdims=True)).astype(probabilities.dtype)
+
+
 def _write(
     folder: Path, config: Config, patches: Patches, held_out: np.ndarray, newest: list[Path], *, device: torch.device
 ) -> None:
@@ -115,14 +136,18 @@ def _write(
     truth = patches.labels[train]
     targets = soft_labels(patches, config.classifier.labels, needed=train, key="classifier.labels")[train]
     temperature = fit_temperature(logits[train], targets, balanced_weights(truth))
-    levels = np.full_like(logits, np.nan)
-    levels[train] = softmax(logits[train] / temperature, axis=1)
-    levels[others] = np.mean([softmax(found / temperature, axis=1) for found in of_others], axis=0)
+    p = np.full_like(logits, np.nan)
+    p[train] = softmax(logits[train] / temperature, axis=1)
+    p[others] = np.mean([softmax(found / temperature, axis=1) for found in of_others], axis=0)
+    means = np.stack([p[train][truth == c].mean(0) for c in range(len(patches.classes))])
+    levels = between_means(p, means)
+    told_apart = levels is not None
+    levels = levels if told_apart else p
     report = {
         "out_of_fold": figures(logits[train], truth, targets, temperature=temperature),
         "histogram": {
             label: {
-                f"p_{other}": np.histogram(levels[train][truth == c, d], bins=10, range=(0, 1))[0].tolist()
+                f"level_{other}": np.histogram(levels[train][truth == c, d], bins=10, range=(0, 1))[0].tolist()
                 for d, other in enumerate(patches.classes)
             }
             for c, label in enumerate(patches.classes)
@@ -130,21 +155,30 @@ def _write(
         "cpu_minutes": sum(checkpoint.load_state(path)["cpu_seconds"] for path in newest) / 60,
         "checkpoints": [str(path.relative_to(folder)) for path in newest],
     }
-    rows = [["path", "label", "fold", *(f"p_{label}" for label in patches.classes)]]
+    rows = [["path", "label", "fold", *(f"{kind}_{label}" for kind in ("p", "level") for label in patches.classes)]]
     for i in np.concatenate([train, others]):
         fold = held_out[i] if held_out[i] >= 0 else ""
-        rows.append([patches.ids[i], patches.classes[patches.labels[i]], fold, *(f"{p:.6f}" for p in levels[i])])
+        figures_of_it = (f"{value:.6f}" for value in (*p[i], *levels[i]))
+        rows.append([patches.ids[i], patches.classes[patches.labels[i]], fold, *figures_of_it])
     replace_text(folder / "levels.json", json.dumps(report, indent=1) + "\n")
     replace_text(folder / "levels.csv", csv_text(rows))
     print(f"levels: {folder / 'levels.csv'}, {report['cpu_minutes']:.1f} CPU minutes of cross-fitting; out of fold:")
     for name, value in report["out_of_fold"].items():
         print(f"  {name:<20} {value:.4g}")
+    if not told_apart:
+        print(
+            "WARNING: these classifiers hardly tell the classes apart, so levels are their bare probabilities, whose "
+            f"means by class are {means.astype(float).round(2).tolist()}: train them longer (classifier.train.steps), "
+            "or look whether the classes differ at this size"
+        )
     for label, histogram in report["histogram"].items():  # are there levels between?
-        print(f"  p({patches.classes[-1]}) in tenths, of {label}: {histogram[f'p_{patches.classes[-1]}']}")
+        print(f"  levels of {patches.classes[-1]} in tenths, of {label}: {histogram[f'level_{patches.classes[-1]}']}")
 
 
 def read_levels(path: Path, patches: Patches) -> np.ndarray:
     """The soft labels (N, num_classes) float32 of a `levels.csv`; patches that it lacks are NaN.
+
+    A table without `level_<class>`, of an earlier version, has levels that are its probabilities.
 
     Raises UserError for a damaged table and where a training or validation patch is missing.
     """
@@ -152,7 +186,8 @@ def read_levels(path: Path, patches: Patches) -> np.ndarray:
     number = {patch_id: i for i, patch_id in enumerate(patches.ids)}
     try:
         for row in csv_rows(path):
-            levels[number[row["path"]]] = [float(row[f"p_{label}"]) for label in patches.classes]
+            named = [f"level_{label}" if f"level_{label}" in row else f"p_{label}" for label in patches.classes]
+            levels[number[row["path"]]] = [float(row[name]) for name in named]
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged, or of other patches ({error!r}); remove it and it is made again") from error
     needed = np.concatenate([patches.indices("train"), patches.indices("val")])
