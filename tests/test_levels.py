@@ -26,7 +26,7 @@ from cellflux_bridge.data.balanced import BalancedPatches
 from cellflux_bridge.data.patches import Patches, load_patches
 from cellflux_bridge.data.soft_labels import from_scores
 from cellflux_bridge.flow import levels
-from cellflux_bridge.flow.levels import assign_folds, between_means, read_levels, target_levels
+from cellflux_bridge.flow.levels import assign_folds, between_ends, class_ends, read_levels, target_levels
 from cellflux_bridge.images import encode
 from cellflux_bridge.training.loop import make_fabric
 
@@ -216,26 +216,37 @@ def test_no_classifier_scores_a_group_that_it_trained_on(crossfitted):
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
 
 
-def test_levels_of_two_classes_are_the_share_of_the_way_between_their_means():
-    means = np.array([[0.9, 0.1], [0.3, 0.7]])
+def test_a_quarter_of_a_class_lies_beyond_its_end():
+    p = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.0, 1.0])
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
+    ends = class_ends(np.stack([1 - p, p], axis=1), labels)
+    np.testing.assert_allclose(ends, [[0.8, 0.2], [0.2, 0.8]])
+    thirds = np.array([[0.5, 0.3, 0.2], [0.7, 0.1, 0.2], [0.9, 0.08, 0.02]])  # others: .16 and .14 on average
+    found = class_ends(np.concatenate([thirds, np.eye(3)]), np.array([0, 0, 0, 0, 1, 2]))[0]
+    rest = thirds[:, 1:].sum(0)
+    np.testing.assert_allclose(found, [0.925, *(0.075 * rest / rest.sum())])
+
+
+def test_levels_of_two_classes_are_the_share_of_the_way_between_their_ends():
+    ends = np.array([[0.9, 0.1], [0.3, 0.7]])
     p = np.array([0.1, 0.7, 0.4, 0.25, 0.02, 0.95])
-    found = between_means(np.stack([1 - p, p], axis=1), means)
+    found = between_ends(np.stack([1 - p, p], axis=1), ends)
     np.testing.assert_allclose(found[:, 1], [0, 1, 0.5, 0.25, 0, 1], atol=1e-12)
     np.testing.assert_allclose(found.sum(1), 1)
 
 
 def test_mixtures_of_three_classes_are_found_again():
-    means = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]])
+    ends = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]])
     mixtures = np.random.default_rng(0).dirichlet(np.ones(3), 50)
-    np.testing.assert_allclose(between_means(mixtures @ means, means), mixtures, atol=1e-12)
-    beyond = between_means(np.array([[0.05, 0.95, 0.0]]), means)  # further out than the mean of the second class
+    np.testing.assert_allclose(between_ends(mixtures @ ends, ends), mixtures, atol=1e-12)
+    beyond = between_ends(np.array([[0.05, 0.95, 0.0]]), ends)  # further out than what stands for the second class
     assert beyond.min() >= 0
     np.testing.assert_allclose(beyond.sum(1), 1)
 
 
 @pytest.mark.parametrize("second", [0.59, 0.41, 0.2])
 def test_classes_that_are_not_told_apart_have_no_way_between_them(second):
-    assert between_means(np.full((1, 2), 0.5), np.array([[0.6, 0.4], [1 - second, second]])) is None
+    assert between_ends(np.full((1, 2), 0.5), np.array([[0.6, 0.4], [1 - second, second]])) is None
 
 
 def test_levels_tell_the_classes_apart_and_of_held_out_patches_come_from_the_mean_of_the_folds(crossfitted):
@@ -257,8 +268,8 @@ def test_levels_tell_the_classes_apart_and_of_held_out_patches_come_from_the_mea
     assert [row["fold"] for row in rows.values()].count("") == len(others) == len(rows) - 32
     p = np.array([[float(rows[patches.ids[i]][f"p_{label}"]) for label in "AB"] for i in (*train, *others)])
     np.testing.assert_allclose(p[32:], np.mean(expected, axis=0), atol=1e-5)
-    means = np.stack([p[:32][patches.labels[train] == c].mean(0) for c in range(2)])
-    np.testing.assert_allclose(found[np.r_[train, others]], between_means(p, means), atol=1e-4)
+    ends = class_ends(p[:32], patches.labels[train])
+    np.testing.assert_allclose(found[np.r_[train, others]], between_ends(p, ends), atol=1e-4)
 
 
 def test_a_table_of_an_earlier_version_keeps_its_levels(crossfitted, tmp_path):

@@ -13,7 +13,7 @@ class ConditionConfig(Section):
 
     target: Literal["class", "level", "none"] = "class"  # none: further parts say it
     # What the level of a training image is, where target is "level": its score in the data, what classifiers say of it
-    # that were not trained on its group (cross-fitting; the means of the classes are 0 and 1), or its class alone.
+    # that were not trained on its group (cross-fitting; a quarter of a class lies beyond its end), or its class alone.
     level: Literal["score", "crossfit", "class"] = "class"
     level_bins: Few = 4
     source_class: bool = True

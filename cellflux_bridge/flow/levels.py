@@ -1,8 +1,8 @@
 """The levels of training images: the soft label of each image, where a flow's condition is a level.
 
 `condition.level` says where they come from: the patch's class, its score in the data, or cross-fitting, that is, the
-probabilities of classifiers that were not trained on the patch's group (patient, slide, tile), between the means of the
-classes (`between_means`). Cross-fitting writes
+probabilities of classifiers that were not trained on the patch's group (patient, slide, tile), between what stands for
+the classes (`class_ends`). Cross-fitting writes
 
 <run>/crossfit/fold-<k>/      each a classifier's run, resumed like any other
 <run>/levels.csv              path, label, fold (empty for patches that none trains on), p_<class> and level_<class> of
@@ -36,7 +36,7 @@ from cellflux_bridge.training.run import claim, record_splits, require_free
 
 _CHUNK = 128
 _USES = ("seed", "data", "classifier")
-# Below this difference of their mean probabilities, the noise of levels between classes would be five times as large.
+# Ends that are less apart would make the noise of probabilities five times as large in levels.
 _TOLD_APART = 0.2
 
 
@@ -104,20 +104,36 @@ def assign_folds(patches: Patches, *, num_folds: int, seed: int) -> np.ndarray:
     return folds
 
 
-def between_means(probabilities: np.ndarray, means: np.ndarray) -> np.ndarray | None:
-    """Probabilities (N, K) as mixtures (N, K) of K classes, whose mean probabilities are the rows of `means` (K, K).
+def class_ends(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """For each of K classes the probabilities (K, K) that stand for it: a quarter of its patches have more of its own.
 
-    u with u @ means = p: the mean of a class has level 1 of it. What lies beyond is cut off and the rest scaled to sum
-    to 1. So of two classes the level of the second is (p - p_first) / (p_second - p_first), within [0, 1]. Classifiers
-    that learned from mixtures, or little, say 0 or 1 of no patch: without this, level 1 would be what the most extreme
-    few look like. The inverse of a soft confusion matrix is what black box shift estimation takes (Lipton et al. 2018).
+    `probabilities` (N, K), `labels` (N,). The other classes share the rest as they do on average. So an end is well
+    inside of what the class has, and no one odd patch moves it.
+    """
+    ends = []
+    for c in range(probabilities.shape[1]):
+        own = probabilities[labels == c].astype(np.float64)
+        end, upper = own.mean(0), np.quantile(own[:, c], 0.75)
+        end *= (1 - upper) / max(1 - end[c], np.finfo(float).tiny)
+        end[c] = upper
+        ends.append(end)
+    return np.stack(ends)
 
-    None where the classes are not told apart: an eigenvalue of `means` (1 and, of two classes, p_second - p_first) is
+
+def between_ends(probabilities: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
+    """Probabilities (N, K) as mixtures (N, K) of K classes, for which the rows of `ends` (K, K) stand.
+
+    u with u @ ends = p; what lies beyond is cut off and the rest scaled to sum to 1. So of two classes the level of the
+    second is (p - p_first) / (p_second - p_first), within [0, 1]. Classifiers that learned from mixtures, or little,
+    say 0 or 1 of no patch: with bare probabilities level 1 would be what the most extreme few look like, or beyond.
+    Black box shift estimation, too, inverts a soft confusion matrix (Lipton et al. 2018).
+
+    None where the classes are not told apart: an eigenvalue of `ends` (1 and, of two classes, p_second - p_first) is
     below 0.2.
     """
-    if np.linalg.eigvals(means).real.min() < _TOLD_APART:
+    if np.linalg.eigvals(ends).real.min() < _TOLD_APART:
         return None
-    mixtures = np.clip(probabilities @ np.linalg.inv(means), 0, None)
+    mixtures = np.clip(probabilities @ np.linalg.inv(ends), 0, None)
     return (mixtures / mixtures.sum(1, keepdims=True)).astype(probabilities.dtype)
 
 
@@ -139,8 +155,8 @@ def _write(
     p = np.full_like(logits, np.nan)
     p[train] = softmax(logits[train] / temperature, axis=1)
     p[others] = np.mean([softmax(found / temperature, axis=1) for found in of_others], axis=0)
-    means = np.stack([p[train][truth == c].mean(0) for c in range(len(patches.classes))])
-    levels = between_means(p, means)
+    ends = class_ends(p[train], truth)
+    levels = between_ends(p, ends)
     told_apart = levels is not None
     levels = levels if told_apart else p
     report = {
@@ -168,8 +184,8 @@ def _write(
     if not told_apart:
         print(
             "WARNING: these classifiers hardly tell the classes apart, so levels are their bare probabilities, whose "
-            f"means by class are {means.astype(float).round(2).tolist()}: train them longer (classifier.train.steps), "
-            "or look whether the classes differ at this size"
+            f"upper quartiles are {ends.diagonal().round(2).tolist()}: train them longer (classifier.train.steps), or "
+            "look whether the classes differ at this size"
         )
     for label, histogram in report["histogram"].items():  # are there levels between?
         print(f"  levels of {patches.classes[-1]} in tenths, of {label}: {histogram[f'level_{patches.classes[-1]}']}")
