@@ -36,8 +36,8 @@ from cellflux_bridge.training.run import claim, record_splits, require_free
 
 _CHUNK = 128
 _USES = ("seed", "data", "classifier")
-# Ends that are less apart would make the noise of probabilities five times as large in levels.
-_TOLD_APART = 0.2
+# Ends that are less apart would make the noise of probabilities more than five times as large in levels.
+_LEAST_APART = 0.2
 
 
 def target_levels(config: Config, patches: Patches, *, folder: Path, fabric: Fabric) -> np.ndarray:
@@ -128,10 +128,10 @@ def between_ends(probabilities: np.ndarray, ends: np.ndarray) -> np.ndarray | No
     say 0 or 1 of no patch: with bare probabilities level 1 would be what the most extreme few look like, or beyond.
     Black box shift estimation, too, inverts a soft confusion matrix (Lipton et al. 2018).
 
-    None where the classes are not told apart: an eigenvalue of `ends` (1 and, of two classes, p_second - p_first) is
+    None where the ends lie too near each other: an eigenvalue of `ends` (1 and, of two classes, p_second - p_first) is
     below 0.2.
     """
-    if np.linalg.eigvals(ends).real.min() < _TOLD_APART:
+    if np.linalg.eigvals(ends).real.min() < _LEAST_APART:
         return None
     mixtures = np.clip(probabilities @ np.linalg.inv(ends), 0, None)
     return (mixtures / mixtures.sum(1, keepdims=True)).astype(probabilities.dtype)
@@ -156,9 +156,8 @@ def _write(
     p[train] = softmax(logits[train] / temperature, axis=1)
     p[others] = np.mean([softmax(found / temperature, axis=1) for found in of_others], axis=0)
     ends = class_ends(p[train], truth)
-    levels = between_ends(p, ends)
-    told_apart = levels is not None
-    levels = levels if told_apart else p
+    mixtures = between_ends(p, ends)
+    levels = p if mixtures is None else mixtures
     report = {
         "out_of_fold": figures(logits[train], truth, targets, temperature=temperature),
         "histogram": {
@@ -181,9 +180,9 @@ def _write(
     print(f"levels: {folder / 'levels.csv'}, {report['cpu_minutes']:.1f} CPU minutes of cross-fitting; out of fold:")
     for name, value in report["out_of_fold"].items():
         print(f"  {name:<20} {value:.4g}")
-    if not told_apart:
+    if mixtures is None:
         print(
-            "WARNING: these classifiers hardly tell the classes apart, so levels are their bare probabilities, whose "
+            "WARNING: these classifiers say nearly the same of all classes, so levels are bare probabilities, whose "
             f"upper quartiles are {ends.diagonal().round(2).tolist()}: train them longer (classifier.train.steps), or "
             "look whether the classes differ at this size"
         )
@@ -202,8 +201,8 @@ def read_levels(path: Path, patches: Patches) -> np.ndarray:
     number = {patch_id: i for i, patch_id in enumerate(patches.ids)}
     try:
         for row in csv_rows(path):
-            named = [f"level_{label}" if f"level_{label}" in row else f"p_{label}" for label in patches.classes]
-            levels[number[row["path"]]] = [float(row[name]) for name in named]
+            kind = "level" if f"level_{patches.classes[0]}" in row else "p"
+            levels[number[row["path"]]] = [float(row[f"{kind}_{label}"]) for label in patches.classes]
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged, or of other patches ({error!r}); remove it and it is made again") from error
     needed = np.concatenate([patches.indices("train"), patches.indices("val")])
